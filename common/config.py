@@ -1,0 +1,136 @@
+"""Configuration: frozen dataclasses, one default in one place. `config_loader` fills them: file < environment < flags.
+
+A field's metadata is its flag's help text. `EngineConfig` is what one engine needs; a worker, the router and the
+launcher add their own by inheritance. Derived values are properties, never written back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from penstock.common.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROLES = ("prefill", "decode")
+TRANSPORTS = ("auto", "nixl", "shm")
+CHECKSUMS = ("all", "sample", "off")
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A configuration field; `extra` may hold `choices` or `positional`."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """One engine: a model, its KV pool, and the limits of a batch."""
+
+    model: str = option("", "Hugging Face directory or hub id", positional=True)
+    dtype: str = option("auto", "weights and KV; auto follows the checkpoint", choices=DTYPES)
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto")
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens; default: the model's own")
+    max_num_seqs: int = option(256, "most requests in one batch")
+    max_num_batched_tokens: int = option(2048, "most tokens in one step: longer prompts are computed in chunks")
+    block_size: int = option(16, "tokens in a KV page")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this fleet may use")
+    kv_cache_memory_bytes: int | None = option(None, "size of the KV pool; default: measured on a GPU, 1 GiB on CPU")
+    enable_prefix_caching: bool = option(True, "keep pages of finished requests for prompts that begin alike")
+    seed: int = option(0, "seeds the requests that bring no seed of their own")
+    load_format: str = option("auto", "auto, or dummy: random weights, no files read", choices=("auto", "dummy"))
+    cpu_threads: int = option(0, "OpenMP threads of an engine on CPU; 0: cores divided by workers")
+
+    def __post_init__(self) -> None:
+        _in(self, "dtype", DTYPES)
+        _positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """What every process of a fleet must agree on."""
+
+    redis_url: str = option("", "Redis that holds the fleet's state, redis:// or rediss://; serve starts one if empty")
+    namespace: str = option("penstock", "prefix of this fleet's keys in Redis")
+    cluster_key: str = option("", "secret of the fleet; needed when the bus leaves this host (encrypts it with CURVE)")
+    lease_s: float = option(10.0, "how long a silent peer keeps what it holds")
+    served_model_name: tuple[str, ...] = option((), "names clients may use; default: MODEL")
+    log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(EngineConfig, FleetConfig):
+    """One worker process."""
+
+    role: str = "decode"
+    worker_id: str = option("", "name of this worker, kept over restarts; default: role and pid")
+    bus_host: str = option("127.0.0.1", "address the worker binds and announces")
+    bus_port: int = option(0, "port of the worker's bus socket; 0: any")
+    metrics_port: int = option(0, "port of the worker's /metrics and /debug pages; 0: any")
+    kv_transport: str = option("auto", "how pages move between workers; auto probes", choices=TRANSPORTS)
+    kv_checksum: str = option("all", "compare checksums of moved pages: all, sample (1 in 16), off", choices=CHECKSUMS)
+    memory_share: float = option(1.0, "this worker's part of the device's memory budget")
+    drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _in(self, "role", ROLES)
+        _in(self, "kv_transport", TRANSPORTS)
+        _in(self, "kv_checksum", CHECKSUMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(FleetConfig):
+    """One router process."""
+
+    model: str = option("", "where tokenizer, chat template and generation_config are", positional=True)
+    host: str = option("127.0.0.1", "address of the HTTP server")
+    port: int = option(8000, "port of the HTTP server")
+    api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all")
+    generation_config: str = option("auto", "default sampling: auto (the model's), vllm (neutral), or a directory")
+    chat_template: str = option("", "file with a chat template; default: the tokenizer's")
+    seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")
+    max_attempts: int = option(3, "how often a request is tried when workers are lost")
+    queue_timeout_s: float = option(60.0, "how long a request may wait for room")
+    progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
+    drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
+    min_remote_prefill_tokens: int = option(0, "uncached prompt tokens from which a prefill worker is used")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(WorkerConfig, RouterConfig):
+    """The whole fleet of `penstock serve`: Redis, workers, router. Splits into the configs of its processes."""
+
+    prefill_workers: int = option(0, "prefill workers; 0: decode workers compute prompts themselves")
+    decode_workers: int = option(1, "decode workers")
+    prefill_devices: tuple[str, ...] = option((), "GPUs of the prefill workers, in turn (0,1)")
+    decode_devices: tuple[str, ...] = option((), "GPUs of the decode workers, in turn")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decode_workers < 1:
+            raise ConfigError("decode_workers must be at least 1: every request ends on a decode worker")
+        if self.prefill_workers < 0:
+            raise ConfigError("prefill_workers must be at least 0")
+
+    def router(self) -> RouterConfig:
+        """The router's share."""
+        return RouterConfig(**{f.name: getattr(self, f.name) for f in fields(RouterConfig)})
+
+    def worker(self, role: str, worker_id: str, device: str, memory_share: float, threads: int) -> WorkerConfig:
+        """One worker's share."""
+        values = {f.name: getattr(self, f.name) for f in fields(WorkerConfig)}
+        values |= {"role": role, "worker_id": worker_id, "device": device, "memory_share": memory_share}
+        return WorkerConfig(**values | {"cpu_threads": threads, "bus_port": 0, "metrics_port": 0})
+
+
+def _in(config: object, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")

@@ -1,0 +1,293 @@
+"""Every message on the bus, in one file. MessagePack maps, tagged by `type`; docs/wire.md tells who sends what when.
+
+A connection begins with the handshake: `Hello` from the side that connects, answered by `Welcome` or `Refused`. Its
+outer fields never change, so that any two versions can at least refuse each other; `Welcome.worker` is decoded only
+after protocol and fingerprint have been compared.
+
+Protocol versions:
+1  first version
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.common.sampling import SamplingParams
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+    """Base of everything that travels."""
+
+
+# ---------------------------------------------------------------- handshake, both links (router and decode -> worker)
+
+
+class Hello(Message, tag="hello", kw_only=True):
+    """First message on a connection, and again whenever the connection was cut."""
+
+    protocol: int
+    peer_id: str  # stable over reconnects: the router's or decode worker's incarnation
+    session: int  # grows with each connection of this peer; a newer session ends the older one's requests
+    role: str  # "router" | "decode"
+    fingerprint: str  # "" from a router: it serves whatever the worker serves
+
+
+class Welcome(Message, tag="welcome", kw_only=True):
+    """The worker accepts; `worker` is a MessagePack-encoded `WorkerInfo`."""
+
+    protocol: int
+    fingerprint: str
+    worker: bytes
+
+
+class Refused(Message, tag="refused", kw_only=True):
+    """The worker does not accept this peer; `code` is "protocol", "fingerprint" or "draining"."""
+
+    protocol: int
+    code: str
+    message: str
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a worker is. Kept in Redis under its lease, and repeated in `Welcome`."""
+
+    worker_id: str  # a name that outlives restarts: "decode-0"
+    incarnation: str  # new at every start
+    role: str  # "prefill" | "decode"
+    address: str  # tcp://host:port of its bus socket
+    fingerprint: str
+    model: str  # path or hub id, as given
+    served_models: list[str]
+    page_size: int  # tokens
+    num_pages: int
+    page_bytes: int
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    eos_token_ids: list[int] = []
+    hash_scope: str = ""  # root of the page-hash chain: model, dtype, page size
+    transports: dict[str, bytes] = {}  # name -> how a peer reads this worker's pages
+    lease_s: float = 10.0
+    pid: int = 0
+    version: str = ""
+
+
+class Heartbeat(Message, tag="heartbeat", kw_only=True):
+    """From the connecting side: renews everything this peer holds at the worker (requests, lent pages)."""
+
+    seq: int
+
+
+class HeartbeatAck(Message, tag="heartbeat_ack", kw_only=True):
+    """Answered between two steps, so a late one also tells how long the worker's steps are."""
+
+    seq: int
+    load: WorkerLoad
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A snapshot of one worker, for routing and for people."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0  # prompt tokens that are still to be computed
+    free_pages: int = 0
+    steps: int = 0  # grows while the worker makes progress
+    draining: bool = False
+
+
+# ---------------------------------------------------------------- requests: router -> worker, decode -> prefill
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One choice of one API request, as tokens.
+
+    `output_token_ids` are tokens the client already has (after a worker was lost): the engine computes them like
+    prompt, but seeds, penalties, min_tokens and max_tokens count on from them.
+    """
+
+    request_id: str
+    attempt: int = 0
+    choice: int = 0
+    prompt_token_ids: list[int]
+    output_token_ids: list[int] = []
+    sampling: SamplingParams  # `seed` and `max_tokens` are set by the router; `n` is 1
+    eos_token_ids: list[int] = []
+    cache_salt: str = ""
+    queue_timeout_s: float = 60.0  # how long it may wait for room before it is refused
+
+
+class Submit(Message, tag="submit", kw_only=True):
+    """Router -> decode worker: run this request; `prefill` names the prefill worker to use, or None to prefill here."""
+
+    request: GenerateRequest
+    prefill: WorkerInfo | None = None
+
+
+class Abort(Message, tag="abort", kw_only=True):
+    """Router -> decode worker, decode -> prefill: stop and free everything of this attempt. Not answered."""
+
+    request_id: str
+    attempt: int
+
+
+class Prefill(Message, tag="prefill", kw_only=True):
+    """Decode -> prefill worker, once the decode worker has promised room: compute the prompt and offer its pages."""
+
+    request: GenerateRequest
+    router_id: str  # peer_id of the router that gets the first token directly
+    held_tokens: int = 0  # leading tokens (whole pages) the decode worker already has: do not offer these
+
+
+# ---------------------------------------------------------------- hand-off: prefill <-> decode
+
+
+class PagesReady(Message, tag="pages_ready", kw_only=True):
+    """Prefill -> decode: a ticket. These pages are complete and lent to you until `PagesLanded`, or your lease ends.
+
+    Page i of the lists holds tokens [(first_page + i) * page_size, ...) of the request. One list per KV group.
+    """
+
+    request_id: str
+    attempt: int
+    first_page: int
+    pages: list[list[int]]  # per KV group: page ids in the prefill worker's pool
+    generations: list[list[int]]  # of those pages, at lending
+    checksums: list[list[int]] = []  # xxh3-64 of each page's bytes; [] when this ticket is not checked
+    num_tokens: int  # tokens of the request complete after this ticket
+    heartbeat_seq: int = 0  # newest heartbeat of this peer that had been processed when the pages were lent
+    blobs: dict[str, bytes] = {}  # named extras that are not pages (hidden state, encoder output)
+
+
+class PrefillDone(Message, tag="prefill_done", kw_only=True):
+    """Prefill -> decode, after the last ticket: the first token, already sent to the router.
+
+    With `finish` set the request ended with that token and nothing is to be decoded.
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: list[int]
+    finish: Finish | None = None
+    spans: Spans | None = None
+
+
+class PrefillFailed(Message, tag="prefill_failed", kw_only=True):
+    """Prefill -> decode: no pages (more) will come; the decode worker computes what is missing itself."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str
+
+
+class PagesLanded(Message, tag="pages_landed", kw_only=True):
+    """Decode -> prefill: everything of this attempt is read (or given up); the loan ends."""
+
+    request_id: str
+    attempt: int
+
+
+# ---------------------------------------------------------------- answers: worker -> router
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a request ended. `reason`: "stop", "length", "abort" or "error".
+
+    `stop_reason` is the stop token id that matched; `code` and `message` are set for "error" (see errors.py);
+    `retryable` says that another worker may succeed.
+    """
+
+    reason: str
+    stop_reason: int | None = None
+    code: str = ""
+    message: str = ""
+    retryable: bool = False
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the chosen token, its rank (1 = most likely), and the top ones in order."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Spans(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A worker's part of the request's timeline: durations in milliseconds, bytes, and token counts."""
+
+    queue_ms: float = 0.0  # waiting at this worker before work began
+    prefill_ms: float = 0.0  # first chunk planned until the first token was sampled
+    transfer_ms: float = 0.0  # first ticket until the last page landed
+    exposed_transfer_ms: float = 0.0  # last chunk computed until the last page landed: what the client could notice
+    decode_ms: float = 0.0
+    transfer_bytes: int = 0
+    transfer_pages: int = 0
+    transport: str = ""
+    cached_tokens: int = 0  # prompt tokens found in this worker's prefix cache
+    computed_tokens: int = 0  # prompt tokens computed by this worker
+    preemptions: int = 0
+    local_prefill: bool = False  # a decode worker computed (part of) the prompt itself
+    checksum_failures: int = 0
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """New tokens of one choice. `index` counts output tokens from the very first attempt."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    index: int
+    token_ids: list[int]
+    finish: Finish | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    spans: Spans | None = None  # with a worker's last delta of the request
+
+
+class TokenBatch(Message, tag="tokens", kw_only=True):
+    """All new tokens of one step for one router."""
+
+    deltas: list[TokenDelta]
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Refused
+    | Heartbeat
+    | HeartbeatAck
+    | Submit
+    | Abort
+    | Prefill
+    | PagesReady
+    | PrefillDone
+    | PrefillFailed
+    | PagesLanded
+    | TokenBatch
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+_worker_decoder = msgspec.msgpack.Decoder(WorkerInfo)
+
+
+def encode(message: Message | WorkerInfo) -> bytes:
+    """MessagePack bytes of a message (or of the `WorkerInfo` inside `Welcome`)."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes) -> AnyMessage:
+    """The message in `payload`.
+
+    Raises:
+        msgspec.ValidationError, msgspec.DecodeError: not one of ours; the peer should be refused, not crash us.
+    """
+    return _decoder.decode(payload)
+
+
+def decode_worker_info(payload: bytes) -> WorkerInfo:
+    """The inner payload of `Welcome`, or a worker's record in Redis; raises as `decode`."""
+    return _worker_decoder.decode(payload)

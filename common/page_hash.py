@@ -1,0 +1,36 @@
+"""Page hashes: name the content of a KV page by everything that determines it.
+
+hash(page i) = H(hash(page i-1), tokens of page i, extra keys), rooted in a scope string (model, dtype, page size). The
+hash is the same in every process and on every machine, so a router can predict what a worker holds. BLAKE2b with a
+16-byte digest: collisions are out of reach even for a client that chooses its tokens.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+
+DIGEST_BYTES = 16
+
+
+def root_hash(scope: str, extra_keys: Iterable[str] = ()) -> bytes:
+    """Root of a chain. `extra_keys` are opaque (cache salt, LoRA name, image digest); empty ones do not count."""
+    digest = blake2b(scope.encode(), digest_size=DIGEST_BYTES)
+    for key in extra_keys:
+        if key:
+            digest.update(b"\x00" + key.encode())
+    return digest.digest()
+
+
+def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Hash of a full page of `tokens` that follows the page hashed `parent`."""
+    return blake2b(parent + array("i", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+def page_hashes(root: bytes, tokens: Sequence[int], page_size: int) -> Iterator[bytes]:
+    """Hashes of the full pages of `tokens`, in order; a partial last page has none."""
+    parent = root
+    for start in range(0, len(tokens) - page_size + 1, page_size):
+        parent = next_hash(parent, tokens[start : start + page_size])
+        yield parent

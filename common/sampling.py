@@ -1,0 +1,73 @@
+"""What a client may ask of sampling. Used by `LLM`, by the router, and sent to the workers as it is.
+
+Field names, defaults and rules follow vLLM's `SamplingParams`. Workers ignore the text-level fields (`stop`,
+`include_stop_str_in_output`, `skip_special_tokens`, `detokenize`): they know tokens only.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+GREEDY_BELOW = 1e-5
+MIN_TEMPERATURE = 0.01
+MAX_N = 16384
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the field and the range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.n <= MAX_N, "n", f"from 1 to {MAX_N}", self.n)
+        _check(self.temperature >= 0.0, "temperature", "at least 0", self.temperature)
+        _check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
+        _check(self.top_k >= -1, "top_k", "-1 or 0 (off), or at least 1", self.top_k)
+        _check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]", self.min_p)
+        _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]", self.presence_penalty)
+        _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]", self.frequency_penalty)
+        _check(self.repetition_penalty > 0.0, "repetition_penalty", "above 0", self.repetition_penalty)
+        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _check(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
+        if self.max_tokens is not None:
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+        _check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0", self.logprobs)
+        _check(all(self.stop), "stop", "without empty strings", self.stop)
+        _check(not self.stop or self.detokenize, "stop", "used with detokenize=True only", self.stop)
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is taken; the filters then have no effect."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def effective_temperature(self) -> float:
+        """Temperature to divide by; tiny values are raised so that float32 does not overflow."""
+        return max(self.temperature, MIN_TEMPERATURE)
+
+
+def _check(ok: bool, field: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{field} must be {rule}, got {value!r}")
