@@ -88,14 +88,27 @@ class HeartbeatAck(Message, tag="heartbeat_ack", kw_only=True):
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A snapshot of one worker, for routing and for people."""
+    """A snapshot of one worker: gauges for routing, counters (since its start) for metrics and people."""
 
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0  # prompt tokens that are still to be computed
-    free_pages: int = 0
-    steps: int = 0  # grows while the worker makes progress
+    num_pages: int = 0
+    free_pages: int = 0  # not held by anybody (cached prefixes included)
+    lent_pages: int = 0  # offered to decode workers
+    quarantined_pages: int = 0  # may still be written by an unsettled transfer
     draining: bool = False
+    steps: int = 0  # grows while the worker makes progress
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache
+    prefix_hits: int = 0  # tokens found there
+    preemptions: int = 0
+    handoffs: int = 0
+    handoff_failures: int = 0  # hand-offs given up; the rest of the prompt was computed locally
+    transfer_bytes: int = 0
+    transfer_pages: int = 0
+    checksum_failures: int = 0
 
 
 # ---------------------------------------------------------------- requests: router -> worker, decode -> prefill
