@@ -1,0 +1,84 @@
+"""What passes between scheduler and executor: a plan of one step, and what came out of it.
+
+Plans carry changes, not state: the executor remembers each sequence's tokens and page table, and appends what it
+samples itself, so that the next step can be submitted before this one's tokens have been read, and so that a plan's
+size does not grow with the tokens already produced. Ranks of a parallel executor all get the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.common.messages import TokenLogprobs
+from penstock.common.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class SequenceStart:
+    """A sequence enters the batch (or re-enters it after preemption)."""
+
+    key: str
+    tokens: tuple[int, ...]  # all known tokens, computed or not
+    prompt_len: int  # tokens of the original prompt: what follows counts as output for penalties and min_tokens
+    sampling: SamplingParams
+    choice: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SequenceWork:
+    """Compute `num_tokens` tokens of a sequence from position `start`; `samples`: then sample the next token."""
+
+    key: str
+    start: int
+    num_tokens: int
+    new_pages: tuple[int, ...]  # appended to the sequence's page table
+    samples: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. Order: forget `ended`, add `started`, run `work`."""
+
+    step: int
+    ended: tuple[str, ...]
+    started: tuple[SequenceStart, ...]
+    work: tuple[SequenceWork, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.num_tokens for work in self.work)
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """0 to k tokens sampled for one sequence in one step, with their logprobs if asked for."""
+
+    key: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step sampled, in the order of its plan."""
+
+    step: int
+    sampled: tuple[SampledTokens, ...]
+
+
+class StepHandle(Protocol):
+    """A submitted step."""
+
+    def result(self) -> StepResult:
+        """Wait for the step; raises what the step raised."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs steps: in this process, on N ranks, or on remote actors. Steps run in the order they were submitted."""
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,109 @@
+"""A request inside the engine: one choice of one API request, as tokens, with how far it is.
+
+    tokens    [ prompt ............ | output ......... ]          known tokens
+    computed  [ ================> ]                                tokens whose K/V the submitted steps write
+    pending                                            [?]         sampled by a submitted step, not read yet
+
+A step computes the tokens in [computed, known + pending); when it reaches the end it samples one more.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from penstock.common.messages import Finish, GenerateRequest, Spans
+from penstock.common.page_hash import next_hash, root_hash
+
+
+class Status(enum.Enum):
+    """Where a request is; docs/request-states.md draws the transitions."""
+
+    WAITING = "waiting"  # no work planned: it holds no pages, or only those that came with it
+    RUNNING = "running"  # in the batch
+    FINISHED = "finished"
+
+
+def request_key(request_id: str, choice: int, attempt: int) -> str:
+    """The engine's name for one attempt at one choice; also its page holder."""
+    return f"{request_id}:{choice}:{attempt}"
+
+
+@dataclass(eq=False)
+class Request:
+    """Mutable state of one request; changed by the scheduler only."""
+
+    source: GenerateRequest
+    arrived: float  # clock of the worker, seconds
+    prefill_only: bool = False  # a prefill worker stops after the first token
+    status: Status = Status.WAITING
+    computed: int = 0
+    pending: int = 0
+    hashes: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
+    first_planned: float | None = None
+    prefilled: float | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+    finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        self.key = request_key(self.source.request_id, self.source.choice, self.source.attempt)
+        self.tokens = [*self.source.prompt_token_ids, *self.source.output_token_ids]
+        self.prompt_len = len(self.source.prompt_token_ids)
+        self.first_len = len(self.tokens)  # tokens that came with the request; what follows is sampled here
+        self.stop_ids = frozenset(self.source.sampling.stop_token_ids)
+        self.eos_ids = frozenset() if self.source.sampling.ignore_eos else frozenset(self.source.eos_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """One token to compute per step from here on."""
+        return self.num_to_compute == 1 and self.computed >= self.first_len - 1 and self.computed > 0
+
+    def extend_hashes(self, scope: str, page_size: int, num_tokens: int) -> list[bytes]:
+        """Hashes of the full pages among the first `num_tokens` tokens."""
+        num_pages = num_tokens // page_size
+        while len(self.hashes) < num_pages:
+            parent = self.hashes[-1] if self.hashes else root_hash(scope, [self.source.cache_salt])
+            start = len(self.hashes) * page_size
+            self.hashes.append(next_hash(parent, self.tokens[start : start + page_size]))
+        return self.hashes[:num_pages]
+
+    def finish_after(self, token: int, max_model_len: int) -> Finish | None:
+        """Why the request ends now that `token` has been appended, or None. Source: vLLM's order of the checks."""
+        sampling = self.source.sampling
+        if self.num_output >= sampling.min_tokens:
+            if token in self.eos_ids:
+                return Finish(reason="stop")
+            if token in self.stop_ids:
+                return Finish(reason="stop", stop_reason=token)
+        if sampling.max_tokens is not None and self.num_output >= sampling.max_tokens:
+            return Finish(reason="length")
+        if len(self.tokens) >= max_model_len:
+            return Finish(reason="length")
+        return None
+
+    def spans(self, now: float) -> Spans:
+        """This worker's part of the timeline so far."""
+        began = self.first_planned if self.first_planned is not None else now
+        prefilled = self.prefilled if self.prefilled is not None else began
+        return Spans(
+            queue_ms=(began - self.arrived) * 1e3,
+            prefill_ms=(prefilled - began) * 1e3,
+            decode_ms=(now - prefilled) * 1e3,
+            cached_tokens=self.cached_tokens,
+            computed_tokens=max(0, self.prompt_len - self.cached_tokens),
+            preemptions=self.preemptions,
+        )
