@@ -72,6 +72,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     lease_s: float = 10.0
     pid: int = 0
     version: str = ""
+    status_url: str = ""  # http://host:port of its /health, /metrics and /debug/ledger
 
 
 class Heartbeat(Message, tag="heartbeat", kw_only=True):
