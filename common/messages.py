@@ -24,7 +24,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 # ---------------------------------------------------------------- handshake, both links (router and decode -> worker)
 
 
-class Hello(Message, tag="hello", kw_only=True):
+class Hello(Message, tag="hello", frozen=True, kw_only=True):
     """First message on a connection, and again whenever the connection was cut."""
 
     protocol: int
@@ -34,7 +34,7 @@ class Hello(Message, tag="hello", kw_only=True):
     fingerprint: str  # "" from a router: it serves whatever the worker serves
 
 
-class Welcome(Message, tag="welcome", kw_only=True):
+class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     """The worker accepts; `worker` is a MessagePack-encoded `WorkerInfo`."""
 
     protocol: int
@@ -42,8 +42,8 @@ class Welcome(Message, tag="welcome", kw_only=True):
     worker: bytes
 
 
-class Refused(Message, tag="refused", kw_only=True):
-    """The worker does not accept this peer; `code` is "protocol", "fingerprint" or "draining"."""
+class Refused(Message, tag="refused", frozen=True, kw_only=True):
+    """The worker does not accept this peer; `code` is "protocol", "fingerprint", "draining" or "unknown" (say Hello first)."""
 
     protocol: int
     code: str
@@ -75,13 +75,13 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status_url: str = ""  # http://host:port of its /health, /metrics and /debug/ledger
 
 
-class Heartbeat(Message, tag="heartbeat", kw_only=True):
+class Heartbeat(Message, tag="heartbeat", frozen=True, kw_only=True):
     """From the connecting side: renews everything this peer holds at the worker (requests, lent pages)."""
 
     seq: int
 
 
-class HeartbeatAck(Message, tag="heartbeat_ack", kw_only=True):
+class HeartbeatAck(Message, tag="heartbeat_ack", frozen=True, kw_only=True):
     """Answered between two steps, so a late one also tells how long the worker's steps are."""
 
     seq: int
@@ -133,21 +133,21 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     queue_timeout_s: float = 60.0  # how long it may wait for room before it is refused
 
 
-class Submit(Message, tag="submit", kw_only=True):
+class Submit(Message, tag="submit", frozen=True, kw_only=True):
     """Router -> decode worker: run this request; `prefill` names the prefill worker to use, or None to prefill here."""
 
     request: GenerateRequest
     prefill: WorkerInfo | None = None
 
 
-class Abort(Message, tag="abort", kw_only=True):
+class Abort(Message, tag="abort", frozen=True, kw_only=True):
     """Router -> decode worker, decode -> prefill: stop and free everything of this attempt. Not answered."""
 
     request_id: str
     attempt: int
 
 
-class Prefill(Message, tag="prefill", kw_only=True):
+class Prefill(Message, tag="prefill", frozen=True, kw_only=True):
     """Decode -> prefill worker, once the decode worker has promised room: compute the prompt and offer its pages."""
 
     request: GenerateRequest
@@ -158,7 +158,7 @@ class Prefill(Message, tag="prefill", kw_only=True):
 # ---------------------------------------------------------------- hand-off: prefill <-> decode
 
 
-class PagesReady(Message, tag="pages_ready", kw_only=True):
+class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
     """Prefill -> decode: a ticket. These pages are complete and lent to you until `PagesLanded`, or your lease ends.
 
     Page i of the lists holds tokens [(first_page + i) * page_size, ...) of the request. One list per KV group.
@@ -175,7 +175,7 @@ class PagesReady(Message, tag="pages_ready", kw_only=True):
     blobs: dict[str, bytes] = {}  # named extras that are not pages (hidden state, encoder output)
 
 
-class PrefillDone(Message, tag="prefill_done", kw_only=True):
+class PrefillDone(Message, tag="prefill_done", frozen=True, kw_only=True):
     """Prefill -> decode, after the last ticket: the first token, already sent to the router.
 
     With `finish` set the request ended with that token and nothing is to be decoded.
@@ -188,7 +188,7 @@ class PrefillDone(Message, tag="prefill_done", kw_only=True):
     spans: Spans | None = None
 
 
-class PrefillFailed(Message, tag="prefill_failed", kw_only=True):
+class PrefillFailed(Message, tag="prefill_failed", frozen=True, kw_only=True):
     """Prefill -> decode: no pages (more) will come; the decode worker computes what is missing itself."""
 
     request_id: str
@@ -197,7 +197,7 @@ class PrefillFailed(Message, tag="prefill_failed", kw_only=True):
     message: str
 
 
-class PagesLanded(Message, tag="pages_landed", kw_only=True):
+class PagesLanded(Message, tag="pages_landed", frozen=True, kw_only=True):
     """Decode -> prefill: everything of this attempt is read (or given up); the loan ends."""
 
     request_id: str
@@ -261,7 +261,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     spans: Spans | None = None  # with a worker's last delta of the request
 
 
-class TokenBatch(Message, tag="tokens", kw_only=True):
+class TokenBatch(Message, tag="tokens", frozen=True, kw_only=True):
     """All new tokens of one step for one router."""
 
     deltas: list[TokenDelta]
@@ -299,7 +299,8 @@ def decode(payload: bytes) -> AnyMessage:
     Raises:
         msgspec.ValidationError, msgspec.DecodeError: not one of ours; the peer should be refused, not crash us.
     """
-    return _decoder.decode(payload)
+    message: AnyMessage = _decoder.decode(payload)
+    return message
 
 
 def decode_worker_info(payload: bytes) -> WorkerInfo:

@@ -1,0 +1,352 @@
+"""ZeroMQ between processes: workers bind a ROUTER socket, routers and decode workers connect DEALER sockets.
+
+`BusServer` is the worker's side, `BusLink` the connecting side for a thread that polls, `AsyncBusLink` on asyncio.
+None of them ever blocks. Decisions are in `peers.py` (worker) and `link_state.py` (connecting side).
+
+Memory: what waits for a peer is bounded by its lease (a peer silent for lease_s is expired and its requests end) and
+by libzmq's heartbeats, which cut a peer that does not read; what waits to be read is bounded by `RECEIVE_HWM` messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+from penstock.common.bus_access import ClusterMembers, curve_keys, resolve_bind
+from penstock.common.errors import ConfigError
+from penstock.common.link_state import Connected, Disconnected, LinkState, Phase
+from penstock.common.messages import PROTOCOL_VERSION, AnyMessage, Message, Refused, decode, encode
+from penstock.common.peers import PeerEvent, PeerExpired, PeerJoined, PeerReplaced, Peers, split_identity, wire_identity
+
+# fmt: off
+__all__ = [
+    "AsyncBusLink", "BusLink", "BusServer", "Connected", "Disconnected", "LinkItem", "PeerEvent", "PeerExpired",
+    "PeerJoined", "PeerReplaced", "Peers", "Phase", "split_identity", "wire_identity",
+]
+# fmt: on
+
+RECEIVE_HWM = 50_000
+RECEIVE_AT_MOST = 10_000  # messages in one pass, so that a flood cannot keep a worker from its step
+MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens is 5 MB
+ZMQ_HEARTBEAT_MS = 1000
+ZMQ_HEARTBEAT_TIMEOUT_MS = 5000
+CONNECT_TIMEOUT_MS = 5000
+LOG_INTERVAL_S = 10.0
+ZAP_DOMAIN = "penstock"
+
+_CUT = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_CUT |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+
+LinkItem = AnyMessage | Connected | Disconnected
+
+log = logging.getLogger(__name__)
+
+
+def _tune(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, RECEIVE_HWM)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, ZMQ_HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, ZMQ_HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, CONNECT_TIMEOUT_MS)
+    socket.setsockopt(zmq.IPV6, 1)
+
+
+def _read(payload: bytes) -> AnyMessage | str:
+    """The message, or why it cannot be read."""
+    try:
+        return decode(payload)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        return str(error)
+
+
+class BusServer:
+    """The worker's socket. All calls come from the worker's one engine thread.
+
+    Raises:
+        ConfigError: the address cannot be bound, or is not loopback while there is no cluster key.
+
+    With a cluster key a context of its own is wanted (a context has one authenticator).
+    """
+
+    def __init__(
+        self, host: str, port: int, cluster_key: str, context: zmq.Context[zmq.Socket[bytes]] | None = None
+    ) -> None:
+        bind, announced = resolve_bind(host, cluster_key)
+        self.dropped_sends = 0  # to peers that are gone
+        self.undecodable = 0
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        self._next_log = float("-inf")
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        _tune(self.socket)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # so that a peer that is gone shows
+        try:
+            if cluster_key:
+                self._authenticate(cluster_key)
+            self.socket.bind(f"tcp://{bind}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"cannot bind the bus to {host}:{port}: {error}") from error
+        bound_port = self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
+        self.address = f"tcp://{announced}:{bound_port}"
+
+    def receive(self) -> list[tuple[bytes, AnyMessage]]:
+        """(identity, message) of everything that is there now. What cannot be read is answered with `Refused`."""
+        received: list[tuple[bytes, AnyMessage]] = []
+        for _ in range(RECEIVE_AT_MOST):
+            try:
+                identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            message = _read(frames[0]) if len(frames) == 1 else f"{len(frames)} frames instead of one"
+            if isinstance(message, str):
+                self._refuse(identity, message)
+            else:
+                received.append((identity, message))
+        return received
+
+    def send(self, identity: bytes, message: Message) -> None:
+        """Queue a message; one to a peer that is gone is dropped and counted."""
+        try:
+            self.socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self.dropped_sends += 1
+
+    def close(self) -> None:
+        """Close the socket at once; what is still queued is dropped. Closing twice does no harm."""
+        self.socket.close(0)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        if self._own_context:
+            self._context.term()
+
+    def _authenticate(self, cluster_key: str) -> None:
+        public, secret = curve_keys(cluster_key)
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(ZAP_DOMAIN, ClusterMembers(public))
+        self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self.socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        self.socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+
+    def _refuse(self, identity: bytes, reason: str) -> None:
+        self.undecodable += 1
+        now = time.monotonic()
+        if now >= self._next_log:
+            self._next_log = now + LOG_INTERVAL_S
+            log.warning(
+                "dropped a message of %r that cannot be read: %s (%d in all)", identity, reason, self.undecodable
+            )
+        self.send(identity, Refused(protocol=PROTOCOL_VERSION, code="protocol", message=f"cannot read this: {reason}"))
+
+
+class BusLink:
+    """A link to one worker, for a thread that polls: a decode worker towards its prefill workers.
+
+    `sockets` belong in the caller's poller and change with every session; a `poller` passed in is kept up to date.
+    Call `receive` whenever one of them is readable, and at least a few times a second.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        peer_id: str,
+        role: str,
+        session: int,
+        fingerprint: str,
+        cluster_key: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        lease_s: float = 10.0,
+        poller: zmq.Poller | _LoopPoller | None = None,
+    ) -> None:
+        self.address = address
+        self.state = LinkState(peer_id, role, session, fingerprint, lease_s)
+        self.dropped_sends = 0
+        self._cluster_key = cluster_key
+        self._context = context
+        self._poller = poller
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._closed = False
+
+    @property
+    def connected(self) -> bool:
+        """The worker has accepted this session, and it is not cut as far as we know."""
+        return self.state.phase is Phase.GREETED
+
+    @property
+    def sockets(self) -> tuple[zmq.Socket[bytes], ...]:
+        """What to poll for input now: the data socket and its monitor, or nothing between two sessions."""
+        return (self._socket, self._monitor) if self._socket and self._monitor else ()
+
+    def receive(self, now: float) -> list[LinkItem]:
+        """Everything that happened, in order: messages, `Connected`, `Disconnected`. Also does what is due
+        (heartbeats, opening the next session)."""
+        if self._closed:
+            return []
+        if self.state.must_open(now):
+            self._open(now)
+        items: list[LinkItem] = []
+        cut = self._read_monitor()  # before the messages: what came in before the cut is still read below
+        end = self._drain(items, now)
+        if end is None and cut:
+            end = self.state.lost(cut, now)
+        if end is None:
+            end = self.state.silent(now)
+        if end is not None:
+            self._close_socket()
+            items.append(end)
+        elif heartbeat := self.state.heartbeat_due(now):
+            self.send(heartbeat)
+        return items
+
+    def send(self, message: Message) -> bool:
+        """Queue a message. False: there is no session now, the message is dropped."""
+        if self._socket is None:
+            self.dropped_sends += 1
+            return False
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped_sends += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close at once and for good; the worker ends what this peer held when its lease ends."""
+        self._closed = True
+        self._close_socket()
+
+    def _open(self, now: float) -> None:
+        hello = self.state.opened(now)
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        _tune(socket)
+        socket.setsockopt(zmq.ROUTING_ID, wire_identity(hello.peer_id, hello.session))
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection is a new session, on a new socket
+        if self._cluster_key:
+            public, secret = curve_keys(self._cluster_key)
+            socket.setsockopt(zmq.CURVE_SERVERKEY, public)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket(_CUT)
+        socket.connect(self.address)
+        socket.send(encode(hello), zmq.NOBLOCK)
+        if self._poller is not None:
+            for one in self.sockets:
+                self._poller.register(one, zmq.POLLIN)
+
+    def _close_socket(self) -> None:
+        if self._socket is None:
+            return
+        if self._poller is not None:
+            for one in self.sockets:
+                self._poller.unregister(one)
+        self._socket.disable_monitor()
+        if self._monitor is not None:
+            self._monitor.close(0)
+        self._socket.close(0)
+        self._socket = self._monitor = None
+
+    def _read_monitor(self) -> str:
+        """Why the connection is gone, or ""."""
+        cut = ""
+        while self._monitor is not None and int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            cut = cut or f"connection cut ({zmq.Event(int(event['event'])).name})"
+        return cut
+
+    def _drain(self, items: list[LinkItem], now: float) -> Disconnected | None:
+        """Append every message that is there; the session's end, if one of them ends it."""
+        if self._socket is None:
+            return None
+        for _ in range(RECEIVE_AT_MOST):
+            try:
+                payload = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            message = _read(payload)
+            if isinstance(message, str):
+                return self.state.lost(f"cannot read a message: {message}", now)
+            event = self.state.received(message, now)
+            if isinstance(event, Disconnected):
+                return event
+            items.append(message if event is None else event)
+        return None
+
+
+class AsyncBusLink(BusLink):
+    """A `BusLink` on asyncio: `handler` gets every item, in order, a whole readable burst in one pass.
+
+    Call `tick` a few times a second for what is due; input is handled as it comes.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        peer_id: str,
+        role: str,
+        session: int,
+        fingerprint: str,
+        cluster_key: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        handler: Callable[[LinkItem], None],
+        lease_s: float = 10.0,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        poller = _LoopPoller(self._loop, self.tick)
+        super().__init__(
+            address, peer_id, role, session, fingerprint, cluster_key, context, lease_s=lease_s, poller=poller
+        )
+        self._handler = handler
+        self._look_again: asyncio.Handle | None = None
+
+    def tick(self) -> None:
+        """Handle what there is and what is due."""
+        self._look_again = None
+        for item in self.receive(time.monotonic()):
+            self._handler(item)
+
+    def send(self, message: Message) -> bool:
+        """As `BusLink.send`. ZeroMQ's descriptors signal edges, and a send may use one up: so look again after it."""
+        sent = super().send(message)
+        if sent and self._look_again is None:
+            self._look_again = self._loop.call_soon(self.tick)
+        return sent
+
+    def close(self) -> None:
+        """Close at once and for good."""
+        if self._look_again is not None:
+            self._look_again.cancel()
+        super().close()
+
+
+class _LoopPoller:
+    """Lets an event loop watch ZeroMQ sockets, behind the two methods of `zmq.Poller` that a link needs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, readable: Callable[[], None]) -> None:
+        self._loop = loop
+        self._readable = readable
+
+    def register(self, socket: zmq.Socket[bytes], flags: int) -> None:
+        self._loop.add_reader(int(socket.getsockopt(zmq.FD)), self._readable)
+
+    def unregister(self, socket: zmq.Socket[bytes]) -> None:
+        self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))

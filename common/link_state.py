@@ -1,0 +1,150 @@
+"""The connecting side of a bus link as a pure state machine; `bus.py` owns its sockets.
+
+    CONNECTING --Welcome--> GREETED --cut, refused or silent--> LOST --back-off--> CONNECTING (next session)
+         └──────────── cut, refused or silent ─────────────────────^
+
+Every session has its own socket and says Hello once. libzmq answers its own heartbeats even while the worker computes,
+so a dead or unreachable worker shows as a cut; silence counts only after many leases, for a worker that hangs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
+
+from penstock.common.messages import (
+    PROTOCOL_VERSION,
+    AnyMessage,
+    Heartbeat,
+    Hello,
+    Refused,
+    Welcome,
+    WorkerInfo,
+    decode_worker_info,
+)
+
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MOST_S = 5.0
+SILENT_LEASES = 12  # a step may take seconds, so only a worker silent for this many leases counts as hung
+
+
+class Phase(Enum):
+    """Where a link is; see the picture above."""
+
+    CONNECTING = "connecting"
+    GREETED = "greeted"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The worker accepted this session: `worker` is what it says of itself."""
+
+    worker: WorkerInfo
+    session: int
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The session ended; everything that was asked on it is lost. The link connects again by itself."""
+
+    session: int
+    reason: str
+    greeted: bool  # False: this session never got its Welcome
+
+
+class LinkState:
+    """One link to one worker. `session` grows with each connection."""
+
+    def __init__(self, peer_id: str, role: str, session: int, fingerprint: str, lease_s: float) -> None:
+        self.peer_id = peer_id
+        self.session = session - 1  # opening makes it the first one
+        self.phase = Phase.LOST
+        self.heartbeat_seq = 0
+        self.heartbeat_sent_at: dict[int, float] = {}  # of heartbeats not answered yet, oldest first
+        self._role = role
+        self._fingerprint = fingerprint
+        self._lease_s = lease_s
+        self._retry_at = float("-inf")
+        self._backoff_s = BACKOFF_FIRST_S
+        self._heard_at = float("-inf")
+        self._next_heartbeat = float("inf")
+
+    def must_open(self, now: float) -> bool:
+        """True when a new session should be opened now."""
+        return self.phase is Phase.LOST and now >= self._retry_at
+
+    def opened(self, now: float) -> Hello:
+        """A new socket is being connected: the message to send first."""
+        self.session += 1
+        self.phase = Phase.CONNECTING
+        self._heard_at = now
+        self.heartbeat_sent_at.clear()
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            peer_id=self.peer_id,
+            session=self.session,
+            role=self._role,
+            fingerprint=self._fingerprint,
+        )
+
+    def received(self, message: AnyMessage, now: float) -> Connected | Disconnected | None:
+        """Note a message of this session; Welcome and Refused change the link's phase."""
+        self._heard_at = now
+        if isinstance(message, Welcome) and self.phase is Phase.CONNECTING:
+            return self._greeted(message, now)
+        if isinstance(message, Refused):
+            permanent = message.code in ("protocol", "fingerprint")
+            return self.lost(f"refused: {message.code}: {message.message}", now, BACKOFF_MOST_S if permanent else 0.0)
+        return None
+
+    def heartbeat_due(self, now: float) -> Heartbeat | None:
+        """The heartbeat to send now, three a lease, or None."""
+        if self.phase is not Phase.GREETED or now < self._next_heartbeat:
+            return None
+        self._next_heartbeat = now + self._lease_s / 3
+        self.heartbeat_seq += 1
+        self.heartbeat_sent_at[self.heartbeat_seq] = now
+        if len(self.heartbeat_sent_at) > 1000:
+            del self.heartbeat_sent_at[next(iter(self.heartbeat_sent_at))]
+        return Heartbeat(seq=self.heartbeat_seq)
+
+    def acknowledged(self, seq: int) -> float | None:
+        """When the heartbeat was sent that is answered now; it and all older ones are settled."""
+        sent_at = self.heartbeat_sent_at.get(seq)
+        for older in [s for s in self.heartbeat_sent_at if s <= seq]:
+            del self.heartbeat_sent_at[older]
+        return sent_at
+
+    def silent(self, now: float) -> Disconnected | None:
+        """The session's end, if the worker has said nothing for `SILENT_LEASES` leases."""
+        silence_s = now - self._heard_at
+        if self.phase is Phase.LOST or silence_s <= SILENT_LEASES * self._lease_s:
+            return None
+        return self.lost(f"silent for {silence_s:.0f} s", now)
+
+    def lost(self, reason: str, now: float, at_least_s: float = 0.0) -> Disconnected | None:
+        """The session is over; a new one may be opened after a back-off that doubles until a Welcome comes."""
+        if self.phase is Phase.LOST:
+            return None
+        greeted = self.phase is Phase.GREETED
+        self.phase = Phase.LOST
+        self._retry_at = now + max(self._backoff_s, at_least_s)
+        self._backoff_s = min(self._backoff_s * 2, BACKOFF_MOST_S)
+        return Disconnected(self.session, reason, greeted)
+
+    def _greeted(self, welcome: Welcome, now: float) -> Connected | Disconnected | None:
+        if welcome.protocol != PROTOCOL_VERSION:
+            return self.lost(f"worker speaks protocol {welcome.protocol}", now, BACKOFF_MOST_S)
+        if self._fingerprint and welcome.fingerprint != self._fingerprint:
+            return self.lost(f"worker has fingerprint {welcome.fingerprint!r}", now, BACKOFF_MOST_S)
+        try:
+            worker = decode_worker_info(welcome.worker)
+        except msgspec.DecodeError as error:
+            return self.lost(f"Welcome cannot be read: {error}", now, BACKOFF_MOST_S)
+        self.phase = Phase.GREETED
+        self._backoff_s = BACKOFF_FIRST_S
+        self._next_heartbeat = now
+        return Connected(worker, self.session)
