@@ -35,10 +35,10 @@ class Request:
 
     source: GenerateRequest
     arrived: float  # clock of the worker, seconds
-    prefill_only: bool = False  # a prefill worker stops after the first token
     status: Status = Status.WAITING
     computed: int = 0
     pending: int = 0
+    planned_pages: int = 0  # pages of its table that the executor knows
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
     first_planned: float | None = None
     prefilled: float | None = None
@@ -50,7 +50,6 @@ class Request:
         self.key = request_key(self.source.request_id, self.source.choice, self.source.attempt)
         self.tokens = [*self.source.prompt_token_ids, *self.source.output_token_ids]
         self.prompt_len = len(self.source.prompt_token_ids)
-        self.first_len = len(self.tokens)  # tokens that came with the request; what follows is sampled here
         self.stop_ids = frozenset(self.source.sampling.stop_token_ids)
         self.eos_ids = frozenset() if self.source.sampling.ignore_eos else frozenset(self.source.eos_token_ids)
 
@@ -70,7 +69,7 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """One token to compute per step from here on."""
-        return self.num_to_compute == 1 and self.computed >= self.first_len - 1 and self.computed > 0
+        return self.num_to_compute == 1 and self.computed > 0
 
     def extend_hashes(self, scope: str, page_size: int, num_tokens: int) -> list[bytes]:
         """Hashes of the full pages among the first `num_tokens` tokens."""

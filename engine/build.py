@@ -1,0 +1,130 @@
+"""Builds an engine from its configuration: checkpoint, dtype, pool size, scheduler.
+
+Called by the workers and by `LLM`. Everything that two workers must agree on to exchange pages ends in `fingerprint`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from penstock.common.config import EngineConfig
+from penstock.common.errors import ConfigError
+from penstock.engine.core import Engine
+from penstock.engine.kv_pool import KVLayout, KVPool
+from penstock.engine.memory import pool_size_bytes
+from penstock.engine.pages import PageManager
+from penstock.engine.policy import BatchPolicy
+from penstock.engine.runner import ModelRunner
+from penstock.engine.scheduler import Scheduler
+from penstock.models.registry import load_model, resolve_checkpoint
+from penstock.models.spec import ModelSpec, read_spec
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine and the facts about it that a worker announces."""
+
+    engine: Engine
+    spec: ModelSpec
+    pool: KVPool
+    max_model_len: int
+    hash_scope: str
+    fingerprint: str
+
+
+def build_engine(
+    config: EngineConfig,
+    policy: BatchPolicy,
+    *,
+    name: str = "penstock",
+    memory_share: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> BuiltEngine:
+    """Load the model and make an engine around it. `name` ends in the pool's memfd name, for peers to check.
+
+    Raises:
+        ModelError: the checkpoint is unsupported, broken, or cannot be had.
+        ConfigError: the options do not fit the model or the machine.
+    """
+    path = resolve_checkpoint(config.model)
+    spec = read_spec(path)
+    device = resolve_device(config.device)
+    dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
+    if device.type == "cpu":
+        torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 2)))
+    model = load_model(path, spec, dtype=dtype, device=device, load_format=config.load_format, progress=progress)
+    layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)
+    num_pages = pool_size_bytes(config, model, layout, device, memory_share) // layout.page_bytes
+    max_model_len = _context(config, spec, num_pages)
+    checkpoint = checkpoint_digest(path, config.load_format)
+    pool = KVPool(layout, num_pages, device, name)
+    hash_scope = f"{checkpoint}|{dtype}|{config.block_size}"
+    scheduler = Scheduler(
+        PageManager(num_pages, config.block_size, caching=config.enable_prefix_caching),
+        policy,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        hash_scope=hash_scope,
+    )
+    fingerprint = blake2b(f"{checkpoint}|{layout.describe()}|tp1|xxh3-64".encode(), digest_size=16).hexdigest()
+    size_gib = num_pages * layout.page_bytes / 2**30
+    logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, config.block_size, size_gib, max_model_len)
+    return BuiltEngine(Engine(scheduler, ModelRunner(model, pool)), spec, pool, max_model_len, hash_scope, fingerprint)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not known: use cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available() or (resolved.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {device}: this machine shows {torch.cuda.device_count()} CUDA devices to torch")
+        return torch.device("cuda", resolved.index or 0)
+    return resolved
+
+
+def checkpoint_digest(path: Path, load_format: str = "auto") -> str:
+    """Names a checkpoint by its content, cheaply: config.json, and the names and sizes of the weight files."""
+    digest = blake2b((path / "config.json").read_bytes(), digest_size=16)
+    if load_format != "dummy":
+        for file in sorted(path.glob("*.safetensors")):
+            digest.update(f"|{file.name}:{file.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def _context(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
+    """Longest request, in tokens: what was asked for, else what model and pool allow."""
+    room = num_pages * config.block_size
+    if config.max_model_len is not None:
+        if config.max_model_len > spec.max_position:
+            raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's context of {spec.max_position}")
+        if config.max_model_len > room:
+            raise ConfigError(
+                f"max_model_len {config.max_model_len} does not fit the KV pool: {num_pages} pages of "
+                f"{config.block_size} tokens hold {room}; give it more memory or a shorter context"
+            )
+        return config.max_model_len
+    if room < spec.max_position:
+        logger.warning("context shortened from %d to %d tokens to fit the KV pool", spec.max_position, room)
+    if room < 2:
+        raise ConfigError("the KV pool has no room for a single page: raise kv_cache_memory_bytes")
+    return min(room, spec.max_position)

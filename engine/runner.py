@@ -1,0 +1,104 @@
+"""Runs step plans on a model in this process: the `Executor` for one device.
+
+Remembers each sequence's tokens and page table between steps, builds the step's inputs, runs the model over the KV pool
+and samples. What it appends itself is never sent to it again (see plan.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from penstock.engine.kv_pool import KVPool
+from penstock.engine.plan import SampledTokens, SequenceStart, StepHandle, StepPlan, StepResult
+from penstock.engine.sampler import SamplingRow, noise_seed, sample
+from penstock.kernels.paged_attention import PagedBatch
+from penstock.models.decoder import CausalLM
+
+
+@dataclass
+class _Sequence:
+    tokens: list[int]
+    table: list[int]
+    row: SamplingRow
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A step that ran to its end inside `submit`."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
+
+
+class ModelRunner:
+    """One model, one pool, one device; steps run inside `submit`."""
+
+    def __init__(self, model: CausalLM, pool: KVPool) -> None:
+        self.model = model
+        self.pool = pool
+        self._kv = pool.layers()
+        self._sequences: dict[str, _Sequence] = {}
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Run the step. Raises what the model raises (out of memory, say): the sequences' state is then undefined."""
+        for key in plan.ended:
+            self._sequences.pop(key, None)
+        for start in plan.started:
+            self._sequences[start.key] = _new_sequence(start)
+        return _Done(StepResult(plan.step, self._run(plan)))
+
+    def close(self) -> None:
+        self._sequences.clear()
+        self.pool.close()
+
+    def _run(self, plan: StepPlan) -> tuple[SampledTokens, ...]:
+        if not plan.work:
+            return ()
+        sequences = [self._sequences[work.key] for work in plan.work]
+        token_ids: list[int] = []
+        last_rows: list[int] = []
+        sampling: list[_Sequence] = []
+        for sequence, work in zip(sequences, plan.work, strict=True):
+            sequence.table.extend(work.new_pages)
+            token_ids += sequence.tokens[work.start : work.start + work.num_tokens]
+            if work.samples:
+                last_rows.append(len(token_ids) - 1)
+                sampling.append(sequence)
+        device = self.pool.device
+        batch = PagedBatch.build(
+            [work.num_tokens for work in plan.work],
+            [work.start + work.num_tokens for work in plan.work],
+            [sequence.table for sequence in sequences],
+            self.pool.layout.page_size,
+            device,
+        )
+        hidden = self.model.forward(torch.tensor(token_ids, device=device), batch, self._kv)
+        if not sampling:
+            return ()
+        logits = self.model.logits(hidden[torch.tensor(last_rows, device=device)])
+        tokens, logprobs = sample(logits, [sequence.row for sequence in sampling])
+        keys = [work.key for work in plan.work if work.samples]
+        results = []
+        for key, sequence, token, logprob in zip(keys, sampling, tokens, logprobs, strict=True):
+            sequence.tokens.append(token)
+            results.append(SampledTokens(key, (token,), None if logprob is None else (logprob,)))
+        return tuple(results)
+
+
+def _new_sequence(start: SequenceStart) -> _Sequence:
+    tokens = list(start.tokens)
+    sampling = start.sampling
+    eos = () if sampling.ignore_eos else start.eos_token_ids
+    row = SamplingRow(
+        sampling=sampling,
+        noise_seed=noise_seed(sampling.seed, start.choice),
+        tokens=tokens,  # shared with the sequence: it grows
+        prompt_len=start.prompt_len,
+        forbidden_until_min=tuple({*eos, *sampling.stop_token_ids}) if sampling.min_tokens else (),
+    )
+    return _Sequence(tokens, [], row)
