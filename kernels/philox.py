@@ -45,7 +45,12 @@ def exponential_noise(seeds: Tensor, positions: Tensor, purpose: int, num_tokens
     groups = torch.arange(-(-num_tokens // 4), device=seeds.device)
     words = philox4x32(
         ((seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None]),
-        (groups[None, :], positions[:, None], torch.full_like(positions, purpose)[:, None], torch.zeros_like(groups)[None, :]),
+        (
+            groups[None, :],
+            positions[:, None],
+            torch.full_like(positions, purpose)[:, None],
+            torch.zeros_like(groups)[None, :],
+        ),
     )
     bits = torch.stack(words, dim=-1).flatten(1)[:, :num_tokens]
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32

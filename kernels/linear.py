@@ -1,0 +1,69 @@
+"""Linear layers as method objects: how x @ weight.T + bias is computed is the object's business, not the model's.
+
+`make_linear` picks the method for a weight. Quantised and parallel layers will be further classes with this call.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# oneDNN lays a weight out for a number of rows. 16 is within noise of the best layout for 1 and for 128 rows too, and
+# avoids the slow one that a hint of 128 gives short batches (1.0 against 0.3 ms for [1536, 1024] and 16 rows).
+_ROWS_HINT = 16
+
+
+class Linear(Protocol):
+    """A linear layer, its weight included."""
+
+    def __call__(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
+        """x [T, in_features] -> [T, out_features]; adapter: int64 [T], which adapter each token uses, or None."""
+
+
+class PlainLinear:
+    """A dense weight [out_features, in_features] as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
+        _reject(adapter)
+        return F.linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """A dense weight in oneDNN's blocked layout: at 1 to 16 rows a third to two thirds faster than the plain one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        self._bias = bias
+
+    def __call__(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
+        _reject(adapter)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The fastest layer for a weight where it lies. The weight may be copied: drop yours to free its memory."""
+    return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this processor's oneDNN computes in the weight's type at full speed."""
+    if not weight.is_cpu or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return weight.dtype == torch.float32
+
+
+def _reject(adapter: Tensor | None) -> None:
+    if adapter is not None:
+        raise ValueError("this layer has no adapters")

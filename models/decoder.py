@@ -1,0 +1,158 @@
+"""One pre-norm decoder with grouped-query attention and a gated MLP; `ModelSpec` says which. Llama, Mistral, Qwen 2, 3.
+
+The engine calls `forward` with a step's tokens and `logits` with the rows it samples from, under torch.inference_mode.
+Weights come as a dictionary that `models.weights` filled after the plan of `CausalLM.parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penstock.kernels.linear import Linear, make_linear
+from penstock.kernels.paged_attention import PagedBatch, paged_attention, store_kv
+from penstock.kernels.rms_norm import add_rms_norm, rms_norm
+from penstock.kernels.rotary import rotary, rotary_factors
+from penstock.kernels.silu_mul import silu_mul
+from penstock.models.spec import ModelSpec
+from penstock.models.weights import Parameter
+
+
+class CausalLM:
+    """A decoder with its weights.
+
+    The weight dictionary is emptied on the way: each tensor may be repacked, and is freed before the next one.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
+        self.spec = spec
+        self._embedding = weights.pop("embedding.weight")
+        self._norm = weights.pop("norm.weight")
+        self._frequencies = spec.rope.frequencies(spec.head_dim, self._embedding.device)
+        self._layers = [_Layer(spec, index, weights) for index in range(spec.num_layers)]
+        # On CPU a tied head is repacked beside the table that tokens are looked up in: one matrix more in memory, for a
+        # third of the head's time, and the head is the largest matrix of a small model.
+        head = self._embedding if spec.tie_word_embeddings else weights.pop("head.weight")
+        self._head = make_linear(head, None)
+
+    @classmethod
+    def parameters(cls, spec: ModelSpec) -> Iterator[Parameter]:
+        """Every weight: its name here, and the checkpoint's tensors that are stacked to make it."""
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        hidden, mlp = spec.hidden_size, spec.intermediate_size
+        yield Parameter("embedding.weight", ("model.embed_tokens.weight",), (spec.vocab_size,), hidden)
+        for index in range(spec.num_layers):
+            ours, theirs = f"layers.{index}", f"model.layers.{index}"
+            qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
+            gate_up = tuple(f"{theirs}.mlp.{name}_proj" for name in ("gate", "up"))
+            yield from _linear(f"{ours}.qkv", qkv, (q_size, kv_size, kv_size), hidden, spec.qkv_bias)
+            yield from _linear(f"{ours}.output", (f"{theirs}.self_attn.o_proj",), (hidden,), q_size, spec.output_bias)
+            yield from _linear(f"{ours}.gate_up", gate_up, (mlp, mlp), hidden, spec.mlp_bias)
+            yield from _linear(f"{ours}.down", (f"{theirs}.mlp.down_proj",), (hidden,), mlp, spec.mlp_bias)
+            yield Parameter(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), (hidden,))
+            yield Parameter(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), (hidden,))
+            if spec.qk_norm:
+                for name in "qk":
+                    source = f"{theirs}.self_attn.{name}_norm.weight"
+                    yield Parameter(f"{ours}.{name}_norm.weight", (source,), (spec.head_dim,))
+        yield Parameter("norm.weight", ("model.norm.weight",), (hidden,))
+        if not spec.tie_word_embeddings:
+            yield Parameter("head.weight", ("lm_head.weight",), (spec.vocab_size,), hidden)
+
+    def forward(self, token_ids: Tensor, batch: PagedBatch, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Hidden states [T, hidden] of the step's tokens [T], final norm applied; their K/V go into the pages.
+
+        kv: a layer's keys and values, each a view [num_pages, num_kv_heads, page_size, head_dim] of the pool.
+        """
+        spec = self.spec
+        residual = F.embedding(token_ids, self._embedding)
+        frequencies = self._frequencies
+        if spec.rope.kind == "dynamic":
+            frequencies = spec.rope.frequencies_at(batch.positions, spec.head_dim)
+        cos, sin = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, residual.dtype)
+        delta: Tensor | None = None
+        for layer, (k_pages, v_pages) in zip(self._layers, kv, strict=True):
+            delta = layer(delta, residual, cos, sin, batch, k_pages, v_pages)
+        assert delta is not None  # a model has at least one layer
+        return add_rms_norm(delta, residual, self._norm, spec.rms_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [N, vocab] in float32 of the tokens that may follow, for hidden states [N, hidden] of `forward`."""
+        return self._head(hidden).float()
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How the joined query-key-value projection splits."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+class _Layer:
+    """Attention and MLP of one layer."""
+
+    def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor]) -> None:
+        def linear(name: str) -> Linear:
+            prefix = f"layers.{index}.{name}"
+            return make_linear(weights.pop(f"{prefix}.weight"), weights.pop(f"{prefix}.bias", None))
+
+        def norm(name: str) -> Tensor:
+            return weights.pop(f"layers.{index}.{name}.weight")
+
+        self._heads = _Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self._scale = spec.head_dim**-0.5
+        self._eps = spec.rms_eps
+        self._window = spec.sliding_windows[index]
+        self._qkv, self._output = linear("qkv"), linear("output")
+        self._gate_up, self._down = linear("gate_up"), linear("down")
+        self._attention_norm, self._mlp_norm = norm("attention_norm"), norm("mlp_norm")
+        self._qk_norms = (norm("q_norm"), norm("k_norm")) if spec.qk_norm else None
+
+    def __call__(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: PagedBatch,
+        k_pages: Tensor,
+        v_pages: Tensor,
+    ) -> Tensor:
+        """Adds the previous layer's `delta` to `residual` in place and returns this layer's."""
+        if delta is None:
+            x = rms_norm(residual, self._attention_norm, self._eps)
+        else:
+            x = add_rms_norm(delta, residual, self._attention_norm, self._eps)
+        x = self._attend(x, cos, sin, batch, k_pages, v_pages)
+        x = add_rms_norm(x, residual, self._mlp_norm, self._eps)
+        return self._down(silu_mul(self._gate_up(x)))
+
+    def _attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        heads = self._heads
+        qkv = self._qkv(x).view(len(x), -1, heads.dim)
+        turning, v = qkv[:, : heads.query + heads.kv], qkv[:, heads.query + heads.kv :]
+        if self._qk_norms is not None:
+            q, k = turning[:, : heads.query], turning[:, heads.query :]
+            q_norm, k_norm = self._qk_norms
+            turning = torch.cat((rms_norm(q, q_norm, self._eps), rms_norm(k, k_norm, self._eps)), 1)
+        turning = rotary(turning, cos, sin)
+        q, k = turning[:, : heads.query], turning[:, heads.query :]
+        store_kv(k, v, k_pages, v_pages, batch)
+        out = paged_attention(q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window)
+        return self._output(out.view(len(x), -1))
+
+
+def _linear(
+    name: str, sources: tuple[str, ...], rows: tuple[int, ...], columns: int, has_bias: bool
+) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", tuple(f"{source}.weight" for source in sources), rows, columns)
+    if has_bias:
+        yield Parameter(f"{name}.bias", tuple(f"{source}.bias" for source in sources), rows)
