@@ -186,6 +186,7 @@ class PrefillDone(Message, tag="prefill_done", frozen=True, kw_only=True):
     token_ids: list[int]
     finish: Finish | None = None
     spans: Spans | None = None
+    undelivered: TokenDelta | None = None  # the first token's delta, if the prefill worker has no link to the router
 
 
 class PrefillFailed(Message, tag="prefill_failed", frozen=True, kw_only=True):

@@ -82,10 +82,10 @@ class PageManager:
                 pages.append(page)
         return pages
 
-    def can_hold(self, matched: Sequence[int], extra: int) -> bool:
-        """Whether `matched` can be held and `extra` more pages allocated on top of all promises."""
+    def has_room(self, holder: str, matched: Sequence[int], extra: int) -> bool:
+        """Whether `holder` can hold `matched` and allocate `extra` more pages besides what others were promised."""
         revived = sum(1 for page in matched if self._refs[page] == 0)
-        return revived + extra <= self.num_available
+        return revived + extra <= self.num_available + self._promises.get(holder, 0)
 
     # ------------------------------------------------------------ changes
 
@@ -125,18 +125,15 @@ class PageManager:
 
     def release_some(self, holder: str, pages: Iterable[int]) -> None:
         """The holder gives up these of its pages (each must be in its table)."""
-        table = self._tables[holder]
         for page in pages:
-            table.remove(page)
+            self._take_from(holder, page)
             self._drop(page)
-        if not table:
-            del self._tables[holder]
 
-    def transfer(self, holder: str, new_holder: str) -> None:
-        """All pages of `holder` change hands at once (to quarantine, say); its promise ends."""
-        self._set_promise(holder, 0)
-        if holder in self._tables:
-            self._tables.setdefault(new_holder, []).extend(self._tables.pop(holder))
+    def move(self, holder: str, new_holder: str, pages: Iterable[int]) -> None:
+        """These pages of `holder` change hands, to quarantine, say."""
+        for page in pages:
+            self._take_from(holder, page)
+            self._tables.setdefault(new_holder, []).append(page)
 
     def promise(self, holder: str, count: int) -> None:
         """Reserve `count` pages for `holder`, which allocates them later.
@@ -147,6 +144,10 @@ class PageManager:
         if count > self.num_available:
             raise NoRoom(f"{count} pages wanted, {self.num_available} available")
         self._set_promise(holder, self._promises.get(holder, 0) + count)
+
+    def end_promise(self, holder: str) -> None:
+        """The holder will not allocate the rest of what it was promised."""
+        self._set_promise(holder, 0)
 
     def name(self, page: int, page_hash: bytes) -> None:
         """The page's content is complete and is what `page_hash` says: later requests may find it. First come, first kept."""
@@ -183,6 +184,12 @@ class PageManager:
             self._promises[holder] = count
         else:
             self._promises.pop(holder, None)
+
+    def _take_from(self, holder: str, page: int) -> None:
+        table = self._tables[holder]
+        table.remove(page)
+        if not table:
+            del self._tables[holder]
 
     def _take(self) -> int:
         if self._free:

@@ -18,6 +18,9 @@ from penstock.engine.plan import SequenceStart, SequenceWork, StepPlan, StepResu
 from penstock.engine.policy import BatchPolicy
 from penstock.engine.request import Request, Status
 
+HANDED_OFF = Finish(reason="handoff")
+"""End of a request on a prefill worker. Its pages stay held by its key: they are the hand-off's now, which releases them."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -175,7 +178,7 @@ class Scheduler:
             hashes = request.extend_hashes(self.hash_scope, pages.page_size, request.num_known - 1)
             matched = pages.match(hashes)
         extra = needed - held - len(matched)
-        if not pages.can_hold(matched, extra):
+        if not pages.has_room(request.key, matched, extra):
             return False
         if held == 0:
             pages.hold(request.key, matched)
@@ -184,6 +187,7 @@ class Scheduler:
             self.counters.prefix_hits += request.computed
         if extra > 0:
             pages.allocate(request.key, extra)
+        pages.end_promise(request.key)
         if request.first_planned is None:
             request.cached_tokens = request.computed
         self.waiting.remove(request)
@@ -274,7 +278,7 @@ class Scheduler:
                 break
         self.counters.generation_tokens += len(kept)
         if finish is None and self.policy.prefill_only:
-            finish = Finish(reason="handoff")
+            finish = HANDED_OFF
         if finish is not None:
             self._end(request, finish)
         return Output(
@@ -295,7 +299,8 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = Status.FINISHED
         request.finish = finish
-        self.pages.release(request.key)
+        if finish is not HANDED_OFF:
+            self.pages.release(request.key)
         del self._by_key[request.key]
 
 

@@ -1,0 +1,46 @@
+"""Collects a step's token deltas per router, so that each router gets one message a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.common.messages import Finish, GenerateRequest, Message, Spans, TokenBatch, TokenDelta
+from penstock.engine.scheduler import HANDED_OFF, Output
+
+
+class Replies:
+    """Deltas waiting to be sent, by the router's bus identity."""
+
+    def __init__(self, send: Callable[[bytes, Message], None]) -> None:
+        self._send = send
+        self._waiting: dict[bytes, list[TokenDelta]] = {}
+
+    def add(self, router: bytes, delta: TokenDelta) -> None:
+        self._waiting.setdefault(router, []).append(delta)
+
+    def end(self, router: bytes, request: GenerateRequest, finish: Finish, *, index: int | None = None) -> None:
+        """A request ends here without new tokens."""
+        index = len(request.output_token_ids) if index is None else index
+        self.add(router, TokenDelta(request.request_id, request.attempt, request.choice, index, [], finish))
+
+    def flush(self) -> None:
+        """Send everything that waits."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            for router, deltas in waiting.items():
+                self._send(router, TokenBatch(deltas=deltas))
+
+
+def to_delta(output: Output, spans: Spans | None = None) -> TokenDelta:
+    """An engine output as it travels; a hand-off is not an end to the router."""
+    request = output.request
+    return TokenDelta(
+        request.request_id,
+        request.attempt,
+        request.choice,
+        output.index,
+        list(output.token_ids),
+        None if output.finish is HANDED_OFF else output.finish,
+        None if output.logprobs is None else list(output.logprobs),
+        spans or output.spans,
+    )

@@ -1,0 +1,241 @@
+"""The process shell that both workers share: one thread that receives, decides, computes a step and answers.
+
+    receive bus messages -> role.handle -> role.tick -> engine.step -> role.stepped -> answers, prefix index, load
+
+A `Role` is what makes a worker a prefill or a decode worker. Redis and page copying have threads of their own; they and
+the status pages wake this loop through an eventfd.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import zmq
+
+from penstock.common.bus import BusServer, Peers
+from penstock.common.messages import AnyMessage, Finish, Heartbeat, HeartbeatAck, Hello, WorkerInfo, WorkerLoad
+from penstock.common.redis_state import RegistryWriter
+from penstock.engine.build import BuiltEngine
+from penstock.engine.replies import Replies
+from penstock.engine.scheduler import StepOutput
+
+logger = logging.getLogger(__name__)
+IDLE_POLL_S = 0.1
+BLOCKED_POLL_S = 0.005  # work waits, but for pages that others hold
+
+
+class Role(Protocol):
+    """What a worker does with messages and with what its engine computed. Called in the loop's thread only."""
+
+    def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
+        """A message of an accepted peer."""
+
+    def peer_gone(self, identity: bytes) -> None:
+        """Everything this peer asked for or was lent has to end."""
+
+    def tick(self, now: float) -> None:
+        """Once per turn, before the step: completions, deadlines, admission."""
+
+    def stepped(self, output: StepOutput, now: float) -> None:
+        """The engine computed a step."""
+
+    def busy(self) -> bool:
+        """Whether requests, loans or copies are still open, besides what the engine holds."""
+
+    def give_up(self, finish: Finish) -> None:
+        """End every open request with `finish`; the process is about to leave."""
+
+    def load(self) -> dict[str, int]:
+        """The role's own fields of `WorkerLoad`."""
+
+    def ledger(self) -> dict[str, Any]:
+        """The role's part of /debug/ledger."""
+
+    def close(self) -> None:
+        """Give back threads and sockets."""
+
+
+class WorkerLoop:
+    """Runs one worker until it is told to stop; `wake` may be called from any thread."""
+
+    def __init__(
+        self, built: BuiltEngine, bus: BusServer, info: WorkerInfo, *, lease_s: float, drain_s: float
+    ) -> None:
+        self.built = built
+        self.engine = built.engine
+        self.bus = bus
+        self.info = info
+        self.peers = Peers(info, lease_s)
+        self.replies = Replies(bus.send)
+        self.load = WorkerLoad(num_pages=self.engine.pages.num_pages)
+        self.poller = zmq.Poller()
+        self.poller.register(bus.socket, zmq.POLLIN)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.poller.register(self._wake_fd, zmq.POLLIN)
+        self._questions: queue.SimpleQueue[tuple[Callable[[], dict[str, Any]], Future[dict[str, Any]]]]
+        self._questions = queue.SimpleQueue()
+        self._drain_s = drain_s
+        self._stop_by: float | None = None
+        self._stop_requested = threading.Event()
+        self._turned_at = time.monotonic()
+
+    # ------------------------------------------------------------ from other threads
+
+    def wake(self) -> None:
+        """End the loop's sleep."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def request_stop(self) -> None:
+        """Drain: refuse new peers, finish what runs for up to drain_s, then leave `run`."""
+        self._stop_requested.set()
+        self.wake()
+
+    def ask(self, question: Callable[[], dict[str, Any]], timeout_s: float = 5.0) -> dict[str, Any]:
+        """Run `question` in the loop's thread, between two steps.
+
+        Raises:
+            TimeoutError: the loop did not come by in time.
+        """
+        future: Future[dict[str, Any]] = Future()
+        self._questions.put((question, future))
+        self.wake()
+        return future.result(timeout_s)
+
+    def health(self) -> tuple[bool, str]:
+        """Alive means that the loop turns; a long step is not an illness before a minute."""
+        since_s = time.monotonic() - self._turned_at
+        return since_s < 60.0, f"last turn of the loop {since_s:.1f} s ago"
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self, role: Role, registry: RegistryWriter | None) -> None:
+        """Serve until stopped. Raises what a step raises, after telling the routers to try elsewhere."""
+        timeout_s = 0.0
+        try:
+            while not self._finished(role):
+                for fd, _ in self.poller.poll(timeout_s * 1e3):
+                    if fd == self._wake_fd:
+                        os.eventfd_read(self._wake_fd)
+                now = self._turned_at = time.monotonic()
+                self._receive(role, now)
+                role.tick(now)
+                progressed = False
+                if self.engine.has_work():
+                    steps = self.engine.steps
+                    output = self.engine.step()
+                    progressed = self.engine.steps > steps
+                    role.stepped(output, time.monotonic())
+                self.replies.flush()
+                self._publish(role, registry)
+                timeout_s = 0.0 if progressed else BLOCKED_POLL_S if self.engine.has_work() else IDLE_POLL_S
+        except BaseException:
+            role.give_up(Finish(reason="error", code="internal_error", message="the worker failed", retryable=True))
+            self.replies.flush()
+            raise
+
+    def close(self) -> None:
+        self.poller.unregister(self._wake_fd)
+        os.close(self._wake_fd)
+
+    def _receive(self, role: Role, now: float) -> None:
+        for identity, message in self.bus.receive():
+            if isinstance(message, Hello):
+                answer, events = self.peers.hello(identity, message, now)
+                for event in events:
+                    if event.identity != identity:
+                        role.peer_gone(event.identity)
+                self.bus.send(identity, answer)
+            elif identity not in self.peers:
+                self.bus.send(identity, Peers.unknown())
+            elif isinstance(message, Heartbeat):
+                self.peers.heartbeat(identity, message.seq, now)
+                self.bus.send(identity, HeartbeatAck(seq=message.seq, load=self.load))
+            else:
+                role.handle(identity, message, now)
+        for expired in self.peers.expire(now):
+            logger.warning("peer %s was silent for a lease: its requests and loans end", expired.peer_id)
+            role.peer_gone(expired.identity)
+
+    def _publish(self, role: Role, registry: RegistryWriter | None) -> None:
+        added, removed = self.engine.pages.drain_events()
+        if registry is not None and (added or removed):
+            registry.publish(added, removed)
+        self.load = self._current_load(role)
+        while not self._questions.empty():
+            question, future = self._questions.get()
+            try:
+                future.set_result(question())
+            except Exception as error:  # handed to the thread that asked
+                future.set_exception(error)
+
+    def _current_load(self, role: Role) -> WorkerLoad:
+        scheduler, pages = self.engine.scheduler, self.engine.pages
+        counters = scheduler.counters
+        fields = {
+            "waiting": len(scheduler.waiting),
+            "queued_tokens": sum(r.num_to_compute for r in (*scheduler.waiting, *scheduler.running) if not r.is_decoding),
+            "prefix_queries": counters.prefix_queries,
+            "prefix_hits": counters.prefix_hits,
+        }
+        for name, value in role.load().items():
+            fields[name] = fields.get(name, 0) + value
+        return WorkerLoad(
+            running=len(scheduler.running),
+            num_pages=pages.num_pages,
+            free_pages=pages.num_available,
+            draining=self.peers.draining,
+            steps=self.engine.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            preemptions=counters.preemptions,
+            **fields,
+        )
+
+    def ledger(self, role: Role) -> dict[str, Any]:
+        """Everything this worker holds for anybody; all zero when idle. For /debug/ledger."""
+        self.engine.pages.check()
+        return {
+            "worker_id": self.info.worker_id,
+            "incarnation": self.info.incarnation,
+            "running": len(self.engine.scheduler.running),
+            "waiting": len(self.engine.scheduler.waiting),
+            "held_pages": self.engine.pages.num_held,
+            "promised_pages": self.engine.pages.num_promised,
+            "peers": len(self.peers),
+            **role.ledger(),
+        }
+
+    def _finished(self, role: Role) -> bool:
+        if not self._stop_requested.is_set():
+            return False
+        now = time.monotonic()
+        if self._stop_by is None:
+            self._stop_by = now + self._drain_s
+            self.peers.draining = True
+            logger.info("draining for up to %.0f s", self._drain_s)
+        if not self.engine.has_work() and not role.busy():
+            return True
+        if now < self._stop_by:
+            return False
+        role.give_up(Finish(reason="error", code="unavailable", message="the worker shut down", retryable=True))
+        self.replies.flush()
+        return True
+
+
+def stop_on_signals(loop: WorkerLoop) -> None:
+    """SIGTERM and SIGINT drain; a second one kills, as the default action does."""
+
+    def stop(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        loop.request_stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
