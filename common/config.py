@@ -18,8 +18,12 @@ CHECKSUMS = ("all", "sample", "off")
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
-    """A configuration field; `extra` may hold `choices` or `positional`."""
-    return field(default=default, metadata={"help": help, **extra})
+    """A configuration field. `extra` may hold:
+
+    choices: the values allowed | positional: also the command's argument | excludes: an option that may not be given
+    too | human: sizes such as 4GiB or 32K are understood | secret: never shown in logs or by `repr`.
+    """
+    return field(default=default, repr=not extra.get("secret"), metadata={"help": help, **extra})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +33,18 @@ class EngineConfig:
     model: str = option("", "Hugging Face directory or hub id", positional=True)
     dtype: str = option("auto", "weights and KV; auto follows the checkpoint", choices=DTYPES)
     device: str = option("auto", "cpu, cuda, cuda:N, or auto")
-    max_model_len: int | None = option(None, "longest prompt plus output, in tokens; default: the model's own")
+    max_model_len: int | None = option(
+        None, "longest prompt plus output, in tokens; default: the model's own", human=True
+    )
     max_num_seqs: int = option(256, "most requests in one batch")
     max_num_batched_tokens: int = option(2048, "most tokens in one step: longer prompts are computed in chunks")
     block_size: int = option(16, "tokens in a KV page")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory this fleet may use")
-    kv_cache_memory_bytes: int | None = option(None, "size of the KV pool; default: measured on a GPU, 1 GiB on CPU")
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory this fleet may use", excludes="kv_cache_memory_bytes"
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None, "size of a worker's KV pool (4GiB); default: measured on a GPU, 1 GiB on CPU", human=True
+    )
     enable_prefix_caching: bool = option(True, "keep pages of finished requests for prompts that begin alike")
     seed: int = option(0, "seeds the requests that bring no seed of their own")
     load_format: str = option("auto", "auto, or dummy: random weights, no files read", choices=("auto", "dummy"))
@@ -51,9 +61,13 @@ class EngineConfig:
 class FleetConfig:
     """What every process of a fleet must agree on."""
 
-    redis_url: str = option("", "Redis that holds the fleet's state, redis:// or rediss://; serve starts one if empty")
+    redis_url: str = option(
+        "", "Redis that holds the fleet's state, redis:// or rediss://; serve starts one if empty", secret=True
+    )
     namespace: str = option("penstock", "prefix of this fleet's keys in Redis")
-    cluster_key: str = option("", "secret of the fleet; needed when the bus leaves this host (encrypts it with CURVE)")
+    cluster_key: str = option(
+        "", "secret of the fleet; needed when the bus leaves this host (encrypts it with CURVE)", secret=True
+    )
     lease_s: float = option(10.0, "how long a silent peer keeps what it holds")
     served_model_name: tuple[str, ...] = option((), "names clients may use; default: MODEL")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
@@ -87,7 +101,7 @@ class RouterConfig(FleetConfig):
     model: str = option("", "where tokenizer, chat template and generation_config are", positional=True)
     host: str = option("127.0.0.1", "address of the HTTP server")
     port: int = option(8000, "port of the HTTP server")
-    api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all")
+    api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all", secret=True)
     generation_config: str = option("auto", "default sampling: auto (the model's), vllm (neutral), or a directory")
     chat_template: str = option("", "file with a chat template; default: the tokenizer's")
     seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")

@@ -1,0 +1,51 @@
+"""Reads a configuration file into a dict: JSON, YAML, or JSON on standard input (how the launcher tells its children).
+
+YAML is imported only when a YAML file is read. Values are checked by config_loader.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from penstock.common.errors import ConfigError
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The mapping in a .json, .yaml or .yml file; `-` reads JSON from standard input.
+
+    Raises:
+        ConfigError: no such file, another suffix, not parsable, or not a mapping with text keys.
+    """
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    suffix = ".json" if path == "-" else Path(path).suffix.lower()
+    if suffix == ".json":
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    elif suffix in (".yaml", ".yml"):
+        content = _parse_yaml(path, text)
+    else:
+        raise ConfigError(f"{path}: a configuration file ends in .yaml, .yml or .json")
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path} must hold options as `name: value`")
+    return content
+
+
+def _parse_yaml(path: str, text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError(f"{path}: reading YAML needs the PyYAML package; install it or use a .json file") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

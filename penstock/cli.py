@@ -1,0 +1,124 @@
+"""The `penstock` command: serve, router, prefill and decode. Reads the configuration and starts the one asked for.
+
+Nothing heavy is imported before it is needed, so that --help and mistakes are answered at once. A mistake in the
+set-up (ConfigError, ModelError) is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from penstock import __version__
+from penstock.common.config import EngineConfig, FleetConfig, RouterConfig, ServeConfig, WorkerConfig
+from penstock.common.config_loader import Config, load_config
+from penstock.common.errors import ConfigError, ModelError
+from penstock.common.logs import ERROR_PREFIX
+
+USAGE = """\
+usage: penstock COMMAND [options]
+
+Serves large language models with prefill and decode in separate workers.
+
+commands:
+  serve MODEL    a whole fleet on this machine: Redis, workers and router
+  router MODEL   one router: the OpenAI API in front of the workers it finds in Redis
+  prefill MODEL  one prefill worker
+  decode MODEL   one decode worker (it also runs whole requests by itself)
+
+options:
+  -h, --help     this text; `penstock COMMAND --help` lists the options of a command
+  --version      the version
+
+Every option can also stand in a file (--config FILE) or in the environment (PENSTOCK_MAX_MODEL_LEN=32K).
+"""
+# The launcher decides these for each of its workers.
+_NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "memory_share")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: the process's arguments) and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in ([], ["-h"], ["--help"], ["help"]):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        print(f"penstock {__version__}")
+        return 0
+    try:
+        if arguments[0] not in _COMMANDS:
+            raise ConfigError(f"unknown command {arguments[0]!r}; there are {', '.join(_COMMANDS)}")
+        return _COMMANDS[arguments[0]](arguments[1:])
+    except (ConfigError, ModelError) as error:
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        return 2
+
+
+def _serve(arguments: list[str]) -> int:
+    config = _load(ServeConfig, "serve", "Start Redis, workers and router on this machine.", arguments, _NOT_FOR_SERVE)
+    _need_model(config)
+    from penstock.launcher import launch
+
+    return launch(config)
+
+
+def _router(arguments: list[str]) -> int:
+    config = _load(RouterConfig, "router", "Start one router.", arguments)
+    _need_redis(config)
+    from penstock.router.app import serve
+
+    serve(config)
+    return 0
+
+
+def _prefill(arguments: list[str]) -> int:
+    config = _load(WorkerConfig, "prefill", "Start one prefill worker.", arguments, role="prefill")
+    _need_model(config)
+    _need_redis(config)
+    from penstock.prefill_worker.worker import main as run_prefill_worker
+
+    run_prefill_worker(config)
+    return 0
+
+
+def _decode(arguments: list[str]) -> int:
+    config = _load(WorkerConfig, "decode", "Start one decode worker.", arguments, role="decode")
+    _need_model(config)
+    _need_redis(config)
+    from penstock.decode_worker.worker import main as run_decode_worker
+
+    run_decode_worker(config)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "router": _router,
+    "prefill": _prefill,
+    "decode": _decode,
+}
+
+
+def _load(
+    config_class: type[Config],
+    command: str,
+    description: str,
+    arguments: Sequence[str],
+    hidden: Sequence[str] = (),
+    **fixed: object,
+) -> Config:
+    prog = f"penstock {command}"
+    return load_config(
+        config_class, arguments, os.environ, prog=prog, description=description, hidden=hidden, fixed=fixed
+    )
+
+
+def _need_model(config: EngineConfig) -> None:
+    if not config.model:
+        raise ConfigError("MODEL is missing: a Hugging Face directory or hub id")
+
+
+def _need_redis(config: FleetConfig) -> None:
+    if not config.redis_url:
+        raise ConfigError("--redis-url is missing: a process that is started alone finds its fleet there")
