@@ -1,0 +1,362 @@
+"""The fleet's state in Redis (plain server, 6.2 or newer): every key is here. Workers write, routers read and reserve.
+
+key                     type    holds                                        lives      bounded by
+NS:workers              set     incarnations of workers                      10 leases  workers (dead ones removed)
+NS:worker:INCARNATION   string  `WorkerInfo`, MessagePack                    1 lease    one a worker
+NS:pages:INCARNATION    set     16-byte hashes of pages the worker caches    1 lease    num_pages of the worker
+NS:routers              set     router ids                                   10 leases  routers (dead ones removed)
+NS:load:ROUTER          hash    incarnation -> tokens this router reserved   1 lease    workers
+
+All of it is a view that its writer can rebuild: losing Redis costs cache hits and news, never a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from penstock.common.messages import WorkerInfo, decode_worker_info, encode
+from penstock.common.page_hash import DIGEST_BYTES
+
+BATCH_S = 0.05  # changes of pages and loads within this time travel together
+WRITER_TIMEOUT_S = 2.0
+READER_TIMEOUT_S = 0.25  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
+AWAY_S = 1.0
+MEMBERS_PER_COMMAND = 1000
+MAX_PENDING = 100_000  # page changes kept for a Redis that is away; beyond, all pages are announced anew
+MAX_PAGES_LOOKED_UP = 4096
+MAX_CONNECTIONS = 16
+
+# KEYS: page sets. ARGV: NS, this router, hashes back to back, then the incarnation of each page set.
+# Answers [pages held from the start, tokens reserved by other routers] for each page set.
+_LOOK_UP = f"""
+local prefix, me, hashes = ARGV[1], ARGV[2], ARGV[3]
+local count = #hashes / {DIGEST_BYTES}
+local reserved = {{}}
+for _, router in ipairs(redis.call('SMEMBERS', prefix .. ':routers')) do
+  if router ~= me then
+    local load = redis.call('HGETALL', prefix .. ':load:' .. router)
+    if #load == 0 then redis.call('SREM', prefix .. ':routers', router) end
+    for i = 1, #load, 2 do reserved[load[i]] = (reserved[load[i]] or 0) + tonumber(load[i + 1]) end
+  end
+end
+local answer = {{}}
+for i, key in ipairs(KEYS) do
+  local run, at, whole = 0, 0, true
+  while whole and at < count do
+    local chunk = {{}}
+    for j = at, math.min(at + 64, count) - 1 do
+      chunk[#chunk + 1] = string.sub(hashes, j * {DIGEST_BYTES} + 1, (j + 1) * {DIGEST_BYTES})
+    end
+    for _, held in ipairs(redis.call('SMISMEMBER', key, unpack(chunk))) do
+      whole = whole and held == 1
+      if whole then run = run + 1 end
+    end
+    at = at + #chunk
+  end
+  answer[2 * i - 1], answer[2 * i] = run, reserved[ARGV[3 + i]] or 0
+end
+return answer
+"""
+
+log = logging.getLogger(__name__)
+
+
+def _chunks(members: Iterable[bytes]) -> Iterator[list[bytes]]:
+    rest = list(members)
+    for start in range(0, len(rest), MEMBERS_PER_COMMAND):
+        yield rest[start : start + MEMBERS_PER_COMMAND]
+
+
+class RegistryWriter:
+    """Announces one worker and the pages it caches, from a thread of its own: Redis never holds up the engine.
+
+    `publish` is cheap and may be called from any thread. While Redis is away the newest state is kept; when it is back
+    (even empty) the worker registers and announces all its pages again.
+    """
+
+    def __init__(self, url: str, namespace: str, worker: WorkerInfo) -> None:
+        self.connected = False  # False as well before the first answer
+        self._away = False
+        self._worker = worker
+        self._namespace = namespace
+        self._ttl_ms = int(worker.lease_s * 1000)
+        self._worker_key = f"{namespace}:worker:{worker.incarnation}"
+        self._pages_key = f"{namespace}:pages:{worker.incarnation}"
+        self._redis: redis.Redis = redis.Redis.from_url(
+            url,
+            socket_timeout=WRITER_TIMEOUT_S,
+            socket_connect_timeout=WRITER_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._lock = threading.Lock()  # guards the three below
+        self._held: set[bytes] = set()
+        self._pending: dict[bytes, bool] = {}  # page hash -> it is held now
+        self._announce_all = True
+        self._written = 0  # pages in Redis, if it kept them all; the thread's own
+        self._changed = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
+        self._thread.start()
+
+    def publish(self, added: Iterable[bytes], removed: Iterable[bytes]) -> None:
+        """Page hashes that the worker caches from now on, and those it does not any more."""
+        with self._lock:
+            for page in removed:
+                self._held.discard(page)
+                self._pending[page] = False
+            for page in added:
+                self._held.add(page)
+                self._pending[page] = True
+            if len(self._pending) > MAX_PENDING:
+                self._pending.clear()
+                self._announce_all = True
+        self._changed.set()
+
+    def close(self, deregister: bool = True) -> None:
+        """Stop the thread; with `deregister` take the worker's keys out of Redis (else its lease runs out)."""
+        self._closing.set()
+        self._changed.set()
+        self._thread.join()
+        if deregister:
+            try:
+                self._redis.delete(self._worker_key, self._pages_key)
+                self._redis.srem(f"{self._namespace}:workers", self._worker.incarnation)
+            except redis.RedisError as error:
+                log.info("could not deregister (the lease will run out): %s", error)
+        self._redis.close()
+
+    def _run(self) -> None:
+        refresh_at = 0.0
+        while not self._closing.is_set():
+            now = time.monotonic()
+            try:
+                if now >= refresh_at or not self.connected:
+                    self._register()
+                    refresh_at = now + self._worker.lease_s / 3
+                self._write_pages()
+                self._note(True)
+            except redis.RedisError as error:
+                self._note(False, error)
+                self._closing.wait(min(AWAY_S, self._worker.lease_s / 3))
+                continue
+            self._changed.wait(max(0.0, refresh_at - time.monotonic()))
+            self._changed.clear()
+            self._closing.wait(BATCH_S)
+
+    def _register(self) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.set(self._worker_key, encode(self._worker), px=self._ttl_ms)
+        pipe.sadd(f"{self._namespace}:workers", self._worker.incarnation)
+        pipe.pexpire(f"{self._namespace}:workers", 10 * self._ttl_ms)
+        pipe.pexpire(self._pages_key, self._ttl_ms)
+        pipe.scard(self._pages_key)
+        if pipe.execute()[-1] != self._written:  # Redis was emptied, or lost a write
+            with self._lock:
+                self._announce_all = True
+
+    def _write_pages(self) -> None:
+        with self._lock:
+            everything, self._announce_all = self._announce_all, False
+            changes, self._pending = self._pending, {}
+            held = list(self._held) if everything else [page for page, is_held in changes.items() if is_held]
+        gone = [] if everything else [page for page, is_held in changes.items() if not is_held]
+        if not (everything or held or gone):
+            return
+        pipe = self._redis.pipeline(transaction=False)
+        if everything:
+            pipe.delete(self._pages_key)
+        for chunk in _chunks(gone):
+            pipe.srem(self._pages_key, *chunk)
+        removals = len(pipe)
+        for chunk in _chunks(held):
+            pipe.sadd(self._pages_key, *chunk)
+        additions = len(pipe) - removals
+        pipe.pexpire(self._pages_key, self._ttl_ms)
+        try:
+            counts: list[int] = pipe.execute()
+        except redis.RedisError:
+            with self._lock:
+                self._announce_all = True
+            raise
+        before = 0 if everything else self._written - sum(counts[:removals])
+        self._written = before + sum(counts[removals : removals + additions])
+
+    def _note(self, connected: bool, error: Exception | None = None) -> None:
+        if connected and not self.connected:
+            log.info("worker %s is registered in Redis", self._worker.worker_id)
+        elif error is not None and not self._away:
+            log.warning("Redis is away: %s", error)
+        self.connected, self._away = connected, not connected
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What Redis knows about one worker, for one prompt."""
+
+    held_pages: int  # full pages of the prompt that the worker caches, from the start
+    reserved_tokens: int  # by the other routers
+
+
+class _RouterRedis:
+    """A connection pool that never makes a request wait for long: after a failure nobody asks for `AWAY_S`."""
+
+    def __init__(self, url: str) -> None:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=READER_TIMEOUT_S,
+            socket_timeout=READER_TIMEOUT_S,
+            socket_connect_timeout=READER_TIMEOUT_S,
+            retry=AsyncRetry(NoBackoff(), 0),
+        )
+        self.client: redis.asyncio.Redis = redis.asyncio.Redis.from_pool(pool)
+        self.failures = 0
+        self._away_until = float("-inf")
+
+    @property
+    def away(self) -> bool:
+        """True for a while after a failure."""
+        return time.monotonic() < self._away_until
+
+    def failed(self, error: Exception) -> None:
+        """Note a failure."""
+        if not self.failures or time.monotonic() > self._away_until + AWAY_S:
+            log.warning("Redis is away, serving from the last view: %s", error)
+        self.failures += 1
+        self._away_until = time.monotonic() + AWAY_S
+
+
+class FleetReader:
+    """A router's view of the workers. Every method answers None, soon, while Redis is away."""
+
+    def __init__(self, url: str, namespace: str, router_id: str) -> None:
+        self._redis = _RouterRedis(url)
+        self._namespace = namespace
+        self._router_id = router_id
+        self._look_up = self._redis.client.register_script(_LOOK_UP)
+
+    @property
+    def failures(self) -> int:
+        """How often Redis did not answer."""
+        return self._redis.failures
+
+    async def workers(self) -> list[WorkerInfo] | None:
+        """Every worker whose lease is alive; a record that cannot be read (another version's) is left out."""
+        if self._redis.away:
+            return None
+        client, index = self._redis.client, f"{self._namespace}:workers"
+        try:
+            incarnations: list[Any] = sorted(await client.smembers(index))  # bytes, of a client that does not decode
+            if not incarnations:
+                return []
+            records: list[Any] = await client.mget([f"{self._namespace}:worker:{i.decode()}" for i in incarnations])
+            dead = [i for i, record in zip(incarnations, records, strict=True) if record is None]
+            if dead:  # a worker that lives after all adds itself again with its next refresh
+                await client.srem(index, *dead)
+        except (redis.RedisError, OSError) as error:
+            self._redis.failed(error)
+            return None
+        return [worker for record in records if record is not None and (worker := _readable(record))]
+
+    async def look_up(self, incarnations: Sequence[str], hashes: Sequence[bytes]) -> dict[str, Lookup] | None:
+        """For each worker how much of the prompt's prefix it holds, and what others reserved, in one round trip.
+
+        `hashes` are the prompt's page hashes in order, all of these workers' hash scope. Page sets belong to an
+        incarnation, so what a restarted worker held before does not count.
+        """
+        if self._redis.away or not incarnations:
+            return None
+        keys = [f"{self._namespace}:pages:{incarnation}" for incarnation in incarnations]
+        joined = b"".join(hashes[:MAX_PAGES_LOOKED_UP])
+        try:
+            answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, joined, *incarnations])
+        except (redis.RedisError, OSError) as error:
+            self._redis.failed(error)
+            return None
+        return {one: Lookup(answer[2 * i], answer[2 * i + 1]) for i, one in enumerate(incarnations)}
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.client.aclose()
+
+
+def _readable(record: bytes) -> WorkerInfo | None:
+    try:
+        return decode_worker_info(record)
+    except (msgspec.MsgspecError, ValueError) as error:
+        log.warning("a worker's record cannot be read: %s", error)
+        return None
+
+
+class Reservations:
+    """Tells the other routers how many tokens this one has under way at each worker; gone a lease after the router.
+
+    `publish` only notes; a task writes absolute values, so that a slow Redis costs nothing and a lost write heals.
+    """
+
+    def __init__(self, url: str, namespace: str, router_id: str, lease_s: float) -> None:
+        self._redis = _RouterRedis(url)
+        self._namespace = namespace
+        self._router_id = router_id
+        self._key = f"{namespace}:load:{router_id}"
+        self._lease_s = lease_s
+        self._tokens: dict[str, int] = {}
+        self._dirty = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start writing; call with the event loop running."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="reservations")
+
+    def publish(self, incarnation: str, tokens: int) -> None:
+        """This router now has `tokens` reserved at this worker; 0 forgets the worker."""
+        if tokens:
+            self._tokens[incarnation] = tokens
+        else:
+            self._tokens.pop(incarnation, None)
+        self._dirty.set()
+
+    async def close(self) -> None:
+        """Stop writing and take this router's load out of Redis."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._tokens.clear()
+        await self._write()
+        await self._redis.client.aclose()
+
+    async def _run(self) -> None:
+        while True:
+            await self._write()
+            await asyncio.sleep(AWAY_S if self._redis.away else BATCH_S)
+            with suppress(asyncio.TimeoutError):  # nothing changed for so long: refresh the lease
+                await asyncio.wait_for(self._dirty.wait(), self._lease_s / 3)
+
+    async def _write(self) -> None:
+        self._dirty.clear()
+        pipe: Any = self._redis.client.pipeline(transaction=True)
+        pipe.delete(self._key)
+        if self._tokens:
+            pipe.hset(self._key, mapping=dict(self._tokens))
+            pipe.pexpire(self._key, int(self._lease_s * 1000))
+            pipe.sadd(f"{self._namespace}:routers", self._router_id)
+            pipe.pexpire(f"{self._namespace}:routers", int(self._lease_s * 10_000))
+        try:
+            await pipe.execute()
+        except (redis.RedisError, OSError) as error:
+            self._redis.failed(error)
+            self._dirty.set()
