@@ -145,6 +145,7 @@ class Abort(Message, tag="abort", frozen=True, kw_only=True):
 
     request_id: str
     attempt: int
+    choice: int = 0
 
 
 class Prefill(Message, tag="prefill", frozen=True, kw_only=True):
@@ -166,6 +167,7 @@ class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
 
     request_id: str
     attempt: int
+    choice: int = 0
     first_page: int
     pages: list[list[int]]  # per KV group: page ids in the prefill worker's pool
     generations: list[list[int]]  # of those pages, at lending
@@ -183,6 +185,7 @@ class PrefillDone(Message, tag="prefill_done", frozen=True, kw_only=True):
 
     request_id: str
     attempt: int
+    choice: int = 0
     token_ids: list[int]
     finish: Finish | None = None
     spans: Spans | None = None
@@ -194,6 +197,7 @@ class PrefillFailed(Message, tag="prefill_failed", frozen=True, kw_only=True):
 
     request_id: str
     attempt: int
+    choice: int = 0
     code: str
     message: str
 
@@ -203,6 +207,7 @@ class PagesLanded(Message, tag="pages_landed", frozen=True, kw_only=True):
 
     request_id: str
     attempt: int
+    choice: int = 0
 
 
 # ---------------------------------------------------------------- answers: worker -> router
