@@ -1,0 +1,56 @@
+"""Finds stop strings in text that comes in pieces. Pure; used through `OutputText`.
+
+Text that may be the beginning of a stop string is held back, at most the longest stop string less one character.
+The match that ends first wins (of two that end together, the longer), so the cut of the pieces cannot matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Scans the text of one choice; after a match everything is swallowed."""
+
+    __slots__ = ("_held", "_include", "_longest", "_prefixes", "_stops", "matched")
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._longest = max(map(len, stops), default=0)
+        self._prefixes = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """(text to show now, the stop string that was found, or None)."""
+        if self.matched is not None:
+            return "", self.matched
+        if not self._stops:
+            return text, None
+        text = self._held + text
+        match = self._first_match(text)
+        if match is not None:
+            start, stop = match
+            self._held, self.matched = "", stop
+            return text[: start + len(stop) if self._include else start], stop
+        keep = self._possible_beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def finish(self) -> str:
+        """The text held back, when no more will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self, text: str) -> tuple[int, str] | None:
+        found = [(text.find(stop), stop) for stop in self._stops]
+        matches = [(start, stop) for start, stop in found if start >= 0]
+        return min(matches, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
+
+    def _possible_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if text[-length:] in self._prefixes:
+                return length
+        return 0
