@@ -12,13 +12,13 @@ from collections.abc import Sequence
 class StopStrings:
     """Scans the text of one choice; after a match everything is swallowed."""
 
-    __slots__ = ("_held", "_include", "_longest", "_prefixes", "_stops", "matched")
+    __slots__ = ("_firsts", "_held", "_include", "_longest", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
         self._include = include
         self._longest = max(map(len, stops), default=0)
-        self._prefixes = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._held = ""
         self.matched: str | None = None
 
@@ -51,6 +51,8 @@ class StopStrings:
     def _possible_beginning(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if text[-length:] in self._prefixes:
-                return length
+            if text[-length] in self._firsts:
+                end = text[-length:]
+                if any(stop.startswith(end) for stop in self._stops):
+                    return length
         return 0

@@ -15,7 +15,8 @@ TEXT = [
     "def gate(x): return x + 1  # 0123456789",
 ]
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SETTINGS = {"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}

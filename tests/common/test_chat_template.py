@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_tokenizers import SETTINGS, TEMPLATE, byte_level, byte_level_backend
 from transformers import PreTrainedTokenizerFast
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.errors import BadRequest, ConfigError
+from tests.tiny_tokenizers import SETTINGS, TEMPLATE, byte_level, byte_level_backend
 
 TRIMMING = (
     "{%- for message in messages %}\n"
@@ -22,9 +22,13 @@ TRIMMING = (
 )
 GENERATION = (
     "{% for m in messages %}\n  {% if m.role == 'assistant' %}\n"
-    "{% generation %}{{ m.content }}{% endgeneration %}\n  {% else %}\n{{ m.role | tojson }} {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "  {% else %}\n{{ m.role | tojson }} {{ m.content }}\n{% endif %}{% endfor %}"
 )
-VARIABLES = "{{ bos_token }}{{ flag }}{{ messages | map(attribute='content') | join('|') }}{{ {'a': '<é>'} | tojson(indent=1) }}"
+VARIABLES = (
+    "{{ bos_token }}{{ flag }}{{ messages | map(attribute='content') | join('|') }}"
+    "{{ {'a': '<é>'} | tojson(indent=1) }}"
+)
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello <b>&'\"</b> 😀  "}],
     [

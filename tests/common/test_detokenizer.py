@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny_tokenizers import byte_level, sentencepiece, wordpiece
 
 from penstock.common.detokenizer import Detokenizer
 from penstock.common.tokenizer import Tokenizer
+from tests.tiny_tokenizers import byte_level, sentencepiece, wordpiece
 
 TEXTS = st.text(alphabet=st.sampled_from("a b the water.ß漢字😀👩‍👩‍👧é\n<|im_end|>"), max_size=30)
 
@@ -22,7 +23,7 @@ def pieces(tokenizer: Tokenizer, pushes: Sequence[Sequence[int]], **options: obj
 
 def cut(ids: list[int], cuts: list[int]) -> list[list[int]]:
     edges = [0, *sorted(min(c, len(ids)) for c in cuts), len(ids)]
-    return [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @given(st.lists(st.integers(0, 399), max_size=30), st.lists(st.integers(0, 30)), st.booleans())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny_tokenizers import byte_level
 
 from penstock.common.messages import Finish
 from penstock.common.output_text import OutputText
 from penstock.common.sampling import SamplingParams
+from tests.tiny_tokenizers import byte_level
 
 LENGTH = Finish(reason="length")
 EOS = 2
@@ -31,7 +33,7 @@ def test_the_cut_of_the_pushes_does_not_matter(text: str, stops: list[str], cuts
     expected = whole.push(ids, LENGTH)
     parts = OutputText(byte_level(), sampling, track_offsets=True)
     edges = [0, *sorted(min(c, len(ids)) for c in cuts), len(ids)]
-    shown = "".join(parts.push(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)) + parts.push([], LENGTH)
+    shown = "".join(parts.push(ids[a:b]) for a, b in itertools.pairwise(edges)) + parts.push([], LENGTH)
     assert shown == expected
     assert (parts.num_tokens, parts.finish_reason, parts.stop_reason) == (
         whole.num_tokens, whole.finish_reason, whole.stop_reason,

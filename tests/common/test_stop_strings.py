@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def test_any_cut_gives_what_the_reference_gives(text: str, stops: list[str], cut
     scanner = StopStrings(stops, include)
     edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     shown = ""
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         emitted, matched = scanner.push(text[start:end])
         shown += emitted
         assert reference(text, stops, include)[0].startswith(shown)  # never more than the answer

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny_tokenizers import SETTINGS, TEMPLATE, byte_level, byte_level_backend, sentencepiece, wordpiece
 
 from penstock.common.errors import ConfigError
 from penstock.common.tokenizer import Tokenizer
+from tests.tiny_tokenizers import SETTINGS, TEMPLATE, byte_level, byte_level_backend, sentencepiece, wordpiece
 
 
 def write_folder(folder: Path, **settings: object) -> Path:
@@ -53,7 +53,7 @@ def test_explicit_false_overrules_the_post_processor() -> None:
 
 
 def test_missing_and_broken_files_are_config_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         Tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
