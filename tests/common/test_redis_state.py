@@ -1,0 +1,257 @@
+"""Registration, look-up and reservations against a real redis-server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from penstock.common import redis_state
+from penstock.common.messages import WorkerInfo, encode
+from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.redis_state import FleetReader, RegistryWriter, Reservations
+
+HASHES = list(page_hashes(root_hash("scope"), list(range(4 * 200)), 4))
+
+
+def worker(incarnation: str = "i1", lease_s: float = 10.0) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id="decode-0",
+        incarnation=incarnation,
+        role="decode",
+        address="tcp://127.0.0.1:1",
+        fingerprint="f",
+        model="m",
+        served_models=["m"],
+        page_size=4,
+        num_pages=100,
+        page_bytes=64,
+        max_model_len=128,
+        max_num_seqs=8,
+        vocab_size=256,
+        lease_s=lease_s,
+    )
+
+
+@contextlib.asynccontextmanager
+async def within(limit_s: float) -> AsyncIterator[None]:
+    """`asyncio.timeout`, which Python 3.10 has not."""
+    task = asyncio.current_task()
+    assert task is not None
+    handle = asyncio.get_running_loop().call_later(limit_s, task.cancel)
+    yield
+    handle.cancel()
+
+
+def eventually(check: Callable[[], bool], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not check():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def with_reader(url: str, use: Callable[[FleetReader], Awaitable[Any]], router_id: str = "r1") -> Any:
+    async def run() -> Any:
+        reader = FleetReader(url, "ns", router_id)
+        try:
+            return await use(reader)
+        finally:
+            await reader.close()
+
+    return asyncio.run(run())
+
+
+def held(url: str, incarnations: list[str], hashes: list[bytes]) -> dict[str, int]:
+    found = with_reader(url, lambda reader: reader.look_up(incarnations, hashes))
+    return {incarnation: one.held_pages for incarnation, one in found.items()}
+
+
+def test_a_worker_registers_announces_its_pages_and_takes_both_back(redis_server):
+    writer = RegistryWriter(redis_server.url, "ns", worker())
+    with contextlib.closing(redis_server.client()) as client:
+        writer.publish(HASHES[:5], [])
+        eventually(lambda: client.scard("ns:pages:i1") == 5)
+        assert with_reader(redis_server.url, lambda reader: reader.workers()) == [worker()]
+        assert 0 < client.pttl("ns:worker:i1") <= 10_000
+        assert 0 < client.pttl("ns:pages:i1") <= 10_000
+        assert held(redis_server.url, ["i1", "nobody"], HASHES) == {"i1": 5, "nobody": 0}
+
+        writer.publish([HASHES[7]], [HASHES[2]])
+        eventually(lambda: client.smembers("ns:pages:i1") == {HASHES[i] for i in (0, 1, 3, 4, 7)})
+        assert held(redis_server.url, ["i1"], HASHES) == {"i1": 2}, "a run ends at the first page that is missing"
+        writer.close()
+        assert client.keys("*") == []
+
+
+def test_a_page_that_leaves_and_returns_within_one_batch_is_held(redis_server):
+    writer = RegistryWriter(redis_server.url, "ns", worker())
+    with contextlib.closing(redis_server.client()) as client:
+        writer.publish(HASHES[:3], [])
+        writer.publish([], HASHES[:3])
+        writer.publish(HASHES[1:3], [])
+        writer.publish(HASHES[10:11], [])
+        eventually(lambda: client.sismember("ns:pages:i1", HASHES[10]))
+        assert client.smembers("ns:pages:i1") == {*HASHES[1:3], HASHES[10]}
+    writer.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 128, 200])
+def test_look_up_counts_runs_of_any_length(redis_server, length):
+    with contextlib.closing(redis_server.client()) as client:
+        if length:
+            client.sadd("ns:pages:i1", *HASHES[:length])
+    assert held(redis_server.url, ["i1"], HASHES) == {"i1": length}
+    assert held(redis_server.url, ["i1"], HASHES[:70]) == {"i1": min(length, 70)}
+    assert held(redis_server.url, ["i1"], []) == {"i1": 0}
+
+
+def test_a_lease_that_is_not_renewed_ends(redis_server):
+    writer = RegistryWriter(redis_server.url, "ns", worker(lease_s=0.3))
+    writer.publish(HASHES[:2], [])
+    with contextlib.closing(redis_server.client()) as client:
+        eventually(lambda: client.exists("ns:pages:i1") == 1)
+        time.sleep(0.6)  # two leases: the writer renews
+        assert client.exists("ns:worker:i1", "ns:pages:i1") == 2
+        writer.close(deregister=False)
+        eventually(lambda: client.exists("ns:worker:i1", "ns:pages:i1") == 0)
+        assert with_reader(redis_server.url, lambda reader: reader.workers()) == []
+        assert client.smembers("ns:workers") == set()
+
+
+def test_records_of_another_version_are_left_out(redis_server):
+    with contextlib.closing(redis_server.client()) as client:
+        for incarnation, record in {"a": b"\xc1", "b": b"\x80", "c": encode(worker("c"))}.items():
+            client.sadd("ns:workers", incarnation)
+            client.set(f"ns:worker:{incarnation}", record)
+    assert with_reader(redis_server.url, lambda reader: reader.workers()) == [worker("c")]
+
+
+def test_a_redis_that_comes_back_empty_hears_everything_again(own_redis):
+    writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
+    writer.publish(HASHES[:100], [])
+    with contextlib.closing(own_redis.client()) as client:
+        eventually(lambda: client.scard("ns:pages:i1") == 100)
+        client.flushall()  # nothing shows on the connection: the count of pages does
+        eventually(lambda: client.scard("ns:pages:i1") == 100)
+    own_redis.stop()
+    eventually(lambda: not writer.connected)
+    writer.publish(HASHES[100:102], HASHES[:1])
+    own_redis.start()
+    with contextlib.closing(own_redis.client()) as client:
+        eventually(lambda: client.scard("ns:pages:i1") == 101)
+        assert client.smembers("ns:pages:i1") == set(HASHES[1:102])
+        assert client.exists("ns:worker:i1")
+    writer.close()
+
+
+def test_changes_kept_for_a_redis_that_is_away_are_bounded(own_redis, monkeypatch):
+    monkeypatch.setattr(redis_state, "MAX_PENDING", 50)
+    own_redis.stop()
+    writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
+    for i in range(0, 150):
+        writer.publish(HASHES[i : i + 1], HASHES[i - 10 : i - 9] if i >= 10 else [])
+        assert len(writer._pending) <= 50
+    own_redis.start()
+    with contextlib.closing(own_redis.client()) as client:
+        eventually(lambda: client.smembers("ns:pages:i1") == set(HASHES[140:150]))
+    writer.close()
+
+
+def test_closing_while_redis_is_away_does_not_hang(own_redis):
+    own_redis.stop()
+    writer = RegistryWriter(own_redis.url, "ns", worker())
+    writer.publish(HASHES, [])
+    writer.close()
+    assert not writer._thread.is_alive()
+
+
+def test_routers_see_each_others_reservations_but_not_their_own(redis_server):
+    async def scenario() -> None:
+        readers = {name: FleetReader(redis_server.url, "ns", name) for name in ("r1", "r2", "r3")}
+        loads = {name: Reservations(redis_server.url, "ns", name, 10.0) for name in ("r1", "r2")}
+
+        async def seen(by: str) -> list[int]:
+            found = await readers[by].look_up(["i1", "i2"], HASHES)
+            assert found is not None
+            return [found["i1"].reserved_tokens, found["i2"].reserved_tokens]
+
+        async def becomes(by: str, expected: list[int]) -> None:
+            async with within(5):
+                while await seen(by) != expected:
+                    await asyncio.sleep(0.01)
+
+        for one in loads.values():
+            one.start()
+        loads["r1"].publish("i1", 100)
+        loads["r2"].publish("i1", 7)
+        loads["r2"].publish("i2", 50)
+        await becomes("r3", [107, 50])
+        assert await seen("r1") == [7, 50]
+        assert await seen("r2") == [100, 0]
+        loads["r2"].publish("i1", 0)
+        await becomes("r3", [100, 50])
+        for one in loads.values():
+            await one.close()
+        assert await seen("r3") == [0, 0]
+        for reader in readers.values():
+            await reader.close()
+
+    asyncio.run(scenario())
+    with contextlib.closing(redis_server.client()) as client:
+        assert client.keys("*") == []
+
+
+def test_a_dead_routers_reservations_vanish(redis_server):
+    async def scenario() -> None:
+        load = Reservations(redis_server.url, "ns", "r1", 0.3)
+        load.start()
+        load.publish("i1", 5)
+        await asyncio.sleep(0.8)  # renewed while it lives
+        with contextlib.closing(redis_server.client()) as client:
+            assert client.hgetall("ns:load:r1") == {b"i1": b"5"}
+            assert load._task is not None
+            load._task.cancel()
+            eventually(lambda: client.exists("ns:load:r1") == 0)
+        reader = FleetReader(redis_server.url, "ns", "r2")
+        found = await reader.look_up(["i1"], [])
+        assert found is not None and found["i1"].reserved_tokens == 0
+        await reader.close()
+        await load.close()
+
+    asyncio.run(scenario())
+
+
+def test_readers_answer_none_while_redis_is_away_and_recover(own_redis, monkeypatch):
+    monkeypatch.setattr(redis_state, "AWAY_S", 0.2)
+    writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
+
+    async def scenario() -> None:
+        reader = FleetReader(own_redis.url, "ns", "r1")
+        load = Reservations(own_redis.url, "ns", "r1", 1.0)
+        load.start()
+        load.publish("i1", 3)
+        async with within(10):
+            while not await reader.workers():
+                await asyncio.sleep(0.01)
+            own_redis.stop()
+            assert await reader.workers() is None
+            assert await reader.look_up(["i1"], HASHES) is None
+            failures = reader.failures
+            for _ in range(100):
+                assert await reader.look_up(["i1"], HASHES) is None
+            assert reader.failures <= failures + 1, "while it is away nobody asks"
+            own_redis.start()
+            while await reader.workers() != [worker(lease_s=0.6)]:
+                await asyncio.sleep(0.01)
+            with contextlib.closing(own_redis.client()) as client:
+                while client.hgetall("ns:load:r1") != {b"i1": b"3"}:
+                    await asyncio.sleep(0.01)
+        await load.close()
+        await reader.close()
+
+    asyncio.run(scenario())
+    writer.close()
