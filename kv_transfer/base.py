@@ -37,6 +37,11 @@ class Transport(ABC):
     """Copies pages from peers' pools into the pool it was opened with (`MemoryRegion`, which must outlive it)."""
 
     name: str
+    progress_s: float | None = None  # how often `progress` must be called for peers to read from us; None: never
+
+    @abstractmethod
+    def progress(self) -> None:
+        """Serve peers that connect to us or read our pages, as far as that needs our help. Does not block."""
 
     @abstractmethod
     def description(self) -> bytes:
@@ -78,11 +83,7 @@ def runs(src_pages: Sequence[int], dst_pages: Sequence[int]) -> Iterator[tuple[i
     """Pieces (first source page, first destination page, number of pages) that are adjacent on both sides."""
     start = 0
     for i in range(1, len(src_pages) + 1):
-        if (
-            i == len(src_pages)
-            or src_pages[i] != src_pages[i - 1] + 1
-            or dst_pages[i] != dst_pages[i - 1] + 1
-        ):
+        if i == len(src_pages) or src_pages[i] != src_pages[i - 1] + 1 or dst_pages[i] != dst_pages[i - 1] + 1:
             yield src_pages[start], dst_pages[start], i - start
             start = i
 
@@ -92,5 +93,5 @@ def check_pages(src_pages: Sequence[int], src_limit: int, dst_pages: Sequence[in
     if len(src_pages) != len(dst_pages):
         raise TransportError(f"{len(src_pages)} source pages for {len(dst_pages)} destination pages")
     for pages, limit, whose in ((src_pages, src_limit, "peer's"), (dst_pages, dst_limit, "own")):
-        if pages and not (0 <= min(pages) and max(pages) < limit):
+        if pages and (min(pages) < 0 or max(pages) >= limit):
             raise TransportError(f"page id out of range: the {whose} pool has {limit} pages")

@@ -1,64 +1,102 @@
 """Who may read and write which page, until when: pure bookkeeping for both ends of a hand-off; the clock is passed in.
 
-`LoanBook` is the lender's side (prefill worker), `Landings` the reader's (decode worker), `HeartbeatLog` the reader's
-memory of when it sent which heartbeat. A key names one hand-off: (request_id, attempt).
+`LoanBook` is the lender's side (prefill worker). The reader's side (decode worker) is `Landings`, and `HeartbeatLog`,
+its memory of when it sent which heartbeat. A key names one hand-off: (request_id, attempt).
+
+    lender   lend ──ticket──> ... <──heartbeats renew── ... land │ drop_peer │ expire: the hold on the pages is dropped
+    reader   promise ──> start(ticket) ──> read_done ... ──> complete ──> LANDED ──> take
+                              └──> read failed, late, stalled, or fail ──> FAILED ──> take ──> quarantine until settled
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
 class LoanBook:
-    """Pages lent to peers. Every method that ends loans returns their page ids, once for every time they were lent:
-    the worker then drops that many holds in the engine."""
+    """Pages lent to peers. A method that ends loans returns their page ids, once for every time they were lent: the
+    caller then drops that many holds in the engine. Process what peers sent before calling `expire`."""
 
     def __init__(self, lease_s: float, remember: int = 4096) -> None:
-        raise NotImplementedError
+        """`remember`: how many ended keys are kept, so that a late `lend` does not open a loan nobody will end."""
+        self._lease_s = lease_s
+        self._remember = remember
+        self._loans: dict[str, dict[Hashable, list[int]]] = {}
+        self._renewed: dict[str, float] = {}
+        self._ended: OrderedDict[tuple[str, Hashable], None] = OrderedDict()
 
     @property
     def lent_pages(self) -> int:
-        """Holds outstanding; 0 when nothing is lent."""
-        raise NotImplementedError
+        """Holds outstanding."""
+        return sum(len(pages) for loans in self._loans.values() for pages in loans.values())
 
     def lend(self, peer: str, key: Hashable, pages: Sequence[int], now: float) -> list[int]:
-        """One more ticket of `key`. Returns `pages` at once if the key has ended already (do not send the ticket)."""
-        raise NotImplementedError
+        """One more ticket of `key`. Returns `pages` themselves if that hand-off has ended: then send no ticket."""
+        if (peer, key) in self._ended:
+            return list(pages)
+        self._renewed.setdefault(peer, now)
+        self._loans.setdefault(peer, {}).setdefault(key, []).extend(pages)
+        return []
 
-    def renew(self, peer: str, now: float) -> list[int]:
-        """A heartbeat of `peer` was processed: its loans live until now + lease_s. Returns [] always ended loans stay ended."""
-        raise NotImplementedError
+    def renew(self, peer: str, now: float) -> None:
+        """A heartbeat of `peer` was processed: its loans live until now + lease_s at least."""
+        self._renewed[peer] = now
 
     def land(self, peer: str, key: Hashable) -> list[int]:
-        """The peer has read, or given up, everything of `key`."""
-        raise NotImplementedError
+        """The peer has read, or given up, everything of `key`; tickets lent later end at once."""
+        self._end(peer, key)
+        loans = self._loans.get(peer, {})
+        pages = loans.pop(key, [])
+        if not loans:
+            self._loans.pop(peer, None)
+        return pages
 
     def drop_peer(self, peer: str) -> list[int]:
-        """The peer's process has exited, or it began a new session: it will use nothing it was lent."""
-        raise NotImplementedError
+        """End all loans of a peer that has exited or said that it starts anew. A cut connection proves neither: the
+        peer may still be reading, so leave its loans to `expire`."""
+        self._renewed.pop(peer, None)
+        ended = self._loans.pop(peer, {})
+        for key in ended:
+            self._end(peer, key)
+        return [page for pages in ended.values() for page in pages]
 
     def expire(self, now: float) -> list[int]:
-        """End the loans of peers that were silent for lease_s."""
-        raise NotImplementedError
+        """End the loans of peers that have been silent for lease_s."""
+        silent = [peer for peer, renewed in self._renewed.items() if now >= renewed + self._lease_s]
+        return [page for peer in silent for page in self.drop_peer(peer)]
+
+    def _end(self, peer: str, key: Hashable) -> None:
+        self._ended[peer, key] = None
+        self._ended.move_to_end((peer, key))
+        if len(self._ended) > self._remember:
+            self._ended.popitem(last=False)
 
 
 class HeartbeatLog:
-    """When this reader sent its heartbeats to one lender: lent_at of a ticket is `sent_at(ticket.heartbeat_seq)`."""
+    """When this reader sent its heartbeats to one lender, in one session."""
 
-    def __init__(self, started_at: float, remember: int = 64) -> None:
-        raise NotImplementedError
+    def __init__(self, started_at: float, remember: int = 256) -> None:
+        """`started_at`: when the session's Hello was sent; it counts as heartbeat 0."""
+        self._sent: OrderedDict[int, float] = OrderedDict({0: started_at})
+        self._remember = remember
 
     def sent(self, seq: int, now: float) -> None:
-        raise NotImplementedError
+        """Heartbeat `seq` leaves now; call before it is sent."""
+        self._sent[seq] = now
+        if len(self._sent) > self._remember:
+            self._sent.popitem(last=False)
 
     def sent_at(self, seq: int) -> float:
-        """Send time of heartbeat `seq`; 0 is the session's Hello. A seq that is not remembered gives -inf (never trusted)."""
-        raise NotImplementedError
+        """`lent_at` of a ticket that carries this heartbeat_seq; -inf (never trusted) if it is not remembered."""
+        return self._sent.get(seq, float("-inf"))
 
 
 class LandingState(Enum):
+    """PROMISED: no ticket yet. READING: some. LANDED: all pages are here. FAILED: what is missing will not come."""
+
     PROMISED = "promised"
     READING = "reading"
     LANDED = "landed"
@@ -67,62 +105,176 @@ class LandingState(Enum):
 
 @dataclass(frozen=True)
 class Landed:
-    """What became of a hand-off's pages, in order of the request's page table."""
+    """Whose the pages of an ended hand-off are; each list in the order of the request's page table."""
 
     state: LandingState  # LANDED or FAILED
-    landed: list[int]  # leading pages whose contents arrived in time and matched
-    idle: list[int]  # bound pages with unknown contents that nothing writes: reuse or free them now
-    quarantined: list[int]  # may still be written: take them out of the request; `read_ended` gives them back
+    landed: list[int]  # leading pages with the right contents: keep
+    idle: list[int]  # further pages that nothing writes, contents unknown: reuse or free
+    quarantined: list[int]  # may still be written: take out of the request, hold until a read event returns them
+
+
+@dataclass
+class _Read:
+    """One ticket being read; `open` as long as it may write, `good` once it has landed in time."""
+
+    pages: list[int]
+    lent_at: float
+    open: bool = True
+    good: bool = False
+
+
+@dataclass
+class _Handoff:
+    next_page: int
+    end_page: int
+    state: LandingState = LandingState.PROMISED
+    complete: bool = False
+    reads: dict[str, _Read] = field(default_factory=dict)
 
 
 class Landings:
-    """Hand-offs coming in."""
+    """Hand-offs coming in. Tickets arrive in order of pages; every ticket is one read, known by its tag.
+
+    After each event ask `state`; when it says LANDED or FAILED, `take` the outcome. The three read events return pages
+    that leave quarantine with them (non-empty only after `take`). Unknown keys and tags change nothing.
+    """
 
     def __init__(self, lease_s: float) -> None:
-        raise NotImplementedError
+        self._lease_s = lease_s
+        self._handoffs: dict[Hashable, _Handoff] = {}
+        self._keys: dict[str, Hashable] = {}  # of reads whose hand-off has not been taken
+        self._quarantine: dict[str, list[int]] = {}  # by read: pages of hand-offs that were taken
+        self._reads = 0
 
-    promised_pages: int
-    quarantined_pages: int
+    @property
+    def quarantined_pages(self) -> int:
+        """Pages withheld after their hand-off was taken, because a read may still write them."""
+        return sum(map(len, self._quarantine.values()))
+
+    @property
+    def promised_pages(self) -> int:
+        """Pages promised to hand-offs in progress and not bound yet."""
+        open_ones = (h for h in self._handoffs.values() if h.state in (LandingState.PROMISED, LandingState.READING))
+        return sum(h.end_page - h.next_page for h in open_ones)
 
     def promise(self, key: Hashable, first_page: int, num_pages: int) -> None:
-        """Room for pages [first_page, first_page + num_pages) of the request's page table was promised."""
-        raise NotImplementedError
+        """Expect pages [first_page, first_page + num_pages) of the request's page table.
+
+        Raises:
+            ValueError: the key is in use.
+        """
+        if key in self._handoffs:
+            raise ValueError(f"hand-off {key!r} has been promised already")
+        self._handoffs[key] = _Handoff(first_page, first_page + num_pages)
 
     def accepts(self, key: Hashable, first_page: int, num_pages: int) -> bool:
-        """Whether a ticket is the next one of a hand-off that is still wanted; duplicates and late ones are not."""
-        raise NotImplementedError
+        """Whether a ticket is the next one of a hand-off still wanted: no duplicate, not late, within bounds."""
+        handoff = self._handoffs.get(key)
+        return (
+            handoff is not None
+            and handoff.state in (LandingState.PROMISED, LandingState.READING)
+            and not handoff.complete
+            and handoff.next_page == first_page
+            and 0 < num_pages <= handoff.end_page - first_page
+        )
 
     def start(self, key: Hashable, first_page: int, pages: Sequence[int], lent_at: float) -> str:
-        """Bind our `pages` to a ticket that `accepts` agreed to; returns the tag for its ReadJob."""
-        raise NotImplementedError
+        """Bind our `pages` to a ticket; returns the tag for its ReadJob. They may be written from here on.
 
-    def read_done(self, tag: str, finished_at: float) -> bool:
-        """The read landed. False: too late to be trusted, the lender may have recycled the pages; the hand-off failed."""
-        raise NotImplementedError
+        `lent_at` is `HeartbeatLog.sent_at(ticket.heartbeat_seq)`. Raises ValueError unless `accepts` agrees.
+        """
+        if not self.accepts(key, first_page, len(pages)):
+            raise ValueError(f"ticket for page {first_page} of hand-off {key!r} is not acceptable")
+        handoff = self._handoffs[key]
+        handoff.next_page += len(pages)
+        handoff.state = LandingState.READING
+        self._reads += 1
+        tag = f"read-{self._reads}"
+        handoff.reads[tag] = _Read(list(pages), lent_at)
+        self._keys[tag] = key
+        return tag
 
-    def read_stalled(self, tag: str) -> None:
-        """The read failed, but may still write."""
-        raise NotImplementedError
+    def read_done(self, tag: str, finished_at: float) -> list[int]:
+        """Everything arrived and matched. It is trusted only if it finished within lease_s of the moment we sent the
+        newest heartbeat the lender knew when it lent: until then at least it kept the pages for us."""
+        return self._settle(tag, finished_at)
 
     def read_ended(self, tag: str) -> list[int]:
-        """The read failed, mismatched or settled: nothing writes any more. Returns pages that leave quarantine."""
-        raise NotImplementedError
+        """The read failed, mismatched, or settled after a stall: nothing writes any more, the contents are unknown."""
+        return self._settle(tag, None)
+
+    def read_stalled(self, tag: str) -> list[int]:
+        """The read has failed but may still write."""
+        if tag in self._keys:
+            self.fail(self._keys[tag])
+        return []
 
     def complete(self, key: Hashable) -> None:
-        """No more tickets will come (PrefillDone)."""
-        raise NotImplementedError
+        """No more tickets will come (PrefillDone); pages that no ticket covered fail the hand-off."""
+        handoff = self._handoffs.get(key)
+        if handoff is not None:
+            handoff.complete = True
+            self._advance(handoff)
 
     def fail(self, key: Hashable) -> None:
-        """Given up: abort, deadline, lender lost."""
-        raise NotImplementedError
+        """Give up what has not landed: abort, deadline, lender lost. A hand-off that has LANDED stays so."""
+        handoff = self._handoffs.get(key)
+        if handoff is not None and handoff.state is not LandingState.LANDED:
+            handoff.state = LandingState.FAILED
 
     def state(self, key: Hashable) -> LandingState | None:
-        raise NotImplementedError
-
-    def take(self, key: Hashable) -> Landed:
-        """Forget a hand-off that is LANDED or FAILED and say whose its pages are now."""
-        raise NotImplementedError
+        """None: unknown, or taken."""
+        handoff = self._handoffs.get(key)
+        return handoff.state if handoff is not None else None
 
     def key_of(self, tag: str) -> Hashable | None:
-        """The hand-off of an outstanding read."""
-        raise NotImplementedError
+        """The hand-off of a read; None once it was taken."""
+        return self._keys.get(tag)
+
+    def outstanding(self, key: Hashable) -> list[str]:
+        """Tags of reads that may still write: cancel them when the hand-off failed; wait for them if you can."""
+        handoff = self._handoffs.get(key)
+        return [tag for tag, read in handoff.reads.items() if read.open] if handoff is not None else []
+
+    def take(self, key: Hashable) -> Landed:
+        """Forget an ended hand-off; its pages are the caller's, save those in quarantine.
+
+        Raises:
+            ValueError: it has not ended (or is not known).
+        """
+        if self.state(key) not in (LandingState.LANDED, LandingState.FAILED):
+            raise ValueError(f"hand-off {key!r} has not ended")
+        handoff = self._handoffs.pop(key)
+        outcome = Landed(handoff.state, [], [], [])
+        leading = True
+        for tag, read in handoff.reads.items():
+            del self._keys[tag]
+            leading = leading and read.good
+            if read.open:
+                self._quarantine[tag] = read.pages
+            (outcome.quarantined if read.open else outcome.landed if leading else outcome.idle).extend(read.pages)
+        return outcome
+
+    def _settle(self, tag: str, finished_at: float | None) -> list[int]:
+        if tag in self._quarantine:
+            return self._quarantine.pop(tag)
+        if tag in self._keys:
+            handoff = self._handoffs[self._keys[tag]]
+            read = handoff.reads[tag]
+            if read.open:
+                read.open = False
+                read.good = finished_at is not None and finished_at < read.lent_at + self._lease_s
+                self._advance(handoff)
+        return []
+
+    def _advance(self, handoff: _Handoff) -> None:
+        """LANDED when all is here, FAILED as soon as that cannot happen any more."""
+        if handoff.state in (LandingState.LANDED, LandingState.FAILED):
+            return
+        covered = handoff.next_page == handoff.end_page
+        if any(not read.open and not read.good for read in handoff.reads.values()) or (
+            handoff.complete and not covered
+        ):
+            handoff.state = LandingState.FAILED
+        elif handoff.complete and all(read.good for read in handoff.reads.values()):
+            handoff.state = LandingState.LANDED

@@ -1,141 +1,242 @@
 """`PageMover`: the one thread of a worker that posts and polls copies and computes checksums.
 
-The engine thread hands in jobs, never blocks, and drains completions between two steps; `wake` is called (in the
-mover's thread) whenever one is ready. Every read job ends in exactly one of `ReadDone`, `ReadFailed`, `ReadMismatch`
-or `ReadStalled`; only after `ReadStalled` may its pages still be written, until `ReadSettled` follows.
+The engine thread hands in jobs (jobs.py), never blocks, and drains completions between two steps. Jobs advance in turn,
+a batch at a time, so that a long prompt does not hold up a short one; a batch is verified while it is still in the
+CPU's caches. An idle mover sleeps, waking only as often as a transport wants its `progress` called.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 from penstock.common.memory import MemoryRegion
-from penstock.kv_transfer.base import Transport
+from penstock.kv_transfer.base import Transport, TransportError
+from penstock.kv_transfer.jobs import (
+    Completion,
+    ConnectFailed,
+    ReadDone,
+    ReadFailed,
+    ReadJob,
+    ReadMismatch,
+    ReadSettled,
+    ReadStalled,
+    Sealed,
+    SealJob,
+)
+from penstock.kv_transfer.region import checksums
+from penstock.kv_transfer.work import Read, Seal, Work
 
+__all__ = [
+    "Completion",
+    "ConnectFailed",
+    "PageMover",
+    "ReadDone",
+    "ReadFailed",
+    "ReadJob",
+    "ReadMismatch",
+    "ReadSettled",
+    "ReadStalled",
+    "SealJob",
+    "Sealed",
+]
 
-@dataclass(frozen=True)
-class ReadJob:
-    """Read the peer's page src_pages[i] onto our page dst_pages[i]; compare with checksums[i] unless that is []."""
-
-    tag: str
-    peer: str
-    transport: str
-    src_pages: Sequence[int]
-    dst_pages: Sequence[int]
-    checksums: Sequence[int] = field(default=())
-
-
-@dataclass(frozen=True)
-class SealJob:
-    """Compute the checksums of our own pages, before they are lent."""
-
-    tag: str
-    pages: Sequence[int]
-
-
-@dataclass(frozen=True)
-class ReadDone:
-    """All pages arrived (and matched). `finished_at` is time.monotonic() when the last byte had landed."""
-
-    tag: str
-    size_bytes: int
-    seconds: float  # from the first post to the last byte; waiting behind other jobs is not in it
-    finished_at: float
-
-
-@dataclass(frozen=True)
-class ReadFailed:
-    """The read ended without all pages; nothing writes into them any more."""
-
-    tag: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class ReadMismatch:
-    """Everything arrived, but the bytes of these destination pages are not what the lender sealed. Settled."""
-
-    tag: str
-    pages: list[int]
-
-
-@dataclass(frozen=True)
-class ReadStalled:
-    """No progress for stall_s: the read has failed, but its pages may still be written until `ReadSettled`."""
-
-    tag: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ReadSettled:
-    """Follows `ReadStalled`, perhaps much later: nothing writes into the pages any more."""
-
-    tag: str
-
-
-@dataclass(frozen=True)
-class Sealed:
-    """Checksums of a SealJob's pages, in its order."""
-
-    tag: str
-    checksums: list[int]
-
-
-@dataclass(frozen=True)
-class ConnectFailed:
-    """The peer cannot be read over this transport; reads posted to it fail, too."""
-
-    peer: str
-    transport: str
-    reason: str
-
-
-Completion = ReadDone | ReadFailed | ReadMismatch | ReadStalled | ReadSettled | Sealed | ConnectFailed
+_POLL_MIN_S, _POLL_MAX_S = 50e-6, 5e-3  # between two looks at copies in flight: 1/32 of the time nothing has moved
+_IDLE_FACTOR = 10  # an idle mover calls `progress` this much less often
+_QUICK_S = 2.0  # for how long after a command the mover does not count as idle
 
 
 class PageMover:
-    """Owns the transports from construction on. All methods return at once, except `close`."""
+    """Owns the transports from construction on. Methods may be called from any thread and return at once, except
+    `close`; what they ask for happens in the mover's thread, in order. A peer is named by its incarnation."""
 
     def __init__(
         self,
         region: MemoryRegion,
         transports: Sequence[Transport],
         wake: Callable[[], None] = lambda: None,
+        *,
         stall_s: float = 5.0,
         batch_bytes: int = 8 << 20,
+        checksum: Callable[[Sequence[int]], list[int]] | None = None,
     ) -> None:
-        raise NotImplementedError
+        """Starts the thread.
+
+        Args:
+            wake: called in the mover's thread when completions are ready; must not block.
+            stall_s: a read without any progress for this long is reported as stalled.
+            batch_bytes: how much of a job is posted, or hashed, at once.
+            checksum: xxh3-64 of our pages; needed for pools that are not on CPU.
+        """
+        self._transports = {transport.name: transport for transport in transports}
+        self._wake = wake
+        self._stall_s = stall_s
+        self._batch_pages = max(1, batch_bytes // region.page_bytes)
+        self._checksum = checksum or (lambda pages: checksums(region, pages))
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._done: deque[Completion] = deque()
+        self._work: dict[str, Work] = {}
+        self._connected: dict[tuple[str, str], bytes] = {}
+        self._leaving: set[str] = set()
+        self._quick_until = 0.0
+        self._failure: BaseException | None = None
+        self._close_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name="page-mover", daemon=True)
+        self._thread.start()
 
     def connect(self, peer: str, transport: str, description: bytes) -> None:
-        """Connect in the mover's thread, before any job handed in later; a failure is a `ConnectFailed`."""
-        raise NotImplementedError
+        """Connect before any job handed in later. Success is silent, a failure is a `ConnectFailed`."""
+        self._commands.put(lambda: self._connect(peer, transport, description))
 
     def disconnect(self, peer: str) -> None:
-        """Cancel the peer's reads and, once they are settled, forget it on all transports."""
-        raise NotImplementedError
+        """Cancel the peer's reads and, once none of its copies is in flight, forget it on all transports."""
+        self._commands.put(lambda: self._disconnect(peer))
 
     def read(self, job: ReadJob) -> None:
-        """Queue a read; jobs in progress share the thread in turn."""
-        raise NotImplementedError
+        """Queue a read. Tags name jobs in progress: one of each."""
+        self._commands.put(lambda: self._start_read(job))
 
     def cancel(self, tag: str) -> None:
-        """Post nothing more of this read; it ends in `ReadFailed` once settled. Unknown tags are ignored."""
-        raise NotImplementedError
+        """Post nothing more of this job: a read ends in `ReadFailed` once settled, a seal without a word."""
+        self._commands.put(lambda: self._cancel(tag))
 
     def seal(self, job: SealJob) -> None:
-        """Queue a checksum job."""
-        raise NotImplementedError
+        """Queue a checksum job; the pages must not change until it is done."""
+        self._commands.put(lambda: self._start(job.tag, Seal(job, self._batch_pages, self._checksum)))
+
+    def expect_readers(self) -> None:
+        """Peers are about to read from us: be quick to serve them. `seal` has this effect, too."""
+        self._commands.put(lambda: None)
 
     def poll_done(self) -> list[Completion]:
-        """Completions since the last call, in order."""
-        raise NotImplementedError
+        """Completions since the last call, in order.
+
+        Raises:
+            RuntimeError: the thread has died of a bug, which is the cause.
+        """
+        if self._failure is not None:
+            raise RuntimeError("the mover's thread has died") from self._failure
+        return [self._done.popleft() for _ in range(len(self._done))]
 
     def close(self, drain_s: float = 5.0) -> bool:
-        """Cancel what is queued, wait up to drain_s for copies in flight, then close transports and thread.
+        """Cancel everything, wait up to drain_s for copies in flight, then close the transports and end the thread.
 
-        Returns False when a copy is still in flight: transports stay open, the pool must not be unmapped, and the
-        process has to leave by `os._exit` (a normal exit with a NIXL transfer in flight is a segmentation fault).
+        Returns False when a copy is still in flight. Then the transports stay open, the pool must stay mapped, and the
+        process has to leave by `os._exit`: a normal exit with a NIXL transfer in flight is a segmentation fault.
         """
-        raise NotImplementedError
+        self._commands.put(lambda: self._close(drain_s))
+        self._thread.join(drain_s + 1.0)
+        return not self._thread.is_alive() and not self._work and self._failure is None
+
+    # ------------------------------------------------------------ in the mover's thread
+
+    def _run(self) -> None:
+        moved_at = time.monotonic()
+        try:
+            while self._close_at is None or (self._work and time.monotonic() < self._close_at):
+                self._take_commands(self._timeout(moved_at))
+                for transport in self._transports.values():
+                    transport.progress()
+                if self._advance():
+                    moved_at = time.monotonic()
+                self._forget_leavers()
+            if not self._work:
+                for transport in self._transports.values():
+                    transport.close()
+        except BaseException as failure:
+            self._failure = failure
+            self._wake()
+            raise
+
+    def _timeout(self, moved_at: float) -> float | None:
+        """How long to wait for a command before having a look at the work or the transports."""
+        now = time.monotonic()
+        if self._work:
+            quiet_s = now - moved_at
+            return 0.0 if quiet_s < _POLL_MIN_S else min(max(quiet_s / 32, _POLL_MIN_S), _POLL_MAX_S)
+        wanted = [t.progress_s for t in self._transports.values() if t.progress_s is not None]
+        if not wanted:
+            return None
+        return min(wanted) * (1 if now < self._quick_until else _IDLE_FACTOR)
+
+    def _take_commands(self, timeout_s: float | None) -> None:
+        """Wait for a command, then carry out all that are there."""
+        try:
+            while True:
+                command = self._commands.get(timeout=timeout_s)
+                command()
+                self._quick_until = time.monotonic() + _QUICK_S
+                timeout_s = 0.0
+        except Empty:
+            pass
+
+    def _advance(self) -> bool:
+        """Give every job its turn; whether anything moved."""
+        moved = False
+        for tag, work in list(self._work.items()):
+            moved |= work.advance(time.monotonic)
+            for completion in work.completions():
+                self._report(completion)
+            if work.ended:
+                del self._work[tag]
+        return moved
+
+    def _report(self, completion: Completion) -> None:
+        self._done.append(completion)
+        self._wake()
+
+    def _start(self, tag: str, work: Work) -> None:
+        if tag in self._work:
+            raise ValueError(f"a job named {tag} is in progress")
+        self._work[tag] = work
+
+    def _start_read(self, job: ReadJob) -> None:
+        transport = self._transports.get(job.transport)
+        if transport is None or (job.peer, job.transport) not in self._connected or job.peer in self._leaving:
+            self._report(ReadFailed(job.tag, f"{job.peer} is not connected over {job.transport}"))
+        else:
+            self._start(job.tag, Read(job, transport, self._batch_pages, self._checksum, self._stall_s))
+
+    def _cancel(self, tag: str) -> None:
+        if tag in self._work:
+            self._work[tag].cancel()
+
+    def _connect(self, peer: str, name: str, description: bytes) -> None:
+        if self._connected.get((peer, name)) == description:
+            self._leaving.discard(peer)
+            return
+        try:
+            if name not in self._transports:
+                raise TransportError(f"transport {name} is not open here")
+            if self._reading(peer):
+                raise TransportError(f"earlier reads from {peer} have not settled")
+            self._transports[name].connect(peer, description)
+        except TransportError as error:
+            self._report(ConnectFailed(peer, name, str(error)))
+        else:
+            self._leaving.discard(peer)
+            self._connected[peer, name] = description
+
+    def _disconnect(self, peer: str) -> None:
+        for work in self._work.values():
+            if work.peer == peer:
+                work.cancel()
+        self._leaving.add(peer)
+
+    def _reading(self, peer: str) -> bool:
+        return any(work.peer == peer for work in self._work.values())
+
+    def _forget_leavers(self) -> None:
+        for peer in [peer for peer in self._leaving if not self._reading(peer)]:
+            self._leaving.discard(peer)
+            for name, transport in self._transports.items():
+                if self._connected.pop((peer, name), None) is not None:
+                    transport.disconnect(peer)
+
+    def _close(self, drain_s: float) -> None:
+        self._close_at = time.monotonic() + drain_s
+        for work in self._work.values():
+            work.cancel()
