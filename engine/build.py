@@ -116,7 +116,9 @@ def _context(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
     room = num_pages * config.block_size
     if config.max_model_len is not None:
         if config.max_model_len > spec.max_position:
-            raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's context of {spec.max_position}")
+            raise ConfigError(
+                f"max_model_len {config.max_model_len} exceeds the model's context of {spec.max_position}"
+            )
         if config.max_model_len > room:
             raise ConfigError(
                 f"max_model_len {config.max_model_len} does not fit the KV pool: {num_pages} pages of "

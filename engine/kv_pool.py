@@ -1,8 +1,8 @@
 """The memory that holds KV pages, and how a page is laid out.
 
-A page is contiguous over all layers, `[page, kv_head, layer, k/v, slot, head_dim]`: a hand-off moves it as one piece, and
-a head's whole share is contiguous too, for workers of different tensor-parallel size. Offsets are 64-bit. On CPU the pool
-is a memfd mapping: another process on the host can map it, and the kernel frees it when the last one is gone.
+A page is contiguous over all layers, `[page, kv_head, layer, k/v, slot, head_dim]`: a hand-off moves it as one piece,
+and a head's whole share is contiguous too, for workers of different tensor-parallel size. Offsets are 64-bit. On CPU
+the pool is a memfd mapping: another process on the host can map it, and the kernel frees it when the last one is gone.
 """
 
 from __future__ import annotations

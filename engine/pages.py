@@ -4,11 +4,12 @@ Every page is in exactly one place:
 
     free ──allocate──> held by one or more holders ──release──> cached (named by its page hash, nobody holds it)
      ^                        (request, hand-off, quarantine)     │  ^         │
-     └────────────────────────────release, no hash────────────────┘  └─match, hold     evicted, oldest first, by allocate
+     └────────────────────────────release, no hash────────────────┘  └─match, hold     evicted, oldest first
 
-A holder is a string ("req-1:0", "loan/…", "quarantine/…"); its pages, in order, are its page table. Full pages are named by
-chained page hashes (common/page_hash.py) and found again by `match`. A page's generation grows whenever it is given to a
-new owner, so that a stale ticket can be told from a live one. A promise reserves a number of pages, not which ones.
+A holder is a string (a request's key, "loans", "quarantine"); its pages, in order, are its page table. Full pages are
+named by chained page hashes (common/page_hash.py) and found again by `match`. A page's generation grows whenever it is
+given to a new owner, so that a stale ticket can be told from a live one. A promise reserves a number of pages, not
+which ones.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class PageManager:
         return -(-num_tokens // self.page_size)
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Pages of the longest known prefix of this chain. Changes nothing: `hold` them before anything is allocated."""
+        """Pages of the longest known prefix of this chain. Changes nothing: `hold` them before allocating."""
         pages: list[int] = []
         if self.caching:
             for name in hashes:
@@ -150,7 +151,7 @@ class PageManager:
         self._set_promise(holder, 0)
 
     def name(self, page: int, page_hash: bytes) -> None:
-        """The page's content is complete and is what `page_hash` says: later requests may find it. First come, first kept."""
+        """The page is complete and its content is what `page_hash` says: others may find it. First come, first kept."""
         if self.caching and page_hash not in self._page_of and self._hash_of[page] is None:
             self._hash_of[page] = page_hash
             self._page_of[page_hash] = page

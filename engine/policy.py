@@ -9,8 +9,10 @@ from typing import Protocol
 class BatchPolicy(Protocol):
     """How a step's token budget is spent."""
 
-    prefill_only: bool
-    """Requests end after their first token; their pages are handed off."""
+    @property
+    def prefill_only(self) -> bool:
+        """Requests end after their first token; their pages are handed off."""
+        ...
 
     def prefill_budget(self, max_num_batched_tokens: int, num_decodes: int) -> int:
         """Prompt tokens that may be computed in a step that also decodes `num_decodes` sequences."""

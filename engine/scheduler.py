@@ -2,8 +2,8 @@
 
 `plan` may be called again before the last step's result was given to `update`: what is still unread counts as pending.
 Continuous batching with chunked prefill: sequences that decode come first, then prompts under what is left of the
-token budget, first come, first served. Without room for a decode's next page the newest sequence is preempted: its pages
-are released and it waits at the front to be recomputed.
+token budget, first come, first served. Without room for a decode's next page the newest sequence is preempted: its
+pages are released and it waits at the front to be recomputed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from penstock.engine.policy import BatchPolicy
 from penstock.engine.request import Request, Status
 
 HANDED_OFF = Finish(reason="handoff")
-"""End of a request on a prefill worker. Its pages stay held by its key: they are the hand-off's now, which releases them."""
+"""End of a request on a prefill worker: its pages stay held by its key, for the hand-off to release."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class Scheduler:
         if request.key in self._by_key:
             raise ValueError(f"request {request.key} exists already")
         if request.num_known >= self.max_model_len:
-            raise ValueError(f"{request.num_known} tokens leave no room for output in a context of {self.max_model_len}")
+            raise ValueError(
+                f"{request.num_known} tokens leave no room for output in a context of {self.max_model_len}"
+            )
         request.computed = computed
         self._by_key[request.key] = request
         self.waiting.append(request)
@@ -222,6 +224,8 @@ class Scheduler:
     def _work(self, request: Request, num_tokens: int, now: float, *, first: bool = False) -> SequenceWork:
         if request.first_planned is None:
             request.first_planned = now
+            if request.is_decoding:  # a hand-off: computed elsewhere
+                request.prefilled = now
         table = self.pages.table(request.key)
         known_pages = 0 if first else request.planned_pages
         request.planned_pages = len(table)

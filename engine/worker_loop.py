@@ -38,6 +38,9 @@ class Role(Protocol):
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
         """A message of an accepted peer."""
 
+    def peer_renewed(self, identity: bytes, now: float) -> None:
+        """A heartbeat: what this peer was lent stays lent."""
+
     def peer_gone(self, identity: bytes) -> None:
         """Everything this peer asked for or was lent has to end."""
 
@@ -66,9 +69,7 @@ class Role(Protocol):
 class WorkerLoop:
     """Runs one worker until it is told to stop; `wake` may be called from any thread."""
 
-    def __init__(
-        self, built: BuiltEngine, bus: BusServer, info: WorkerInfo, *, lease_s: float, drain_s: float
-    ) -> None:
+    def __init__(self, built: BuiltEngine, bus: BusServer, info: WorkerInfo, *, lease_s: float, drain_s: float) -> None:
         self.built = built
         self.engine = built.engine
         self.bus = bus
@@ -121,7 +122,7 @@ class WorkerLoop:
         timeout_s = 0.0
         try:
             while not self._finished(role):
-                for fd, _ in self.poller.poll(timeout_s * 1e3):
+                for fd, _ in self.poller.poll(round(timeout_s * 1e3)):
                     if fd == self._wake_fd:
                         os.eventfd_read(self._wake_fd)
                 now = self._turned_at = time.monotonic()
@@ -157,6 +158,7 @@ class WorkerLoop:
                 self.bus.send(identity, Peers.unknown())
             elif isinstance(message, Heartbeat):
                 self.peers.heartbeat(identity, message.seq, now)
+                role.peer_renewed(identity, now)
                 self.bus.send(identity, HeartbeatAck(seq=message.seq, load=self.load))
             else:
                 role.handle(identity, message, now)
@@ -181,7 +183,9 @@ class WorkerLoop:
         counters = scheduler.counters
         fields = {
             "waiting": len(scheduler.waiting),
-            "queued_tokens": sum(r.num_to_compute for r in (*scheduler.waiting, *scheduler.running) if not r.is_decoding),
+            "queued_tokens": sum(
+                r.num_to_compute for r in (*scheduler.waiting, *scheduler.running) if not r.is_decoding
+            ),
             "prefix_queries": counters.prefix_queries,
             "prefix_hits": counters.prefix_hits,
         }

@@ -17,7 +17,7 @@ def apply_penalties(
     frequency: float,
     presence: float,
 ) -> None:
-    """Repetition (prompt and output; Keskar et al. 2019), frequency and presence (output only; OpenAI's API reference)."""
+    """Repetition (prompt, output; Keskar et al. 2019), frequency and presence (output only; OpenAI's API reference)."""
     if repetition != 1.0:
         seen = torch.cat([prompt, output]).unique()
         values = logits[seen]

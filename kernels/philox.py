@@ -38,7 +38,7 @@ def exponential_noise(seeds: Tensor, positions: Tensor, purpose: int, num_tokens
         positions: `[N]` int64, position of the token to be sampled in its sequence.
         purpose: tells draws for different ends at one position apart (0: sampling).
 
-    Element (row, t) depends on (seeds[row], positions[row], purpose, t) only. Taking argmin(noise / probability) samples
+    Element (row, t) depends on (seeds[row], positions[row], purpose, t) only. Argmin of noise / probability samples
     from the distribution, which is Gumbel-max written without the outer logarithm. 32 bits of resolution lie where they
     matter, at small noise, so that even a token of probability 1e-9 is sampled as often as it should be.
     """

@@ -1,0 +1,91 @@
+"""Decides which requests may begin: the only place that says "no room". Pure.
+
+A request is admitted when its whole prompt and one more page can be promised, in order of arrival; nothing is computed
+that cannot land. What waits too long is given back as expired. A sequence that was preempted comes first: while one
+waits for pages, nobody new is admitted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from penstock.common.messages import GenerateRequest, WorkerInfo
+from penstock.engine.pages import PageManager
+from penstock.engine.request import request_key
+
+
+@dataclass(eq=False)
+class Entry:
+    """One request at this decode worker, from `Submit` to its end."""
+
+    identity: bytes  # the router's
+    request: GenerateRequest
+    prefill: WorkerInfo | None
+    arrived: float
+    hashes: list[bytes]  # of its full pages
+    held_tokens: int = 0  # leading tokens found in this worker's prefix cache at admission
+    admitted: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.key = request_key(self.request.request_id, self.request.choice, self.request.attempt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.request.output_token_ids)
+
+
+class Admission:
+    """The queue in front of the engine."""
+
+    def __init__(self, pages: PageManager, max_admitted: int) -> None:
+        self._pages = pages
+        self._max_admitted = max_admitted
+        self._queue: OrderedDict[str, Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self._queue.values())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._queue
+
+    def entries(self) -> list[Entry]:
+        return list(self._queue.values())
+
+    def submit(self, entry: Entry) -> None:
+        self._queue[entry.key] = entry
+
+    def cancel(self, key: str) -> Entry | None:
+        return self._queue.pop(key, None)
+
+    def expired(self, now: float) -> list[Entry]:
+        """Take out what has waited longer than its `queue_timeout_s`."""
+        late = [e for e in self._queue.values() if now - e.arrived > e.request.queue_timeout_s]
+        for entry in late:
+            del self._queue[entry.key]
+        return late
+
+    def admit(self, now: float, num_admitted: int, *, preempted: bool) -> list[Entry]:
+        """Take out what may begin now, in order.
+
+        Cached prefix pages are held for it already, and the rest of its pages is promised, under its key.
+        """
+        admitted: list[Entry] = []
+        while self._queue and not preempted and num_admitted + len(admitted) < self._max_admitted:
+            entry = next(iter(self._queue.values()))
+            # The last token is always computed, for its logits: the page it is in is never taken from the cache.
+            matched = self._pages.match(entry.hashes[: (entry.num_tokens - 1) // self._pages.page_size])
+            missing = self._pages.pages_for(entry.num_tokens + 1) - len(matched)
+            if not self._pages.has_room(entry.key, matched, missing):
+                break
+            self._pages.hold(entry.key, matched)
+            self._pages.promise(entry.key, missing)
+            entry.held_tokens = len(matched) * self._pages.page_size
+            entry.admitted = now
+            del self._queue[entry.key]
+            admitted.append(entry)
+        return admitted

@@ -1,0 +1,140 @@
+"""The decode worker's links to prefill workers: one per incarnation, made when first needed, kept until it is cut.
+
+In: messages to send. Out: what came back, and which prefill workers are lost. A message for a link that is still
+connecting waits until its Welcome.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import zmq
+
+from penstock.common.bus import BusLink, Connected, Disconnected
+from penstock.common.messages import AnyMessage, HeartbeatAck, Message, WorkerInfo
+from penstock.kv_transfer.leases import HeartbeatLog
+
+logger = logging.getLogger(__name__)
+CONNECT_WITHIN_S = 5.0
+SESSIONS_A_LINK = 1_000_000
+
+
+@dataclass(frozen=True)
+class PrefillLost:
+    """The link to this prefill worker is gone: nothing more will come of what was asked on it."""
+
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrefillFound:
+    """The handshake with this prefill worker is complete; `worker` says how its pages can be read."""
+
+    worker: WorkerInfo
+
+
+@dataclass(eq=False)
+class _Link:
+    worker: WorkerInfo
+    link: BusLink
+    opened: float
+    heartbeats: HeartbeatLog
+    waiting: list[Message] = field(default_factory=list)
+
+
+LinkEvent = PrefillLost | PrefillFound | AnyMessage
+
+
+class PrefillLinks:
+    """All links of one decode worker; used from its loop thread."""
+
+    def __init__(self, peer_id: str, fingerprint: str, cluster_key: str, lease_s: float, poller: zmq.Poller) -> None:
+        self._peer_id = peer_id
+        self._fingerprint = fingerprint
+        self._cluster_key = cluster_key
+        self._lease_s = lease_s
+        self._poller = poller
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links: dict[str, _Link] = {}
+        self._sessions = 0
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
+        """Send to a prefill worker, over a new link if there is none; lost if that link is cut before."""
+        link = self._links.get(worker.incarnation)
+        if link is None:
+            link = self._open(worker, now)
+        if link.link.connected:
+            link.link.send(message)
+        else:
+            link.waiting.append(message)
+
+    def send_if_linked(self, incarnation: str, message: Message) -> None:
+        """Send unless the link is gone; then the worker has ended this peer's requests by itself."""
+        link = self._links.get(incarnation)
+        if link is not None and link.link.connected:
+            link.link.send(message)
+
+    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
+        """A time on our clock at which the lender's lease to us began, or earlier; -inf if that cannot be told."""
+        link = self._links.get(incarnation)
+        return float("-inf") if link is None else link.heartbeats.sent_at(heartbeat_seq)
+
+    def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
+        """What happened on all links, as (incarnation, event). A lost link is closed and forgotten."""
+        events: list[tuple[str, LinkEvent]] = []
+        for incarnation, link in list(self._links.items()):
+            lost: PrefillLost | None = None
+            seq = link.link.state.heartbeat_seq
+            for item in link.link.receive(now):
+                if isinstance(item, Connected):
+                    if item.worker.incarnation != incarnation:
+                        lost = PrefillLost(incarnation, f"restarted as {item.worker.incarnation}")
+                        break
+                    events.append((incarnation, PrefillFound(item.worker)))
+                    for message in link.waiting:
+                        link.link.send(message)
+                    link.waiting.clear()
+                elif isinstance(item, Disconnected):
+                    lost = PrefillLost(incarnation, item.reason)
+                elif not isinstance(item, HeartbeatAck):
+                    events.append((incarnation, item))
+            if link.link.state.heartbeat_seq > seq:
+                link.heartbeats.sent(link.link.state.heartbeat_seq, now)
+            if lost is None and not link.link.connected and now - link.opened > CONNECT_WITHIN_S:
+                lost = PrefillLost(incarnation, f"no answer within {CONNECT_WITHIN_S:.0f} s")
+            if lost is not None:
+                logger.warning("prefill worker %s is lost: %s", link.worker.worker_id, lost.reason)
+                self._close(incarnation)
+                events.append((incarnation, lost))
+        return events
+
+    def close(self) -> None:
+        for incarnation in list(self._links):
+            self._close(incarnation)
+        self._context.term()
+
+    def _open(self, worker: WorkerInfo, now: float) -> _Link:
+        self._sessions += SESSIONS_A_LINK  # a link counts on by itself; a newer link must be newer than all of that
+        link = BusLink(
+            worker.address,
+            self._peer_id,
+            "decode",
+            self._sessions,
+            self._fingerprint,
+            self._cluster_key,
+            self._context,
+            lease_s=self._lease_s,
+            poller=self._poller,
+        )
+        opened = _Link(worker, link, now, HeartbeatLog(now))
+        self._links[worker.incarnation] = opened
+        link.receive(now)  # connects
+        return opened
+
+    def _close(self, incarnation: str) -> None:
+        self._links.pop(incarnation).link.close()

@@ -1,0 +1,54 @@
+"""`penstock decode`: a worker that generates; prompts come from prefill workers, or are computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from penstock.common.config import WorkerConfig
+from penstock.common.memory import MemoryRegion
+from penstock.decode_worker.handoff import HandOffIn
+from penstock.decode_worker.prefill_links import PrefillLinks
+from penstock.decode_worker.role import DecodeRole
+from penstock.engine.policy import BatchPolicy, DecodePolicy
+from penstock.engine.worker_loop import Role, WorkerLoop
+from penstock.engine.worker_process import run_worker
+from penstock.kv_transfer.base import Transport
+from penstock.kv_transfer.leases import Landings
+from penstock.kv_transfer.mover import PageMover
+from penstock.kv_transfer.select import open_transports
+
+
+class DecodeJoint:
+    """Joins engine, mover, links and landings into the decode role."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.policy: BatchPolicy = DecodePolicy()
+        self._config = config
+        self._region: MemoryRegion | None = None
+        self._transports: Sequence[Transport] = ()
+
+    def open_transports(self, region: MemoryRegion, incarnation: str) -> dict[str, bytes]:
+        self._region = region
+        self._transports = open_transports(self._config.kv_transport, region, incarnation)
+        return {transport.name: transport.description() for transport in self._transports}
+
+    def make_role(self, loop: WorkerLoop) -> Role:
+        assert self._region is not None
+        config = self._config
+        links = PrefillLinks(
+            loop.info.incarnation, loop.info.fingerprint, config.cluster_key, config.lease_s, loop.poller
+        )
+        handoffs = HandOffIn(
+            pages=loop.engine.pages,
+            mover=PageMover(self._region, self._transports, wake=loop.wake),
+            links=links,
+            landings=Landings(config.lease_s),
+            own_transports=[transport.name for transport in self._transports],
+            kv_transport=config.kv_transport,
+        )
+        return DecodeRole(loop, handoffs)
+
+
+def main(config: WorkerConfig) -> None:
+    """Run a decode worker until it is told to stop; raises as `run_worker`."""
+    run_worker(config, DecodeJoint(config))

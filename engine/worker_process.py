@@ -1,0 +1,118 @@
+"""Starts a worker process around a role: engine, bus, Redis registration, status pages, then the loop until it stops.
+
+Called by the `main` of both workers. What differs between them (the batch policy, the role, how pages are reached)
+comes in as a `Joint`, since engine and kv_transfer do not know each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from typing import Protocol
+
+from penstock import __version__
+from penstock.common.bus import BusServer
+from penstock.common.config import WorkerConfig
+from penstock.common.logs import report_progress
+from penstock.common.memory import MemoryRegion
+from penstock.common.messages import WorkerInfo
+from penstock.common.redis_state import RegistryWriter
+from penstock.common.status_server import StatusServer
+from penstock.engine.build import BuiltEngine, build_engine
+from penstock.engine.policy import BatchPolicy
+from penstock.engine.worker_loop import Role, WorkerLoop, stop_on_signals
+
+logger = logging.getLogger(__name__)
+
+
+class Joint(Protocol):
+    """Joins the engine with the transfer of pages."""
+
+    policy: BatchPolicy
+
+    def open_transports(self, region: MemoryRegion, incarnation: str) -> dict[str, bytes]:
+        """Open what moves pages; name -> how a peer reads ours."""
+
+    def make_role(self, loop: WorkerLoop) -> Role:
+        """The role that drives the loop."""
+
+
+def run_worker(config: WorkerConfig, joint: Joint) -> None:
+    """Load, register, serve until SIGTERM or SIGINT, leave nothing behind.
+
+    Raises:
+        ModelError, ConfigError: the worker cannot start.
+        Exception: a step failed; the routers were told to retry elsewhere.
+    """
+    incarnation = f"{config.worker_id or f'{config.role}-{os.getpid()}'}-{uuid.uuid4().hex[:12]}"
+    built = build_engine(
+        config,
+        joint.policy,
+        name=f"penstock-{incarnation}",
+        memory_share=config.memory_share,
+        progress=lambda done, total: report_progress("loading weights", done, total),
+    )
+    transports = joint.open_transports(built.pool.region(), incarnation)
+    bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)
+    info = _worker_info(config, built, incarnation, bus.address, transports)
+    loop = WorkerLoop(built, bus, info, lease_s=config.lease_s, drain_s=config.drain_s)
+    role = joint.make_role(loop)
+    status = StatusServer(
+        config.bus_host,
+        config.metrics_port,
+        health=loop.health,
+        snapshot=lambda: loop.ask(lambda: loop.ledger(role)),
+        load=lambda: loop.load,
+        model_name=info.served_models[0],
+        worker_id=info.worker_id,
+    )
+    announced = status.url.replace(config.bus_host, bus.address.removeprefix("tcp://").rpartition(":")[0])
+    registered = WorkerInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | {"status_url": announced})
+    registry = RegistryWriter(config.redis_url, config.namespace, registered) if config.redis_url else None
+    stop_on_signals(loop)
+    logger.info(
+        "%s %s ready on %s, transports %s, status %s",
+        config.role,
+        info.worker_id,
+        bus.address,
+        "+".join(transports) or "none",
+        announced,
+    )
+    try:
+        loop.run(role, registry)
+    finally:
+        if registry is not None:
+            registry.close()
+        status.close()
+        role.close()
+        bus.close()
+        loop.close()
+        built.engine.close()
+
+
+def _worker_info(
+    config: WorkerConfig, built: BuiltEngine, incarnation: str, address: str, transports: dict[str, bytes]
+) -> WorkerInfo:
+    pages = built.engine.pages
+    return WorkerInfo(
+        worker_id=config.worker_id or incarnation,
+        incarnation=incarnation,
+        role=config.role,
+        address=address,
+        fingerprint=built.fingerprint,
+        model=config.model,
+        served_models=list(config.served_model_name) or [config.model],
+        page_size=pages.page_size,
+        num_pages=pages.num_pages,
+        page_bytes=built.pool.layout.page_bytes,
+        max_model_len=built.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=built.spec.vocab_size,
+        eos_token_ids=list(built.spec.eos_token_ids),
+        hash_scope=built.hash_scope,
+        transports=transports,
+        lease_s=config.lease_s,
+        pid=os.getpid(),
+        version=__version__,
+    )

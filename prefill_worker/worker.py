@@ -1,0 +1,42 @@
+"""`penstock prefill`: a worker that computes prompts and hands their pages to decode workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from penstock.common.config import WorkerConfig
+from penstock.common.memory import MemoryRegion
+from penstock.engine.policy import BatchPolicy, PrefillPolicy
+from penstock.engine.worker_loop import Role, WorkerLoop
+from penstock.engine.worker_process import run_worker
+from penstock.kv_transfer.base import Transport
+from penstock.kv_transfer.leases import LoanBook
+from penstock.kv_transfer.mover import PageMover
+from penstock.kv_transfer.select import open_transports
+from penstock.prefill_worker.handoff import HandOffOut
+
+
+class PrefillJoint:
+    """Joins engine, mover and loans into the prefill role."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.policy: BatchPolicy = PrefillPolicy()
+        self._config = config
+        self._region: MemoryRegion | None = None
+        self._transports: Sequence[Transport] = ()
+
+    def open_transports(self, region: MemoryRegion, incarnation: str) -> dict[str, bytes]:
+        self._region = region
+        self._transports = open_transports(self._config.kv_transport, region, incarnation)
+        return {transport.name: transport.description() for transport in self._transports}
+
+    def make_role(self, loop: WorkerLoop) -> Role:
+        assert self._region is not None
+        mover = PageMover(self._region, self._transports, wake=loop.wake)
+        return HandOffOut(loop, mover, LoanBook(self._config.lease_s), self._config.kv_checksum, time.monotonic)
+
+
+def main(config: WorkerConfig) -> None:
+    """Run a prefill worker until it is told to stop; raises as `run_worker`."""
+    run_worker(config, PrefillJoint(config))
