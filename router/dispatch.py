@@ -1,0 +1,393 @@
+"""What happens to every request choice, as a pure state machine: events in, commands out. Driven by the service.
+
+            ┌────────── worker lost, retryable error, divergence: next attempt ───────────┐
+            v                                                                             │
+ Submitted PLACING ──Placed(workers)──> RUNNING ──tokens…──> finish / error / timeout / cancel: end
+            │  ^
+  Placed(None) └─ a worker joined      (a cancel or a deadline ends the other two states as well)
+            v  │
+           WAITING
+
+Tokens are delivered exactly once, in order, without gaps, whoever sends them: the prefill worker sends the first one,
+the decode worker the rest, and a later attempt goes on behind what the client has. TokenDelta.index makes that so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from penstock.common.errors import InternalError, PenstockError, Timeout, Unavailable, WorkerLost, from_code
+from penstock.common.messages import Abort, Finish, GenerateRequest, Submit, TokenDelta
+from penstock.router.dispatch_events import (
+    Cancelled,
+    Command,
+    Deliver,
+    Event,
+    Fail,
+    Place,
+    Placed,
+    Release,
+    Reserve,
+    SendAbort,
+    SendSubmit,
+    Shutdown,
+    Submitted,
+    Tick,
+    WorkerDown,
+    WorkerUp,
+)
+from penstock.router.policy import Placement
+
+WAIT_FOR_WORKER_S = 10.0  # a worker may just be restarting
+MAX_WAITING = 1000
+MAX_BUFFERED = 1024  # deltas of one choice that came before their turn
+
+
+class State(Enum):
+    """Where a choice is; see the picture above."""
+
+    PLACING = "placing"  # the service asks Redis and the policy
+    WAITING = "waiting"  # no worker is up
+    RUNNING = "running"  # submitted to a decode worker
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """This attempt is lost or useless; another worker may succeed. `abort`: its worker may still work on it."""
+
+    reason: str
+    abort: bool = False
+    error: PenstockError | None = None  # what the client hears when the attempts are used up
+
+
+@dataclass(frozen=True)
+class _Expired:
+    """A deadline has passed."""
+
+
+@dataclass
+class Choice:
+    """One choice of a request that has not ended."""
+
+    request: GenerateRequest
+    sink: Any
+    deadline: float  # moves with progress
+    state: State = State.PLACING
+    attempt: int = 0
+    delivered: list[int] = field(default_factory=list)
+    steady: bool = False  # this attempt has delivered, and nothing of it is early
+    early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
+    placement: Placement | None = None
+    reserved: list[Release] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)  # incarnations that lost this choice
+    history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def as_it_stands(self) -> GenerateRequest:
+        """The request for this attempt: it goes on behind what the client has."""
+        return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.delivered))
+
+
+class InvalidTransition(RuntimeError):
+    """An event that its choice's state does not know: a bug. The text tells what the choice went through."""
+
+
+def wire_request_id(request_id: str, choice: int) -> str:
+    """Request id of a choice on the bus, where every choice is a request of its own (Abort names no choice)."""
+    return f"{request_id}/{choice}" if choice else request_id
+
+
+class Dispatcher:
+    """All choices of one router that have not ended. `handle` and `tokens` return the commands to carry out."""
+
+    def __init__(self, max_attempts: int, progress_timeout_s: float) -> None:
+        self.choices: dict[str, Choice] = {}
+        self.retries = 0
+        self.stale_deltas = 0  # of older attempts, ended choices, or repeated
+        self.divergences = 0
+        self._max_attempts = max_attempts
+        self._progress_timeout_s = progress_timeout_s
+        self._live: set[str] = set()  # decode workers
+        self._commands: list[Command] = []
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Apply one event.
+
+        Raises:
+            ValueError: a request was submitted under the id of one that has not ended.
+            InvalidTransition: see there.
+        """
+        _EVENTS[type(event)](self, event, now)
+        return self._take()
+
+    def tokens(self, deltas: Sequence[TokenDelta], now: float) -> list[Command]:
+        """Apply a worker's new tokens: the hot path, one pass over a step of all choices."""
+        commands = self._commands
+        choices = self.choices
+        for delta in deltas:
+            choice = choices.get(delta.request_id)
+            if choice is None or delta.attempt != choice.attempt or choice.state is not State.RUNNING:
+                self.stale_deltas += 1
+            elif (
+                delta.finish is None and delta.index == len(choice.delivered) and choice.delivered and not choice.early
+            ):
+                choice.delivered += delta.token_ids
+                choice.deadline = now + self._progress_timeout_s
+                commands.append(Deliver(choice.sink, delta))
+            else:
+                self._unusual(choice, delta, now)
+        return self._take()
+
+    def _take(self) -> list[Command]:
+        commands, self._commands = self._commands, []
+        return commands
+
+    # ------------------------------------------------------------ events
+
+    def _submitted(self, event: Submitted, now: float) -> None:
+        request = event.request
+        wire_id = wire_request_id(request.request_id, request.choice)
+        if wire_id in self.choices:
+            raise ValueError(f"request {wire_id!r} is under way already")
+        request = msgspec.structs.replace(request, request_id=wire_id)
+        choice = Choice(request, event.sink, deadline=0.0, delivered=list(request.output_token_ids))
+        self.choices[wire_id] = choice
+        self._place(choice, now)
+
+    def _worker_up(self, event: WorkerUp, now: float) -> None:
+        self._live.add(event.incarnation)
+        for choice in self._where(lambda c: c.state is State.WAITING):
+            self._apply(choice, event, now)
+
+    def _worker_down(self, event: WorkerDown, now: float) -> None:
+        self._live.discard(event.incarnation)
+        for choice in self._where(lambda c: c.placement is not None):
+            assert choice.placement is not None
+            if choice.placement.decode.incarnation == event.incarnation:
+                self._apply(choice, _Lost("its worker was lost"), now)
+            elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
+                self._release(choice, event.incarnation)  # the decode worker notices too and computes the prompt itself
+
+    def _placed_event(self, event: Placed, now: float) -> None:
+        choice = self.choices.get(event.request_id)
+        if choice is not None and choice.attempt == event.attempt:  # else it was cancelled meanwhile
+            self._apply(choice, event, now)
+
+    def _cancelled_event(self, event: Cancelled, now: float) -> None:
+        choice = self.choices.get(event.request_id)
+        if choice is not None:  # else its last token and the cancel crossed
+            self._apply(choice, event, now)
+
+    def _ticked(self, event: Tick, now: float) -> None:
+        for choice in self._where(lambda c: now > c.deadline):
+            self._apply(choice, _Expired(), now)
+
+    def _shut_down(self, event: Shutdown, now: float) -> None:
+        for choice in list(self.choices.values()):
+            self._apply(choice, event, now)
+
+    def _where(self, condition: Callable[[Choice], bool]) -> list[Choice]:
+        return [choice for choice in self.choices.values() if condition(choice)]
+
+    # ------------------------------------------------------------ one choice
+
+    def _apply(self, choice: Choice, event: object, now: float) -> None:
+        choice.history.append(f"{now:.3f} {choice.state.value} #{choice.attempt}: {event!r:.200}")
+        action = _TABLE.get((choice.state, type(event)))
+        if action is None:
+            raise InvalidTransition(f"{choice.request_id}: " + "; ".join(choice.history))
+        action(self, choice, event, now)
+
+    def _place(self, choice: Choice, now: float) -> None:
+        choice.state = State.PLACING
+        choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
+        self._commands.append(Place(choice.as_it_stands(), frozenset(choice.failed)))
+
+    def _placed(self, choice: Choice, event: Placed, now: float) -> None:
+        placement = event.placement
+        if placement is None:
+            self._wait(choice, now)
+            return
+        choice.state = State.RUNNING
+        choice.placement = placement
+        choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
+        self._reserve(choice, placement.decode.incarnation, placement.decode_tokens)
+        if placement.prefill is not None:
+            self._reserve(choice, placement.prefill.incarnation, placement.prefill_tokens)
+        submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill)
+        self._commands.append(SendSubmit(placement.decode.incarnation, submit))
+
+    def _wait(self, choice: Choice, now: float) -> None:
+        if sum(c.state is State.WAITING for c in self.choices.values()) >= MAX_WAITING:
+            self._fail(choice, Unavailable("no worker is up, and too many requests wait for one"))
+            return
+        choice.state = State.WAITING
+        choice.deadline = now + WAIT_FOR_WORKER_S
+
+    def _again(self, choice: Choice, event: WorkerUp, now: float) -> None:
+        self._place(choice, now)
+
+    def _lost(self, choice: Choice, event: _Lost, now: float) -> None:
+        assert choice.placement is not None
+        if event.abort:
+            self._abort(choice)
+        choice.failed.add(choice.placement.decode.incarnation)
+        self._let_go(choice)
+        limit = choice.request.sampling.max_tokens
+        if limit is not None and len(choice.delivered) >= limit:  # all tokens came, only the finish was lost
+            self._finish(choice, Finish(reason="length"))
+        elif choice.attempt + 1 < self._max_attempts:
+            self.retries += 1
+            choice.attempt += 1
+            self._place(choice, now)
+        elif self._live:
+            lost = WorkerLost(f"gave up after {self._max_attempts} attempts: {event.reason}")
+            self._fail(choice, event.error or lost)
+        else:
+            self._fail(choice, Unavailable(f"no worker is up: {event.reason}"))
+
+    def _cancel(self, choice: Choice, event: Cancelled, now: float) -> None:
+        self._abort(choice)
+        self._end(choice)
+
+    def _time_out(self, choice: Choice, event: _Expired, now: float) -> None:
+        self._abort(choice)
+        self._fail(choice, Timeout("no progress within the deadline"))
+
+    def _no_worker(self, choice: Choice, event: _Expired, now: float) -> None:
+        self._fail(choice, Unavailable(f"no worker came up within {WAIT_FOR_WORKER_S:.0f} s"))
+
+    def _leave(self, choice: Choice, event: Shutdown, now: float) -> None:
+        self._abort(choice)
+        self._fail(choice, Unavailable("this router is shutting down"))
+
+    # ------------------------------------------------------------ tokens that are not simply the next ones
+
+    def _unusual(self, choice: Choice, delta: TokenDelta, now: float) -> None:
+        """First, last, early, repeated or diverging tokens, and errors."""
+        finish = delta.finish
+        if finish is not None and finish.reason in ("error", "abort"):
+            self._worker_error(choice, finish, now)
+            return
+        choice.early.append(delta)
+        choice.early.sort(key=lambda d: d.index)
+        while choice.early and choice.early[0].index <= len(choice.delivered):
+            following = choice.early.pop(0)
+            overlap = len(choice.delivered) - following.index
+            known = choice.delivered[following.index : following.index + len(following.token_ids)]
+            ended_before = following.finish is not None and overlap > len(following.token_ids)
+            if known != following.token_ids[:overlap] or ended_before:
+                self.divergences += 1
+                self._apply(choice, _Lost("an attempt diverged from what was delivered", abort=True), now)
+                return
+            if self._deliver(choice, _without(following, overlap), now):
+                return
+        choice.steady = not choice.early
+        if len(choice.early) > MAX_BUFFERED:
+            self._apply(choice, _Lost("tokens are missing", abort=True), now)
+
+    def _deliver(self, choice: Choice, delta: TokenDelta, now: float) -> bool:
+        """Deliver what comes next; True: that was the end."""
+        if not delta.token_ids and delta.finish is None:
+            self.stale_deltas += 1
+            return False
+        choice.deadline = now + self._progress_timeout_s
+        choice.delivered += delta.token_ids
+        if choice.placement is not None and choice.placement.prefill is not None:
+            self._release(choice, choice.placement.prefill.incarnation)  # a token came: the prompt is computed
+        self._commands.append(Deliver(choice.sink, delta))
+        if delta.finish is None:
+            return False
+        self._end(choice)
+        return True
+
+    def _worker_error(self, choice: Choice, finish: Finish, now: float) -> None:
+        error = from_code(finish.code, finish.message) if finish.code else None
+        if finish.retryable or finish.reason == "abort":
+            self._apply(choice, _Lost(finish.message or "its worker aborted it", error=error), now)
+        else:
+            self._fail(choice, error or InternalError("a worker failed without saying why"))
+
+    # ------------------------------------------------------------ ends
+
+    def _finish(self, choice: Choice, finish: Finish) -> None:
+        request = choice.request
+        delta = TokenDelta(request.request_id, choice.attempt, request.choice, len(choice.delivered), [], finish)
+        self._commands.append(Deliver(choice.sink, delta))
+        self._end(choice)
+
+    def _fail(self, choice: Choice, error: PenstockError) -> None:
+        self._commands.append(Fail(choice.sink, error))
+        self._end(choice)
+
+    def _end(self, choice: Choice) -> None:
+        self._let_go(choice)
+        del self.choices[choice.request_id]
+
+    def _abort(self, choice: Choice) -> None:
+        if choice.placement is not None:
+            message = Abort(request_id=choice.request_id, attempt=choice.attempt)
+            self._commands.append(SendAbort(choice.placement.decode.incarnation, message))
+
+    def _let_go(self, choice: Choice) -> None:
+        """The attempt is over: give back its load and forget its workers and early tokens."""
+        self._commands += choice.reserved
+        choice.reserved.clear()
+        choice.early.clear()
+        choice.steady = False
+        choice.placement = None
+
+    def _reserve(self, choice: Choice, incarnation: str, tokens: int) -> None:
+        self._commands.append(Reserve(incarnation, tokens))
+        choice.reserved.append(Release(incarnation, tokens))
+
+    def _release(self, choice: Choice, incarnation: str) -> None:
+        mine = [r for r in choice.reserved if r.incarnation == incarnation]
+        choice.reserved = [r for r in choice.reserved if r.incarnation != incarnation]
+        self._commands += mine
+
+
+def _without(delta: TokenDelta, known: int) -> TokenDelta:
+    """The delta less its first `known` tokens."""
+    if known == 0:
+        return delta
+    known = min(known, len(delta.token_ids))
+    logprobs = delta.logprobs[known:] if delta.logprobs is not None else None
+    return msgspec.structs.replace(
+        delta, index=delta.index + known, token_ids=delta.token_ids[known:], logprobs=logprobs
+    )
+
+
+_EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
+    Submitted: Dispatcher._submitted,
+    Placed: Dispatcher._placed_event,
+    WorkerUp: Dispatcher._worker_up,
+    WorkerDown: Dispatcher._worker_down,
+    Cancelled: Dispatcher._cancelled_event,
+    Tick: Dispatcher._ticked,
+    Shutdown: Dispatcher._shut_down,
+}
+
+_TABLE: dict[tuple[State, type], Callable[[Dispatcher, Choice, Any, float], None]] = {
+    (State.PLACING, Placed): Dispatcher._placed,
+    (State.PLACING, Cancelled): Dispatcher._cancel,
+    (State.PLACING, _Expired): Dispatcher._time_out,
+    (State.PLACING, Shutdown): Dispatcher._leave,
+    (State.WAITING, WorkerUp): Dispatcher._again,
+    (State.WAITING, Cancelled): Dispatcher._cancel,
+    (State.WAITING, _Expired): Dispatcher._no_worker,
+    (State.WAITING, Shutdown): Dispatcher._leave,
+    (State.RUNNING, _Lost): Dispatcher._lost,
+    (State.RUNNING, Cancelled): Dispatcher._cancel,
+    (State.RUNNING, _Expired): Dispatcher._time_out,
+    (State.RUNNING, Shutdown): Dispatcher._leave,
+}

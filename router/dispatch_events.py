@@ -1,0 +1,111 @@
+"""What goes into the dispatcher (events) and what comes out (commands). Plain data; see dispatch.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from penstock.common.errors import PenstockError
+from penstock.common.messages import Abort, GenerateRequest, Submit, TokenDelta
+from penstock.router.policy import Placement
+
+# ---------------------------------------------------------------- events
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    """A new choice; `sink` is opaque and comes back in `Deliver` and `Fail`."""
+
+    request: GenerateRequest
+    sink: Any
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """The answer to `Place`; None: no worker takes it now."""
+
+    request_id: str
+    attempt: int
+    placement: Placement | None
+
+
+class WorkerUp(msgspec.Struct, frozen=True):
+    """A decode worker can be used from now on."""
+
+    incarnation: str
+
+
+class WorkerDown(msgspec.Struct, frozen=True):
+    """The link to a worker (of either role) is lost, with everything that ran there."""
+
+    incarnation: str
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """The client does not want it any more."""
+
+    request_id: str
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time passes: look at the deadlines."""
+
+
+class Shutdown(msgspec.Struct, frozen=True):
+    """The router leaves: end everything with an error."""
+
+
+Event = Submitted | Placed | WorkerUp | WorkerDown | Cancelled | Tick | Shutdown
+
+# ---------------------------------------------------------------- commands
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Find workers for `request` (its output tokens included) and answer with `Placed`."""
+
+    request: GenerateRequest
+    avoid: frozenset[str]
+
+
+class SendSubmit(msgspec.Struct, frozen=True):
+    """Send to a decode worker."""
+
+    incarnation: str
+    message: Submit
+
+
+class SendAbort(msgspec.Struct, frozen=True):
+    """Send to a decode worker."""
+
+    incarnation: str
+    message: Abort
+
+
+class Deliver(msgspec.Struct, frozen=True):
+    """Hand the next tokens to the client; the last ones have `finish`."""
+
+    sink: Any
+    delta: TokenDelta
+
+
+class Fail(msgspec.Struct, frozen=True):
+    """End the choice with an error."""
+
+    sink: Any
+    error: PenstockError
+
+
+class Reserve(msgspec.Struct, frozen=True):
+    """Count `tokens` as load of a worker."""
+
+    incarnation: str
+    tokens: int
+
+
+class Release(msgspec.Struct, frozen=True):
+    """Undo one `Reserve`."""
+
+    incarnation: str
+    tokens: int
+
+
+Command = Place | SendSubmit | SendAbort | Deliver | Fail | Reserve | Release

@@ -1,0 +1,108 @@
+"""The router's view of its fleet. Pure: the service feeds it what Redis and the links say.
+
+Redis tells addresses, nothing more. A worker is alive exactly while the link to its address has its Welcome, and the
+Welcome says who it is; so a restart behind the same address is a new worker, and a Redis outage changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from penstock.common.messages import WorkerInfo, WorkerLoad
+from penstock.common.redis_state import Lookup
+from penstock.router.policy import Candidate
+
+
+@dataclass
+class Member:
+    """One live worker."""
+
+    worker: WorkerInfo
+    load: WorkerLoad
+    address: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What a new listing changes: addresses to link to, and addresses to give up."""
+
+    opened: list[str]
+    forgotten: list[str]
+
+
+class Fleet:
+    """Workers by address and by incarnation, with the load this router has reserved at each."""
+
+    def __init__(self) -> None:
+        self._addresses: set[str] = set()
+        self._members: dict[str, Member] = {}  # by address, while the link is up
+        self._reserved: dict[str, int] = {}  # incarnation -> tokens; never 0
+
+    def discovered(self, workers: Iterable[WorkerInfo]) -> Discovery:
+        """Take a listing from Redis. An address is forgotten only when its link is down as well."""
+        listed = {worker.address for worker in workers}
+        opened = sorted(listed - self._addresses)
+        forgotten = sorted(self._addresses - listed - self._members.keys())
+        self._addresses.update(opened)
+        self._addresses.difference_update(forgotten)
+        return Discovery(opened, forgotten)
+
+    def connected(self, address: str, worker: WorkerInfo) -> None:
+        """The link to `address` is up, and this is who answered."""
+        self._members[address] = Member(worker, WorkerLoad(), address)
+
+    def disconnected(self, address: str) -> WorkerInfo | None:
+        """The link is down: the worker that was lost, if there was one."""
+        member = self._members.pop(address, None)
+        return member.worker if member else None
+
+    def report(self, address: str, load: WorkerLoad) -> None:
+        """A worker's own view of its load."""
+        if address in self._members:
+            self._members[address].load = load
+
+    def reserve(self, incarnation: str, tokens: int) -> int:
+        """Add to this router's load at a worker; returns the total."""
+        total = self._reserved.get(incarnation, 0) + tokens
+        if total < 0:
+            raise ValueError(f"released more than was reserved at {incarnation}: {total}")
+        if total:
+            self._reserved[incarnation] = total
+        else:
+            self._reserved.pop(incarnation, None)
+        return total
+
+    def release(self, incarnation: str, tokens: int) -> int:
+        """Take back what `reserve` added (also after the worker is gone); returns the total."""
+        return self.reserve(incarnation, -tokens)
+
+    @property
+    def reservations(self) -> Mapping[str, int]:
+        """Tokens this router has reserved, by incarnation."""
+        return self._reserved
+
+    @property
+    def members(self) -> list[Member]:
+        """Live workers of both roles."""
+        return list(self._members.values())
+
+    def address_of(self, incarnation: str) -> str | None:
+        """Where a live worker is."""
+        return next((a for a, m in self._members.items() if m.worker.incarnation == incarnation), None)
+
+    def live(self, role: str) -> list[WorkerInfo]:
+        """Live workers of a role."""
+        return [m.worker for m in self._members.values() if m.worker.role == role]
+
+    def candidates(self, found: Mapping[str, Lookup]) -> list[Candidate]:
+        """Live workers for the policy; `found` is what Redis said of some of them (nothing while it is away)."""
+        return [self._candidate(member, found.get(member.worker.incarnation)) for member in self._members.values()]
+
+    def _candidate(self, member: Member, found: Lookup | None) -> Candidate:
+        worker = member.worker
+        own = self._reserved.get(worker.incarnation, 0)
+        if found is None:
+            return Candidate(worker, member.load, reserved_tokens=own)
+        held_tokens = found.held_pages * worker.page_size
+        return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens)
