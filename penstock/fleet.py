@@ -1,0 +1,200 @@
+"""A whole fleet on this machine: Redis, workers and router as child processes, supervised from a background thread.
+
+    with Fleet(ServeConfig(model="path", prefill_workers=1)) as fleet:
+        OpenAI(base_url=fleet.url + "/v1")          # ready when the block begins, gone when it ends
+
+`penstock serve` is this plus signals (launcher.py); tests, the demo and the benchmarks use it directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from types import TracebackType
+
+import penstock
+from penstock.child_process import ProcessSpec
+from penstock.common.config import FleetConfig, ServeConfig
+from penstock.common.config_loader import ENV_PREFIX, explicit_values
+from penstock.common.errors import ConfigError
+from penstock.common.logs import SUPERVISED_ENV
+from penstock.common.messages import WorkerInfo
+from penstock.console import Console
+from penstock.placement import Placement, available_cores, place_workers, visible_gpus
+from penstock.private_redis import PrivateRedis, free_port, port_is_free
+from penstock.process_group import ProcessGroup
+from penstock.supervisor import Member
+
+HEALTH_TIMEOUT_S = 1.0
+SHUTDOWN_GRACE_S = 10.0  # beyond drain_s, before a process that does not end is killed
+_ANY_ADDRESS = ("", "0.0.0.0", "::")
+
+
+class Fleet:
+    """The fleet that `config` describes. Nothing runs before `start` (or the `with` block).
+
+    Args:
+        config: `port` 0 takes any free one; without `redis_url` the fleet has its own Redis.
+        console: where the children's lines and progress go; default: stderr.
+
+    Raises:
+        ConfigError: no model, no redis-server, or the port is in use.
+    """
+
+    def __init__(self, config: ServeConfig, *, console: Console | None = None) -> None:
+        if not config.model:
+            raise ConfigError("MODEL is missing: a Hugging Face directory or hub id")
+        if config.port and not port_is_free(config.host, config.port):
+            raise ConfigError(
+                f"cannot listen on {config.host} port {config.port}: it is in use, or not an address here"
+            )
+        private_redis = None if config.redis_url else PrivateRedis()
+        self.config = replace(
+            config,
+            port=config.port or free_port(config.host),
+            redis_url=private_redis.url if private_redis else config.redis_url,
+        )
+        self.placements = place_workers(config, visible_gpus(os.environ), available_cores())
+        specs = [private_redis.spec()] if private_redis else []
+        specs += [self._worker_spec(placement) for placement in self.placements]
+        specs.append(self._router_spec())
+        self._group = ProcessGroup(specs, console or Console())
+
+    def __enter__(self) -> Fleet:
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """http://host:port of the router, without /v1."""
+        return f"http://{_in_url(self._reachable_host)}:{self.config.port}"
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The processes."""
+        return self._group
+
+    def start(self) -> None:
+        """Begin to start everything."""
+        self._group.start()
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Wait until the router answers and all workers are registered. Raises as `ProcessGroup.wait_ready`."""
+        self._group.wait_ready(timeout_s)
+
+    def stop(self) -> None:
+        """Drain and stop: router, workers, Redis. Returns when no process is left."""
+        self._group.stop()
+        self._group.join()
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to a process ("decode-0", "router", "redis"); the supervisor starts it again if it dies."""
+        self._group.send(name, number)
+
+    def worker_pids(self) -> dict[str, int]:
+        """Process ids of the running workers, by worker id."""
+        worker_ids = {placement.worker_id for placement in self.placements}
+        return {name: pid for name, pid in self._group.pids().items() if name in worker_ids}
+
+    def workers(self) -> dict[str, WorkerInfo]:
+        """The running workers as registered in Redis, by worker id; not those that are still loading."""
+        return _of_these(_registered(self.config), self.worker_pids())
+
+    def status_urls(self) -> dict[str, str]:
+        """Address of each registered worker's /health, /metrics and /debug/ledger."""
+        return {worker_id: worker.status_url for worker_id, worker in self.workers().items()}
+
+    @property
+    def _reachable_host(self) -> str:
+        return "127.0.0.1" if self.config.host in _ANY_ADDRESS else self.config.host
+
+    def _worker_spec(self, placement: Placement) -> ProcessSpec:
+        config = placement.config(self.config)
+        environ = _child_environ()
+        if placement.device == "cpu":
+            environ["OMP_NUM_THREADS"] = str(placement.cpu_threads)  # read when the OpenMP library is loaded
+        return ProcessSpec(
+            member=Member(placement.worker_id, tier=1, drain_s=config.drain_s + SHUTDOWN_GRACE_S),
+            command=(sys.executable, "-m", "penstock", placement.role, "--config", "-"),
+            stdin=_as_json(config),
+            environ=environ,
+            ready=lambda pid: placement.worker_id in _of_these(_registered(config), {placement.worker_id: pid}),
+        )
+
+    def _router_spec(self) -> ProcessSpec:
+        config = self.config.router()
+        return ProcessSpec(
+            member=Member("router", tier=2, drain_s=config.drain_s + SHUTDOWN_GRACE_S),
+            command=(sys.executable, "-m", "penstock", "router", "--config", "-"),
+            stdin=_as_json(config),
+            environ=_child_environ(),
+            ready=lambda pid: _is_healthy(self._reachable_host, config.port),
+        )
+
+
+def _as_json(config: FleetConfig) -> str:
+    return json.dumps(explicit_values(config))
+
+
+def _child_environ() -> dict[str, str]:
+    """Our environment without our own options (a child's come on its standard input), with penstock importable."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    environ[SUPERVISED_ENV] = "1"
+    environ["PYTHONUNBUFFERED"] = "1"
+    checkout = Path(penstock.__file__).parent.parent
+    if checkout.name not in ("site-packages", "dist-packages"):
+        paths = [str(checkout), environ.get("PYTHONPATH", "")]
+        environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return environ
+
+
+def _registered(config: FleetConfig) -> list[WorkerInfo]:
+    """Workers in Redis; none while it is away."""
+    from penstock.common.redis_state import FleetReader
+
+    async def read() -> list[WorkerInfo]:
+        reader = FleetReader(config.redis_url, config.namespace, "launcher")
+        try:
+            return await reader.workers() or []
+        finally:
+            await reader.close()
+
+    with ThreadPoolExecutor(1) as thread:  # the caller's own thread may be running an event loop
+        return thread.submit(asyncio.run, read()).result()
+
+
+def _of_these(workers: list[WorkerInfo], pids: dict[str, int]) -> dict[str, WorkerInfo]:
+    """Those of our processes; a record of a dead predecessor (another pid) may last for a lease."""
+    return {worker.worker_id: worker for worker in workers if pids.get(worker.worker_id) == worker.pid}
+
+
+def _is_healthy(host: str, port: int) -> bool:
+    connection = HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

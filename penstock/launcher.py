@@ -1,0 +1,80 @@
+"""`penstock serve`: a fleet in the foreground. Prints one line on stdout when it is ready, stops on Ctrl-C or SIGTERM.
+
+The first signal drains in order (router, workers, Redis), the second one kills.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from penstock.common import logs
+from penstock.common.config import ServeConfig
+from penstock.common.config_loader import redacted
+from penstock.console import Console
+from penstock.fleet import Fleet
+from penstock.process_group import LaunchError, ProcessGroup
+
+KILLED_STATUS = 130  # what a shell says of a process ended by Ctrl-C
+
+logger = logging.getLogger(__name__)
+
+
+def launch(config: ServeConfig) -> int:
+    """Run the fleet until it is stopped. Returns the exit status: 0 after a clean stop.
+
+    Raises:
+        ConfigError: as `Fleet`.
+    """
+    logs.setup("launcher", config.log_level)
+    logger.debug("configuration: %s", redacted(config))
+    fleet = Fleet(config, console=Console())
+    return run_in_foreground(fleet.group, lambda: ready_line(fleet))
+
+
+def ready_line(fleet: Fleet) -> str:
+    """What people want to know once it runs: URL, model, workers, transport."""
+    config = fleet.config
+    names = ", ".join(config.served_model_name) or config.model
+    if config.prefill_workers:
+        lenders = [worker for worker in fleet.workers().values() if worker.role == "prefill"]
+        transports = " or ".join(sorted({name for worker in lenders for name in worker.transports})) or "none"
+        workers = f"{config.prefill_workers} prefill + {_count(config.decode_workers, 'decode worker')}"
+        workers += f" | KV transport: {transports}"
+    else:
+        workers = f"{_count(config.decode_workers, 'worker')} for prefill and decode"
+    return f"Penstock is ready: {fleet.url} | {names} | {workers}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def run_in_foreground(group: ProcessGroup, describe: Callable[[], str]) -> int:
+    """Start the group, print `describe()` when it is ready, and stop it on a signal. Call it from the main thread."""
+
+    seen: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if seen or group.stopping:
+            group.kill()
+        else:
+            group.stop()
+        seen.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    group.start()
+    status = 0
+    try:
+        group.wait_ready()
+        print(describe(), flush=True)
+    except LaunchError as error:
+        status = error.exit_status
+        if status:
+            print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+    group.join()
+    return KILLED_STATUS if group.killed else status
