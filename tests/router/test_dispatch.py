@@ -1,0 +1,454 @@
+"""The dispatcher against plain lists of commands, and against a model under random faults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from penstock.common.errors import PenstockError, QueueTimeout, Timeout, Unavailable, WorkerLost
+from penstock.common.messages import Finish, GenerateRequest, TokenDelta, TokenLogprobs, WorkerInfo
+from penstock.common.sampling import SamplingParams
+from penstock.router import dispatch
+from penstock.router.dispatch import Dispatcher, InvalidTransition, State, wire_request_id
+from penstock.router.dispatch_events import (
+    Cancelled,
+    Command,
+    Deliver,
+    Fail,
+    Place,
+    Placed,
+    Release,
+    Reserve,
+    SendAbort,
+    SendSubmit,
+    Shutdown,
+    Submitted,
+    Tick,
+    WorkerDown,
+    WorkerUp,
+)
+from penstock.router.policy import Placement
+
+STOP = Finish(reason="stop")
+
+
+def worker(incarnation: str, role: str = "decode") -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=incarnation,
+        incarnation=incarnation,
+        role=role,
+        address=f"tcp://127.0.0.1/{incarnation}",
+        fingerprint="f",
+        model="m",
+        served_models=["m"],
+        page_size=4,
+        num_pages=100,
+        page_bytes=64,
+        max_model_len=128,
+        max_num_seqs=8,
+        vocab_size=256,
+    )
+
+
+def request(request_id: str = "a", choice: int = 0, max_tokens: int = 100) -> GenerateRequest:
+    sampling = SamplingParams(seed=7, max_tokens=max_tokens)
+    return GenerateRequest(
+        request_id=request_id, choice=choice, prompt_token_ids=[1, 2, 3], sampling=sampling, queue_timeout_s=60.0
+    )
+
+
+def delta(index: int, *token_ids: int, attempt: int = 0, finish: Finish | None = None, of: str = "a") -> TokenDelta:
+    return TokenDelta(of, attempt, 0, index, list(token_ids), finish)
+
+
+def placement(decode: str, prefill: str | None = None) -> Placement:
+    return Placement(worker(decode), worker(prefill, "prefill") if prefill else None, 10, 20 if prefill else 0)
+
+
+class Harness:
+    """A dispatcher with one choice "a" whose commands are kept by kind."""
+
+    def __init__(self, max_attempts: int = 3) -> None:
+        self.core = Dispatcher(max_attempts, progress_timeout_s=30.0)
+        self.all: list[Command] = []
+        self.now = 100.0
+
+    def do(self, *events: Any) -> list[Command]:
+        commands = [c for event in events for c in self.core.handle(event, self.now)]
+        self.all += commands
+        return commands
+
+    def tokens(self, *deltas: TokenDelta) -> list[Command]:
+        commands = self.core.tokens(deltas, self.now)
+        self.all += commands
+        return commands
+
+    def run(self, prefill: str | None = None, max_tokens: int = 100) -> None:
+        self.do(WorkerUp("d1"), Submitted(request(max_tokens=max_tokens), "sink"))
+        self.do(Placed("a", 0, placement("d1", prefill)))
+
+    def delivered(self) -> list[int]:
+        return [t for c in self.all if isinstance(c, Deliver) for t in c.delta.token_ids]
+
+    def reserved(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for command in self.all:
+            if isinstance(command, Reserve):
+                total[command.incarnation] += command.tokens
+            elif isinstance(command, Release):
+                total[command.incarnation] -= command.tokens
+        return {k: v for k, v in total.items() if v}
+
+
+def the(kind: type[Any], commands: list[Command]) -> Any:
+    found = [c for c in commands if isinstance(c, kind)]
+    assert len(found) == 1, commands
+    return found[0]
+
+
+def test_the_plain_way():
+    h = Harness()
+    place = the(Place, h.do(WorkerUp("d1"), Submitted(request(), "sink")))
+    assert place.request.attempt == 0 and place.avoid == frozenset()
+    commands = h.do(Placed("a", 0, placement("d1", "p1")))
+    assert [type(c) for c in commands] == [Reserve, Reserve, SendSubmit], "load is reserved before dispatch"
+    submit = the(SendSubmit, commands)
+    assert submit.incarnation == "d1" and submit.message.prefill == worker("p1", "prefill")
+    assert h.reserved() == {"d1": 10, "p1": 20}
+    assert h.tokens(delta(0, 5)) == [Release("p1", 20), Deliver("sink", delta(0, 5))]
+    assert h.tokens(delta(1, 6), delta(2, 7, 8)) == [Deliver("sink", delta(1, 6)), Deliver("sink", delta(2, 7, 8))]
+    assert h.tokens(delta(4, 9, finish=STOP)) == [Deliver("sink", delta(4, 9, finish=STOP)), Release("d1", 10)]
+    assert not h.core.choices and h.reserved() == {}
+    assert h.tokens(delta(5, 10)) == [] and h.core.stale_deltas == 1
+
+
+def test_two_senders_are_put_in_order_and_repeats_dropped():
+    h = Harness()
+    h.run(prefill="p1")
+    assert h.tokens(delta(1, 6), delta(3, 8)) == []
+    h.tokens(delta(0, 5))
+    assert h.delivered() == [5, 6]
+    h.tokens(delta(0, 5), delta(1, 6, 7))  # the second overlaps by one
+    assert h.delivered() == [5, 6, 7, 8]
+    h.tokens(delta(5, finish=STOP), delta(4, 9))
+    assert h.delivered() == [5, 6, 7, 8, 9] and h.reserved() == {} and not h.core.choices
+
+
+def test_an_overlap_takes_its_logprobs_along():
+    h = Harness()
+    h.run()
+    one, two = TokenLogprobs(-1.0, 1, [6], [-1.0]), TokenLogprobs(-2.0, 1, [7], [-2.0])
+    h.tokens(delta(0, 5), delta(1, 6))
+    commands = h.tokens(TokenDelta("a", 0, 0, 1, [6, 7], None, [one, two]))
+    assert commands == [Deliver("sink", TokenDelta("a", 0, 0, 2, [7], None, [two]))]
+
+
+def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
+    h = Harness()
+    h.run()
+    h.tokens(delta(0, 5), delta(1, 6))
+    commands = h.do(WorkerDown("d1"))
+    place = the(Place, commands)
+    assert place.avoid == {"d1"} and place.request.output_token_ids == [5, 6] and place.request.attempt == 1
+    assert h.reserved() == {}
+    again = the(SendSubmit, h.do(Placed("a", 1, placement("d2")))).message.request
+    assert again.prompt_token_ids == [1, 2, 3] and again.output_token_ids == [5, 6] and again.sampling.seed == 7
+    assert h.tokens(delta(2, 99)) == [], "tokens of the old attempt"
+    h.tokens(delta(2, 7, attempt=1, finish=STOP))
+    assert h.delivered() == [5, 6, 7] and h.core.retries == 1
+
+
+def test_a_prefill_worker_lost_is_the_decode_workers_business():
+    h = Harness()
+    h.run(prefill="p1")
+    assert h.do(WorkerDown("p1")) == [Release("p1", 20)]
+    h.tokens(delta(0, 5, finish=STOP))
+    assert h.delivered() == [5] and h.reserved() == {}
+
+
+def test_a_diverging_repeat_ends_the_attempt():
+    h = Harness()
+    h.run(prefill="p1")
+    h.tokens(delta(0, 5))
+    commands = h.tokens(delta(0, 6))
+    assert the(SendAbort, commands).message.attempt == 0
+    assert the(Place, commands).request.output_token_ids == [5]
+    assert h.core.divergences == 1 and h.reserved() == {}
+
+
+def test_a_finish_before_what_was_delivered_diverges():
+    h = Harness()
+    h.run()
+    h.tokens(delta(0, 5), delta(1, 6), delta(2, 7))
+    the(Place, h.tokens(delta(1, 6, finish=STOP)))
+
+
+def test_errors_of_a_worker():
+    retry = Finish(reason="error", code="queue_timeout", message="full", retryable=True)
+    h = Harness(max_attempts=2)
+    h.run()
+    assert the(Place, h.tokens(delta(0, finish=retry))).avoid == {"d1"}
+    h.do(Placed("a", 1, placement("d2")))
+    assert isinstance(the(Fail, h.tokens(delta(0, attempt=1, finish=retry))).error, QueueTimeout)
+    h = Harness()
+    h.run()
+    error = the(Fail, h.tokens(delta(0, finish=Finish(reason="error", code="nonsense", message="boom")))).error
+    assert error.code == "internal_error" and error.message == "boom" and h.reserved() == {}
+
+
+@pytest.mark.parametrize(("left", "error"), [(["d9"], WorkerLost), ([], Unavailable)])
+def test_attempts_are_bounded(left: list[str], error: type[PenstockError]):
+    h = Harness(max_attempts=2)
+    h.run()
+    h.do(*(WorkerUp(one) for one in left), WorkerUp("d2"))
+    h.do(WorkerDown("d1"), Placed("a", 1, placement("d2")))
+    failure = the(Fail, h.do(WorkerDown("d2"))).error
+    assert type(failure) is error and h.reserved() == {} and not h.core.choices
+
+
+def test_all_tokens_delivered_but_the_finish_lost():
+    h = Harness()
+    h.run(max_tokens=2)
+    h.tokens(delta(0, 5), delta(1, 6))
+    last = the(Deliver, h.do(WorkerDown("d1"))).delta
+    assert last.token_ids == [] and last.index == 2 and last.finish == Finish(reason="length")
+    assert not h.core.choices
+
+
+def test_without_a_worker_a_request_waits_a_while():
+    h = Harness()
+    h.do(Submitted(request(), "sink"))
+    assert h.do(Placed("a", 0, None)) == []
+    h.now += dispatch.WAIT_FOR_WORKER_S / 2
+    assert the(Place, h.do(WorkerUp("d1"))).request.attempt == 0
+    h.do(Placed("a", 0, None))
+    h.now += dispatch.WAIT_FOR_WORKER_S + 0.1
+    assert isinstance(the(Fail, h.do(Tick())).error, Unavailable)
+
+
+def test_few_may_wait(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "MAX_WAITING", 1)
+    h = Harness()
+    for name in ("a", "b"):
+        h.do(Submitted(request(name), name))
+        h.do(Placed(name, 0, None))
+    assert the(Fail, h.all).sink == "b"
+
+
+def test_progress_moves_the_deadline():
+    h = Harness()
+    h.run()
+    h.now += 60 + 29  # queue timeout and progress timeout together
+    assert h.do(Tick()) == []
+    h.tokens(delta(0, 5), delta(1, 6))
+    h.now += 29
+    assert h.do(Tick()) == []
+    h.now += 2
+    commands = h.do(Tick())
+    assert isinstance(the(Fail, commands).error, Timeout) and the(SendAbort, commands).incarnation == "d1"
+    assert h.reserved() == {}
+
+
+def test_cancel_in_every_state():
+    for state in State:
+        h = Harness()
+        h.do(Submitted(request(), "sink"))
+        if state is not State.PLACING:
+            h.do(Placed("a", 0, placement("d1") if state is State.RUNNING else None))
+        assert h.core.choices["a"].state is state
+        commands = h.do(Cancelled("a"))
+        assert [type(c) for c in commands] == ([SendAbort, Release] if state is State.RUNNING else [])
+        assert not h.core.choices and h.do(Cancelled("a")) == []
+        assert h.do(Placed("a", 0, placement("d1"))) == [], "the answer to a cancelled question"
+
+
+def test_shutdown_in_every_state():
+    for state in State:
+        h = Harness()
+        h.do(Submitted(request(), "sink"))
+        if state is not State.PLACING:
+            h.do(Placed("a", 0, placement("d1") if state is State.RUNNING else None))
+        assert isinstance(the(Fail, h.do(Shutdown())).error, Unavailable)
+        assert not h.core.choices and h.reserved() == {}
+
+
+def test_choices_of_one_request_are_apart_on_the_wire():
+    assert wire_request_id("a", 0) == "a" and wire_request_id("a", 2) == "a/2"
+    h = Harness()
+    for choice in (0, 1):
+        h.do(Submitted(request("a", choice), choice))
+    h.do(Placed("a", 0, placement("d1")), Placed("a/1", 0, placement("d1")))
+    assert the(SendAbort, h.do(Cancelled("a/1"))).message.request_id == "a/1"
+    assert list(h.core.choices) == ["a"]
+
+
+def test_tokens_kept_for_their_turn_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "MAX_BUFFERED", 10)
+    h = Harness()
+    h.run()
+    h.tokens(*(delta(i, i) for i in range(1, 11)))
+    assert the(SendAbort, h.tokens(delta(11, 11))).message.attempt == 0
+
+
+def test_an_id_in_use_and_an_impossible_event_raise():
+    h = Harness()
+    h.run()
+    with pytest.raises(ValueError, match="under way"):
+        h.do(Submitted(request(), "other"))
+    with pytest.raises(InvalidTransition, match=r"placing #0.*running #0: Placed"):
+        h.do(Placed("a", 0, placement("d1")))
+
+
+class Faults(RuleBasedStateMachine):
+    """Random workers that repeat, reorder, fail and die. What each client gets must be the oracle's tokens, once."""
+
+    WORKERS = ("d1", "d2", "d3")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Dispatcher(max_attempts=4, progress_timeout_s=30.0)
+        self.now = 0.0
+        self.up: set[str] = set()
+        self.names = 0
+        self.oracle: dict[str, list[int]] = {}
+        self.got: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.to_place: list[Place] = []
+        self.sent: dict[str, tuple[str, int, int]] = {}  # request -> worker, attempt, first index: what runs now
+        self.network: list[TokenDelta] = []
+        self.reserved: Counter[str] = Counter()
+
+    def apply(self, commands: list[Command]) -> None:
+        for command in commands:
+            if isinstance(command, Place):
+                self.to_place.append(command)
+            elif isinstance(command, SendSubmit):
+                assert command.incarnation in self.up
+                request = command.message.request
+                assert request.output_token_ids == self.got[request.request_id]
+                self.sent[request.request_id] = command.incarnation, request.attempt, len(request.output_token_ids)
+                self.compute(request.request_id)
+            elif isinstance(command, Deliver):
+                name = command.sink
+                assert name not in self.ended, "nothing comes after the end"
+                assert command.delta.index == len(self.got[name])
+                self.got[name] += command.delta.token_ids
+                assert self.got[name] == self.oracle[name][: len(self.got[name])]
+                if command.delta.finish is not None:
+                    assert self.got[name] == self.oracle[name]
+                    self.ended[name] = "finished"
+            elif isinstance(command, Fail):
+                assert command.sink not in self.ended
+                self.ended[command.sink] = command.error.code
+            elif isinstance(command, Reserve):
+                self.reserved[command.incarnation] += command.tokens
+            elif isinstance(command, Release):
+                self.reserved[command.incarnation] -= command.tokens
+                assert self.reserved[command.incarnation] >= 0
+
+    def compute(self, name: str) -> None:
+        """All that this attempt will say goes on the network; rules decide in what order it comes, and how often."""
+        _, attempt, first = self.sent[name]
+        tokens = self.oracle[name]
+        for i in range(first, len(tokens)):
+            finish = STOP if i == len(tokens) - 1 else None
+            self.network.append(TokenDelta(name, attempt, 0, i, [tokens[i]], finish))
+            if i + 2 < len(tokens):
+                self.network.append(TokenDelta(name, attempt, 0, i, tokens[i : i + 2], None))
+
+    @rule(tokens=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    def submit(self, tokens: list[int]) -> None:
+        name = f"r{self.names}"
+        self.names += 1
+        self.oracle[name], self.got[name] = tokens, []
+        self.apply(self.core.handle(Submitted(request(name, max_tokens=50), name), self.now))
+
+    @precondition(lambda self: self.to_place)
+    @rule(data=st.data())
+    def place(self, data: st.DataObject) -> None:
+        command = self.to_place.pop(data.draw(st.integers(0, len(self.to_place) - 1)))
+        where = data.draw(st.sampled_from(sorted(self.up))) if self.up else None
+        prefill = data.draw(st.sampled_from([None, "p1"]))
+        found = placement(where, prefill) if where else None
+        self.apply(self.core.handle(Placed(command.request.request_id, command.request.attempt, found), self.now))
+
+    @precondition(lambda self: self.network)
+    @rule(data=st.data(), again=st.booleans())
+    def arrive(self, data: st.DataObject, again: bool) -> None:
+        one = self.network[data.draw(st.integers(0, min(3, len(self.network) - 1)))]
+        if not again:
+            self.network.remove(one)
+        self.apply(self.core.tokens([one], self.now))
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def diverge(self, data: st.DataObject) -> None:
+        """A worker repeats a delivered token with another id."""
+        name = data.draw(st.sampled_from(sorted(self.sent)))
+        if self.got[name]:
+            _, attempt, _ = self.sent[name]
+            wrong = self.got[name][-1] + 1
+            self.apply(self.core.tokens([TokenDelta(name, attempt, 0, len(self.got[name]) - 1, [wrong])], self.now))
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), retryable=st.booleans())
+    def worker_error(self, data: st.DataObject, retryable: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.sent)))
+        finish = Finish(reason="error", code="timeout", message="", retryable=retryable)
+        self.apply(self.core.tokens([TokenDelta(name, self.sent[name][1], 0, 0, [], finish)], self.now))
+
+    @rule(incarnation=st.sampled_from(WORKERS))
+    def worker_up(self, incarnation: str) -> None:
+        if incarnation not in self.up:
+            self.up.add(incarnation)
+            self.apply(self.core.handle(WorkerUp(incarnation), self.now))
+
+    @rule(incarnation=st.sampled_from((*WORKERS, "p1")))
+    def worker_down(self, incarnation: str) -> None:
+        self.up.discard(incarnation)
+        self.apply(self.core.handle(WorkerDown(incarnation), self.now))
+
+    @precondition(lambda self: self.oracle)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.oracle)))
+        self.apply(self.core.handle(Cancelled(name), self.now))
+        self.ended.setdefault(name, "cancelled")
+
+    @rule(seconds=st.sampled_from([1.0, 11.0, 31.0, 91.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.apply(self.core.handle(Tick(), self.now))
+
+    @invariant()
+    def ledger(self) -> None:
+        assert set(self.core.choices) == set(self.oracle) - set(self.ended)
+        held = Counter[str]()
+        for choice in self.core.choices.values():
+            for release in choice.reserved:
+                held[release.incarnation] += release.tokens
+        assert +held == +self.reserved
+
+    def teardown(self) -> None:
+        self.up.add("d1")
+        self.apply(self.core.handle(WorkerUp("d1"), self.now))
+        for _ in range(40):  # from here on nothing fails: everything that is left must end
+            while self.to_place:
+                command = self.to_place.pop(0).request
+                self.apply(self.core.handle(Placed(command.request_id, command.attempt, placement("d1")), self.now))
+            network, self.network = self.network, []
+            for one in network:
+                self.apply(self.core.tokens([one], self.now))
+        self.now += 1000
+        self.apply(self.core.handle(Tick(), self.now))
+        assert set(self.ended) == set(self.oracle) and not self.core.choices
+        assert +self.reserved == Counter()
+
+
+TestFaults = Faults.TestCase
+TestFaults.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
