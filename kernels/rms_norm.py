@@ -9,7 +9,7 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., n] / rms(x) * weight [n]. The mean is taken in float32 and rounded to x's type before the weight."""
     wide = x.float()
-    scale = torch.linalg.vecdot(wide, wide).unsqueeze(-1).mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    scale: Tensor = torch.linalg.vecdot(wide, wide).unsqueeze(-1).mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)
 
 

@@ -41,7 +41,7 @@ class StoredTensor:
         """Copy into the flat `target` of any type and device, by way of `buffer` (uint8, at least one element)."""
         step = buffer.nbytes // self.dtype.itemsize
         staging = buffer[: step * self.dtype.itemsize].view(self.dtype)
-        window = memoryview(buffer.numpy())
+        window = memoryview(buffer.numpy().data)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
             for start in range(0, target.numel(), step):
