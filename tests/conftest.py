@@ -92,3 +92,11 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny checkpoint of every family, made once a run."""
+    from tests.tiny_models import FAMILIES, make_checkpoint
+
+    return {family: make_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}

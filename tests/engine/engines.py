@@ -1,0 +1,57 @@
+"""Engines for tests, and a loop that feeds them requests at chosen steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from penstock.common.config import EngineConfig
+from penstock.common.messages import Finish, GenerateRequest
+from penstock.common.sampling import SamplingParams
+from penstock.engine.build import DTYPES, BuiltEngine, build_engine
+from penstock.engine.kv_pool import KVLayout
+from penstock.engine.policy import DecodePolicy
+from penstock.engine.scheduler import Output
+from penstock.models.spec import read_spec
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+def make_engine(path: Path, *, pages: int = 512, **options: object) -> BuiltEngine:
+    """A decode engine on CPU with a pool of `pages` pages."""
+    values: dict[str, object] = {"block_size": 4, "max_num_batched_tokens": 64, "max_num_seqs": 16, **options}
+    config = EngineConfig(model=str(path), device="cpu", cpu_threads=1, **values)  # type: ignore[arg-type]
+    spec = read_spec(path)
+    dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
+    layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)
+    return build_engine(replace(config, kv_cache_memory_bytes=pages * layout.page_bytes), DecodePolicy())
+
+
+def request(name: str, prompt: list[int], sampling: SamplingParams = GREEDY, **fields: object) -> GenerateRequest:
+    return GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, **fields)  # type: ignore[arg-type]
+
+
+def run(
+    built: BuiltEngine, arrivals: list[tuple[int, GenerateRequest]], *, limit: int = 5000
+) -> tuple[dict[str, list[int]], dict[str, Finish]]:
+    """Add each request when its step comes, step until all have ended, check the pages, return tokens and finishes."""
+    tokens: dict[str, list[int]] = {r.request_id: [] for _, r in arrivals}
+    finishes: dict[str, Finish] = {}
+    queue = sorted(arrivals, key=lambda item: item[0])
+    for step in range(limit):
+        while queue and queue[0][0] <= step:
+            built.engine.add(queue.pop(0)[1])
+        for output in built.engine.step().outputs:
+            assert output.index == len(tokens[output.request.request_id])
+            _collect(output, tokens, finishes)
+        built.engine.pages.check()
+        if not queue and not built.engine.has_work():
+            assert built.engine.pages.num_held == 0
+            return tokens, finishes
+    raise AssertionError(f"no end after {limit} steps")
+
+
+def _collect(output: Output, tokens: dict[str, list[int]], finishes: dict[str, Finish]) -> None:
+    tokens[output.request.request_id] += output.token_ids
+    if output.finish is not None:
+        finishes[output.request.request_id] = output.finish
