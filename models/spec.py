@@ -51,14 +51,14 @@ class Traits:
     qk_norm: bool = False
     mlp_bias: bool = False  # whether config.json's mlp_bias counts
     windows: str = "none"  # which layers slide: none, all, or upper (use_sliding_window and max_window_layers)
-    tied_by_default: bool = False
+    head_dim: int | None = None  # where config.json gives none; None: hidden_size / num_attention_heads
 
 
 TRAITS: dict[str, Traits] = {
     "LlamaForCausalLM": Traits(mlp_bias=True),
     "MistralForCausalLM": Traits(qkv_bias=False, windows="all"),
     "Qwen2ForCausalLM": Traits(qkv_bias=True, windows="upper"),
-    "Qwen3ForCausalLM": Traits(qk_norm=True, windows="upper"),
+    "Qwen3ForCausalLM": Traits(qk_norm=True, windows="upper", head_dim=128),
 }
 
 
@@ -99,7 +99,6 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise ModelError(f"{num_heads} attention heads are no multiple of {num_kv_heads} key-value heads")
-    default_head_dim = 128 if names[0] == "Qwen3ForCausalLM" else hidden_size // num_heads
     rope = read_rope(config)
     attention_bias = bool(config.get("attention_bias", False)) and traits.qkv_bias is None
     return ModelSpec(
@@ -109,7 +108,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         intermediate_size=_count(config, "intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=config.get("head_dim") or default_head_dim,
+        head_dim=config.get("head_dim") or traits.head_dim or hidden_size // num_heads,
         vocab_size=_count(config, "vocab_size"),
         max_position=rope.longest_context(_count(config, "max_position_embeddings")),
         rms_eps=float(config.get("rms_norm_eps", 1e-6)),
@@ -119,7 +118,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         output_bias=attention_bias,
         mlp_bias=traits.mlp_bias and bool(config.get("mlp_bias", False)),
         qk_norm=traits.qk_norm,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", traits.tied_by_default)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=_dtype(config),
         eos_token_ids=_eos_token_ids(config),
     )
