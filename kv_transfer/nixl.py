@@ -149,7 +149,7 @@ class NixlTransport(Transport):
             self.disconnect(peer)
         self._agent.release_dlist_handle(self._pages)
         self._agent.deregister_memory(self._registration, backends=["UCX"])
-        del self._agent
+        del self._pages, self._registration, self._agent  # the last references: this stops UCX
 
     def _observe(self, copy: NixlCopy, ask: Any) -> None:
         """Take over what NIXL says of a transfer. A lost connection settles it: UCX has closed the endpoint and nothing
