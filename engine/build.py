@@ -61,7 +61,7 @@ def build_engine(
     device = resolve_device(config.device)
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     if device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 2)))
+        torch.set_num_threads(config.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
     model = load_model(path, spec, dtype=dtype, device=device, load_format=config.load_format, progress=progress)
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)
     num_pages = pool_size_bytes(config, model, layout, device, memory_share) // layout.page_bytes

@@ -2,4 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.common.sampling import SamplingParams
+    from penstock.llm import LLM, CompletionOutput, RequestOutput
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the router and `penstock --help` must not pay for torch."""
+    if name == "SamplingParams":
+        from penstock.common.sampling import SamplingParams
+
+        return SamplingParams
+    if name in __all__:
+        from penstock import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module 'penstock' has no attribute {name!r}")

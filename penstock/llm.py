@@ -1,0 +1,274 @@
+"""`LLM`: offline generation in this process, with vLLM's names. One phase: no Redis, no sockets, no workers.
+
+The same engine as the workers', driven step by step; text is made by the same pure code as in the router.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from penstock.common.chat_template import ChatTemplate
+from penstock.common.config import EngineConfig
+from penstock.common.errors import BadRequest
+from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.messages import GenerateRequest, TokenLogprobs
+from penstock.common.output_text import OutputText
+from penstock.common.sampling import SamplingParams
+from penstock.common.tokenizer import Tokenizer
+from penstock.engine.build import build_engine
+from penstock.engine.policy import DecodePolicy
+from penstock.engine.scheduler import Output
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One candidate at one position; rank 1 is the most likely token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass
+class CompletionOutput:
+    """One of the `n` outputs of a prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and what was generated from it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class _Running:
+    request: RequestOutput
+    output: CompletionOutput
+    text: OutputText
+    source: GenerateRequest
+
+
+class LLM:
+    """A model in this process.
+
+    Args:
+        model: Hugging Face directory or hub id.
+        tokenizer: where the tokenizer is, if not with the model.
+        generation_config: default sampling: "auto" (the model's), "vllm" (neutral), or a directory.
+        options: fields of `EngineConfig`, by vLLM's names (dtype, max_model_len, max_num_seqs, block_size, seed, ...).
+
+    Raises:
+        ValueError: an option that does not exist.
+        ModelError, ConfigError: the model cannot be loaded, or does not fit.
+    """
+
+    def __init__(
+        self, model: str, *, tokenizer: str | None = None, generation_config: str = "auto", **options: Any
+    ) -> None:
+        known = {f.name for f in fields(EngineConfig)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        self.config = EngineConfig(model=model, **options)
+        self._tokenizer = Tokenizer.load(tokenizer or model)
+        self._template = ChatTemplate.load(self._tokenizer)
+        self._defaults = GenerationDefaults.load(model, generation_config)
+        self._built = build_engine(self.config, DecodePolicy())
+        self._ids = itertools.count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when no sampling parameters are given."""
+        return SamplingParams(**self._defaults.sampling())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt: text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...} (with "cache_salt").
+
+        Raises:
+            ValueError: a prompt is empty or too long, or the numbers of prompts and parameters differ.
+        """
+        several = _prompt_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or self.get_default_sampling_params()] * len(several)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(several):
+            raise ValueError(f"{len(several)} prompts, but {len(params)} sampling parameters")
+        running: dict[str, _Running] = {}
+        requests = [self._prepare(prompt, p, running) for prompt, p in zip(several, params, strict=True)]
+        for item in running.values():
+            self._built.engine.add(item.source)
+        self._run(running, len(requests), use_tqdm)
+        return requests
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one conversation, or several, through the model's chat template.
+
+        Raises:
+            ValueError: there is no template, it refuses the messages, or as `generate`.
+        """
+        if self._template is None:
+            raise ValueError("the tokenizer has no chat template")
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        try:
+            texts = [
+                self._template.render(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    **dict(chat_template_kwargs or {}),
+                )
+                for conversation in conversations
+            ]
+        except BadRequest as error:
+            raise ValueError(error.message) from error
+        prompts = [
+            {"prompt": t, "prompt_token_ids": self._tokenizer.encode(t, add_special_tokens=False)} for t in texts
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Free the KV pool; the object cannot be used afterwards."""
+        self._built.engine.close()
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams, running: dict[str, _Running]) -> RequestOutput:
+        text, ids, salt = self._tokens_of(prompt)
+        room = self._built.max_model_len - len(ids)
+        if not ids or room < 1:
+            raise ValueError(
+                f"a prompt must have from 1 to {self._built.max_model_len - 1} tokens here, this one has {len(ids)}"
+            )
+        number = next(self._ids)
+        request_id = str(number)
+        seed = params.seed if params.seed is not None else self._fresh_seed(number)
+        outputs = [CompletionOutput(index=i) for i in range(params.n)]
+        request = RequestOutput(request_id, text, ids, outputs)
+        wanted = room if params.max_tokens is None else min(room, params.max_tokens)
+        sampling = _replace(params, seed=seed, n=1, max_tokens=wanted, min_tokens=min(params.min_tokens, wanted))
+        for output in outputs:
+            source = GenerateRequest(
+                request_id=request_id,
+                choice=output.index,
+                prompt_token_ids=ids,
+                sampling=sampling,
+                eos_token_ids=list(self._built.spec.eos_token_ids),
+                cache_salt=salt,
+                queue_timeout_s=float("inf"),
+            )
+            item = _Running(request, output, OutputText(self._tokenizer, sampling, ids), source)
+            running[f"{request_id}:{output.index}:0"] = item
+        return request
+
+    def _fresh_seed(self, number: int) -> int:
+        if self.config.seed:
+            return (self.config.seed * 0x9E3779B97F4A7C15 + number) % 2**63
+        return int.from_bytes(os.urandom(8), "little") >> 1
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
+        if isinstance(prompt, str):
+            return prompt, self._tokenizer.encode(prompt), ""
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if ids is None and text is None:
+                raise ValueError("a prompt needs prompt or prompt_token_ids")
+            return (
+                text,
+                list(ids) if ids is not None else self._tokenizer.encode(str(text)),
+                prompt.get("cache_salt", ""),
+            )
+        return None, list(prompt), ""
+
+    def _run(self, running: dict[str, _Running], num_requests: int, use_tqdm: bool) -> None:
+        engine = self._built.engine
+        with tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar:
+            try:
+                while running:
+                    for output in engine.step().outputs:
+                        item = running.get(output.key)
+                        if item is not None and self._take(item, output):
+                            del running[output.key]
+                            if all(o.finish_reason for o in item.request.outputs):
+                                item.request.finished = True
+                                bar.update()
+            finally:
+                for key in running:  # interrupted: leave nothing behind
+                    engine.scheduler.abort(key)
+
+    def _take(self, item: _Running, new: Output) -> bool:
+        """Add a step's tokens to an output; True when it has ended."""
+        output, text = item.output, item.text
+        output.text += text.push(new.token_ids, new.finish)
+        output.token_ids += new.token_ids[: text.kept]
+        if new.logprobs is not None:
+            self._add_logprobs(output, new.token_ids, new.logprobs[: text.kept])
+        if new.spans is not None:
+            item.request.num_cached_tokens = max(item.request.num_cached_tokens, new.spans.cached_tokens)
+        if text.finish_reason is None:
+            return False
+        output.finish_reason, output.stop_reason = text.finish_reason, text.stop_reason
+        if new.finish is None:  # a stop string: the engine does not know of it
+            self._built.engine.abort(item.source.request_id, item.source.choice, 0)
+        return True
+
+    def _add_logprobs(
+        self, output: CompletionOutput, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> None:
+        output.logprobs = output.logprobs or []
+        output.cumulative_logprob = output.cumulative_logprob or 0.0
+        for token, at in zip(token_ids, logprobs, strict=False):
+            names = self._tokenizer.token_text
+            found = {token: Logprob(at.logprob, at.rank, names(token))}
+            for rank, (top, value) in enumerate(zip(at.top_ids, at.top_logprobs, strict=True), start=1):
+                found.setdefault(top, Logprob(value, rank, names(top)))
+            output.logprobs.append(found)
+            output.cumulative_logprob += at.logprob
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    several: Iterable[Any] = prompts
+    items = list(several)
+    return [items] if items and isinstance(items[0], int) else items
+
+
+def _replace(params: SamplingParams, **changes: Any) -> SamplingParams:
+    return msgspec.structs.replace(params, **changes)
