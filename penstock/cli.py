@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from penstock import __version__
+from penstock.common import logs
 from penstock.common.config import EngineConfig, FleetConfig, RouterConfig, ServeConfig, WorkerConfig
 from penstock.common.config_loader import Config, load_config
 from penstock.common.errors import ConfigError, ModelError
-from penstock.common.logs import ERROR_PREFIX
 
 USAGE = """\
 usage: penstock COMMAND [options]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown command {arguments[0]!r}; there are {', '.join(_COMMANDS)}")
         return _COMMANDS[arguments[0]](arguments[1:])
     except (ConfigError, ModelError) as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr)
         return 2
 
 
@@ -66,6 +66,7 @@ def _serve(arguments: list[str]) -> int:
 def _router(arguments: list[str]) -> int:
     config = _load(RouterConfig, "router", "Start one router.", arguments)
     _need_redis(config)
+    logs.setup("router", config.log_level)
     from penstock.router.app import serve
 
     serve(config)
@@ -74,8 +75,7 @@ def _router(arguments: list[str]) -> int:
 
 def _prefill(arguments: list[str]) -> int:
     config = _load(WorkerConfig, "prefill", "Start one prefill worker.", arguments, role="prefill")
-    _need_model(config)
-    _need_redis(config)
+    _prepare_worker(config)
     from penstock.prefill_worker.worker import main as run_prefill_worker
 
     run_prefill_worker(config)
@@ -84,8 +84,7 @@ def _prefill(arguments: list[str]) -> int:
 
 def _decode(arguments: list[str]) -> int:
     config = _load(WorkerConfig, "decode", "Start one decode worker.", arguments, role="decode")
-    _need_model(config)
-    _need_redis(config)
+    _prepare_worker(config)
     from penstock.decode_worker.worker import main as run_decode_worker
 
     run_decode_worker(config)
@@ -112,6 +111,12 @@ def _load(
     return load_config(
         config_class, arguments, os.environ, prog=prog, description=description, hidden=hidden, fixed=fixed
     )
+
+
+def _prepare_worker(config: WorkerConfig) -> None:
+    _need_model(config)
+    _need_redis(config)
+    logs.setup(config.worker_id or config.role, config.log_level)
 
 
 def _need_model(config: EngineConfig) -> None:

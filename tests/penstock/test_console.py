@@ -1,0 +1,115 @@
+"""What people see: prefixed lines, progress without a terminal, and bars on one (a real pseudo-terminal)."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import pty
+import re
+import struct
+import termios
+
+import pytest
+
+from penstock.common import logs
+from penstock.common.logs import Progress, WarningLimiter, parse_progress, progress_line, report_progress
+from penstock.console import Console
+
+
+def test_lines_carry_the_name_of_their_process() -> None:
+    output = io.StringIO()
+    console = Console(output)
+    console.line("prefill-0", "one")
+    console.line("decode-0", "two")
+    assert output.getvalue() == "prefill-0  | one\ndecode-0   | two\n"
+
+
+def test_progress_without_a_terminal_is_a_line_a_quarter() -> None:
+    output = io.StringIO()
+    console = Console(output)
+    for done in range(101):
+        console.progress("decode-0", Progress("loading weights", done, 100))
+    console.progress("decode-0", Progress("warming up", 0, 0))
+    shown = [line.split(" | ")[1] for line in output.getvalue().splitlines()]
+    assert shown == [*(f"loading weights {percent} %" for percent in (0, 25, 50, 75, 100)), "warming up"]
+
+
+def test_a_terminal_gets_bars_and_colours() -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with os.fdopen(slave, "w") as terminal:
+        console = Console(terminal)
+        console.progress("decode-0", Progress("loading weights", 1, 4))
+        console.line("decode-0", "between")
+        console.progress("decode-0", Progress("loading weights", 4, 4))
+        console.forget("decode-0")
+        console.line("decode-0", "after")
+        console.close()
+        terminal.flush()
+        shown = os.read(master, 100_000).decode()
+    os.close(master)
+    assert "decode-0 loading weights" in shown
+    assert re.search(r"25%.*1/4", shown)
+    assert "\x1b[36mdecode-0   | \x1b[0mbetween" in shown
+    assert "\x1b[36mdecode-0   | \x1b[0mafter" in shown
+
+
+def test_progress_survives_the_way_through_a_pipe() -> None:
+    assert parse_progress(progress_line("loading weights", 3, 7)) == Progress("loading weights", 3, 7)
+    assert parse_progress("loading weights") is None
+    assert parse_progress("@progress [1, 2") is None
+    assert parse_progress('@progress ["a", 2]') is None
+
+
+def test_a_supervised_process_reports_marked_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(logs.SUPERVISED_ENV, "1")
+    report_progress("loading weights", 3, 7)
+    assert parse_progress(capsys.readouterr().err.strip()) == Progress("loading weights", 3, 7)
+
+
+def test_a_process_on_its_own_logs_start_and_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(logs.SUPERVISED_ENV, raising=False)
+    with caplog.at_level(logging.INFO, "penstock"):
+        for done in range(4):
+            report_progress("loading weights", done, 3)
+    assert caplog.messages == ["loading weights ...", "loading weights: done"]
+
+
+def test_log_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(logs.SUPERVISED_ENV, raising=False)
+    root, ours = logging.getLogger(), logging.getLogger("penstock")
+    before = root.handlers[:], root.level, ours.level
+    try:
+        logs.setup("decode-0", "info")
+        ours.getChild("test").info("admitted", extra={"request_id": "cmpl-1"})
+        ours.getChild("test").debug("not shown")
+        logging.getLogger("library").info("not shown")
+        logging.getLogger("library").warning("shown")
+    finally:
+        root.handlers, root.level = before[0], before[1]
+        ours.setLevel(before[2])
+    lines = capsys.readouterr().err.splitlines()
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
+    assert re.fullmatch(time + r" INFO decode-0 \[cmpl-1\] admitted", lines[0])
+    assert re.fullmatch(time + r" WARNING decode-0 shown", lines[1])
+    assert len(lines) == 2
+
+
+def test_repeated_warnings_are_counted_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    limiter = WarningLimiter(interval_s=10)
+    log = logging.getLogger("penstock.test")
+    for now in (0.0, 1.0, 9.9, 10.0, 25.0):
+        limiter.warn(log, "redis", "Redis is away", now)
+    limiter.warn(log, "other", "something else", 9.0)
+    assert caplog.messages == [
+        "Redis is away",
+        "Redis is away (2 more like this were not shown)",
+        "Redis is away",
+        "something else",
+    ]
