@@ -202,6 +202,8 @@ def test_close_says_when_a_copy_is_still_in_flight(fake: FakeTransport, start: S
     mover = start()
     fake.state = CopyState.PENDING
     mover.read(read("a", 0, 1))
+    mover.seal(SealJob("posted by now", [1]))
+    wait_for(mover, count(1))
     assert mover.close(drain_s=0.05) is False
     assert "close" not in fake.calls
 

@@ -72,7 +72,7 @@ def test_one_flipped_byte_is_seen(transport: str, lend: StartLender, read_with: 
 def test_shared_pages_outlive_their_owner(lend: StartLender, read_with: Callable[..., Reader]) -> None:
     source = contents(65536, 32, seed=1)
     lender = lend("shm", 65536, 32)
-    pool, mover = read_with("shm", 65536, 32)
+    _, mover = read_with("shm", 65536, 32)
     mover.connect(lender.incarnation, "shm", lender.description)
     mover.read(ReadJob("before", lender.incarnation, "shm", [0], [0]))
     wait_for(mover, count(1))
