@@ -2,8 +2,8 @@
 
     python benchmarks/transfer_cpu.py [--max-mib 512] [--repeats 5]
 
-A lender process seals and lends, this process reads scattered pages through `PageMover`, as a decode worker does. Links:
-shm, nixl (CMA), and nixl over TCP loopback. Writes benchmarks/results/transfer_cpu-<commit>.json; ms are medians.
+A lender process seals and lends, this process reads scattered pages through `PageMover`, as a decode worker does.
+Links: shm, nixl (CMA), and nixl over TCP loopback. Writes benchmarks/results/transfer_cpu-<commit>.json; ms are medians.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpu_lines if line.startswith("model name")), "")
     result = {
         "commit": commit,
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release()},
