@@ -15,6 +15,7 @@ from penstock.common import logs
 from penstock.common.config import EngineConfig, FleetConfig, RouterConfig, ServeConfig, WorkerConfig
 from penstock.common.config_loader import Config, load_config
 from penstock.common.errors import ConfigError, ModelError
+from penstock.models.errors import ModelError as CheckpointError
 
 USAGE = """\
 usage: penstock COMMAND [options]
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in _COMMANDS:
             raise ConfigError(f"unknown command {arguments[0]!r}; there are {', '.join(_COMMANDS)}")
         return _COMMANDS[arguments[0]](arguments[1:])
-    except (ConfigError, ModelError) as error:
-        print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr)
+    except (ConfigError, ModelError, CheckpointError) as error:
+        print(f"{logs.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

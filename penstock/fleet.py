@@ -62,10 +62,10 @@ class Fleet:
             redis_url=private_redis.url if private_redis else config.redis_url,
         )
         self.placements = place_workers(config, visible_gpus(os.environ), available_cores())
-        specs = [private_redis.spec()] if private_redis else []
-        specs += [self._worker_spec(placement) for placement in self.placements]
-        specs.append(self._router_spec())
-        self._group = ProcessGroup(specs, console or Console())
+        self.specs = [private_redis.spec()] if private_redis else []
+        self.specs += [self._worker_spec(placement) for placement in self.placements]
+        self.specs.append(self._router_spec())
+        self._group = ProcessGroup(self.specs, console or Console())
 
     def __enter__(self) -> Fleet:
         self.start()

@@ -65,8 +65,10 @@ def run_in_foreground(group: ProcessGroup, describe: Callable[[], str]) -> int:
             group.stop()
         seen.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asked to outlive the terminal
+        signal.signal(signal.SIGHUP, on_signal)
     group.start()
     status = 0
     try:

@@ -106,3 +106,16 @@ def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "penstock", "serve"], cwd=CHECKOUT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("penstock: error: MODEL is missing")
+
+
+@pytest.mark.system
+def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "penstock", "decode", str(tmp_path), "--redis-url", "redis://127.0.0.1:1"]
+    done = subprocess.run(
+        argv, cwd=CHECKOUT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("penstock: error: ")
+    assert "config.json" in last
+    assert "Traceback" not in done.stderr
