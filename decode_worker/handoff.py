@@ -231,7 +231,8 @@ class HandOffIn:
             handoff.landed_at = event.finished_at
             handoff.size_bytes += event.size_bytes
             self.counters.transfer_bytes += event.size_bytes
-            if not self.landings.read_done(event.tag, event.finished_at):
+            self.landings.read_done(event.tag, event.finished_at)
+            if self.landings.state(handoff.entry.key) is LandingState.FAILED:
                 reason = "pages landed after the lender's lease may have ended"
         elif isinstance(event, ReadStalled):
             self.landings.read_stalled(event.tag)

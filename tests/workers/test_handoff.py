@@ -1,0 +1,48 @@
+"""Prefill and decode worker as real processes: pages move, tokens equal Hugging Face's, nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from penstock.common.messages import GenerateRequest, Submit
+from penstock.common.sampling import SamplingParams
+from tests.conftest import RedisServer
+from tests.tiny_models import random_prompts, reference_tokens
+from tests.workers.worker_processes import RouterDouble, workers
+
+NEW_TOKENS = 12
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
+PAIR = {"prefill-0": "prefill", "decode-0": "decode"}
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("transport", ["shm", "nixl"])
+def test_handed_off_tokens_equal_hugging_face(
+    checkpoints: dict[str, Path], redis_server: RedisServer, transport: str
+) -> None:
+    path = checkpoints["qwen3"]
+    chooser = random.Random(3)
+    prompts = random_prompts([chooser.choice((1, 3, 9, 17, 40, 64, 90)) for _ in range(24)])
+    expected = reference_tokens(path, prompts, NEW_TOKENS)
+    flags = {"block_size": 4, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": "8MiB"}
+    with workers(redis_server.url, path, PAIR, kv_transport=transport, **flags) as fleet:
+        prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+        assert prefill.info is not None and decode.info is not None
+        router = RouterDouble(decode.info, prefill.info)
+        router.wait_connected()
+        for i, prompt in enumerate(prompts):
+            request = GenerateRequest(request_id=str(i), prompt_token_ids=prompt, sampling=GREEDY)
+            router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+        router.collect()
+        assert [router.answers[str(i), 0].tokens for i in range(len(prompts))] == expected
+        assert {answer.finish.reason for answer in router.answers.values() if answer.finish} == {"length"}
+        moved = sum(-(-len(p) // 4) for p in prompts if len(p) > 4)
+        assert decode.metric("penstock:kv_transfer_pages_total") == moved
+        assert decode.metric("penstock:kv_transfer_bytes_total") == moved * decode.info.page_bytes
+        assert decode.metric("penstock:handoff_failures_total") == 0
+        decode.assert_idle()
+        prefill.assert_idle()
+        router.close()
