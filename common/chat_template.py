@@ -59,7 +59,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text; `variables` are the client's `chat_template_kwargs`.
 
@@ -72,7 +72,7 @@ class ChatTemplate:
             marker = f"\ue000{secrets.token_hex(8)}\ue000"
             # The space tells whether the template trims the end of a message: then it does so with ours, too.
             chat[-1]["content"] = str(chat[-1].get("content", "")) + marker + " "
-        values = self._special_tokens | variables
+        values = {**self._special_tokens, **(variables or {})}
         values |= {"messages": chat, "add_generation_prompt": add_generation_prompt}
         values.setdefault("tools", None)
         values.setdefault("documents", None)

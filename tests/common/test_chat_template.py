@@ -52,7 +52,7 @@ def test_same_text_as_transformers(template: str, options: dict[str, bool], chat
     expected = oracle(template).apply_chat_template(chat, tokenize=False, flag="F", **options)
     ours = ChatTemplate(template, byte_level().special_tokens)
     options = {"add_generation_prompt": False} | options
-    assert ours.render(chat, flag="F", **options) == expected
+    assert ours.render(chat, variables={"flag": "F"}, **options) == expected
 
 
 def test_same_tokens_as_transformers() -> None:
@@ -76,7 +76,7 @@ def test_refusals_are_bad_requests() -> None:
 
 def test_client_variables_cannot_replace_the_messages() -> None:
     template = ChatTemplate("{{ messages[0].content }}")
-    assert template.render([{"content": "real"}], **{"tools": None, "x": [{"content": "forged"}]}) == "real"
+    assert template.render([{"content": "real"}], variables={"messages": [{"content": "forged"}], "self": 1}) == "real"
 
 
 def test_loading(tmp_path: Path) -> None:

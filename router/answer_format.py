@@ -1,0 +1,85 @@
+"""How an answer is written: what completions and chat have in common. Subclasses are in completions.py and chat.py.
+
+A streamed token is bytes joined around its JSON-encoded text; the parts before and after are made once a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from penstock.router.choice import Choice, ScoredToken
+
+_json = msgspec.json.Encoder().encode
+NO_LOGPROB = -9999.0  # JSON has no minus infinity
+DONE = b"data: [DONE]\n\n"
+
+
+class AnswerFormat:
+    """One request's way of writing; `usage_field` adds "usage": null to chunks, as OpenAI does with include_usage."""
+
+    object_name: ClassVar[str]
+    chunk_object_name: ClassVar[str]
+    before_text: ClassVar[bytes]  # between the choice's index and its text
+    after_text: ClassVar[bytes]  # what closes the text
+
+    def __init__(self, answer_id: str, created: int, model: str, usage_field: bool) -> None:
+        self._answer_id, self._created, self._model = answer_id, created, model
+        head = _json({"id": answer_id, "object": self.chunk_object_name, "created": created, "model": model})
+        self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
+        self._tail = b'}],"usage":null}\n\n' if usage_field else b"}]}\n\n"
+        self._plain = self.after_text + b',"logprobs":null,"finish_reason":null' + self._tail
+
+    def opening(self, choice: Choice) -> bytes:
+        """What a streamed choice begins with; may be nothing."""
+        raise NotImplementedError
+
+    def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        """A choice of an answer in one piece."""
+        raise NotImplementedError
+
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        """Scores in the API's shape; None if there are none."""
+        raise NotImplementedError
+
+    def opening_chunk(self, choice: Choice, text: str, before_text: bytes | None = None) -> bytes:
+        """An event with text that is not output."""
+        before = self.before_text if before_text is None else before_text
+        return b"%b%d%b%b%b" % (self._head, choice.index, before, _json(text), self._plain)
+
+    def chunk(
+        self, choice: Choice, text: str, tokens: Sequence[ScoredToken], usage: dict[str, Any] | None = None
+    ) -> bytes:
+        """New text of one choice as an event, with the reason if it is the last."""
+        start = b"%b%d%b" % (self._head, choice.index, self.before_text)
+        if not tokens and not choice.ended and usage is None:
+            return b"".join((start, _json(text), self._plain))
+        ending: dict[str, Any] = {"logprobs": self.logprobs(tokens), "finish_reason": choice.text.finish_reason}
+        if choice.ended:
+            ending["stop_reason"] = choice.text.stop_reason
+        tail = self._tail if usage is None else b'}],"usage":' + _json(usage) + b"}\n\n"
+        return b"".join((start, _json(text), self.after_text, b",", _json(ending)[1:-1], tail))
+
+    def last_chunk(self, extra: dict[str, Any]) -> bytes:
+        """An event without choices, for `usage` and `timeline`."""
+        return b"data: " + _json(self._envelope(self.chunk_object_name, []) | extra) + b"\n\n"
+
+    def whole(self, choices: Sequence[dict[str, Any]], extra: dict[str, Any]) -> bytes:
+        """The answer in one piece."""
+        return _json(self._envelope(self.object_name, choices) | extra)
+
+    def _envelope(self, name: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._answer_id,
+            "object": name,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, NO_LOGPROB)

@@ -1,0 +1,243 @@
+"""The router's HTTP application: routes, keys, errors; and `serve`, which `penstock router` runs.
+
+FastAPI holds the routes; the two that generate are raw ASGI, without its request and response machinery. Request
+headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-Timeline: 1` (adds `timeline`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import math
+import random
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from penstock import __version__
+from penstock.common.chat_template import ChatTemplate
+from penstock.common.config import RouterConfig
+from penstock.common.errors import BadRequest, InternalError, NotFound, PenstockError, Unauthorized
+from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.timeline import Timeline
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.chat import plan_chat
+from penstock.router.completions import plan_completion
+from penstock.router.error_bodies import Send, error_body, send_error
+from penstock.router.front import Front, RequestHead
+from penstock.router.metrics import RouterMetrics
+from penstock.router.reply import Plan, Receive, StreamReply, WholeReply
+
+if TYPE_CHECKING:
+    from penstock.router.service import RouterService
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 20
+KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+Scope = MutableMapping[str, Any]
+Planner = Callable[[bytes, RequestHead, Front], Awaitable[Plan]]
+
+
+class Generation:
+    """ASGI endpoint of one generating route; `plan` reads its body."""
+
+    def __init__(self, front: Front, plan: Planner) -> None:
+        self._front, self._plan = front, plan
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        timeline = Timeline()
+        timeline.mark("received", time.monotonic())
+        head, headers = _head(scope)
+        front, reply = self._front, None
+        try:
+            body = await _read_body(receive)
+            if body is None:
+                return
+            plan = await self._plan(body, head, front)
+            timeline.mark("tokenised", time.monotonic())
+            kind = StreamReply if plan.stream else WholeReply
+            reply = kind(plan, front.service, front.tokenizer, front.metrics, timeline, headers)
+            await reply.run(receive, send)
+        except PenstockError as error:
+            if reply is None or not reply.failed:
+                front.metrics.failed(error.code)
+            await send_error(send, error, headers)
+        except Exception:
+            log.exception("request %s", head.request_id)
+            if reply is not None and reply.started:
+                raise  # the server cuts the connection, so that nobody takes the answer for whole
+            await send_error(send, InternalError("internal error; the router's log has the cause"), headers)
+
+
+class KeyGate:
+    """ASGI middleware: paths under /v1 need one of the keys."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], keys: tuple[str, ...]) -> None:
+        self._app, self._keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] == "http" and (scope["path"] + "/").startswith("/v1/")
+        if guarded and not self._known(dict(scope["headers"]).get(b"authorization", b"")):
+            await send_error(send, Unauthorized("the API key is missing or wrong"), [])
+            return
+        await self._app(scope, receive, send)
+
+    def _known(self, authorization: bytes) -> bool:
+        scheme, _, given = authorization.partition(b" ")
+        # All keys are compared, and each in constant time: how long it takes tells nothing.
+        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def create_app(
+    service: RouterService,
+    config: RouterConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+    defaults: GenerationDefaults | None = None,
+) -> FastAPI:
+    """The ASGI application; it starts and stops `service` with its own life."""
+    models = config.served_model_name or (config.model,)
+    front = Front(
+        service=service,
+        config=config,
+        tokenizer=tokenizer,
+        template=template,
+        defaults=defaults or GenerationDefaults(),
+        metrics=RouterMetrics(service, models[0]),
+        models=models,
+        seeds=random.Random(config.seed or None),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop(0.0)  # the server has waited for running requests already
+
+    app = FastAPI(title="Penstock", version=__version__, lifespan=lifespan)
+    if config.api_key:
+        app.add_middleware(KeyGate, keys=config.api_key)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    _add_information(app, front)
+    app.router.routes += [
+        Route("/v1/completions", Generation(front, plan_completion), methods=["POST"]),
+        Route("/v1/chat/completions", Generation(front, plan_chat), methods=["POST"]),
+    ]
+    return app
+
+
+def serve(config: RouterConfig) -> None:
+    """Run a router until SIGTERM or SIGINT: then no new connections, `drain_s` for running requests, and exit.
+
+    Raises:
+        ConfigError: tokenizer, chat template or generation_config cannot be read.
+    """
+    from penstock.router.service import RouterService
+
+    tokenizer = Tokenizer.load(config.model)
+    template = ChatTemplate.load(tokenizer, config.chat_template)
+    defaults = GenerationDefaults.load(config.model, config.generation_config)
+    app = create_app(RouterService(config), config, tokenizer, template, defaults)
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(config.drain_s),
+    )
+
+
+def _add_information(app: FastAPI, front: Front) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        if front.service.ready():
+            return Response(b"{}", media_type="application/json")
+        reason = "no worker is known yet" if front.service.model_info() is None else "no decode worker takes requests"
+        error = b'{"status":"unavailable","reason":"%b"}' % reason.encode()
+        return Response(error, 503, media_type="application/json")
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(front.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        info = front.service.model_info()
+        card = {
+            "object": "model",
+            "created": front.created,
+            "owned_by": "penstock",
+            "root": front.config.model,
+            "parent": None,
+            "max_model_len": None if info is None else info.max_model_len,
+        }
+        return {"object": "list", "data": [{"id": name} | card for name in front.models]}
+
+
+def _head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
+    """(ids and wishes from the request's headers, headers of the response)."""
+    given, timeline = None, False
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            given = value
+        elif name == b"x-penstock-timeline":
+            timeline = value.strip().lower() in (b"1", b"true")
+    unique = uuid.uuid4().hex
+    answer_id = unique if given is None else given.decode("ascii")
+    head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline)
+    return head, [(b"x-request-id", answer_id.encode())]
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body; None if the client left before it was complete."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown routes and methods, in the API's shape."""
+    assert isinstance(error, HTTPException)
+    path = f"{request.method} {request.url.path}"
+    known = NotFound(f"{path}: no such route") if error.status_code == 404 else BadRequest(f"{path}: {error.detail}")
+    return Response(error_body(known), error.status_code, dict(error.headers or {}), media_type="application/json")
+
+
+async def _internal_error(_: Request, __: Exception) -> Response:
+    """A fault of ours outside the generating routes; the server logs it."""
+    error = InternalError("internal error; the router's log has the cause")
+    return Response(error_body(error), 500, media_type="application/json")

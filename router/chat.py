@@ -1,0 +1,96 @@
+"""POST /v1/chat/completions: from the body to a `Plan`, and the way its answer is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.common.errors import BadRequest
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.answer_format import AnswerFormat, finite
+from penstock.router.choice import Choice, ScoredToken
+from penstock.router.front import Front, RequestHead
+from penstock.router.protocol import ChatRequest, decode_request
+from penstock.router.reply import Plan
+
+_decoder = msgspec.json.Decoder(ChatRequest)
+
+
+async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
+    """The plan for a body.
+
+    Raises:
+        PenstockError: the body is wrong, the template refuses it, the model is unknown, or no worker is known.
+    """
+    request = decode_request(_decoder, body)
+    model = front.model_name(request.model)
+    ids = await front.in_thread(lambda: _token_ids(request, front), len(body))
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    format = ChatFormat(front.tokenizer, f"chatcmpl-{head.answer_id}", model, request.usage_in_stream[0])
+    max_tokens = (front.defaults.max_new_tokens, "messages")
+    return front.plan(request, head, format, [ids], [""], max_tokens, logprobs)
+
+
+def _token_ids(request: ChatRequest, front: Front) -> list[int]:
+    if front.template is None:
+        raise BadRequest("this model has no chat template; give one with --chat-template", param="messages")
+    continues = bool(request.continue_final_message)
+    variables = dict(request.chat_template_kwargs or {})
+    for reserved in ("messages", "add_generation_prompt", "continue_final_message"):
+        if reserved in variables:
+            raise BadRequest(f"chat_template_kwargs must not hold {reserved!r}", param="chat_template_kwargs")
+    text = front.template.render(
+        request.flat_messages(),
+        add_generation_prompt=not continues and request.add_generation_prompt is not False,
+        continue_final_message=continues,
+        variables=variables,
+    )
+    ids = front.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+    if not ids:
+        raise BadRequest("the messages give an empty prompt", param="messages")
+    return ids
+
+
+class ChatFormat(AnswerFormat):
+    """chat.completion objects and their chunks."""
+
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
+    before_text = b',"delta":{"content":'
+    after_text = b"}"
+
+    def __init__(self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool) -> None:
+        super().__init__(answer_id, int(time.time()), model, usage_field)
+        self._tokenizer = tokenizer
+
+    def opening(self, choice: Choice) -> bytes:
+        """The role comes first, in a chunk of its own."""
+        return self.opening_chunk(choice, "", before_text=b',"delta":{"role":"assistant","content":')
+
+    def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        """See `AnswerFormat`."""
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self.logprobs(tokens),
+            "finish_reason": choice.text.finish_reason,
+            "stop_reason": choice.text.stop_reason,
+        }
+
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        """One entry a token, with the bytes of tokens, for text that is not whole characters."""
+        if not tokens:
+            return None
+        return {"content": [self._scored(token) for token in tokens], "refusal": None}
+
+    def _scored(self, token: ScoredToken) -> dict[str, Any]:
+        scores = token.logprobs
+        top = [self._token(i, p) for i, p in zip(scores.top_ids, scores.top_logprobs, strict=True)]
+        return self._token(token.token_id, scores.logprob) | {"top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", errors="replace"), "logprob": finite(logprob), "bytes": list(data)}

@@ -1,0 +1,131 @@
+"""One choice of a request: the `Sink` of the router service. Tokens in, text out to a `Listener` (see reply.py).
+
+Called by the service in its own pass over a step's tokens: nothing here waits, and a token costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from penstock.common.errors import InternalError, PenstockError, from_code
+from penstock.common.messages import GenerateRequest, Spans, TokenDelta, TokenLogprobs
+from penstock.common.output_text import OutputText
+from penstock.common.timeline import Timeline
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.metrics import RouterMetrics
+
+if TYPE_CHECKING:
+    from penstock.router.service import RouterService
+
+log = logging.getLogger(__name__)
+
+
+class ScoredToken(NamedTuple):
+    """A kept token with its log-probabilities; `offset` is where its text begins in the output, in characters."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+    offset: int
+
+
+class Listener(Protocol):
+    """Who wants a choice's text."""
+
+    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
+        """New text (may be empty) with the scores of its tokens, if asked for; the last has `choice.ended`."""
+
+    def on_failure(self, error: PenstockError) -> None:
+        """The choice ended in an error."""
+
+
+class Choice:
+    """Implements `penstock.router.service.Sink`.
+
+    `index` is the choice's place in the response, `echo` the prompt text to show before the output, `text` the state
+    of the output; `ended` is set once, by a finish, a stop string, an error or `cancel`.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        index: int,
+        echo: str,
+        tokenizer: Tokenizer,
+        service: RouterService,
+        metrics: RouterMetrics,
+        timeline: Timeline,
+        listener: Listener,
+    ) -> None:
+        self.request, self.index, self.echo = request, index, echo
+        self.spans: list[Spans] = []
+        self.ended = False
+        self._scores = request.sampling.logprobs is not None
+        self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores)
+        self._service, self._metrics, self._listener = service, metrics, listener
+        self._timeline = timeline
+        self._first_at = self._last_at = 0.0
+
+    def on_delta(self, delta: TokenDelta) -> None:
+        """New tokens. A fault of ours ends this choice, never the service's pass over the other ones."""
+        if self.ended:
+            return
+        try:
+            self._take(delta)
+        except Exception:
+            log.exception("request %s, choice %d", self.request.request_id, self.index)
+            self.cancel()
+            self._listener.on_failure(InternalError("internal error; the router's log has the cause"))
+
+    def on_error(self, error: PenstockError) -> None:
+        """The service gave the choice up."""
+        if not self.ended:
+            self.ended = True
+            self._listener.on_failure(error)
+
+    def cancel(self) -> None:
+        """No more is wanted: free what the choice holds, wherever it runs."""
+        self.ended = True
+        self._service.cancel(self.request.request_id, self.request.choice)
+
+    def _take(self, delta: TokenDelta) -> None:
+        finish = delta.finish
+        if delta.spans is not None:
+            self.spans.append(delta.spans)
+        if finish is not None and finish.reason == "error":
+            self.on_error(from_code(finish.code, finish.message))
+            return
+        if delta.token_ids:
+            self._observe(time.monotonic())
+        text = self.text.push(delta.token_ids, finish)
+        tokens = self._scored(delta) if self._scores else ()
+        if self.text.finish_reason is not None:
+            self._end(cancel=finish is None)
+        self._listener.on_text(self, text, tokens)
+
+    def _observe(self, now: float) -> None:
+        if self._last_at:
+            self._metrics.inter_token_latency.observe(now - self._last_at)
+        else:
+            self._first_at = now
+            self._timeline.mark("first_token", now)
+            self._metrics.time_to_first_token.observe(now - self._timeline.marks["received"])
+        self._last_at = now
+
+    def _scored(self, delta: TokenDelta) -> Sequence[ScoredToken]:
+        if delta.logprobs is None:
+            return ()
+        kept = self.text.kept
+        return list(map(ScoredToken, delta.token_ids[:kept], delta.logprobs[:kept], self.text.offsets))
+
+    def _end(self, cancel: bool) -> None:
+        if cancel:
+            self.cancel()
+        self.ended = True
+        now = time.monotonic()
+        latency_s = now - self._timeline.marks["received"]
+        reason, decoding_s = self.text.finish_reason or "", self._last_at - self._first_at
+        prompt_tokens, output_tokens = len(self.request.prompt_token_ids), self.text.num_tokens
+        self._metrics.finished(reason, prompt_tokens, output_tokens, latency_s, decoding_s, self.spans)

@@ -1,0 +1,93 @@
+"""POST /v1/completions: from the body to a `Plan`, and the way its answer is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from penstock.common.errors import BadRequest
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.answer_format import AnswerFormat, finite
+from penstock.router.choice import Choice, ScoredToken
+from penstock.router.front import Front, RequestHead
+from penstock.router.protocol import CompletionRequest, check_ids, decode_request
+from penstock.router.reply import Plan
+
+_decoder = msgspec.json.Decoder(CompletionRequest)
+
+
+async def plan_completion(body: bytes, head: RequestHead, front: Front) -> Plan:
+    """The plan for a body.
+
+    Raises:
+        PenstockError: the body is wrong, the model unknown, or no worker known.
+    """
+    request = decode_request(_decoder, body)
+    model = front.model_name(request.model)
+    prompts = request.prompts()
+    ids = await _token_ids(prompts, request.add_special_tokens is not False, front)
+    echoes = ["" for _ in ids]
+    if request.echo:
+        echoes = [p if isinstance(p, str) else front.tokenizer.decode(p) for p in prompts]
+    format = CompletionFormat(front.tokenizer, f"cmpl-{head.answer_id}", model, request.usage_in_stream[0])
+    return front.plan(request, head, format, ids, echoes, (None, "prompt"), request.logprobs)
+
+
+async def _token_ids(prompts: list[str] | list[list[int]], add_special_tokens: bool, front: Front) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if texts:
+        encode = front.tokenizer.encode
+        ids = await front.in_thread(lambda: [encode(text, add_special_tokens) for text in texts], sum(map(len, texts)))
+    else:
+        for prompt in ids:
+            check_ids(prompt, front.model_info().vocab_size, "prompt")
+    if not all(ids):
+        raise BadRequest("prompt must not be empty", param="prompt")
+    return ids
+
+
+class CompletionFormat(AnswerFormat):
+    """text_completion objects."""
+
+    object_name = "text_completion"
+    chunk_object_name = "text_completion"
+    before_text = b',"text":'
+    after_text = b""
+
+    def __init__(self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool) -> None:
+        super().__init__(answer_id, int(time.time()), model, usage_field)
+        self._tokenizer = tokenizer
+
+    def opening(self, choice: Choice) -> bytes:
+        """The echoed prompt, if asked for."""
+        return self.opening_chunk(choice, choice.echo) if choice.echo else b""
+
+    def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        """See `AnswerFormat`."""
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": self.logprobs(tokens),
+            "finish_reason": choice.text.finish_reason,
+            "stop_reason": choice.text.stop_reason,
+        }
+
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        """Four lists with one entry a token; the chosen token is always among the top ones, as in vLLM."""
+        if not tokens:
+            return None
+        text = self._tokenizer.token_text
+        return {
+            "text_offset": [token.offset for token in tokens],
+            "token_logprobs": [finite(token.logprobs.logprob) for token in tokens],
+            "tokens": [text(token.token_id) for token in tokens],
+            "top_logprobs": [
+                {text(token.token_id): finite(token.logprobs.logprob)}
+                | {text(i): finite(p) for i, p in zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)}
+                for token in tokens
+            ],
+        }

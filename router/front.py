@@ -1,0 +1,128 @@
+"""What every request needs: the service, the tokenizer, the names and the defaults. Made once by app.py.
+
+`Front` also holds the steps that completions and chat share: the model's name, tokenising without blocking the event
+loop, and the `Plan` of a request whose prompts are token ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from penstock.common.chat_template import ChatTemplate
+from penstock.common.config import RouterConfig
+from penstock.common.errors import BadRequest, NotFound, Unavailable
+from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.messages import GenerateRequest
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.answer_format import AnswerFormat
+from penstock.router.metrics import RouterMetrics
+from penstock.router.protocol import MAX_CHOICES, GenerationRequest, output_budget
+from penstock.router.reply import Plan
+
+if TYPE_CHECKING:
+    from penstock.router.service import ModelInfo, RouterService
+
+THREAD_FROM_CHARS = 4000  # about 1 ms of tokenising; below, a thread costs more than it frees
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestHead:
+    """What the HTTP request says outside its body."""
+
+    answer_id: str  # as the client sees it
+    request_id: str  # as the workers see it: unique even if a client repeats its X-Request-Id
+    timeline: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """Shared by all requests of a router."""
+
+    service: RouterService
+    config: RouterConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: GenerationDefaults
+    metrics: RouterMetrics
+    models: tuple[str, ...]  # names clients may use; the first is shown
+    created: int = field(default_factory=lambda: int(time.time()))
+    seeds: random.Random = field(default_factory=random.Random)
+
+    def model_info(self) -> ModelInfo:
+        """What the fleet serves; raises Unavailable while no worker is known."""
+        info = self.service.model_info()
+        if info is None:
+            raise Unavailable("no worker is known yet")
+        return info
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with; raises NotFound for a model that is not served here."""
+        if asked is None or asked == "":
+            return self.models[0]
+        if asked not in self.models:
+            raise NotFound(f"The model `{asked}` does not exist.", param="model")
+        return asked
+
+    async def in_thread(self, work: Callable[[], _T], size_chars: int) -> _T:
+        """The result of `work`, computed in a thread if it is long."""
+        if size_chars < THREAD_FROM_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    def plan(
+        self,
+        request: GenerationRequest,
+        head: RequestHead,
+        format: AnswerFormat,
+        prompts: list[list[int]],
+        echoes: list[str],
+        max_tokens: tuple[int | None, str],
+        logprobs: int | None,
+    ) -> Plan:
+        """The plan for tokenised prompts; choices are ordered by prompt. `max_tokens` is (default, field to blame).
+
+        Raises:
+            BadRequest: parameters out of range, or a prompt too long.
+        """
+        info = self.model_info()
+        request.check_token_ids(info.vocab_size)
+        n = request.choices_per_prompt
+        if n < 1 or n * len(prompts) > MAX_CHOICES:
+            raise BadRequest(f"n must be at least 1, and prompts times n at most {MAX_CHOICES}, got n={n}", param="n")
+        asked = request.asked_max_tokens
+        if asked is not None and asked < 1:
+            field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+            raise BadRequest(f"{field} must be at least 1, got {asked}", param=field)
+        default, blamed = max_tokens
+        budget = min(output_budget(len(ids), asked, default, info.max_model_len, blamed) for ids in prompts)
+        sampling = request.sampling(self.defaults, budget, logprobs, self.seeds.getrandbits(63), info.vocab_size)
+        self.metrics.request(n, budget)
+        at_end, in_chunks = request.usage_in_stream
+        requests = [
+            GenerateRequest(
+                request_id=head.request_id if len(prompts) == 1 else f"{head.request_id}-{at}",
+                choice=choice,
+                prompt_token_ids=ids,
+                sampling=sampling,
+                eos_token_ids=list(info.eos_token_ids),
+                cache_salt=request.cache_salt or "",
+                queue_timeout_s=self.config.queue_timeout_s,
+            )
+            for at, ids in enumerate(prompts)
+            for choice in range(n)
+        ]
+        return Plan(
+            requests=requests,
+            echoes=[echo for echo in echoes for _ in range(n)],
+            format=format,
+            stream=bool(request.stream),
+            usage_at_end=at_end,
+            usage_in_chunks=in_chunks,
+            timeline=head.timeline,
+        )

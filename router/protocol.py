@@ -1,0 +1,335 @@
+"""The request bodies of the OpenAI API, as msgspec structs, and what is wrong with them.
+
+A body becomes a struct by `decode_request`; the struct checks itself and gives `SamplingParams`. Unknown fields are
+ignored. Known fields that nothing implements yet must be absent or neutral (`_NEUTRAL`). Every complaint is a
+`BadRequest` that names the field. Called by completions.py and chat.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from penstock.common.errors import BadRequest, PromptTooLong
+from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.sampling import SamplingParams
+
+MAX_LOGPROBS = 20
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024  # characters
+MAX_CHOICES = 1024  # of one HTTP request: prompts times n
+
+_AT_PATH = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
+_SAMPLED_AS_GIVEN = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
+# Field -> the values that ask for nothing. None asks for nothing everywhere.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "modalities": (["text"], []),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+
+
+class StreamOptions(msgspec.Struct):
+    """What a stream tells besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """Fields that completions and chat share; None means absent."""
+
+    model: str | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    cache_salt: str | None = None
+    user: str | None = None
+
+    def check(self) -> None:
+        """Raise BadRequest for what no later step would notice."""
+        if self.best_of is not None and self.best_of != self.choices_per_prompt:
+            if self.best_of < self.choices_per_prompt:
+                raise BadRequest(f"best_of must be at least n, got {self.best_of}", param="best_of")
+            raise not_supported("best_of")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options is only allowed with stream=true", param="stream_options")
+        if self.cache_salt == "":
+            raise BadRequest("cache_salt must not be empty", param="cache_salt")
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """`n`."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        """`max_completion_tokens`, else the older `max_tokens`."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def usage_in_stream(self) -> tuple[bool, bool]:
+        """(a last chunk with usage, usage in every chunk)."""
+        options = self.stream_options
+        return (
+            (False, False) if options is None else (bool(options.include_usage), bool(options.continuous_usage_stats))
+        )
+
+    def sampling(
+        self, defaults: GenerationDefaults, max_tokens: int, logprobs: int | None, seed: int, vocab_size: int
+    ) -> SamplingParams:
+        """Sampling parameters of one choice (`n` is 1); `seed` is used if the request has none.
+
+        Raises:
+            BadRequest: a value out of its range.
+        """
+        values: dict[str, Any] = defaults.sampling()
+        values |= {name: value for name in _SAMPLED_AS_GIVEN if (value := getattr(self, name)) is not None}
+        if values.get("top_k", 0) > vocab_size:
+            values["top_k"] = vocab_size
+        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+            field = "logprobs" if isinstance(self, CompletionRequest) else "top_logprobs"
+            raise BadRequest(f"{field} must be from 0 to {MAX_LOGPROBS}, got {logprobs}", param=field)
+        own_seed = self.seed is not None and self.seed != -1  # -1 means none, as in vLLM
+        try:
+            SamplingParams(n=self.choices_per_prompt)
+            return SamplingParams(
+                **values,
+                seed=self.seed if own_seed else seed,
+                stop=self._stops(),
+                max_tokens=max_tokens,
+                logprobs=logprobs,
+            )
+        except ValueError as error:
+            raise BadRequest(str(error), param=str(error).partition(" ")[0]) from error
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Stop token ids must be ids of this model."""
+        check_ids(self.stop_token_ids or [], vocab_size, "stop_token_ids")
+
+    def _stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MAX_STOP_STRINGS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            limits = f"at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters"
+            raise BadRequest(f"stop must be {limits}", param="stop")
+        return stops
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: msgspec.Raw = msgspec.Raw()
+    logprobs: int | None = None
+
+    def check(self) -> None:
+        """See `GenerationRequest.check`."""
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise not_supported("echo", "echo together with logprobs")
+
+    @property
+    def asked_max_tokens(self) -> int:
+        """See `GenerationRequest.asked_max_tokens`; completions are short unless asked to be long."""
+        asked = super().asked_max_tokens
+        return COMPLETION_TOKENS if asked is None else asked
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, all as text or all as token ids; at least one."""
+        if not bytes(self.prompt):
+            raise BadRequest("prompt is required", param="prompt")
+        for decoder in _PROMPT_DECODERS:
+            try:
+                value: Any = decoder.decode(self.prompt)
+            except (msgspec.ValidationError, RecursionError):
+                continue
+            one = isinstance(value, str) or (value and isinstance(value[0], int))
+            prompts: list[Any] = [value] if one else value
+            if not prompts or not all(prompts):
+                raise BadRequest("prompt must not be empty", param="prompt")
+            return prompts
+        kinds = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+        raise BadRequest(f"prompt must be {kinds}", param="prompt")
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """See `GenerationRequest.check`."""
+        super().check()
+        if self.chat_template is not None:
+            raise not_supported("chat_template")
+        if self.echo:
+            raise not_supported("echo")
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs=true", param="top_logprobs")
+        if not self.messages:
+            raise BadRequest("messages must hold at least one message", param="messages")
+        if self.continue_final_message and self.add_generation_prompt:
+            field = "continue_final_message"
+            raise BadRequest(f"{field} and add_generation_prompt cannot both be true", param=field)
+
+    def flat_messages(self) -> list[dict[str, Any]]:
+        """Messages for a template: text parts joined by newlines into one string, other keys as they came."""
+        return [_flat(message, f"messages[{at}]") for at, message in enumerate(self.messages or [])]
+
+
+def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(message.get("role"), str):
+        raise BadRequest(f"{where}.role must be a string", param=f"{where}.role")
+    for field in ("tool_calls", "function_call", "audio"):
+        if message.get(field):
+            raise not_supported(f"{where}.{field}")
+    content = message.get("content")
+    if content is None:
+        return message | {"content": ""}
+    if isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise BadRequest(f"{where}.content must be a string or a list of parts", param=f"{where}.content")
+    return message | {"content": "\n".join(_text(part, f"{where}.content[{at}]") for at, part in enumerate(content))}
+
+
+def _text(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise BadRequest(f"{where} must be a part with a type", param=where)
+    if kind not in ("text", "input_text", "output_text"):
+        raise not_supported(where, f"a content part of type {kind!r} ({where})")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise BadRequest(f"{where}.text must be a string", param=f"{where}.text")
+    return text
+
+
+_PROMPT_DECODERS: tuple[msgspec.json.Decoder[Any], ...] = (
+    msgspec.json.Decoder(str),
+    msgspec.json.Decoder(list[str]),
+    msgspec.json.Decoder(list[int]),
+    msgspec.json.Decoder(list[list[int]]),
+)
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_Request = TypeVar("_Request", bound=GenerationRequest)
+
+
+def decode_request(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
+    """The checked request in `body`.
+
+    Raises:
+        BadRequest: not JSON, a wrong type, a value out of range, or a feature that is not supported yet.
+    """
+    try:
+        request = decoder.decode(body)
+        _refuse_unsupported(_FIELDS.decode(body))
+    except msgspec.ValidationError as error:
+        where = _AT_PATH.fullmatch(str(error))
+        param = where[2] if where else None
+        message = f"{param}: {where[1]}" if where and param else str(error).removesuffix(" - at `$`")
+        raise BadRequest(message, param=param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    request.check()
+    return request
+
+
+def _refuse_unsupported(fields: dict[str, msgspec.Raw]) -> None:
+    for field in fields.keys() & _NEUTRAL.keys():
+        value = msgspec.json.decode(fields[field])
+        if value is not None and value not in _NEUTRAL[field]:
+            raise not_supported(field)
+
+
+def not_supported(field: str, what: str = "") -> BadRequest:
+    """The error for a known field that asks for something we do not have."""
+    return BadRequest(f"{what or field} is not supported yet", param=field)
+
+
+def check_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
+    """Raise BadRequest for an id outside the model's vocabulary."""
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        raise BadRequest(f"{param} must hold token ids from 0 to {vocab_size - 1}", param=param)
+
+
+def output_budget(prompt_tokens: int, asked: int | None, default: int | None, max_model_len: int, param: str) -> int:
+    """How many tokens the output may have: what was asked, else `default`, else the rest of the context.
+
+    A `default` of the model is cut to the room that is left; what a client asks for is not.
+
+    Raises:
+        PromptTooLong: prompt and output do not fit together; names both numbers.
+    """
+    room = max_model_len - prompt_tokens
+    wanted = asked if asked is not None else min(default or room, max(room, 1))
+    wanted = max(wanted, 1)
+    total = prompt_tokens + wanted
+    if total > max_model_len:
+        raise PromptTooLong(
+            f"This model's maximum context length is {max_model_len} tokens, but you requested {total} tokens "
+            f"({prompt_tokens} in the prompt, {wanted} for the completion).",
+            param=param,
+        )
+    return wanted

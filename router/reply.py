@@ -1,0 +1,272 @@
+"""One HTTP answer in the making: submits the choices, collects what they say, writes it, whole or as a stream.
+
+Made by app.py from a `Plan`. Written as raw ASGI messages: a stream has one task, which is woken once for all tokens
+of a step and joins them into one write, and one that waits for the client to hang up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from penstock.common.errors import PenstockError
+from penstock.common.messages import GenerateRequest
+from penstock.common.timeline import Timeline
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.answer_format import DONE, AnswerFormat
+from penstock.router.choice import Choice, ScoredToken
+from penstock.router.error_bodies import Send, error_body, send_json
+from penstock.router.metrics import RouterMetrics
+
+if TYPE_CHECKING:
+    from penstock.router.service import RouterService
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A validated request: what to submit (in order of the choices' indices) and how to answer."""
+
+    requests: list[GenerateRequest]
+    echoes: list[str]  # per choice: prompt text to show before the output
+    format: AnswerFormat
+    stream: bool
+    usage_at_end: bool
+    usage_in_chunks: bool
+    timeline: bool  # the client asked for it
+
+
+class Reply:
+    """What whole and streamed answers share. `run` either sends a complete answer, or raises before sending anything.
+
+    Raises:
+        PenstockError: (`run`) refused or failed before the first byte was sent.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        service: RouterService,
+        tokenizer: Tokenizer,
+        metrics: RouterMetrics,
+        timeline: Timeline,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        self._plan, self._service, self._metrics = plan, service, metrics
+        self._format, self._timeline, self._headers = plan.format, timeline, headers
+        self._choices = [
+            Choice(request, index, plan.echoes[index], tokenizer, service, metrics, timeline, self)
+            for index, request in enumerate(plan.requests)
+        ]
+        self._running = len(self._choices)
+        self._error: PenstockError | None = None
+        self.started = False  # the first bytes are on their way: no other status is possible
+        self._gone = False
+        self._news = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """A choice failed after it was submitted (and was counted)."""
+        return self._error is not None
+
+    async def run(self, receive: Receive, send: Send) -> None:
+        """Submit, answer, and leave nothing running behind, whatever happens."""
+        watcher = asyncio.get_running_loop().create_task(self._watch(receive))
+        try:
+            await self._submit()
+            await self._answer(send)
+        finally:
+            watcher.cancel()
+            self._cancel_running()
+
+    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
+        """See `Listener`."""
+        raise NotImplementedError
+
+    def on_failure(self, error: PenstockError) -> None:
+        """One choice failed: the whole answer does."""
+        if self._error is None:
+            self._error = error
+            self._metrics.failed(error.code)
+            self._cancel_running()
+        self._wake()
+
+    async def _answer(self, send: Send) -> None:
+        raise NotImplementedError
+
+    async def _submit(self) -> None:
+        choices = self._choices
+        if len(choices) == 1:
+            await self._submit_one(choices[0])
+        else:
+            outcomes = await asyncio.gather(*(self._submit_one(choice) for choice in choices), return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+        self._timeline.mark("routed", time.monotonic())
+        if self._gone or self._error is not None:  # a cancel that came before its submit was done may have been missed
+            for choice in choices:
+                choice.cancel()
+
+    async def _submit_one(self, choice: Choice) -> None:
+        try:
+            await self._service.submit(choice.request, choice)
+        except PenstockError:
+            choice.ended = True  # it never ran: nothing to cancel
+            raise
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._cancel_running()
+        self._wake()
+
+    def _cancel_running(self) -> None:
+        for choice in self._choices:
+            if not choice.ended:
+                choice.cancel()
+                self._metrics.cancelled(len(choice.request.prompt_token_ids), choice.text.num_tokens)
+
+    def _wake(self) -> None:
+        self._news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait_for_news(self) -> None:
+        if not self._news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            self._waiter = None
+        self._news = False
+
+    def _extra(self, usage: bool) -> dict[str, Any]:
+        """The top-level fields that come last."""
+        extra: dict[str, Any] = {"usage": self._usage()} if usage else {}
+        if self._plan.timeline:
+            self._timeline.mark("finished", time.monotonic())
+            spans = max((choice.spans for choice in self._choices), key=len)
+            extra["timeline"] = self._timeline.entries(spans)
+        return extra
+
+    def _usage(self) -> dict[str, Any]:
+        """Every prompt counts once, however many choices it has."""
+        prompts = {choice.request.request_id: len(choice.request.prompt_token_ids) for choice in self._choices}
+        cached = dict.fromkeys(prompts, 0)
+        for choice in self._choices:
+            request_id = choice.request.request_id
+            cached[request_id] = max(cached[request_id], *(span.cached_tokens for span in choice.spans), 0)
+        output_tokens = sum(choice.text.num_tokens for choice in self._choices)
+        return _usage(sum(prompts.values()), output_tokens) | {
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())}
+        }
+
+
+class WholeReply(Reply):
+    """The answer in one piece."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._texts = ["" for _ in self._choices]
+        self._tokens: list[list[ScoredToken]] = [[] for _ in self._choices]
+
+    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
+        """Keep it; the last choice to end wakes the answer."""
+        self._texts[choice.index] += text
+        self._tokens[choice.index].extend(tokens)
+        if choice.ended:
+            self._running -= 1
+            if self._running == 0:
+                self._wake()
+
+    async def _answer(self, send: Send) -> None:
+        while self._running and self._error is None and not self._gone:
+            await self._wait_for_news()
+        if self._gone:
+            return
+        if self._error is not None:
+            raise self._error
+        choices = [
+            self._format.choice(choice, choice.echo + text, tokens)
+            for choice, text, tokens in zip(self._choices, self._texts, self._tokens, strict=True)
+        ]
+        body = self._format.whole(choices, self._extra(usage=True))
+        self.started = True
+        await send_json(send, body, self._headers)
+
+
+class StreamReply(Reply):
+    """The answer as server-sent events.
+
+    The status goes out with the first event, so that a request that fails before its first token has its own status.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._pending: list[bytes] = []
+        self._opened = [False for _ in self._choices]
+        self._complete = False
+
+    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
+        """Write an event, unless all of the text is held back."""
+        if self._complete:
+            return
+        if not self._opened[choice.index]:
+            self._opened[choice.index] = True
+            self._pending.append(self._format.opening(choice))
+        if text or tokens or choice.ended:
+            usage = None
+            if self._plan.usage_in_chunks:
+                usage = _usage(len(choice.request.prompt_token_ids), choice.text.num_tokens)
+            self._pending.append(self._format.chunk(choice, text, tokens, usage))
+        if choice.ended:
+            self._running -= 1
+            if self._running == 0:
+                self._finish()
+        self._wake()
+
+    def on_failure(self, error: PenstockError) -> None:
+        """After the first event, an error is an event, too."""
+        super().on_failure(error)
+        if self.started and not self._complete:
+            self._pending += [b"data: " + error_body(error) + b"\n\n", DONE]
+            self._complete = True
+
+    def _finish(self) -> None:
+        extra = self._extra(self._plan.usage_at_end)
+        if extra:
+            self._pending.append(self._format.last_chunk(extra))
+        self._pending.append(DONE)
+        self._complete = True
+
+    async def _answer(self, send: Send) -> None:
+        while not self._pending and self._error is None and not self._gone:
+            await self._wait_for_news()
+        if self._gone:
+            return
+        if self._error is not None:
+            raise self._error
+        self.started = True
+        content = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": content + self._headers})
+        while not self._gone:
+            body, complete = b"".join(self._pending), self._complete
+            self._pending.clear()
+            if body or complete:
+                await send({"type": "http.response.body", "body": body, "more_body": not complete})
+            if complete:
+                return
+            await self._wait_for_news()
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

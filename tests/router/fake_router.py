@@ -1,0 +1,181 @@
+"""A router app over a fake service, on a real uvicorn: the fake answers as a scripted worker would."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from penstock.common.chat_template import ChatTemplate
+from penstock.common.config import RouterConfig
+from penstock.common.errors import PenstockError
+from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
+from penstock.router.app import create_app
+from tests.tiny_tokenizers import TEMPLATE, byte_level
+
+ANSWER = "Hello 😀 wörld, the water falls."
+VOCAB = 404
+CONTEXT = 512
+SPANS = Spans(
+    queue_ms=1.5, prefill_ms=20.0, transfer_ms=3.0, exposed_transfer_ms=1.0, decode_ms=30.0, transfer_bytes=4096,
+    transfer_pages=2, transport="shm", cached_tokens=3, computed_tokens=4,
+)  # fmt: skip
+Script = Callable[[GenerateRequest], list[TokenDelta | PenstockError]]
+
+
+def ids_of(text: str) -> list[int]:
+    return byte_level().encode(text, add_special_tokens=False)
+
+
+def scores(request: GenerateRequest, token_id: int) -> TokenLogprobs:
+    """The chosen token is second best; the last of the top ones is impossible."""
+    wanted = request.sampling.logprobs or 0
+    top = [(5, -0.25), (token_id, -0.5), (7, -3.0), (8, float("-inf"))][:wanted]
+    return TokenLogprobs(-0.5, 2, [i for i, _ in top], [p for _, p in top])
+
+
+def delta(request: GenerateRequest, index: int, ids: list[int], finish: Finish | None = None) -> TokenDelta:
+    logprobs = None if request.sampling.logprobs is None else [scores(request, i) for i in ids]
+    spans = SPANS if finish is not None else None
+    return TokenDelta(request.request_id, 0, request.choice, index, ids, finish, logprobs, spans)
+
+
+def say(text: str, finish: str = "stop", stop_reason: int | None = None) -> Script:
+    """One token a message, then end of sequence; cut to max_tokens, as an engine does."""
+
+    def script(request: GenerateRequest) -> list[TokenDelta | PenstockError]:
+        ids = [*ids_of(text), request.eos_token_ids[0]] if finish == "stop" else ids_of(text)
+        limit = request.sampling.max_tokens or 10**9
+        end = Finish(reason=finish, stop_reason=stop_reason)
+        if len(ids) > limit:
+            ids, end = ids[:limit], Finish(reason="length")
+        return [delta(request, i, [t], end if i == len(ids) - 1 else None) for i, t in enumerate(ids)]
+
+    return script
+
+
+class FakeService:
+    """Plays scripts, `step` deltas at a time; `pause_after` deltas it goes quiet, as a slow worker."""
+
+    def __init__(self) -> None:
+        self.script: Script = say(ANSWER)
+        self.step = 1
+        self.pause_after: int | None = None
+        self.refusal: PenstockError | None = None
+        self.is_ready = True
+        self.known = True
+        self.requests: list[GenerateRequest] = []
+        self.cancelled: list[tuple[str, int]] = []
+        self.cancel_heard = threading.Event()
+        self.started = self.stopped = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self.started += 1
+
+    async def stop(self, drain_s: float) -> None:
+        self.stopped += 1
+        for task in self._tasks:
+            task.cancel()
+
+    async def submit(self, request: GenerateRequest, sink: Any) -> None:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        await asyncio.sleep(0)
+        task = asyncio.get_running_loop().create_task(self._play(request, sink))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _play(self, request: GenerateRequest, sink: Any) -> None:
+        for position, item in enumerate(self.script(request)):
+            if position == self.pause_after or (request.request_id, request.choice) in self.cancelled:
+                return
+            if isinstance(item, PenstockError):
+                sink.on_error(item)
+                return
+            sink.on_delta(item)
+            if (position + 1) % self.step == 0:
+                await asyncio.sleep(0)
+
+    def cancel(self, request_id: str, choice: int) -> None:
+        self.cancelled.append((request_id, choice))
+        self.cancel_heard.set()
+
+    def model_info(self) -> Any:
+        if not self.known:
+            return None
+        return SimpleNamespace(max_model_len=CONTEXT, vocab_size=VOCAB, eos_token_ids=[2])
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def loads(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
+        info = WorkerInfo(
+            worker_id="decode-0", incarnation="a", role="decode", address="tcp://127.0.0.1:1", fingerprint="f",
+            model="m", served_models=["tiny"], page_size=16, num_pages=100, page_bytes=1, max_model_len=CONTEXT,
+            max_num_seqs=8, vocab_size=VOCAB,
+        )  # fmt: skip
+        load = WorkerLoad(running=3, waiting=2, num_pages=100, free_pages=75, transfer_bytes=4096, lent_pages=5)
+        return [(info, load)]
+
+    def counters(self) -> dict[str, int]:
+        return {"retries": 4, "worker_losses": 1}
+
+
+class Router:
+    """A running app and clients for it."""
+
+    def __init__(self, service: FakeService, url: str) -> None:
+        self.service, self.url = service, url
+        self.http = httpx.Client(base_url=url, timeout=20.0)
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=20.0)
+
+    @property
+    def last(self) -> GenerateRequest:
+        return self.service.requests[-1]
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        return self.http.post(path, json=body, headers=headers)
+
+    def reset(self) -> None:
+        self.service.__init__()  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def running(*, defaults: GenerationDefaults | None = None, template: str = TEMPLATE, **config: Any) -> Iterator[Router]:
+    service = FakeService()
+    tokenizer = byte_level()
+    router_config = RouterConfig(model="/models/tiny", **{"served_model_name": ("tiny", "alias"), **config})
+    chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
+    app = create_app(service, router_config, tokenizer, chat, defaults)  # type: ignore[arg-type]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="on", loop="uvloop", timeout_graceful_shutdown=2
+            )
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            deadline = time.monotonic() + 10
+            while not server.started and time.monotonic() < deadline:
+                time.sleep(0.005)
+            router = Router(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+            with router.http, router.openai:
+                yield router
+        finally:
+            server.should_exit = True
+            thread.join()
+    assert (service.started, service.stopped) in ((1, 1), (0, 1))  # 0: reset by a test

@@ -1,0 +1,222 @@
+"""Routes, keys, health, errors before and during an answer, disconnects, the timeline, and the shutdown."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from penstock.common.errors import Overloaded, PenstockError, QueueTimeout, Unavailable, WorkerLost
+from penstock.common.messages import Finish, GenerateRequest, TokenDelta
+from tests.router.fake_router import ANSWER, SPANS, Router, delta, ids_of, running, say
+
+BODY = {"prompt": "the water", "max_tokens": 99}
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """Payloads of a finished stream; it must end in [DONE]."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_models_version_health(router: Router) -> None:
+    models = router.openai.models.list().data
+    assert [model.id for model in models] == ["tiny", "alias"]
+    assert models[0].max_model_len == 512 and models[0].root == "/models/tiny" and models[0].owned_by == "penstock"
+    assert router.http.get("/version").json()["version"]
+    assert router.http.get("/health").status_code == 200
+    router.service.is_ready = False
+    response = router.http.get("/health")
+    assert response.status_code == 503 and "no decode worker" in response.json()["reason"]
+    router.service.known = False
+    assert "no worker is known" in router.http.get("/health").json()["reason"]
+    assert router.post("/v1/completions", BODY).status_code == 503
+
+
+def test_names_of_models(router: Router) -> None:
+    assert router.post("/v1/completions", BODY).json()["model"] == "tiny"
+    assert router.post("/v1/completions", BODY | {"model": "alias"}).json()["model"] == "alias"
+    with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
+        router.openai.completions.create(model="other", prompt="a")
+    assert caught.value.param == "model" and caught.value.type == "not_found_error"
+
+
+def test_routes_and_methods_that_do_not_exist(router: Router) -> None:
+    response = router.http.get("/v1/nothing")
+    assert response.status_code == 404 and response.json()["error"]["type"] == "not_found_error"
+    response = router.http.get("/v1/completions")
+    assert response.status_code == 405 and response.headers["allow"] == "POST" and response.json()["error"]["message"]
+
+
+def test_keys() -> None:
+    with running(api_key=("first", "secret")) as router:
+        for header in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "secret"},
+            {"authorization": "Basic secret"},
+        ):
+            for path in ("/v1/models", "/v1/nothing", "/v1"):
+                response = router.http.get(path, headers=header)
+                assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+            assert router.post("/v1/completions", BODY, **header).status_code == 401
+        assert router.service.requests == []
+        assert router.openai.completions.create(model="tiny", prompt="a").choices  # "secret"
+        assert router.http.get("/v1/models", headers={"authorization": "bearer first"}).status_code == 200
+        assert router.http.get("/health").status_code == 200 and router.http.get("/metrics").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{router.url}/v1", api_key="x", max_retries=0).models.list()
+
+
+def test_request_ids(router: Router) -> None:
+    for _ in range(2):  # a client that repeats its id confuses nobody
+        response = router.post("/v1/completions", BODY, **{"X-Request-Id": "mine-1"})
+        assert response.json()["id"] == "cmpl-mine-1" and response.headers["x-request-id"] == "mine-1"
+    assert len({request.request_id for request in router.service.requests}) == 2
+    response = router.post("/v1/chat/completions", CHAT, **{"X-Request-Id": "not valid: spaces"})
+    assert response.json()["id"] == f"chatcmpl-{response.headers['x-request-id']}" and " " not in response.json()["id"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    "error", [Unavailable("no worker"), Overloaded("full"), QueueTimeout("late")], ids=lambda e: e.code
+)
+def test_errors_before_the_first_token_have_their_status(
+    router: Router, error: PenstockError, n: int, stream: bool
+) -> None:
+    router.service.refusal = error
+    for _ in range(2):  # refused at once, then given up while it waits
+        response = router.post("/v1/completions", BODY | {"stream": stream, "n": n})
+        assert response.status_code == error.status and response.headers["content-type"] == "application/json"
+        assert response.json()["error"] == {
+            "message": error.message, "type": error.openai_type, "param": None, "code": error.code,
+        }  # fmt: skip
+        assert response.headers["retry-after"] == "1" and response.headers["x-request-id"]
+        router.service.refusal, router.service.script = None, lambda _: [error]
+
+
+def failing(error: PenstockError | Finish) -> Any:
+    def script(request: GenerateRequest) -> list[TokenDelta | PenstockError]:
+        first = delta(request, 0, ids_of("a"))
+        return [first, delta(request, 1, [], error) if isinstance(error, Finish) else error]
+
+    return script
+
+
+@pytest.mark.parametrize("error", [WorkerLost("died"), Finish(reason="error", code="worker_lost", message="died")])
+def test_an_error_after_the_first_token(router: Router, error: PenstockError | Finish) -> None:
+    router.service.script = failing(error)
+    expected = {"message": "died", "type": "server_error", "param": None, "code": "worker_lost"}
+    first, last = events(router.post("/v1/completions", BODY | {"stream": True}))
+    assert first["choices"][0]["text"] == "a" and last == {"error": expected}
+    with pytest.raises(openai.APIError, match="died"):
+        list(router.openai.completions.create(model="tiny", prompt="a", stream=True))
+    response = router.post("/v1/completions", BODY)
+    assert response.status_code == 503 and response.json()["error"] == expected
+
+
+def test_one_failing_choice_ends_all(router: Router) -> None:
+    def script(request: GenerateRequest) -> list[TokenDelta | PenstockError]:
+        said = say("b" * 60)(request)
+        return [*said[:20], WorkerLost("died")] if request.choice else said
+
+    router.service.script = script
+    router.service.step = 1
+    assert "error" in events(router.post("/v1/completions", BODY | {"stream": True, "n": 2}))[-1]
+    assert (router.last.request_id, 0) in router.service.cancelled
+
+
+def test_a_fault_of_ours_is_a_500_and_the_server_lives_on(router: Router, caplog: pytest.LogCaptureFixture) -> None:
+    router.service.script = lambda r: [TokenDelta(r.request_id, 0, r.choice, 0, ["bug"])]  # type: ignore[list-item]
+    response = router.post("/v1/completions", BODY)
+    assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
+    assert router.service.cancelled == [(router.last.request_id, 0)]
+    assert router.last.request_id in caplog.text
+    router.service.script = say(ANSWER)
+    assert router.post("/v1/completions", BODY).json()["choices"][0]["text"] == ANSWER
+
+
+@pytest.mark.parametrize("finish", ["abort", "length"])
+def test_other_ends(router: Router, finish: str) -> None:
+    router.service.script = say("a", finish=finish)
+    assert router.post("/v1/completions", BODY).json()["choices"][0]["finish_reason"] == finish
+
+
+@pytest.mark.parametrize("pause", [0, 2])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_a_stream_frees_every_choice(router: Router, pause: int, n: int) -> None:
+    router.service.pause_after = pause
+    body = BODY | {"stream": True, "n": n}
+    url = f"{router.url}/v1/completions"
+    with pytest.raises(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=0.3) as response:
+        list(response.iter_bytes())
+    wait_for(lambda: len(router.service.cancelled) >= n)
+    assert sorted(router.service.cancelled) == [(router.last.request_id, choice) for choice in range(n)]
+
+
+def test_a_client_that_leaves_while_it_waits_for_a_whole_answer(router: Router) -> None:
+    router.service.pause_after = 2
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{router.url}/v1/completions", json=BODY, timeout=0.3)
+    assert router.service.cancel_heard.wait(5)
+    assert router.service.cancelled == [(router.last.request_id, 0)]
+
+
+def wait_for(condition: Any, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def check_timeline(timeline: list[dict[str, Any]]) -> None:
+    names = [entry["name"] for entry in timeline]
+    assert names == [
+        "received", "tokenised", "routed", "admission", "prefill", "first_token", "transfer", "decode", "finished",
+    ]  # fmt: skip
+    marks = [entry["ms"] for entry in timeline if entry["kind"] == "mark"]
+    assert marks == sorted(marks) and marks[0] == 0.0
+    facts = {name: value for entry in timeline for name, value in entry.items()}
+    assert (facts["transfer_bytes"], facts["transfer_pages"], facts["transport"]) == (4096, 2, "shm")
+    assert (facts["cached_tokens"], facts["computed_tokens"]) == (3, 4)
+    assert next(entry["ms"] for entry in timeline if entry["name"] == "prefill") == SPANS.prefill_ms
+
+
+def test_timeline(router: Router) -> None:
+    asked = {"X-Penstock-Timeline": "1"}
+    router.service.step = 1
+    check_timeline(router.post("/v1/completions", BODY, **asked).json()["timeline"])
+    last = events(router.post("/v1/chat/completions", CHAT | {"stream": True}, **asked))[-1]
+    assert last["choices"] == [] and "usage" not in last
+    check_timeline(last["timeline"])
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    last = events(router.post("/v1/chat/completions", CHAT | options, **asked))[-1]
+    check_timeline(last["timeline"])
+    assert last["usage"]["completion_tokens"] and "timeline" not in router.post("/v1/completions", BODY).json()
+
+
+def test_running_streams_end_before_the_server_does() -> None:
+    with running() as router:
+        router.service.step = 1
+        router.service.script = say("the water " * 9)
+        texts: list[str] = []
+        started = threading.Event()
+
+        def read() -> None:
+            with httpx.stream("POST", f"{router.url}/v1/completions", json=BODY | {"stream": True}) as response:
+                started.set()
+                texts.append(response.read().decode())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        started.wait(5)
+    reader.join(5)
+    assert texts[0].endswith("data: [DONE]\n\n") and '"finish_reason":"stop"' in texts[0]

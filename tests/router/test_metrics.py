@@ -1,0 +1,64 @@
+"""/metrics after known traffic: vLLM's names, router and worker figures."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.common.errors import Overloaded
+from tests.router.fake_router import ANSWER, Router, ids_of, running
+
+
+def scrape(router: Router) -> dict[tuple[str, str], float]:
+    """(sample name, engine or other label) -> value; buckets left out."""
+    found = {}
+    for family in text_string_to_metric_families(router.http.get("/metrics").text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "tiny"
+            extra = sample.labels.get("finished_reason") or sample.labels.get("code") or sample.labels["engine"]
+            if "le" not in sample.labels:
+                found[sample.name, extra] = sample.value
+    return found
+
+
+def test_figures() -> None:
+    with running() as router:
+        create = router.openai.completions.create
+        create(model="tiny", prompt="a", max_tokens=99, n=2)
+        create(model="tiny", prompt=[5] * 10, max_tokens=3)
+        list(create(model="tiny", prompt="a", max_tokens=99, stream=True))
+        router.service.refusal = Overloaded("full")
+        assert router.post("/v1/completions", {"prompt": "a"}).status_code == 429
+        assert router.post("/v1/completions", {"prompt": ""}).status_code == 400
+        found = scrape(router)
+    tokens = len(ids_of(ANSWER)) + 1
+    assert found["vllm:request_success_total", "stop"] == 3
+    assert found["vllm:request_success_total", "length"] == 1
+    assert found["penstock:request_errors_total", "overloaded"] == 1
+    assert found["penstock:request_errors_total", "invalid_request"] == 1
+    assert found["vllm:request_generation_tokens_sum", "router"] == 3 * tokens + 3
+    assert found["vllm:request_prompt_tokens_sum", "router"] == 1 + 1 + 10 + 1
+    assert found["vllm:time_to_first_token_seconds_count", "router"] == 4
+    assert found["vllm:inter_token_latency_seconds_count", "router"] == 3 * (tokens - 1) + 2
+    assert found["vllm:request_time_per_output_token_seconds_count", "router"] == 4
+    assert found["vllm:e2e_request_latency_seconds_count", "router"] == 4
+    assert found["vllm:request_prefill_time_seconds_sum", "router"] == pytest.approx(4 * 0.02)
+    assert found["vllm:request_queue_time_seconds_sum", "router"] == pytest.approx(4 * 0.0015)
+    assert found["vllm:request_params_n_sum", "router"] == 2 + 1 + 1 + 1  # the refused one was valid
+    assert found["vllm:request_params_max_tokens_sum", "router"] == 99 + 3 + 99 + 16
+    assert found["penstock:retries_total", "router"] == 4
+    assert found["vllm:num_requests_running", "decode-0"] == 3
+    assert found["vllm:num_requests_waiting", "decode-0"] == 2
+    assert found["vllm:kv_cache_usage_perc", "decode-0"] == 0.25
+    assert found["penstock:kv_transfer_bytes_total", "decode-0"] == 4096
+    assert found["penstock:lent_pages", "decode-0"] == 5
+
+
+def test_buckets_are_cumulative() -> None:
+    with running() as router:
+        router.openai.completions.create(model="tiny", prompt=[5] * 10)
+        router.openai.completions.create(model="tiny", prompt=[5] * 60)
+        families = {f.name: f for f in text_string_to_metric_families(router.http.get("/metrics").text)}
+    samples = families["vllm:request_prompt_tokens"].samples
+    buckets = {s.labels["le"]: s.value for s in samples if s.name.endswith("_bucket")}
+    assert (buckets["5.0"], buckets["10.0"], buckets["50.0"], buckets["100.0"], buckets["+Inf"]) == (0, 1, 1, 2, 2)

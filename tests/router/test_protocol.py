@@ -1,0 +1,165 @@
+"""Wrong bodies: every one is a 400 that names the field, none a 422 or 500."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.router.fake_router import VOCAB, Router
+
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+COMPLETION = {"prompt": "a"}
+WRONG = [
+    ("temperature", "hot"), ("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -2), ("top_k", 1.5),
+    ("min_p", 2), ("n", 0), ("n", 10**6), ("n", "1"), ("max_tokens", 0), ("max_tokens", -5), ("max_tokens", "x"),
+    ("max_completion_tokens", 0), ("seed", 2**63), ("seed", 0.5), ("presence_penalty", 3), ("frequency_penalty", -3),
+    ("repetition_penalty", 0), ("min_tokens", -1), ("min_tokens", 10**9), ("stop", ""), ("stop", ["a"] * 65),
+    ("stop", "x" * 2000), ("stop", 5), ("stop_token_ids", [VOCAB]), ("stop_token_ids", [-1]), ("ignore_eos", 1),
+    ("stream", "yes"), ("stream_options", {"include_usage": True}), ("cache_salt", ""), ("cache_salt", 1),
+    ("best_of", 0), ("model", 5),
+]  # fmt: skip
+UNSUPPORTED: list[tuple[str, Any]] = [
+    ("logit_bias", {"1": 5}), ("response_format", {"type": "json_object"}), ("prompt_logprobs", 1),
+    ("structured_outputs", {"regex": "a"}), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
+    ("use_beam_search", True), ("bad_words", ["a"]), ("allowed_token_ids", [1]), ("prompt_embeds", "x"),
+    ("best_of", 2), ("truncate_prompt_tokens", 5), ("priority", 1), ("kv_transfer_params", {"a": 1}),
+    ("return_token_ids", True), ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("suffix", "x"),
+    ("modalities", ["audio"]), ("audio", {"voice": "x"}), ("functions", [{}]),
+]  # fmt: skip
+NEUTRAL: dict[str, Any] = {
+    "logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "use_beam_search": False,
+    "bad_words": [], "prompt_logprobs": None, "best_of": 1, "suffix": None, "modalities": ["text"], "priority": 0,
+    "parallel_tool_calls": True, "service_tier": "auto", "store": False, "metadata": {}, "x": 1,
+}  # fmt: skip
+
+
+def error_of(router: Router, path: str, body: Any) -> dict[str, Any]:
+    response = router.post(path, body)
+    assert response.status_code == 400, (response.status_code, response.text)
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+def test_wrong_values_are_named(router: Router, path: str, body: dict[str, Any]) -> None:
+    for field, value in WRONG:
+        error = error_of(router, path, body | {field: value})
+        assert error["param"] is not None and error["param"].startswith(field), (field, value, error)
+        assert field in error["message"]
+    assert router.service.requests == []
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+def test_features_to_come_are_named(router: Router, path: str, body: dict[str, Any]) -> None:
+    for field, value in UNSUPPORTED:
+        error = error_of(router, path, body | {field: value})
+        assert error["param"] == field and "not supported yet" in error["message"]
+    assert router.post(path, body | NEUTRAL).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, "", [], [""], [[]], [[1], []], {"a": 1}, [1, "a"], [1.5], [-1], [VOCAB], [[VOCAB]], 5, [[["a"]]]],
+    ids=repr,
+)
+def test_wrong_prompts(router: Router, prompt: Any) -> None:
+    assert error_of(router, "/v1/completions", {"prompt": prompt})["param"] == "prompt"
+
+
+def test_completion_only_fields(router: Router) -> None:
+    assert error_of(router, "/v1/completions", {})["param"] == "prompt"
+    assert error_of(router, "/v1/completions", COMPLETION | {"logprobs": 21})["param"] == "logprobs"
+    assert error_of(router, "/v1/completions", COMPLETION | {"logprobs": -1})["param"] == "logprobs"
+    assert (
+        "not supported yet"
+        in error_of(router, "/v1/completions", COMPLETION | {"logprobs": 1, "echo": True})["message"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ],
+    ids=str,
+)
+def test_wrong_chat_fields(router: Router, fields: dict[str, Any], param: str) -> None:
+    assert error_of(router, "/v1/chat/completions", CHAT | fields)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages[0].content[0]"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "messages[0].tool_calls"),
+    ],
+    ids=str,
+)
+def test_parts_to_come_are_named(router: Router, message: dict[str, Any], param: str) -> None:
+    error = error_of(router, "/v1/chat/completions", {"messages": [message]})
+    assert error["param"] == param and "not supported yet" in error["message"]
+
+
+def test_chat_only_fields_to_come(router: Router) -> None:
+    for field, value in (("chat_template", "{{ 1 }}"), ("echo", True)):
+        error = error_of(router, "/v1/chat/completions", CHAT | {field: value})
+        assert error["param"] == field and "not supported yet" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"nul", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 10**5]
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_bodies_that_are_no_object(router: Router, path: str, body: bytes) -> None:
+    response = router.http.post(path, content=body)
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_a_wrong_content_type_does_not_matter(router: Router) -> None:
+    response = router.http.post("/v1/completions", content=b'{"prompt":"a"}', headers={"content-type": "text/plain"})
+    assert response.status_code == 200
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "x"]), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+FIELDS = sorted(
+    {field for field, _ in WRONG + UNSUPPORTED}
+    | {"prompt", "messages", "logprobs", "top_logprobs", "echo", "add_special_tokens", "chat_template_kwargs", "user"}
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(body=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4), chat=st.booleans())
+def test_any_body_is_answered_or_refused(router: Router, body: dict[str, Any], chat: bool) -> None:
+    path, base = ("/v1/chat/completions", CHAT) if chat else ("/v1/completions", COMPLETION)
+    response = router.post(path, {**base, "max_tokens": 4, **body})
+    assert response.status_code in (200, 400, 404), (response.status_code, response.text)
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
