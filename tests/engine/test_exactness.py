@@ -25,9 +25,7 @@ def _greedy(count: int = NEW_TOKENS) -> SamplingParams:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("chunk", "page_size"), [(64, 4), (7, 16), (1, 4)])
-def test_greedy_equals_hugging_face(
-    checkpoints: dict[str, Path], family: str, chunk: int, page_size: int
-) -> None:
+def test_greedy_equals_hugging_face(checkpoints: dict[str, Path], family: str, chunk: int, page_size: int) -> None:
     path = checkpoints[family]
     prompts = random_prompts(_lengths(40))
     expected = reference_tokens(path, prompts, NEW_TOKENS)

@@ -68,8 +68,10 @@ class WorkerProcess:
 
 
 @contextlib.contextmanager
-def workers(redis_url: str, model: Path, roles: dict[str, str], *, env: dict[str, str] | None = None, **flags: object) -> Iterator[dict[str, WorkerProcess]]:
-    """Start workers {worker_id: role}; yields when all are registered. SIGTERM at the end, and all must exit cleanly."""
+def workers(
+    redis_url: str, model: Path, roles: dict[str, str], *, env: dict[str, str] | None = None, **flags: object
+) -> Iterator[dict[str, WorkerProcess]]:
+    """Start workers {worker_id: role}; yields once all are registered. At the end all must exit cleanly."""
     import redis
 
     common = {"lease_s": 3, "device": "cpu", "cpu_threads": 1, "redis_url": redis_url, "drain_s": 5, **flags}

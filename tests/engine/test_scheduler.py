@@ -1,0 +1,236 @@
+"""The scheduler with a fake executor: no model, no tensors, tokens that are a function of the sequence."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.common.messages import GenerateRequest
+from penstock.common.sampling import SamplingParams
+from penstock.engine.pages import PageManager
+from penstock.engine.plan import SampledTokens, StepPlan, StepResult
+from penstock.engine.policy import BatchPolicy, DecodePolicy, PrefillPolicy
+from penstock.engine.request import Request
+from penstock.engine.scheduler import HANDED_OFF, Output, Scheduler
+
+PAGE = 4
+
+
+class FakeExecutor:
+    """Keeps what a real executor keeps, checks that plans are consistent, and "samples" a hash of the sequence.
+
+    It also writes every token into its page slot, so that a page handed out twice, or a token never computed, shows.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.tables: dict[str, list[int]] = {}
+        self.slots: dict[tuple[int, int], tuple[int, int]] = {}  # (page, slot) -> (position, token)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        for key in plan.ended:
+            self.tokens.pop(key, None)
+            self.tables.pop(key, None)
+        for start in plan.started:
+            assert start.key not in self.tokens
+            self.tokens[start.key], self.tables[start.key] = list(start.tokens), []
+        sampled = []
+        for work in plan.work:
+            tokens, table = self.tokens[work.key], self.tables[work.key]
+            table.extend(work.new_pages)
+            end = work.start + work.num_tokens
+            for position in range(work.start, end):
+                self.slots[table[position // PAGE], position % PAGE] = position, tokens[position]
+            for position in range(end):  # everything that attention would read
+                assert self.slots[table[position // PAGE], position % PAGE] == (position, tokens[position])
+            assert work.samples == (end == len(tokens))
+            if work.samples:
+                tokens.append(next_token(tokens))
+                sampled.append(SampledTokens(work.key, (tokens[-1],)))
+        return StepResult(plan.step, tuple(sampled))
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum((i + 1) * token for i, token in enumerate(tokens)) * 7 + len(tokens)) % 97
+
+
+def oracle(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def make_scheduler(
+    num_pages: int = 64, budget: int = 16, seqs: int = 8, policy: BatchPolicy | None = None, caching: bool = True
+) -> Scheduler:
+    return Scheduler(
+        PageManager(num_pages, PAGE, caching=caching),
+        policy or DecodePolicy(),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=num_pages * PAGE,
+        hash_scope="test",
+    )
+
+
+def make_request(name: str, prompt: list[int], max_tokens: int = 5, **sampling: object) -> GenerateRequest:
+    params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
+    return GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=params)
+
+
+def drain(scheduler: Scheduler, executor: FakeExecutor, limit: int = 10_000) -> list[Output]:
+    outputs: list[Output] = []
+    for now in range(limit):
+        if not scheduler.has_work():
+            return outputs
+        plan = scheduler.plan(float(now))
+        if plan is not None:
+            assert plan.num_tokens <= scheduler.max_num_batched_tokens
+            outputs += scheduler.update(executor.run(plan), float(now)).outputs
+        scheduler.pages.check()
+    raise AssertionError("no end")
+
+
+def joined(outputs: list[Output]) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for output in outputs:
+        got = tokens.setdefault(output.request.request_id, [])
+        assert output.index == len(got)
+        got += output.token_ids
+    return tokens
+
+
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompts=PROMPTS,
+    num_pages=st.integers(10, 40),
+    budget=st.integers(1, 20),
+    seqs=st.integers(1, 6),
+    caching=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_load_gives_every_request_its_tokens(
+    prompts: list[list[int]], num_pages: int, budget: int, seqs: int, caching: bool, seed: int
+) -> None:
+    """Few pages, tiny budgets, shared prefixes, aborts in between: tokens as if each request were alone."""
+    scheduler = make_scheduler(num_pages, budget, seqs, caching=caching)
+    executor = FakeExecutor(num_pages)
+    chooser = random.Random(seed)
+    outputs: list[Output] = []
+    aborted: set[str] = set()
+    waiting = list(enumerate(prompts))
+    for now in range(10_000):
+        if not waiting and not scheduler.has_work():
+            break
+        if waiting and chooser.random() < 0.5:
+            i, prompt = waiting.pop(0)
+            scheduler.add(Request(make_request(str(i), prompt, 1 + i % 7), float(now)))
+        victims = [r.key for r in (*scheduler.running, *scheduler.waiting)]
+        if victims and chooser.random() < 0.05:
+            request = scheduler.abort(chooser.choice(victims))
+            assert request is not None
+            aborted.add(request.source.request_id)
+        plan = scheduler.plan(float(now))
+        if plan is not None:
+            outputs += scheduler.update(executor.run(plan), float(now)).outputs
+        scheduler.pages.check()
+    else:
+        raise AssertionError("no end")
+    tokens = joined(outputs)
+    for i, prompt in enumerate(prompts):
+        if str(i) not in aborted:
+            assert tokens[str(i)] == oracle(prompt, 1 + i % 7)
+    assert scheduler.pages.num_held == scheduler.pages.num_promised == 0
+
+
+def test_two_steps_in_flight_give_the_same_tokens() -> None:
+    """`plan` before the last `update`: what was sampled is pending, and nothing is lost when a request ends late."""
+    scheduler = make_scheduler()
+    executor = FakeExecutor(64)
+    prompts = {"a": [1, 2, 3], "b": [2] * 9, "c": [1]}
+    for name, prompt in prompts.items():
+        scheduler.add(Request(make_request(name, prompt), 0.0))
+    outputs: list[Output] = []
+    in_flight: list[StepResult] = []
+    while scheduler.has_work() or in_flight:
+        plan = scheduler.plan(0.0)
+        if plan is not None:
+            in_flight.append(executor.run(plan))
+        if len(in_flight) == 2 or plan is None:
+            outputs += scheduler.update(in_flight.pop(0), 0.0).outputs
+        scheduler.pages.check()
+    assert joined(outputs) == {name: oracle(prompt, 5) for name, prompt in prompts.items()}
+    assert scheduler.pages.num_held == 0
+
+
+def test_decodes_come_before_prompts_and_the_budget_holds() -> None:
+    scheduler = make_scheduler(budget=8)
+    executor = FakeExecutor(64)
+    scheduler.add(Request(make_request("a", [1], 50), 0.0))
+    first = scheduler.plan(0.0)
+    assert first is not None
+    scheduler.update(executor.run(first), 0.0)
+    scheduler.add(Request(make_request("long", [2] * 30), 0.0))
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert [(w.key, w.num_tokens) for w in plan.work] == [("a:0:0", 1), ("long:0:0", 2)]  # 2 = 8 // smoothing
+
+
+def test_a_prefill_worker_keeps_the_pages_of_what_it_hands_off() -> None:
+    scheduler = make_scheduler(policy=PrefillPolicy())
+    scheduler.add(Request(make_request("a", [1] * 10), 0.0))
+    (output,) = drain(scheduler, FakeExecutor(64))
+    assert output.finish is HANDED_OFF
+    assert output.token_ids == tuple(oracle([1] * 10, 1))
+    assert len(scheduler.pages.table("a:0:0")) == 3
+    scheduler.pages.release("a:0:0")
+    assert scheduler.pages.num_held == 0
+
+
+def test_landed_pages_are_used_and_only_the_rest_is_computed() -> None:
+    scheduler = make_scheduler()
+    executor = FakeExecutor(64)
+    source = make_request("a", [1] * 10)
+    request = Request(source, 0.0)
+    for position in range(8):
+        page = scheduler.pages.table(request.key) or scheduler.pages.allocate(request.key, 2)
+        executor.slots[page[position // PAGE], position % PAGE] = position, 1
+    scheduler.add(request, computed=8)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert [(w.start, w.num_tokens, len(w.new_pages)) for w in plan.work] == [(8, 2, 3)]
+    outputs = [*scheduler.update(executor.run(plan), 0.0).outputs, *drain(scheduler, executor)]
+    assert joined(outputs) == {"a": oracle([1] * 10, 5)}
+
+
+def test_stop_tokens_lengths_and_min_tokens() -> None:
+    prompt = [1, 2, 3]
+    expected = oracle(prompt, 6)
+    cases = [
+        ({"stop_token_ids": [expected[2]]}, "stop", expected[2], 3),
+        ({"stop_token_ids": [expected[2]], "min_tokens": 4}, "length", None, 5),
+        ({}, "length", None, 5),
+    ]
+    for sampling, reason, stop_reason, count in cases:
+        scheduler = make_scheduler()
+        scheduler.add(Request(make_request("a", prompt, 5, **sampling), 0.0))
+        outputs = drain(scheduler, FakeExecutor(64))
+        assert joined(outputs) == {"a": expected[:count]}
+        finish = outputs[-1].finish
+        assert finish is not None
+        assert (finish.reason, finish.stop_reason) == (reason, stop_reason)
+
+
+def test_the_context_ends_a_request() -> None:
+    scheduler = make_scheduler(num_pages=3)
+    scheduler.add(Request(make_request("a", [1] * 8, 50), 0.0))
+    outputs = drain(scheduler, FakeExecutor(3))
+    assert len(joined(outputs)["a"]) == 4
+    assert outputs[-1].finish is not None
+    assert outputs[-1].finish.reason == "length"
