@@ -88,7 +88,8 @@ class PageMover:
         self._thread.start()
 
     def connect(self, peer: str, transport: str, description: bytes) -> None:
-        """Connect before any job handed in later. Success is silent, a failure is a `ConnectFailed`."""
+        """Connect before any job handed in later. Success is silent, a failure is a `ConnectFailed`. Connecting again
+        to the same pool changes nothing; after a lost connection (reads fail) `disconnect` first."""
         self._commands.put(lambda: self._connect(peer, transport, description))
 
     def disconnect(self, peer: str) -> None:
@@ -205,8 +206,11 @@ class PageMover:
             self._work[tag].cancel()
 
     def _connect(self, peer: str, name: str, description: bytes) -> None:
+        if self._reading(peer) and self._connected.get((peer, name)) == description:
+            self._leaving.discard(peer)  # the same pool: its copies in flight go on
+            return
+        self._forget_leavers()
         if self._connected.get((peer, name)) == description:
-            self._leaving.discard(peer)
             return
         try:
             if name not in self._transports:
@@ -217,7 +221,6 @@ class PageMover:
         except TransportError as error:
             self._report(ConnectFailed(peer, name, str(error)))
         else:
-            self._leaving.discard(peer)
             self._connected[peer, name] = description
 
     def _disconnect(self, peer: str) -> None:

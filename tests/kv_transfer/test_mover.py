@@ -196,6 +196,10 @@ def test_reads_after_disconnect_fail_and_reconnect_works(fake: FakeTransport, st
     mover.connect("p", "fake", b"fake")
     mover.read(read("b", 0, 1))
     assert isinstance(wait_for(mover, count(1))[0], ReadDone)
+    mover.connect("p", "fake", b"fake")
+    mover.connect("p", "fake", b"moved")
+    mover.close()
+    assert fake.calls == ["connect p", "disconnect p", "connect p", "connect p", "close"]
 
 
 def test_close_says_when_a_copy_is_still_in_flight(fake: FakeTransport, start: Start) -> None:

@@ -55,6 +55,22 @@ def test_scattered_pages_arrive_exactly(
     assert np.array_equal(pool.pages, expected)  # other pages untouched
 
 
+@pytest.mark.parametrize(("transport", "ucx_tls"), LINKS)
+def test_a_peer_can_be_left_and_joined_again(
+    transport: str, ucx_tls: str, lend: StartLender, read_with: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", ucx_tls or "all")
+    source = contents(65536, 4, seed=1)
+    lender = lend(transport, 65536, 4, ucx_tls=ucx_tls)
+    pool, mover = read_with(transport, 65536, 4)
+    for page in range(3):
+        mover.connect(lender.incarnation, transport, lender.description)
+        mover.read(ReadJob("read", lender.incarnation, transport, [page], [page]))
+        assert isinstance(wait_for(mover, count(1))[0], ReadDone)
+        mover.disconnect(lender.incarnation)
+    assert np.array_equal(pool.pages[:3], source[:3])
+
+
 @pytest.mark.parametrize("transport", ["shm", "nixl"])
 def test_one_flipped_byte_is_seen(transport: str, lend: StartLender, read_with: Callable[..., Reader]) -> None:
     source = contents(65536, 8, seed=1)
