@@ -227,10 +227,11 @@ class BusLink:
             return False
         return True
 
-    def close(self) -> None:
-        """Close at once and for good; the worker ends what this peer held when its lease ends."""
+    def close(self, flush_ms: int = 0) -> None:
+        """Close for good. What is queued has `flush_ms` to leave, then terminating the context drops it; what this peer
+        holds at the worker ends with its lease."""
         self._closed = True
-        self._close_socket()
+        self._close_socket(flush_ms)
 
     def _open(self, now: float) -> None:
         hello = self.state.opened(now)
@@ -252,7 +253,7 @@ class BusLink:
             for one in self.sockets:
                 self._poller.register(one, zmq.POLLIN)
 
-    def _close_socket(self) -> None:
+    def _close_socket(self, flush_ms: int = 0) -> None:
         if self._socket is None:
             return
         if self._poller is not None:
@@ -261,7 +262,7 @@ class BusLink:
         self._socket.disable_monitor()
         if self._monitor is not None:
             self._monitor.close(0)
-        self._socket.close(0)
+        self._socket.close(flush_ms)
         self._socket = self._monitor = None
 
     def _read_monitor(self) -> str:
@@ -331,11 +332,11 @@ class AsyncBusLink(BusLink):
             self._look_again = self._loop.call_soon(self.tick)
         return sent
 
-    def close(self) -> None:
-        """Close at once and for good."""
+    def close(self, flush_ms: int = 0) -> None:
+        """As `BusLink.close`."""
         if self._look_again is not None:
             self._look_again.cancel()
-        super().close()
+        super().close(flush_ms)
 
 
 class _LoopPoller:

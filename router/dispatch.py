@@ -32,6 +32,7 @@ from penstock.router.dispatch_events import (
     Fail,
     Place,
     Placed,
+    PlaceFailed,
     Release,
     Reserve,
     SendAbort,
@@ -177,7 +178,7 @@ class Dispatcher:
             elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
                 self._release(choice, event.incarnation)  # the decode worker notices too and computes the prompt itself
 
-    def _placed_event(self, event: Placed, now: float) -> None:
+    def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
         choice = self.choices.get(event.request_id)
         if choice is not None and choice.attempt == event.attempt:  # else it was cancelled meanwhile
             self._apply(choice, event, now)
@@ -225,6 +226,9 @@ class Dispatcher:
             self._reserve(choice, placement.prefill.incarnation, placement.prefill_tokens)
         submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill)
         self._commands.append(SendSubmit(placement.decode.incarnation, submit))
+
+    def _not_placed(self, choice: Choice, event: PlaceFailed, now: float) -> None:
+        self._fail(choice, InternalError("the request could not be routed"))
 
     def _wait(self, choice: Choice, now: float) -> None:
         if sum(c.state is State.WAITING for c in self.choices.values()) >= MAX_WAITING:
@@ -369,7 +373,8 @@ def _without(delta: TokenDelta, known: int) -> TokenDelta:
 
 _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
     Submitted: Dispatcher._submitted,
-    Placed: Dispatcher._placed_event,
+    Placed: Dispatcher._place_answered,
+    PlaceFailed: Dispatcher._place_answered,
     WorkerUp: Dispatcher._worker_up,
     WorkerDown: Dispatcher._worker_down,
     Cancelled: Dispatcher._cancelled_event,
@@ -379,6 +384,7 @@ _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
 
 _TABLE: dict[tuple[State, type], Callable[[Dispatcher, Choice, Any, float], None]] = {
     (State.PLACING, Placed): Dispatcher._placed,
+    (State.PLACING, PlaceFailed): Dispatcher._not_placed,
     (State.PLACING, Cancelled): Dispatcher._cancel,
     (State.PLACING, _Expired): Dispatcher._time_out,
     (State.PLACING, Shutdown): Dispatcher._leave,

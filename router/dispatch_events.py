@@ -28,6 +28,13 @@ class Placed(msgspec.Struct, frozen=True):
     placement: Placement | None
 
 
+class PlaceFailed(msgspec.Struct, frozen=True):
+    """`Place` met a bug of ours; the log has it."""
+
+    request_id: str
+    attempt: int
+
+
 class WorkerUp(msgspec.Struct, frozen=True):
     """A decode worker can be used from now on."""
 
@@ -54,7 +61,7 @@ class Shutdown(msgspec.Struct, frozen=True):
     """The router leaves: end everything with an error."""
 
 
-Event = Submitted | Placed | WorkerUp | WorkerDown | Cancelled | Tick | Shutdown
+Event = Submitted | Placed | PlaceFailed | WorkerUp | WorkerDown | Cancelled | Tick | Shutdown
 
 # ---------------------------------------------------------------- commands
 

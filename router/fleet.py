@@ -87,9 +87,9 @@ class Fleet:
         """Live workers of both roles."""
         return list(self._members.values())
 
-    def address_of(self, incarnation: str) -> str | None:
-        """Where a live worker is."""
-        return next((a for a, m in self._members.items() if m.worker.incarnation == incarnation), None)
+    def has_choice(self) -> bool:
+        """False: every request can only go to one place, so nothing needs to be known of it."""
+        return len(self._members) > 1
 
     def live(self, role: str) -> list[WorkerInfo]:
         """Live workers of a role."""

@@ -22,6 +22,7 @@ from penstock.router.dispatch_events import (
     Fail,
     Place,
     Placed,
+    PlaceFailed,
     Release,
     Reserve,
     SendAbort,
@@ -265,6 +266,12 @@ def test_cancel_in_every_state():
         assert [type(c) for c in commands] == ([SendAbort, Release] if state is State.RUNNING else [])
         assert not h.core.choices and h.do(Cancelled("a")) == []
         assert h.do(Placed("a", 0, placement("d1"))) == [], "the answer to a cancelled question"
+
+
+def test_a_failure_of_ours_while_placing_is_answered():
+    h = Harness()
+    h.do(Submitted(request(), "sink"))
+    assert the(Fail, h.do(PlaceFailed("a", 0))).error.code == "internal_error" and not h.core.choices
 
 
 def test_shutdown_in_every_state():

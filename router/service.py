@@ -1,0 +1,307 @@
+"""The router's engine room: joins Redis, the links to the workers, fleet view, policy and dispatcher on one event loop.
+
+The HTTP front calls `submit` and `cancel`; tokens come back through a `Sink`, synchronously, as they arrive. Decisions
+are in dispatch.py, policy.py and fleet.py; this file carries them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import zmq
+
+from penstock.common.bus import AsyncBusLink, Connected, Disconnected, LinkItem
+from penstock.common.config import RouterConfig
+from penstock.common.errors import PenstockError, Unavailable
+from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
+from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.redis_state import FleetReader, Lookup, Reservations
+from penstock.router.dispatch import Dispatcher, wire_request_id
+from penstock.router.dispatch_events import (
+    Cancelled,
+    Command,
+    Deliver,
+    Event,
+    Fail,
+    Place,
+    Placed,
+    PlaceFailed,
+    Release,
+    Reserve,
+    SendAbort,
+    SendSubmit,
+    Shutdown,
+    Submitted,
+    Tick,
+    WorkerDown,
+    WorkerUp,
+)
+from penstock.router.fleet import Fleet
+from penstock.router.policy import RequestFacts, choose
+
+TICK_S = 0.1
+DISCOVER_S = 1.0
+DISCOVER_FIRST_S = 0.1  # while no worker is known
+HASH_OFF_LOOP_TOKENS = 8192  # from here on hashing takes over a millisecond
+FLUSH_MS = 200  # what the last aborts get to leave
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where the tokens of one choice go. Both are called on the event loop and must not block or raise.
+
+    A sink that cancels from within `on_delta` may still get tokens of the same burst.
+    """
+
+    def on_delta(self, delta: TokenDelta) -> None:
+        """Next tokens, in order, without gaps or repeats; the last call has `finish`."""
+
+    def on_error(self, error: PenstockError) -> None:
+        """The choice ended with an error; nothing follows."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the HTTP front has to know of the model to check a request."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    page_size: int
+
+
+class RouterService:
+    """One router process's connection to its fleet. All methods belong to the event loop that ran `start`."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.router_id = f"router-{uuid.uuid4().hex[:12]}"
+        self._config = config
+        self._fleet = Fleet()
+        self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s)
+        self._reader = FleetReader(config.redis_url, config.namespace, self.router_id)
+        self._reservations = Reservations(config.redis_url, config.namespace, self.router_id, config.lease_s)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links: dict[str, AsyncBusLink] = {}  # by address
+        self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._counters: Counter[str] = Counter()
+        self._model: ModelInfo | None = None
+        self._accepting = False
+
+    async def start(self) -> None:
+        """Connect. Returns at once; `ready` tells when a worker has been found."""
+        self._accepting = True
+        self._reservations.start()
+        self._spawn(self._discover(), "discover")
+        self._spawn(self._tick(), "tick")
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuse new requests, wait for those under way, end the rest with `Unavailable`, close everything."""
+        self._accepting = False
+        deadline = time.monotonic() + drain_s
+        while self._dispatcher.choices and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._handle(Shutdown())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._reservations.close()
+        await self._reader.close()
+        for link in self._links.values():
+            link.close(FLUSH_MS)
+        self._links.clear()
+        await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+
+    async def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Take one choice. Every end of it, a refusal included, goes to `sink`."""
+        if not self._accepting:
+            sink.on_error(Unavailable("this router is shutting down"))
+            return
+        self._counters["requests"] += 1
+        self._handle(Submitted(request, sink))
+
+    def cancel(self, request_id: str, choice: int) -> None:
+        """The client does not want it any more: its worker frees it after the next step. Unknown ids do nothing."""
+        self._handle(Cancelled(wire_request_id(request_id, choice)))
+
+    def model_info(self) -> ModelInfo | None:
+        """The model as its workers describe it; None until one was seen."""
+        return self._model
+
+    def ready(self) -> bool:
+        """At least one decode worker is alive."""
+        return bool(self._fleet.live("decode"))
+
+    def loads(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
+        """Live workers, and what each said last of itself."""
+        return [(member.worker, member.load) for member in self._fleet.members]
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the start, and gauges (`in_flight`, `reserved_tokens`, `links`)."""
+        return {
+            **self._counters,
+            "retries": self._dispatcher.retries,
+            "stale_deltas": self._dispatcher.stale_deltas,
+            "divergences": self._dispatcher.divergences,
+            "redis_failures": self._reader.failures,
+            "in_flight": len(self._dispatcher.choices),
+            "reserved_tokens": sum(self._fleet.reservations.values()),
+            "links": len(self._links),
+        }
+
+    # ------------------------------------------------------------ dispatcher in, commands out
+
+    def _handle(self, event: Event) -> None:
+        self._carry_out(self._dispatcher.handle(event, time.monotonic()))
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            if type(command) is Deliver:  # first: nearly all of them are
+                self._deliver(command)
+            elif isinstance(command, Fail):
+                self._counters["failed"] += 1
+                command.sink.on_error(command.error)
+            elif isinstance(command, Place):
+                self._spawn(self._place(command), f"place {command.request.request_id}")
+            elif isinstance(command, (SendSubmit, SendAbort)):
+                address = self._addresses.get(command.incarnation)
+                if address is not None:  # else its WorkerDown was just handled
+                    self._links[address].send(command.message)
+            elif isinstance(command, Reserve):
+                total = self._fleet.reserve(command.incarnation, command.tokens)
+                self._reservations.publish(command.incarnation, total)
+            elif isinstance(command, Release):
+                total = self._fleet.release(command.incarnation, command.tokens)
+                self._reservations.publish(command.incarnation, total)
+
+    def _deliver(self, command: Deliver) -> None:
+        try:
+            command.sink.on_delta(command.delta)
+        except Exception:  # one client's bug must not cost the others of this step their tokens
+            log.exception("the sink of request %s failed", command.delta.request_id)
+            self._handle(Cancelled(command.delta.request_id))
+        if command.delta.finish is not None:
+            self._counters["finished"] += 1
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task %r failed", task.get_name(), exc_info=error)
+
+    # ------------------------------------------------------------ placing
+
+    async def _place(self, command: Place) -> None:
+        """Ask Redis, choose with what is known then, and reserve in the same breath: no await between."""
+        request = command.request
+        try:
+            found = await self._look_up(request) if self._fleet.has_choice() else {}
+            facts = RequestFacts(len(request.prompt_token_ids) + len(request.output_token_ids), command.avoid)
+            placement = choose(facts, self._fleet.candidates(found), self._config.min_remote_prefill_tokens)
+        except Exception:  # a bug, but one that must not leave the client waiting
+            log.exception("request %s could not be placed", request.request_id)
+            self._handle(PlaceFailed(request.request_id, request.attempt))
+            return
+        self._handle(Placed(request.request_id, request.attempt, placement))
+
+    async def _look_up(self, request: GenerateRequest) -> dict[str, Lookup]:
+        """Prefixes held and load reserved by others; workers Redis does not answer for are simply missing."""
+        groups: dict[tuple[str, int], list[str]] = {}
+        for member in self._fleet.members:
+            groups.setdefault((member.worker.hash_scope, member.worker.page_size), []).append(member.worker.incarnation)
+        found: dict[str, Lookup] = {}
+        for (scope, page_size), incarnations in groups.items():
+            hashes = await self._hashes(request, scope, page_size)
+            found |= await self._reader.look_up(incarnations, hashes) or {}
+        return found
+
+    async def _hashes(self, request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
+        if len(request.prompt_token_ids) < HASH_OFF_LOOP_TOKENS:
+            return _page_hashes(request, scope, page_size)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, _page_hashes, request, scope, page_size)
+
+    # ------------------------------------------------------------ fleet
+
+    async def _discover(self) -> None:
+        while True:
+            workers = await self._reader.workers()
+            if workers is not None:
+                changes = self._fleet.discovered(workers)
+                for address in changes.opened:
+                    self._open_link(address)
+                for address in changes.forgotten:
+                    self._links.pop(address).close()
+            await asyncio.sleep(DISCOVER_S if self._fleet.members else DISCOVER_FIRST_S)
+
+    async def _tick(self) -> None:
+        while True:
+            for link in list(self._links.values()):
+                link.tick()
+            self._handle(Tick())
+            await asyncio.sleep(TICK_S)
+
+    def _open_link(self, address: str) -> None:
+        # Sessions of one peer must grow at the worker, also over links that were given up between.
+        session = time.time_ns() // 1_000_000
+        self._links[address] = AsyncBusLink(
+            address,
+            self.router_id,
+            "router",
+            session,
+            "",
+            self._config.cluster_key,
+            self._context,
+            handler=functools.partial(self._on_item, address),
+            lease_s=self._config.lease_s,
+        )
+        self._links[address].tick()
+
+    def _on_item(self, address: str, item: LinkItem) -> None:
+        if type(item) is TokenBatch:
+            self._counters["token_batches"] += 1
+            self._carry_out(self._dispatcher.tokens(item.deltas, time.monotonic()))
+        elif isinstance(item, HeartbeatAck):
+            self._fleet.report(address, item.load)
+        elif isinstance(item, Connected):
+            self._on_connected(address, item.worker)
+        elif isinstance(item, Disconnected):
+            self._on_disconnected(address, item)
+
+    def _on_connected(self, address: str, worker: WorkerInfo) -> None:
+        log.info("worker %s (%s) at %s is up", worker.worker_id, worker.role, address)
+        self._fleet.connected(address, worker)
+        self._addresses[worker.incarnation] = address
+        if worker.role == "decode":
+            self._model = ModelInfo(
+                worker.max_model_len, worker.vocab_size, tuple(worker.eos_token_ids), worker.page_size
+            )
+            self._handle(WorkerUp(worker.incarnation))
+
+    def _on_disconnected(self, address: str, item: Disconnected) -> None:
+        worker = self._fleet.disconnected(address)
+        if worker is None:
+            return
+        log.warning("worker %s (%s) at %s is lost: %s", worker.worker_id, worker.role, address, item.reason)
+        self._counters["workers_lost"] += 1
+        if self._addresses.get(worker.incarnation) == address:
+            del self._addresses[worker.incarnation]
+        self._handle(WorkerDown(worker.incarnation))
+
+
+def _page_hashes(request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
+    tokens = request.prompt_token_ids + request.output_token_ids
+    return list(page_hashes(root_hash(scope, (request.cache_salt,)), tokens, page_size))
