@@ -55,7 +55,7 @@ class Console:
             self.forget(name)
 
     def _move_bar(self, name: str, progress: Progress) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         if name not in self._bars:
             self._bars[name] = tqdm(file=self._stream, leave=False, dynamic_ncols=True)
