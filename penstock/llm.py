@@ -154,7 +154,7 @@ class LLM:
                 self._template.render(
                     conversation,
                     add_generation_prompt=add_generation_prompt,
-                    **dict(chat_template_kwargs or {}),
+                    variables=chat_template_kwargs,
                 )
                 for conversation in conversations
             ]
