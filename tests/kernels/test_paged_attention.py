@@ -19,7 +19,9 @@ Sequences = list[tuple[int, int]]  # (cached before, new)
 class Case:
     """Sequences with random keys and values, spread over a pool in the engine's layout."""
 
-    def __init__(self, sequences: Sequences, page_size: int, heads: int, kv_heads: int, dim: int) -> None:
+    def __init__(
+        self, sequences: Sequences, page_size: int, heads: int, kv_heads: int, dim: int, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         contexts = [past + new for past, new in sequences]
@@ -27,12 +29,12 @@ class Case:
         ids = random.Random(1).sample(range(sum(counts) + 5), sum(counts))
         self.tables = [[ids.pop() for _ in range(count)] for count in counts]
         # Layer 1 of 3. What nobody wrote is NaN and must not be seen.
-        pool = torch.full((sum(counts) + 5, kv_heads, 3, 2, page_size, dim), torch.nan)
+        pool = torch.full((sum(counts) + 5, kv_heads, 3, 2, page_size, dim), torch.nan, device=device)
         self.k_pages, self.v_pages = pool[:, :, 1, 0], pool[:, :, 1, 1]
         self.keys = [torch.randn(context, kv_heads, dim) for context in contexts]
         self.values = [torch.randn(context, kv_heads, dim) for context in contexts]
         self.queries = [torch.randn(new, heads, dim) for _, new in sequences]
-        self.sequences, self.page_size = sequences, page_size
+        self.sequences, self.page_size, self.device = sequences, page_size, device
 
     def run(self, window: int | None) -> Tensor:
         cached = [i for i, (past, _) in enumerate(self.sequences) if past]
@@ -42,16 +44,16 @@ class Case:
         batch = self._store(
             everyone, [past for past, _ in self.sequences], [past + new for past, new in self.sequences]
         )
-        q = torch.cat(self.queries)
-        return paged_attention(q, self.k_pages, self.v_pages, batch, scale=0.3, sliding_window=window)
+        q = torch.cat(self.queries).to(self.device)
+        return paged_attention(q, self.k_pages, self.v_pages, batch, scale=0.3, sliding_window=window).cpu()
 
     def _store(self, members: list[int], begins: list[int], ends: list[int]) -> PagedBatch:
         new = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        batch = PagedBatch.build(new, ends, [self.tables[i] for i in members], self.page_size, "cpu")
+        batch = PagedBatch.build(new, ends, [self.tables[i] for i in members], self.page_size, self.device)
         spans = list(zip(members, begins, ends, strict=True))
         k = torch.cat([self.keys[i][begin:end] for i, begin, end in spans])
         v = torch.cat([self.values[i][begin:end] for i, begin, end in spans])
-        store_kv(k, v, self.k_pages, self.v_pages, batch)
+        store_kv(k.to(self.device), v.to(self.device), self.k_pages, self.v_pages, batch)
         return batch
 
     def expected(self, window: int | None) -> Tensor:
@@ -84,6 +86,16 @@ MIXTURES: list[Sequences] = [
 @pytest.mark.parametrize("sequences", MIXTURES, ids=str)
 def test_equals_the_plain_loop(sequences: Sequences, page_size: int, window: int | None) -> None:
     case = Case(sequences, page_size, heads=6, kv_heads=2, dim=8)
+    torch.testing.assert_close(case.run(window), case.expected(window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 5, 24])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("sequences", MIXTURES, ids=str)
+def test_equals_the_plain_loop_on_a_gpu(sequences: Sequences, page_size: int, window: int | None) -> None:
+    case = Case(sequences, page_size, heads=6, kv_heads=2, dim=8, device="cuda")
     torch.testing.assert_close(case.run(window), case.expected(window), rtol=1e-4, atol=1e-5)
 
 

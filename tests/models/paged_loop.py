@@ -14,22 +14,22 @@ from penstock.models.registry import load_model
 from penstock.models.spec import read_spec
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
-    return load_model(path, read_spec(path), dtype=dtype, device=torch.device("cpu"))
+def load(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> CausalLM:
+    return load_model(path, read_spec(path), dtype=dtype, device=torch.device(device))
 
 
 class PagedLoop:
     """A model, a pool in the engine's layout, and page tables that are scattered over the pool."""
 
-    def __init__(self, model: CausalLM, page_size: int, num_pages: int = 400, seed: int = 0) -> None:
+    def __init__(self, model: CausalLM, page_size: int, num_pages: int = 400, device: str = "cpu") -> None:
         spec = model.spec
-        self.model, self.page_size = model, page_size
+        self.model, self.page_size, self.device = model, page_size, device
         shape = (num_pages, spec.num_kv_heads, spec.num_layers, 2, page_size, spec.head_dim)
         # NaN everywhere: whatever was never written must not be seen.
-        pool = torch.full(shape, torch.nan)
+        pool = torch.full(shape, torch.nan, device=device)
         self.kv = [(pool[:, :, layer, 0], pool[:, :, layer, 1]) for layer in range(spec.num_layers)]
         self._free = list(range(num_pages))
-        random.Random(seed).shuffle(self._free)
+        random.Random(0).shuffle(self._free)
 
     def step(self, new: Sequence[Sequence[int]], done: Sequence[int], tables: list[list[int]]) -> torch.Tensor:
         """Compute `new` tokens of sequences that have `done` tokens cached; logits of each sequence's last one."""
@@ -37,10 +37,11 @@ class PagedLoop:
         for table, context in zip(tables, contexts, strict=True):
             while len(table) * self.page_size < context:
                 table.append(self._free.pop())
-        batch = PagedBatch.build([len(tokens) for tokens in new], contexts, tables, self.page_size, "cpu")
+        batch = PagedBatch.build([len(tokens) for tokens in new], contexts, tables, self.page_size, self.device)
         with torch.inference_mode():
-            hidden = self.model.forward(torch.tensor([t for tokens in new for t in tokens]), batch, self.kv)
-            return self.model.logits(hidden[batch.last_rows])
+            token_ids = torch.tensor([token for tokens in new for token in tokens], device=self.device)
+            hidden = self.model.forward(token_ids, batch, self.kv)
+            return self.model.logits(hidden[batch.last_rows]).cpu()
 
     def generate(self, prompts: list[list[int]], num_tokens: int, chunk: int) -> list[list[int]]:
         """Greedy tokens of each prompt, all in one batch: prompts in chunks beside those that already decode."""

@@ -23,6 +23,15 @@ def test_tokens_equal_hugging_face(checkpoints: dict[str, Path], family: str, ch
     assert loop.generate(prompts, NUM_TOKENS, chunk) == reference_tokens(checkpoints[family], prompts, NUM_TOKENS)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_hugging_face_on_a_gpu(checkpoints: dict[str, Path], family: str) -> None:
+    prompts = random_prompts(LENGTHS)
+    loop = PagedLoop(load(checkpoints[family], device="cuda"), 16, device="cuda")
+    assert loop.generate(prompts, NUM_TOKENS, 64) == reference_tokens(checkpoints[family], prompts, NUM_TOKENS)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_whole_prompts_equal_hugging_face(checkpoints: dict[str, Path], family: str) -> None:
     prompts = random_prompts([5, 100, 33])
