@@ -91,11 +91,10 @@ def test_equals_the_plain_loop(sequences: Sequences, page_size: int, window: int
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("window", [None, 5, 24])
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("sequences", MIXTURES, ids=str)
-def test_equals_the_plain_loop_on_a_gpu(sequences: Sequences, page_size: int, window: int | None) -> None:
-    case = Case(sequences, page_size, heads=6, kv_heads=2, dim=8, device="cuda")
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("sequences", MIXTURES[-2:], ids=str)
+def test_equals_the_plain_loop_on_a_gpu(sequences: Sequences, window: int | None) -> None:
+    case = Case(sequences, 16, heads=6, kv_heads=2, dim=8, device="cuda")
     torch.testing.assert_close(case.run(window), case.expected(window), rtol=1e-4, atol=1e-5)
 
 
