@@ -150,9 +150,10 @@ class RouterMetrics(Collector):
         )
         yield _by_label("penstock:request_errors", "Requests answered with an error.", labels, "code", self._errors)
         for name, value in sorted(self._service.counters().items()):
-            counter = CounterMetricFamily(f"penstock:{name}", f"Router: {name.replace('_', ' ')}.", labels=list(labels))
-            counter.add_metric(list(labels.values()), value)
-            yield counter
+            kind = GaugeMetricFamily if name in _SERVICE_GAUGES else CounterMetricFamily
+            family = kind(f"penstock:{name}", f"Router: {name.replace('_', ' ')}.", labels=list(labels))
+            family.add_metric(list(labels.values()), value)
+            yield family
         yield from _worker_families(self._model_name, self._service.loads())
 
 
@@ -163,6 +164,7 @@ def _by_label(name: str, help: str, labels: dict[str, str], label: str, counts: 
     return family
 
 
+_SERVICE_GAUGES = ("in_flight", "links", "reserved_tokens")  # among RouterService.counters
 _GAUGES = {
     "vllm:num_requests_running": ("Requests in the batch.", "running"),
     "vllm:num_requests_waiting": ("Requests waiting for room.", "waiting"),
