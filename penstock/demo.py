@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from penstock.common import logs
 from penstock.common.config import ServeConfig
@@ -24,13 +24,23 @@ from penstock.waterfall import in_words, moved_bytes, waterfall
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types.chat import ChatCompletionMessageParam
 
 MODEL = "penstock-demo"
 PROMPT = (
     "A river does work whether anyone asks it to or not. It carries gravel from the hills to the plain, it cuts its "
     "banks in spring and mends them with mud in summer, and it turns every loose thing that falls into it. A mill is"
 )
-QUESTION = "Why is a wide pipe better than a narrow one?"
+CHAT = (
+    ("system", "You are the keeper of a mill."),
+    ("user", "What is a penstock?"),
+    (
+        "assistant",
+        "A penstock is the pipe that carries water from a reservoir to a turbine. It is closed at the top by a gate, "
+        "and it is full from end to end when it works.",
+    ),
+    ("user", "Why is a wide pipe better than a narrow one?"),
+)
 ROLES = {
     "router": "speaks the OpenAI API",
     "prefill": "computes prompts",
@@ -87,17 +97,19 @@ def _converse(url: str) -> int:
 
 def _completion(client: OpenAI) -> int:
     _title("A completion")
-    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=48, temperature=0, extra_headers=TIMELINE)
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=59, temperature=0, extra_headers=TIMELINE)
     print(f"{PROMPT} ...{answer.choices[0].text}")
     return _show_timeline((answer.model_extra or {}).get("timeline", []))
 
 
 def _chat(client: OpenAI) -> int:
     _title("A streamed chat")
-    print(f"user       {QUESTION}\nassistant  ", end="", flush=True)
+    for role, content in CHAT:
+        print(f"{role:<11}{content}")
+    print("assistant  ", end="", flush=True)
     stream = client.chat.completions.create(
         model=MODEL,
-        messages=[{"role": "user", "content": QUESTION}],
+        messages=cast("list[ChatCompletionMessageParam]", [{"role": role, "content": text} for role, text in CHAT]),
         max_tokens=96,
         temperature=0,
         stream=True,

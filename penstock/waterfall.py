@@ -53,7 +53,8 @@ def bars(timeline: Sequence[dict[str, Any]]) -> list[Bar]:
 def waterfall(timeline: Sequence[dict[str, Any]], width: int) -> list[str]:
     """The lines of the picture; bars take `width` columns, names, figures and notes stand around them."""
     placed = bars(timeline)
-    total_ms = max((bar.start_ms + bar.length_ms for bar in placed), default=0.0)
+    marks = [entry["ms"] for entry in timeline if entry["kind"] == "mark"]
+    total_ms = max([bar.start_ms + bar.length_ms for bar in placed] + marks, default=0.0)
     lines = []
     for bar in placed:
         before = min(round(width * bar.start_ms / total_ms), width - 1) if total_ms else 0
