@@ -316,6 +316,7 @@ class Reservations:
         self._lease_s = lease_s
         self._tokens: dict[str, int] = {}
         self._dirty = asyncio.Event()
+        self._closing = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -332,6 +333,7 @@ class Reservations:
 
     async def close(self) -> None:
         """Stop writing and take this router's load out of Redis."""
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -340,7 +342,7 @@ class Reservations:
         await self._redis.client.aclose()
 
     async def _run(self) -> None:
-        while True:
+        while not self._closing:  # before Python 3.12, wait_for loses a cancel that crosses its result
             await self._write()
             await asyncio.sleep(AWAY_S if self._redis.away else BATCH_S)
             with suppress(asyncio.TimeoutError):  # nothing changed for so long: refresh the lease

@@ -93,7 +93,7 @@ class RouterService:
         self._links: dict[str, AsyncBusLink] = {}  # by address
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
         self._tasks: set[asyncio.Task[None]] = set()
-        self._counters: Counter[str] = Counter()
+        self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
         self._model: ModelInfo | None = None
         self._accepting = False
 
@@ -105,8 +105,10 @@ class RouterService:
         self._spawn(self._tick(), "tick")
 
     async def stop(self, drain_s: float) -> None:
-        """Refuse new requests, wait for those under way, end the rest with `Unavailable`, close everything."""
+        """Refuse new requests, wait for those under way, end the rest with `Unavailable`, close everything, once."""
         self._accepting = False
+        if self._context.closed:
+            return
         deadline = time.monotonic() + drain_s
         while self._dispatcher.choices and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

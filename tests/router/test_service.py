@@ -1,0 +1,370 @@
+"""The router service between a real Redis and workers on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from penstock.common.config import RouterConfig
+from penstock.common.errors import PenstockError, Unavailable
+from penstock.common.messages import GenerateRequest, TokenDelta
+from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.sampling import SamplingParams
+from penstock.router.service import ModelInfo, RouterService
+from tests.router.fake_worker import FakeWorker, oracle
+
+LIMIT_S = 20.0
+
+
+class Collector:
+    """A sink that keeps what came and checks the order."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.error: PenstockError | None = None
+        self.deltas: list[TokenDelta] = []
+        self.ended = asyncio.Event()
+        self.some = asyncio.Event()
+
+    def on_delta(self, delta: TokenDelta) -> None:
+        assert not self.ended.is_set() and delta.index == len(self.tokens)
+        self.tokens += delta.token_ids
+        self.deltas.append(delta)
+        self.some.set()
+        if delta.finish is not None:
+            self.ended.set()
+
+    def on_error(self, error: PenstockError) -> None:
+        assert not self.ended.is_set()
+        self.error = error
+        self.ended.set()
+
+    def complete(self) -> bool:
+        return self.error is None and self.tokens == oracle(self.request)
+
+
+def request(name: str, tokens: int = 20, choice: int = 0, prompt: list[int] | None = None) -> GenerateRequest:
+    sampling = SamplingParams(seed=3, max_tokens=tokens)
+    return GenerateRequest(
+        request_id=name, choice=choice, prompt_token_ids=prompt or [5, 6, 7, 8, 9], sampling=sampling
+    )
+
+
+async def until(check: Callable[[], Any]) -> None:
+    async def loop() -> None:
+        while not check():
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(loop(), LIMIT_S)
+
+
+async def send(service: RouterService, one: GenerateRequest) -> Collector:
+    sink = Collector(one)
+    await service.submit(one, sink)
+    return sink
+
+
+async def ended(*sinks: Collector) -> None:
+    await asyncio.wait_for(asyncio.gather(*(sink.ended.wait() for sink in sinks)), LIMIT_S)
+
+
+@contextlib.asynccontextmanager
+async def running(url: str, workers: int, **options: Any) -> AsyncIterator[RouterService]:
+    """A service that sees `workers` workers, and that leaves nothing behind."""
+    service = RouterService(RouterConfig(redis_url=url, lease_s=2.0, **options))
+    await service.start()
+    try:
+        await until(lambda: len(service.loads()) == workers)
+        yield service
+    finally:
+        await service.stop(0.0)
+        assert service.counters()["in_flight"] == 0 and service.counters()["reserved_tokens"] == 0
+        assert service._context.closed
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def play(scenario: Awaitable[None]) -> None:
+    async def run() -> None:
+        await scenario
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def start_worker(redis_server: Any) -> Iterator[Callable[..., Any]]:
+    started: list[Any] = []
+
+    def start(worker_id: str, role: str = "decode", url: str = "", **options: Any) -> Any:
+        started.append(FakeWorker(url or redis_server.url, worker_id, role, **options))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.close()
+    assert not [t for t in threading.enumerate() if t.name == "registry" or t.name.startswith(("d", "p"))]
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    one = Proxy()
+    yield one
+    one.close()
+
+
+class Proxy:
+    """A TCP proxy whose connections can be cut."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.target = 0
+        self._pairs: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def cut(self) -> None:
+        for one in self._pairs:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self.target))
+            self._pairs += [client, server]
+            for a, b in ((client, server), (server, client)):
+                self._threads.append(threading.Thread(target=self._pump, args=(a, b)))
+                self._threads[-1].start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+def test_many_requests_over_two_workers(redis_server, start_worker):
+    workers = [start_worker("d1"), start_worker("d2")]
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            assert service.ready()
+            assert service.model_info() == ModelInfo(4096, 1000, (2,), 4)
+            sinks = [await send(service, request(f"r{i}", choice=i % 3)) for i in range(60)]
+            assert service.counters()["in_flight"] == 60
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks)
+            assert all(sink.deltas[-1].spans is not None for sink in sinks)
+            share = [len(worker.submitted) for worker in workers]
+            assert sum(share) == 60 and min(share) >= 25, "requests of one burst see each other's load"
+
+    play(scenario())
+
+
+def test_the_prefill_worker_sends_the_first_token_itself(redis_server, start_worker):
+    decode, prefill = start_worker("d1"), start_worker("p1", "prefill")
+    decode.prefill_worker = prefill
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            sinks = [await send(service, request(f"r{i}")) for i in range(20)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks)
+
+    play(scenario())
+
+
+def test_a_prompt_goes_where_its_prefix_is(redis_server, start_worker):
+    start_worker("d1")
+    holder = start_worker("d2")
+    prompt = list(range(400))
+    holder.registry.publish(list(page_hashes(root_hash("scope"), prompt[:200], 4)), [])
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            with contextlib.closing(redis_server.client()) as client:
+                await until(lambda: client.scard(f"penstock:pages:{holder.info.incarnation}") == 50)
+            for i in range(3):
+                await ended(await send(service, request(f"r{i}", prompt=prompt)))
+            assert len(holder.submitted) == 3
+
+    play(scenario())
+
+
+def test_a_killed_worker_shows_nothing_to_the_client(redis_server, start_worker):
+    victim, other = start_worker("d1"), start_worker("d2")
+    victim.limit = other.limit = 5
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            sinks = [await send(service, request(f"r{i}")) for i in range(12)]
+            await until(lambda: all(len(sink.tokens) == 5 for sink in sinks))
+            other.limit = 1 << 30
+            lost = len(victim.submitted)
+            assert lost > 0
+            await asyncio.get_running_loop().run_in_executor(None, victim.kill)
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks)
+            assert service.counters()["retries"] == lost
+            again = [r for r in other.submitted if r.attempt == 1]
+            assert len(again) == lost and all(r.output_token_ids == oracle(r)[:5] for r in again)
+
+    play(scenario())
+
+
+def test_a_worker_that_restarts_in_time_is_waited_for(redis_server, start_worker):
+    victim = start_worker("d1")
+    victim.limit = 5
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            sink = await send(service, request("r"))
+            await until(lambda: len(sink.tokens) == 5)
+            await asyncio.get_running_loop().run_in_executor(None, victim.kill)
+            await until(lambda: not service.ready())
+            late = await send(service, request("late"))
+            start_worker("d1")
+            await ended(sink, late)
+            assert sink.complete() and late.complete()
+
+    play(scenario())
+
+
+def test_a_cut_connection_is_a_new_session(redis_server, start_worker, proxy):
+    worker = start_worker("d1", announced=proxy.address)
+    proxy.target = worker.port
+    worker.limit = 5
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            sinks = [await send(service, request(f"r{i}")) for i in range(5)]
+            await until(lambda: all(len(sink.tokens) == 5 for sink in sinks))
+            proxy.cut()
+            await until(lambda: service.counters()["workers_lost"] == 1)
+            worker.limit = 1 << 30
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks)
+            assert service.counters()["retries"] == 5
+            await until(lambda: not worker.running)  # the older session's requests ended with it
+
+    play(scenario())
+
+
+def test_cancel_frees_the_worker(redis_server, start_worker):
+    worker = start_worker("d1")
+    worker.limit = 3
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            sinks = [await send(service, request("r", choice=choice)) for choice in range(2)]
+            await until(lambda: all(len(sink.tokens) == 3 for sink in sinks))
+            service.cancel("r", 1)
+            service.cancel("nobody", 0)
+            await until(lambda: len(worker.running) == 1)
+            worker.limit = 1 << 30
+            await ended(sinks[0])
+            assert sinks[0].complete() and not sinks[1].ended.is_set() and worker.aborted == ["r/1"]
+
+    play(scenario())
+
+
+def test_no_progress_is_a_timeout(redis_server, start_worker):
+    worker = start_worker("d1")
+    worker.limit = 3
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1, progress_timeout_s=0.3) as service:
+            sink = await send(service, request("r"))
+            await ended(sink)
+            assert sink.error is not None and sink.error.code == "timeout" and len(sink.tokens) == 3
+            await until(lambda: not worker.running)
+
+    play(scenario())
+
+
+def test_stop_drains_then_ends_the_rest_with_an_error(redis_server, start_worker):
+    worker = start_worker("d1")
+    worker.limit = 5
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            short, long = await send(service, request("short", tokens=5)), await send(service, request("long"))
+            await until(lambda: len(long.tokens) == 5)
+            stopping = asyncio.ensure_future(service.stop(0.3))
+            await asyncio.sleep(0)
+            refused = await send(service, request("refused"))
+            assert isinstance(refused.error, Unavailable)
+            await stopping
+            assert short.complete() and isinstance(long.error, Unavailable)
+            await until(lambda: worker.aborted == ["long"] and not worker.running)
+
+    play(scenario())
+
+
+def test_a_broken_sink_hurts_nobody_else(redis_server, start_worker):
+    worker = start_worker("d1")
+
+    class Broken(Collector):
+        def on_delta(self, delta: TokenDelta) -> None:
+            raise RuntimeError("a bug of the front")
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            await service.submit(request("broken"), Broken(request("broken")))
+            sinks = [await send(service, request(f"r{i}")) for i in range(5)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks)
+            await until(lambda: worker.aborted == ["broken"] and service.counters()["in_flight"] == 0)
+
+    play(scenario())
+
+
+def test_nobody_notices_an_outage_of_redis(own_redis, start_worker):
+    workers = [start_worker("d1", url=own_redis.url), start_worker("d2", url=own_redis.url)]
+
+    async def scenario() -> None:
+        async with running(own_redis.url, 2) as service:
+            for worker in workers:
+                worker.limit = 5
+            before = [await send(service, request(f"b{i}")) for i in range(6)]
+            await until(lambda: all(len(sink.tokens) == 5 for sink in before))
+            own_redis.stop()
+            for worker in workers:
+                worker.limit = 1 << 30
+            during = [await send(service, request(f"d{i}")) for i in range(6)]
+            await ended(*before, *during)
+            await asyncio.sleep(2.5)  # longer than a lease: workers stay, for their links are up
+            assert len(service.loads()) == 2 and service.counters()["redis_failures"] > 0
+            own_redis.start()
+            late = start_worker("d3", url=own_redis.url)
+            await until(lambda: len(service.loads()) == 3)
+            after = [await send(service, request(f"a{i}")) for i in range(9)]
+            await ended(*after)
+            assert all(sink.complete() for sink in (*before, *during, *after))
+            assert late.submitted
+            with contextlib.closing(own_redis.client()) as client:
+                key = f"penstock:load:{service.router_id}"
+                await until(lambda: not client.exists(key))
+
+    play(scenario())
+    for worker in workers:
+        worker.close()
