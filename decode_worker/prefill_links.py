@@ -65,19 +65,17 @@ class PrefillLinks:
 
     def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
         """Send to a prefill worker, over a new link if there is none; lost if that link is cut before."""
-        link = self._links.get(worker.incarnation)
-        if link is None:
-            link = self._open(worker, now)
-        if link.link.connected:
-            link.link.send(message)
-        else:
-            link.waiting.append(message)
+        if worker.incarnation not in self._links:
+            self._open(worker, now)
+        self.send_if_linked(worker.incarnation, message)
 
     def send_if_linked(self, incarnation: str, message: Message) -> None:
         """Send unless the link is gone; then the worker has ended this peer's requests by itself."""
         link = self._links.get(incarnation)
         if link is not None and link.link.connected:
             link.link.send(message)
+        elif link is not None:
+            link.waiting.append(message)
 
     def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
         """A time on our clock at which the lender's lease to us began, or earlier; -inf if that cannot be told."""
@@ -118,7 +116,7 @@ class PrefillLinks:
             self._close(incarnation)
         self._context.term()
 
-    def _open(self, worker: WorkerInfo, now: float) -> _Link:
+    def _open(self, worker: WorkerInfo, now: float) -> None:
         self._sessions += SESSIONS_A_LINK  # a link counts on by itself; a newer link must be newer than all of that
         link = BusLink(
             worker.address,
@@ -131,10 +129,8 @@ class PrefillLinks:
             lease_s=self._lease_s,
             poller=self._poller,
         )
-        opened = _Link(worker, link, now, HeartbeatLog(now))
-        self._links[worker.incarnation] = opened
+        self._links[worker.incarnation] = _Link(worker, link, now, HeartbeatLog(now))
         link.receive(now)  # connects
-        return opened
 
     def _close(self, incarnation: str) -> None:
         self._links.pop(incarnation).link.close()

@@ -205,9 +205,9 @@ class DecodeRole:
             "prefill_links": len(self._handoffs.links),
         }
 
-    def close(self) -> None:
+    def close(self) -> bool:
         self._handoffs.links.close()
-        self._handoffs.mover.close()
+        return self._handoffs.mover.close()
 
 
 def _merge(spans: Spans | None, transfer: Spans | None, entry: Entry) -> Spans | None:

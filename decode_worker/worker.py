@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from penstock.common.config import WorkerConfig
-from penstock.common.memory import MemoryRegion
 from penstock.decode_worker.handoff import HandOffIn
 from penstock.decode_worker.prefill_links import PrefillLinks
 from penstock.decode_worker.role import DecodeRole
+from penstock.engine.kv_pool import KVPool
 from penstock.engine.policy import BatchPolicy, DecodePolicy
 from penstock.engine.worker_loop import Role, WorkerLoop
 from penstock.engine.worker_process import run_worker
@@ -24,23 +24,23 @@ class DecodeJoint:
     def __init__(self, config: WorkerConfig) -> None:
         self.policy: BatchPolicy = DecodePolicy()
         self._config = config
-        self._region: MemoryRegion | None = None
+        self._pool: KVPool | None = None
         self._transports: Sequence[Transport] = ()
 
-    def open_transports(self, region: MemoryRegion, incarnation: str) -> dict[str, bytes]:
-        self._region = region
-        self._transports = open_transports(self._config.kv_transport, region, incarnation)
+    def open_transports(self, pool: KVPool, incarnation: str) -> dict[str, bytes]:
+        self._pool = pool
+        self._transports = open_transports(self._config.kv_transport, pool.region(), incarnation)
         return {transport.name: transport.description() for transport in self._transports}
 
     def make_role(self, loop: WorkerLoop) -> Role:
-        assert self._region is not None
+        assert self._pool is not None, "open_transports comes first"
         config = self._config
         links = PrefillLinks(
             loop.info.incarnation, loop.info.fingerprint, config.cluster_key, config.lease_s, loop.poller
         )
         handoffs = HandOffIn(
             pages=loop.engine.pages,
-            mover=PageMover(self._region, self._transports, wake=loop.wake),
+            mover=PageMover(self._pool.region(), self._transports, loop.wake, checksum=self._pool.checksum()),
             links=links,
             landings=Landings(config.lease_s),
             own_transports=[transport.name for transport in self._transports],

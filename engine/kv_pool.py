@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from penstock.common.memory import MemoryRegion
+from penstock.kernels.page_checksum import page_checksums
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class KVPool:
             device=str(self.device),
             fd=self._fd,
         )
+
+    def checksum(self) -> Callable[[Sequence[int]], list[int]]:
+        """Computes xxh3-64 of each of these pages; may be called in any thread."""
+        return partial(page_checksums, self.raw())
 
     def close(self) -> None:
         """Close the file; the mapping itself lives as long as views of it."""

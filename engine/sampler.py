@@ -1,8 +1,8 @@
 """From logits to tokens. One call a step for all sequences that sample; every row's result depends on that row only.
 
 Order, as vLLM's: raw logprobs, min_tokens, penalties, then greedy, or temperature, min-p, top-k, top-p and the draw.
-The noise of a draw is a pure function of (request seed, choice) and (token position, purpose, token id): it does not depend
-on batch, worker, chunking or preemption, so a request can move or be replayed and still draw the same tokens.
+The noise of a draw is a pure function of (request seed, choice) and (token position, purpose, token id): it does not
+depend on batch, worker, chunking or preemption, so a request can move or be replayed and still draw the same tokens.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class Role(Protocol):
     def ledger(self) -> dict[str, Any]:
         """The role's part of /debug/ledger."""
 
-    def close(self) -> None:
-        """Give back threads and sockets."""
+    def close(self) -> bool:
+        """Give back threads and sockets. False: a copy is still in flight, the process may only leave by `os._exit`."""
 
 
 class WorkerLoop:

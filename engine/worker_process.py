@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
 from typing import Protocol
 
-from penstock import __version__
 from penstock.common.bus import BusServer
 from penstock.common.config import WorkerConfig
 from penstock.common.logs import report_progress
-from penstock.common.memory import MemoryRegion
 from penstock.common.messages import WorkerInfo
 from penstock.common.redis_state import RegistryWriter
 from penstock.common.status_server import StatusServer
+from penstock.common.version import __version__
 from penstock.engine.build import BuiltEngine, build_engine
+from penstock.engine.kv_pool import KVPool
 from penstock.engine.policy import BatchPolicy
 from penstock.engine.worker_loop import Role, WorkerLoop, stop_on_signals
 
@@ -31,8 +32,8 @@ class Joint(Protocol):
 
     policy: BatchPolicy
 
-    def open_transports(self, region: MemoryRegion, incarnation: str) -> dict[str, bytes]:
-        """Open what moves pages; name -> how a peer reads ours."""
+    def open_transports(self, pool: KVPool, incarnation: str) -> dict[str, bytes]:
+        """Open what moves pages between pools; name -> how a peer reads ours."""
 
     def make_role(self, loop: WorkerLoop) -> Role:
         """The role that drives the loop."""
@@ -53,7 +54,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         memory_share=config.memory_share,
         progress=lambda done, total: report_progress("loading weights", done, total),
     )
-    transports = joint.open_transports(built.pool.region(), incarnation)
+    transports = joint.open_transports(built.pool, incarnation)
     bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)
     info = _worker_info(config, built, incarnation, bus.address, transports)
     loop = WorkerLoop(built, bus, info, lease_s=config.lease_s, drain_s=config.drain_s)
@@ -85,9 +86,13 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         if registry is not None:
             registry.close()
         status.close()
-        role.close()
+        clean = role.close()
         bus.close()
         loop.close()
+        if not clean:
+            logger.warning("leaving with a copy in flight")
+            logging.shutdown()
+            os._exit(0 if sys.exc_info()[0] is None else 1)
         built.engine.close()
 
 

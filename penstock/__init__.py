@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from penstock.common.version import __version__
+
 if TYPE_CHECKING:
     from penstock.common.sampling import SamplingParams
     from penstock.llm import LLM, CompletionOutput, RequestOutput
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 

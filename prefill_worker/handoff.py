@@ -75,10 +75,8 @@ class HandOffOut:
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
         if isinstance(message, Prefill):
             self._begin(identity, message, now)
-        elif isinstance(message, PagesLanded):
-            self._end_loan(identity, request_key(message.request_id, message.choice, message.attempt))
-        elif isinstance(message, Abort):
-            self._cancel(identity, request_key(message.request_id, message.choice, message.attempt))
+        elif isinstance(message, (PagesLanded, Abort)):
+            self._end(identity, request_key(message.request_id, message.choice, message.attempt))
         else:
             logger.warning("a prefill worker has no use for %s", type(message).__name__)
 
@@ -114,11 +112,12 @@ class HandOffOut:
             return
         self._open[key] = handoff
 
-    def _cancel(self, identity: bytes, key: str) -> None:
+    def _end(self, identity: bytes, key: str) -> None:
+        """The decode worker has all it wants of this hand-off, finished or not."""
         handoff = self._open.get(key)
         if handoff is not None and handoff.identity == identity:
             self._drop(handoff)
-        self._end_loan(identity, key)
+        self._unlend(self._book.land(_name(identity), key))
 
     # ------------------------------------------------------------ turns
 
@@ -161,6 +160,7 @@ class HandOffOut:
             handoff.sealed += 1
             self._mover.seal(SealJob(f"{handoff.key}#{handoff.sealed}", tuple(pages)))
         else:
+            self._mover.expect_readers()
             self._lend(handoff, [])
 
     def _lend(self, handoff: _HandOff, checksums: list[int]) -> None:
@@ -168,8 +168,9 @@ class HandOffOut:
         first_page, num_tokens, pages = handoff.tickets.pop(0)
         peer = _name(handoff.identity)
         refused = self._book.lend(peer, handoff.key, pages, self._clock())
-        if refused:
+        if refused:  # its loans have ended: the peer was silent for a lease
             self._unlend(refused)
+            self._drop(handoff)
             return
         self._lent_total += len(pages)
         self._loop.bus.send(
@@ -231,9 +232,6 @@ class HandOffOut:
             ),
         )
 
-    def _end_loan(self, identity: bytes, key: str) -> None:
-        self._unlend(self._book.land(_name(identity), key))
-
     def _unlend(self, pages: list[int]) -> None:
         if pages:
             self._pages.release_some(LOANS, pages)
@@ -254,8 +252,8 @@ class HandOffOut:
     def ledger(self) -> dict[str, Any]:
         return {"handoffs": len(self._open), "lent_pages": self._book.lent_pages}
 
-    def close(self) -> None:
-        self._mover.close()
+    def close(self) -> bool:
+        return self._mover.close()
 
 
 def _name(identity: bytes) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from penstock.common.config import WorkerConfig
-from penstock.common.memory import MemoryRegion
+from penstock.engine.kv_pool import KVPool
 from penstock.engine.policy import BatchPolicy, PrefillPolicy
 from penstock.engine.worker_loop import Role, WorkerLoop
 from penstock.engine.worker_process import run_worker
@@ -23,17 +23,17 @@ class PrefillJoint:
     def __init__(self, config: WorkerConfig) -> None:
         self.policy: BatchPolicy = PrefillPolicy()
         self._config = config
-        self._region: MemoryRegion | None = None
+        self._pool: KVPool | None = None
         self._transports: Sequence[Transport] = ()
 
-    def open_transports(self, region: MemoryRegion, incarnation: str) -> dict[str, bytes]:
-        self._region = region
-        self._transports = open_transports(self._config.kv_transport, region, incarnation)
+    def open_transports(self, pool: KVPool, incarnation: str) -> dict[str, bytes]:
+        self._pool = pool
+        self._transports = open_transports(self._config.kv_transport, pool.region(), incarnation)
         return {transport.name: transport.description() for transport in self._transports}
 
     def make_role(self, loop: WorkerLoop) -> Role:
-        assert self._region is not None
-        mover = PageMover(self._region, self._transports, wake=loop.wake)
+        assert self._pool is not None, "open_transports comes first"
+        mover = PageMover(self._pool.region(), self._transports, loop.wake, checksum=self._pool.checksum())
         return HandOffOut(loop, mover, LoanBook(self._config.lease_s), self._config.kv_checksum, time.monotonic)
 
 

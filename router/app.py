@@ -6,12 +6,13 @@ headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-T
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import logging
-import math
 import random
 import re
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -22,13 +23,13 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from penstock import __version__
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
 from penstock.common.errors import BadRequest, InternalError, NotFound, PenstockError, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.timeline import Timeline
 from penstock.common.tokenizer import Tokenizer
+from penstock.common.version import __version__
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
 from penstock.router.error_bodies import Send, error_body, send_error
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
+FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 Scope = MutableMapping[str, Any]
@@ -120,12 +122,13 @@ def create_app(
     )
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         try:
             yield
         finally:
-            await service.stop(0.0)  # the server has waited for running requests already
+            if not getattr(app.state, "service_stopped", False):  # under a server other than ours
+                await service.stop(0.0)
 
     app = FastAPI(title="Penstock", version=__version__, lifespan=lifespan)
     if config.api_key:
@@ -140,6 +143,41 @@ def create_app(
     return app
 
 
+class RouterServer(uvicorn.Server):
+    """Uvicorn, drained the other way round: requests that outlast `drain_s` are answered with an error, not cut."""
+
+    def __init__(self, app: FastAPI, service: RouterService, config: RouterConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=FLUSH_S,
+            )
+        )
+        self._app, self._service, self._drain_s = app, service, config.drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """After SIGTERM or SIGINT; a second SIGINT cuts the drain short."""
+        for server in self.servers:
+            server.close()
+        self._app.state.service_stopped = True
+        drain = asyncio.ensure_future(self._service.stop(self._drain_s))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait({drain}, timeout=0.1)
+        drain.cancel()
+        await asyncio.gather(drain, return_exceptions=self.force_exit)
+        await super().shutdown(sockets)
+
+
 def serve(config: RouterConfig) -> None:
     """Run a router until SIGTERM or SIGINT: then no new connections, `drain_s` for running requests, and exit.
 
@@ -151,21 +189,8 @@ def serve(config: RouterConfig) -> None:
     tokenizer = Tokenizer.load(config.model)
     template = ChatTemplate.load(tokenizer, config.chat_template)
     defaults = GenerationDefaults.load(config.model, config.generation_config)
-    app = create_app(RouterService(config), config, tokenizer, template, defaults)
-    uvicorn.run(
-        app,
-        host=config.host,
-        port=config.port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(config.drain_s),
-    )
+    service = RouterService(config)
+    RouterServer(create_app(service, config, tokenizer, template, defaults), service, config).run()
 
 
 def _add_information(app: FastAPI, front: Front) -> None:

@@ -31,18 +31,17 @@ def test_handed_off_tokens_equal_hugging_face(
     with workers(redis_server.url, path, PAIR, kv_transport=transport, **flags) as fleet:
         prefill, decode = fleet["prefill-0"], fleet["decode-0"]
         assert prefill.info is not None and decode.info is not None
-        router = RouterDouble(decode.info, prefill.info)
-        router.wait_connected()
-        for i, prompt in enumerate(prompts):
-            request = GenerateRequest(request_id=str(i), prompt_token_ids=prompt, sampling=GREEDY)
-            router.submit(decode.info, Submit(request=request, prefill=prefill.info))
-        router.collect()
-        assert [router.answers[str(i), 0].tokens for i in range(len(prompts))] == expected
-        assert {answer.finish.reason for answer in router.answers.values() if answer.finish} == {"length"}
-        moved = sum(-(-len(p) // 4) for p in prompts if len(p) > 4)
-        assert decode.metric("penstock:kv_transfer_pages_total") == moved
-        assert decode.metric("penstock:kv_transfer_bytes_total") == moved * decode.info.page_bytes
-        assert decode.metric("penstock:handoff_failures_total") == 0
-        decode.assert_idle()
-        prefill.assert_idle()
-        router.close()
+        with RouterDouble(decode.info, prefill.info) as router:
+            router.wait_connected()
+            for i, prompt in enumerate(prompts):
+                request = GenerateRequest(request_id=str(i), prompt_token_ids=prompt, sampling=GREEDY)
+                router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+            router.collect()
+            assert [router.answers[str(i), 0].tokens for i in range(len(prompts))] == expected
+            assert {answer.finish.reason for answer in router.answers.values() if answer.finish} == {"length"}
+            moved = sum(-(-len(p) // 4) for p in prompts if len(p) > 4)
+            assert decode.metric("penstock:kv_transfer_pages_total") == moved
+            assert decode.metric("penstock:kv_transfer_bytes_total") == moved * decode.info.page_bytes
+            assert decode.metric("penstock:handoff_failures_total") == 0
+            decode.assert_idle()
+            prefill.assert_idle()

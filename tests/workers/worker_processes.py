@@ -59,7 +59,9 @@ class WorkerProcess:
         assert self.info is not None
         with urllib.request.urlopen(f"{self.info.status_url}/metrics", timeout=20) as answer:
             lines = answer.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+        found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")]
+        assert found, f"{self.worker_id} has no metric {name}"
+        return sum(found)
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         self.process.send_signal(signum)
@@ -69,7 +71,7 @@ class WorkerProcess:
 
 @contextlib.contextmanager
 def workers(
-    redis_url: str, model: Path, roles: dict[str, str], *, env: dict[str, str] | None = None, **flags: object
+    redis_url: str, model: Path, roles: dict[str, str], *, module: str = "penstock", **flags: object
 ) -> Iterator[dict[str, WorkerProcess]]:
     """Start workers {worker_id: role}; yields once all are registered. At the end all must exit cleanly."""
     import redis
@@ -79,8 +81,8 @@ def workers(
     started: dict[str, WorkerProcess] = {}
     with contextlib.ExitStack() as stack:
         for worker_id, role in roles.items():
-            command = [sys.executable, "-m", "penstock", role, str(model), "--worker-id", worker_id, *arguments]
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+            command = [sys.executable, "-m", module, role, str(model), "--worker-id", worker_id, *arguments]
+            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
             started[worker_id] = WorkerProcess(process, worker_id)
             stack.callback(_reap, process)
         client = redis.Redis.from_url(redis_url)
@@ -163,9 +165,10 @@ class RouterDouble:
                     self.lost.append(incarnation)
                 elif isinstance(item, TokenBatch):
                     for delta in item.deltas:
-                        answer = self.answers[delta.request_id, delta.choice]
-                        answer.deltas.append(delta)
-                        answer.finish = delta.finish or answer.finish
+                        answer = self.answers.get((delta.request_id, delta.choice))
+                        if answer is not None:  # else aborted and forgotten: sent before the abort arrived
+                            answer.deltas.append(delta)
+                            answer.finish = delta.finish or answer.finish
 
     def collect(self, seconds: float = 60.0) -> None:
         """Until every request has an end."""
@@ -175,7 +178,10 @@ class RouterDouble:
             assert time.monotonic() < deadline, {k: a.tokens for k, a in self.answers.items() if a.finish is None}
             time.sleep(0.001)
 
-    def close(self) -> None:
+    def __enter__(self) -> RouterDouble:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         for link in self._links.values():
             link.close()
         self._context.term()

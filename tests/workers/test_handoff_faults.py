@@ -1,0 +1,109 @@
+"""What goes wrong between a prefill and a decode worker: every answer stays exact, and nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from penstock.common.messages import Abort, GenerateRequest, Submit
+from penstock.common.sampling import SamplingParams
+from tests.conftest import RedisServer
+from tests.tiny_models import random_prompts, reference_tokens
+from tests.workers.worker_processes import RouterDouble, workers
+
+NEW_TOKENS = 12
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
+PAIR = {"prefill-0": "prefill", "decode-0": "decode"}
+FLAGS = {"block_size": 4, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": "8MiB"}
+
+pytestmark = pytest.mark.system
+
+
+def _requests(prompts: list[list[int]], prefix: str = "", sampling: SamplingParams = GREEDY) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(request_id=f"{prefix}{i}", prompt_token_ids=prompt, sampling=sampling)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def test_faults_of_one_pair(checkpoints: dict[str, Path], redis_server: RedisServer) -> None:
+    """One pair of processes (starting them is what costs time), one fault after the other."""
+    path = checkpoints["llama"]
+    prompts = random_prompts([64, 90, 40, 33, 90, 64])
+    expected = reference_tokens(path, prompts, NEW_TOKENS)
+    with workers(redis_server.url, path, PAIR, **FLAGS) as fleet:
+        prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+        assert prefill.info is not None and decode.info is not None
+        with RouterDouble(
+            decode.info
+        ) as router:  # not linked to the prefill worker: the decode worker relays first tokens
+            router.wait_connected()
+            _aborts_in_every_state(router, fleet, random_prompts([64, 90, 40, 33, 90, 64], seed=9))
+            _a_stopped_prefill_worker_then_killed(router, fleet, prompts, expected)
+            decode.assert_idle()
+
+
+def _aborts_in_every_state(router: RouterDouble, fleet: dict, prompts: list[list[int]]) -> None:  # type: ignore[type-arg]
+    prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+    for pause_s in (0.0, 0.005, 0.02, 0.05, 0.1):
+        for request in _requests(prompts, f"abort-{pause_s}-"):
+            router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+        deadline = time.monotonic() + pause_s
+        while time.monotonic() < deadline:
+            router.turn()
+        for request in _requests(prompts, f"abort-{pause_s}-"):
+            router.send(decode.info, Abort(request_id=request.request_id, attempt=0))
+        decode.assert_idle()
+        prefill.assert_idle()
+    router.answers.clear()
+
+
+def _a_stopped_prefill_worker_then_killed(
+    router: RouterDouble,
+    fleet: dict,  # type: ignore[type-arg]
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+    long = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
+    prefill.kill(signal.SIGSTOP)
+    for request in _requests(prompts, "kill-", long):
+        router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+    deadline = time.monotonic() + 0.2
+    while time.monotonic() < deadline:
+        router.turn()
+    assert decode.ledger()["handoffs"] == len(prompts)
+    prefill.kill(signal.SIGKILL)
+    router.collect(30)
+    assert [router.answers[f"kill-{i}", 0].tokens for i in range(len(prompts))] == expected
+    assert decode.metric("penstock:handoff_failures_total") == len(prompts)
+
+
+@pytest.mark.parametrize("checksum", ["all", "off"])
+def test_a_corrupted_byte_shows(checkpoints: dict[str, Path], redis_server: RedisServer, checksum: str) -> None:
+    """The pages really move: a flipped byte changes the answer, unless checksums catch it, and then nothing changes."""
+    path = checkpoints["llama"]
+    prompts = random_prompts([64, 40, 90])
+    expected = reference_tokens(path, prompts, NEW_TOKENS)
+    broken = {"module": "tests.workers.corrupting", "kv_checksum": checksum, "kv_transport": "shm"}
+    with workers(redis_server.url, path, PAIR, **broken, **FLAGS) as fleet:
+        prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+        assert prefill.info is not None and decode.info is not None
+        with RouterDouble(decode.info, prefill.info) as router:
+            router.wait_connected()
+            for request in _requests(prompts):
+                router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+            router.collect()
+            tokens = [router.answers[str(i), 0].tokens for i in range(len(prompts))]
+            if checksum == "all":
+                assert tokens == expected
+                assert decode.metric("penstock:kv_checksum_failures_total") >= len(prompts)
+                assert decode.metric("penstock:handoff_failures_total") == len(prompts)
+            else:
+                assert all(got != want for got, want in zip(tokens, expected, strict=True))
+                assert decode.metric("penstock:kv_checksum_failures_total") == 0
+            decode.assert_idle()
+            prefill.assert_idle()
