@@ -81,3 +81,11 @@ def test_token_text_keeps_leading_spaces_and_survives_any_id() -> None:
     assert tokenizer.token_bytes(10**6) == b""
     assert byte_level().token_text(byte_level()._backend.token_to_id("<tool call>")) == "<tool call>"
     assert byte_level().byte_tokenizer and tokenizer.byte_tokenizer and not wordpiece().byte_tokenizer
+
+
+def test_long_texts_have_the_same_ids() -> None:
+    text = "The gate opens, 漢字 and 😀. <s>" * 200
+    for tokenizer in (byte_level(), sentencepiece(), wordpiece()):
+        for special in (True, False):
+            expected = tokenizer._backend.encode(text, add_special_tokens=special).ids
+            assert tokenizer.encode(text, special) == expected

@@ -13,14 +13,13 @@ from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
-from penstock.common.errors import PenstockError
+from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
-from penstock.router.app import create_app
+from penstock.router.app import RouterServer, create_app
 from tests.tiny_tokenizers import TEMPLATE, byte_level
 
 ANSWER = "Hello 😀 wörld, the water falls."
@@ -79,14 +78,17 @@ class FakeService:
         self.cancel_heard = threading.Event()
         self.started = self.stopped = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._quiet: list[Any] = []
 
     async def start(self) -> None:
         self.started += 1
 
     async def stop(self, drain_s: float) -> None:
         self.stopped += 1
-        for task in self._tasks:
-            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=drain_s)
+        for sink in self._quiet:
+            sink.on_error(Unavailable("this router is shutting down"))
 
     async def submit(self, request: GenerateRequest, sink: Any) -> None:
         self.requests.append(request)
@@ -99,7 +101,10 @@ class FakeService:
 
     async def _play(self, request: GenerateRequest, sink: Any) -> None:
         for position, item in enumerate(self.script(request)):
-            if position == self.pause_after or (request.request_id, request.choice) in self.cancelled:
+            if position == self.pause_after:
+                self._quiet.append(sink)
+                return
+            if (request.request_id, request.choice) in self.cancelled:
                 return
             if isinstance(item, PenstockError):
                 sink.on_error(item)
@@ -161,11 +166,7 @@ def running(*, defaults: GenerationDefaults | None = None, template: str = TEMPL
     app = create_app(service, router_config, tokenizer, chat, defaults)  # type: ignore[arg-type]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="on", loop="uvloop", timeout_graceful_shutdown=2
-            )
-        )
+        server = RouterServer(app, service, router_config)  # type: ignore[arg-type]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -203,20 +203,35 @@ def test_timeline(router: Router) -> None:
     assert last["usage"]["completion_tokens"] and "timeline" not in router.post("/v1/completions", BODY).json()
 
 
+class BackgroundStream(threading.Thread):
+    """A client that reads one stream to its end."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.url, self.text = f"{router.url}/v1/completions", ""
+        self.begun = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self.url, json=BODY | {"stream": True}) as response:
+            for part in response.iter_text():
+                self.text += part
+                self.begun.set()
+
+
 def test_running_streams_end_before_the_server_does() -> None:
     with running() as router:
-        router.service.step = 1
         router.service.script = say("the water " * 9)
-        texts: list[str] = []
-        started = threading.Event()
+        client = BackgroundStream(router)
+        assert client.begun.wait(5)
+    client.join(5)
+    assert client.text.endswith("data: [DONE]\n\n") and '"finish_reason":"stop"' in client.text
 
-        def read() -> None:
-            with httpx.stream("POST", f"{router.url}/v1/completions", json=BODY | {"stream": True}) as response:
-                started.set()
-                texts.append(response.read().decode())
 
-        reader = threading.Thread(target=read)
-        reader.start()
-        started.wait(5)
-    reader.join(5)
-    assert texts[0].endswith("data: [DONE]\n\n") and '"finish_reason":"stop"' in texts[0]
+def test_a_stream_that_outlasts_the_drain_ends_in_an_error() -> None:
+    with running() as router:
+        router.service.pause_after = 3
+        client = BackgroundStream(router)
+        assert client.begun.wait(5)
+    client.join(5)
+    assert client.text.endswith("data: [DONE]\n\n") and "shutting down" in client.text
