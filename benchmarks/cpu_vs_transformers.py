@@ -33,9 +33,10 @@ from penstock.engine.core import Engine
 from penstock.engine.policy import DecodePolicy
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("common", "engine", "kernels", "models", "benchmarks/cpu_vs_transformers.py")
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 16,
     "num_attention_heads": 16,
@@ -200,7 +201,7 @@ def main() -> None:
     engine.close()
     commit = git("rev-parse", "--short", "HEAD")
     record = {
-        "commit": commit + ("" if not git("status", "--porcelain", "--untracked-files=no") else "+changes"),
+        "commit": commit + ("" if not git("status", "--porcelain", "--", *MEASURED) else "+changes"),
         "machine": describe_machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__},

@@ -41,7 +41,7 @@ def resolve_checkpoint(model: str) -> Path:
         try:
             path = Path(snapshot_download(model, allow_patterns=list(_NEEDED_FILES)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"{model} is no directory, and could not be had from the hub: {reason}") from error
     if not (path / "config.json").exists():
         raise ModelError(f"{path} holds no config.json")
