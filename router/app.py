@@ -12,6 +12,7 @@ import hmac
 import logging
 import random
 import re
+import signal
 import socket
 import time
 import uuid
@@ -159,6 +160,7 @@ class RouterServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=FLUSH_S,
             )
@@ -190,7 +192,11 @@ def serve(config: RouterConfig) -> None:
     template = ChatTemplate.load(tokenizer, config.chat_template)
     defaults = GenerationDefaults.load(config.model, config.generation_config)
     service = RouterService(config)
-    RouterServer(create_app(service, config, tokenizer, template, defaults), service, config).run()
+    server = RouterServer(create_app(service, config, tokenizer, template, defaults), service, config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Uvicorn raises the signal again when it is done; after a drain that is a normal end, not a death.
+        signal.signal(number, server.handle_exit)
+    server.run()
 
 
 def _add_information(app: FastAPI, front: Front) -> None:
