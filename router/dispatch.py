@@ -50,6 +50,9 @@ MAX_WAITING = 1000
 MAX_BUFFERED = 1024  # deltas of one choice that came before their turn
 
 
+Key = tuple[str, int]  # request id and choice
+
+
 class State(Enum):
     """Where a choice is; see the picture above."""
 
@@ -90,8 +93,8 @@ class Choice:
     history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def key(self) -> Key:
+        return self.request.request_id, self.request.choice
 
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""
@@ -102,16 +105,11 @@ class InvalidTransition(RuntimeError):
     """An event that its choice's state does not know: a bug. The text tells what the choice went through."""
 
 
-def wire_request_id(request_id: str, choice: int) -> str:
-    """Request id of a choice on the bus, where every choice is a request of its own (Abort names no choice)."""
-    return f"{request_id}/{choice}" if choice else request_id
-
-
 class Dispatcher:
     """All choices of one router that have not ended. `handle` and `tokens` return the commands to carry out."""
 
     def __init__(self, max_attempts: int, progress_timeout_s: float) -> None:
-        self.choices: dict[str, Choice] = {}
+        self.choices: dict[Key, Choice] = {}
         self.retries = 0
         self.stale_deltas = 0  # of older attempts, ended choices, or repeated
         self.divergences = 0
@@ -135,7 +133,7 @@ class Dispatcher:
         commands = self._commands
         choices = self.choices
         for delta in deltas:
-            choice = choices.get(delta.request_id)
+            choice = choices.get((delta.request_id, delta.choice))
             if choice is None or delta.attempt != choice.attempt or choice.state is not State.RUNNING:
                 self.stale_deltas += 1
             elif (
@@ -156,12 +154,10 @@ class Dispatcher:
 
     def _submitted(self, event: Submitted, now: float) -> None:
         request = event.request
-        wire_id = wire_request_id(request.request_id, request.choice)
-        if wire_id in self.choices:
-            raise ValueError(f"request {wire_id!r} is under way already")
-        request = msgspec.structs.replace(request, request_id=wire_id)
         choice = Choice(request, event.sink, deadline=0.0, delivered=list(request.output_token_ids))
-        self.choices[wire_id] = choice
+        if choice.key in self.choices:
+            raise ValueError(f"request {request.request_id!r} choice {request.choice} is under way already")
+        self.choices[choice.key] = choice
         self._place(choice, now)
 
     def _worker_up(self, event: WorkerUp, now: float) -> None:
@@ -179,12 +175,12 @@ class Dispatcher:
                 self._release(choice, event.incarnation)  # the decode worker notices too and computes the prompt itself
 
     def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
-        choice = self.choices.get(event.request_id)
+        choice = self.choices.get((event.request_id, event.choice))
         if choice is not None and choice.attempt == event.attempt:  # else it was cancelled meanwhile
             self._apply(choice, event, now)
 
     def _cancelled_event(self, event: Cancelled, now: float) -> None:
-        choice = self.choices.get(event.request_id)
+        choice = self.choices.get((event.request_id, event.choice))
         if choice is not None:  # else its last token and the cancel crossed
             self._apply(choice, event, now)
 
@@ -205,7 +201,7 @@ class Dispatcher:
         choice.history.append(f"{now:.3f} {choice.state.value} #{choice.attempt}: {event!r:.200}")
         action = _TABLE.get((choice.state, type(event)))
         if action is None:
-            raise InvalidTransition(f"{choice.request_id}: " + "; ".join(choice.history))
+            raise InvalidTransition(f"{choice.key}: " + "; ".join(choice.history))
         action(self, choice, event, now)
 
     def _place(self, choice: Choice, now: float) -> None:
@@ -335,11 +331,12 @@ class Dispatcher:
 
     def _end(self, choice: Choice) -> None:
         self._let_go(choice)
-        del self.choices[choice.request_id]
+        del self.choices[choice.key]
 
     def _abort(self, choice: Choice) -> None:
         if choice.placement is not None:
-            message = Abort(request_id=choice.request_id, attempt=choice.attempt)
+            request_id, number = choice.key
+            message = Abort(request_id=request_id, choice=number, attempt=choice.attempt)
             self._commands.append(SendAbort(choice.placement.decode.incarnation, message))
 
     def _let_go(self, choice: Choice) -> None:

@@ -24,6 +24,7 @@ class Placed(msgspec.Struct, frozen=True):
     """The answer to `Place`; None: no worker takes it now."""
 
     request_id: str
+    choice: int
     attempt: int
     placement: Placement | None
 
@@ -32,6 +33,7 @@ class PlaceFailed(msgspec.Struct, frozen=True):
     """`Place` met a bug of ours; the log has it."""
 
     request_id: str
+    choice: int
     attempt: int
 
 
@@ -51,6 +53,7 @@ class Cancelled(msgspec.Struct, frozen=True):
     """The client does not want it any more."""
 
     request_id: str
+    choice: int
 
 
 class Tick(msgspec.Struct, frozen=True):

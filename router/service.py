@@ -24,7 +24,7 @@ from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup, Reservations
-from penstock.router.dispatch import Dispatcher, wire_request_id
+from penstock.router.dispatch import Dispatcher
 from penstock.router.dispatch_events import (
     Cancelled,
     Command,
@@ -133,7 +133,7 @@ class RouterService:
 
     def cancel(self, request_id: str, choice: int) -> None:
         """The client does not want it any more: its worker frees it after the next step. Unknown ids do nothing."""
-        self._handle(Cancelled(wire_request_id(request_id, choice)))
+        self._handle(Cancelled(request_id, choice))
 
     def model_info(self) -> ModelInfo | None:
         """The model as its workers describe it; None until one was seen."""
@@ -190,7 +190,7 @@ class RouterService:
             command.sink.on_delta(command.delta)
         except Exception:  # one client's bug must not cost the others of this step their tokens
             log.exception("the sink of request %s failed", command.delta.request_id)
-            self._handle(Cancelled(command.delta.request_id))
+            self._handle(Cancelled(command.delta.request_id, command.delta.choice))
         if command.delta.finish is not None:
             self._counters["finished"] += 1
 
@@ -215,9 +215,9 @@ class RouterService:
             placement = choose(facts, self._fleet.candidates(found), self._config.min_remote_prefill_tokens)
         except Exception:  # a bug, but one that must not leave the client waiting
             log.exception("request %s could not be placed", request.request_id)
-            self._handle(PlaceFailed(request.request_id, request.attempt))
+            self._handle(PlaceFailed(request.request_id, request.choice, request.attempt))
             return
-        self._handle(Placed(request.request_id, request.attempt, placement))
+        self._handle(Placed(request.request_id, request.choice, request.attempt, placement))
 
     async def _look_up(self, request: GenerateRequest) -> dict[str, Lookup]:
         """Prefixes held and load reserved by others; workers Redis does not answer for are simply missing."""

@@ -41,11 +41,11 @@ class FakeWorker:
         self.limit = 1 << 30
         self.step_s = 0.001
         self.submitted: list[GenerateRequest] = []
-        self.aborted: list[str] = []
+        self.aborted: list[tuple[str, int]] = []  # (request id, choice)
         self.prefill_worker: FakeWorker | None = None
         self.first_tokens: deque[tuple[str, GenerateRequest]] = deque()  # (router, request) for a prefill worker
-        self.running: dict[tuple[bytes, str, int], GenerateRequest] = {}
-        self._next_index: dict[tuple[bytes, str, int], int] = {}
+        self.running: dict[tuple[bytes, str, int, int], GenerateRequest] = {}
+        self._next_index: dict[tuple[bytes, str, int, int], int] = {}
         self._server = BusServer("127.0.0.1", 0, "")
         self.port = int(self._server.address.rpartition(":")[2])
         self.info = WorkerInfo(
@@ -116,13 +116,13 @@ class FakeWorker:
             elif isinstance(message, Submit):
                 self._admit(identity, message)
             elif isinstance(message, Abort):
-                self.aborted.append(message.request_id)
-                self.running.pop((identity, message.request_id, message.attempt), None)
+                self.aborted.append((message.request_id, message.choice))
+                self.running.pop((identity, message.request_id, message.choice, message.attempt), None)
 
     def _admit(self, identity: bytes, submit: Submit) -> None:
         request = submit.request
         self.submitted.append(request)
-        key = (identity, request.request_id, request.attempt)
+        key = (identity, request.request_id, request.choice, request.attempt)
         self.running[key] = request
         self._next_index[key] = len(request.output_token_ids)
         if submit.prefill is not None and self.prefill_worker is not None:

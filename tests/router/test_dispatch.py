@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.common.errors import PenstockError, QueueTimeout, Timeout, Unavailable, WorkerLost
-from penstock.common.messages import Finish, GenerateRequest, TokenDelta, TokenLogprobs, WorkerInfo
+from penstock.common.messages import Abort, Finish, GenerateRequest, TokenDelta, TokenLogprobs, WorkerInfo
 from penstock.common.sampling import SamplingParams
 from penstock.router import dispatch
-from penstock.router.dispatch import Dispatcher, InvalidTransition, State, wire_request_id
+from penstock.router.dispatch import Dispatcher, InvalidTransition, State
 from penstock.router.dispatch_events import (
     Cancelled,
     Command,
@@ -91,7 +91,7 @@ class Harness:
 
     def run(self, prefill: str | None = None, max_tokens: int = 100) -> None:
         self.do(WorkerUp("d1"), Submitted(request(max_tokens=max_tokens), "sink"))
-        self.do(Placed("a", 0, placement("d1", prefill)))
+        self.do(Placed("a", 0, 0, placement("d1", prefill)))
 
     def delivered(self) -> list[int]:
         return [t for c in self.all if isinstance(c, Deliver) for t in c.delta.token_ids]
@@ -116,7 +116,7 @@ def test_the_plain_way():
     h = Harness()
     place = the(Place, h.do(WorkerUp("d1"), Submitted(request(), "sink")))
     assert place.request.attempt == 0 and place.avoid == frozenset()
-    commands = h.do(Placed("a", 0, placement("d1", "p1")))
+    commands = h.do(Placed("a", 0, 0, placement("d1", "p1")))
     assert [type(c) for c in commands] == [Reserve, Reserve, SendSubmit], "load is reserved before dispatch"
     submit = the(SendSubmit, commands)
     assert submit.incarnation == "d1" and submit.message.prefill == worker("p1", "prefill")
@@ -157,7 +157,7 @@ def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
     place = the(Place, commands)
     assert place.avoid == {"d1"} and place.request.output_token_ids == [5, 6] and place.request.attempt == 1
     assert h.reserved() == {}
-    again = the(SendSubmit, h.do(Placed("a", 1, placement("d2")))).message.request
+    again = the(SendSubmit, h.do(Placed("a", 0, 1, placement("d2")))).message.request
     assert again.prompt_token_ids == [1, 2, 3] and again.output_token_ids == [5, 6] and again.sampling.seed == 7
     assert h.tokens(delta(2, 99)) == [], "tokens of the old attempt"
     h.tokens(delta(2, 7, attempt=1, finish=STOP))
@@ -194,7 +194,7 @@ def test_errors_of_a_worker():
     h = Harness(max_attempts=2)
     h.run()
     assert the(Place, h.tokens(delta(0, finish=retry))).avoid == {"d1"}
-    h.do(Placed("a", 1, placement("d2")))
+    h.do(Placed("a", 0, 1, placement("d2")))
     assert isinstance(the(Fail, h.tokens(delta(0, attempt=1, finish=retry))).error, QueueTimeout)
     h = Harness()
     h.run()
@@ -207,7 +207,7 @@ def test_attempts_are_bounded(left: list[str], error: type[PenstockError]):
     h = Harness(max_attempts=2)
     h.run()
     h.do(*(WorkerUp(one) for one in left), WorkerUp("d2"))
-    h.do(WorkerDown("d1"), Placed("a", 1, placement("d2")))
+    h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2")))
     failure = the(Fail, h.do(WorkerDown("d2"))).error
     assert type(failure) is error and h.reserved() == {} and not h.core.choices
 
@@ -224,10 +224,10 @@ def test_all_tokens_delivered_but_the_finish_lost():
 def test_without_a_worker_a_request_waits_a_while():
     h = Harness()
     h.do(Submitted(request(), "sink"))
-    assert h.do(Placed("a", 0, None)) == []
+    assert h.do(Placed("a", 0, 0, None)) == []
     h.now += dispatch.WAIT_FOR_WORKER_S / 2
     assert the(Place, h.do(WorkerUp("d1"))).request.attempt == 0
-    h.do(Placed("a", 0, None))
+    h.do(Placed("a", 0, 0, None))
     h.now += dispatch.WAIT_FOR_WORKER_S + 0.1
     assert isinstance(the(Fail, h.do(Tick())).error, Unavailable)
 
@@ -237,7 +237,7 @@ def test_few_may_wait(monkeypatch: pytest.MonkeyPatch):
     h = Harness()
     for name in ("a", "b"):
         h.do(Submitted(request(name), name))
-        h.do(Placed(name, 0, None))
+        h.do(Placed(name, 0, 0, None))
     assert the(Fail, h.all).sink == "b"
 
 
@@ -260,18 +260,18 @@ def test_cancel_in_every_state():
         h = Harness()
         h.do(Submitted(request(), "sink"))
         if state is not State.PLACING:
-            h.do(Placed("a", 0, placement("d1") if state is State.RUNNING else None))
-        assert h.core.choices["a"].state is state
-        commands = h.do(Cancelled("a"))
+            h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
+        assert h.core.choices["a", 0].state is state
+        commands = h.do(Cancelled("a", 0))
         assert [type(c) for c in commands] == ([SendAbort, Release] if state is State.RUNNING else [])
-        assert not h.core.choices and h.do(Cancelled("a")) == []
-        assert h.do(Placed("a", 0, placement("d1"))) == [], "the answer to a cancelled question"
+        assert not h.core.choices and h.do(Cancelled("a", 0)) == []
+        assert h.do(Placed("a", 0, 0, placement("d1"))) == [], "the answer to a cancelled question"
 
 
 def test_a_failure_of_ours_while_placing_is_answered():
     h = Harness()
     h.do(Submitted(request(), "sink"))
-    assert the(Fail, h.do(PlaceFailed("a", 0))).error.code == "internal_error" and not h.core.choices
+    assert the(Fail, h.do(PlaceFailed("a", 0, 0))).error.code == "internal_error" and not h.core.choices
 
 
 def test_shutdown_in_every_state():
@@ -279,19 +279,19 @@ def test_shutdown_in_every_state():
         h = Harness()
         h.do(Submitted(request(), "sink"))
         if state is not State.PLACING:
-            h.do(Placed("a", 0, placement("d1") if state is State.RUNNING else None))
+            h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
         assert isinstance(the(Fail, h.do(Shutdown())).error, Unavailable)
         assert not h.core.choices and h.reserved() == {}
 
 
-def test_choices_of_one_request_are_apart_on_the_wire():
-    assert wire_request_id("a", 0) == "a" and wire_request_id("a", 2) == "a/2"
+def test_choices_of_one_request_are_apart():
     h = Harness()
     for choice in (0, 1):
         h.do(Submitted(request("a", choice), choice))
-    h.do(Placed("a", 0, placement("d1")), Placed("a/1", 0, placement("d1")))
-    assert the(SendAbort, h.do(Cancelled("a/1"))).message.request_id == "a/1"
-    assert list(h.core.choices) == ["a"]
+    h.do(Placed("a", 0, 0, placement("d1")), Placed("a", 1, 0, placement("d1")))
+    assert h.tokens(TokenDelta("a", 0, 1, 0, [8])) == [Deliver(1, TokenDelta("a", 0, 1, 0, [8]))]
+    assert the(SendAbort, h.do(Cancelled("a", 1))).message == Abort(request_id="a", choice=1, attempt=0)
+    assert list(h.core.choices) == [("a", 0)]
 
 
 def test_tokens_kept_for_their_turn_are_bounded(monkeypatch: pytest.MonkeyPatch):
@@ -308,7 +308,7 @@ def test_an_id_in_use_and_an_impossible_event_raise():
     with pytest.raises(ValueError, match="under way"):
         h.do(Submitted(request(), "other"))
     with pytest.raises(InvalidTransition, match=r"placing #0.*running #0: Placed"):
-        h.do(Placed("a", 0, placement("d1")))
+        h.do(Placed("a", 0, 0, placement("d1")))
 
 
 class Faults(RuleBasedStateMachine):
@@ -389,7 +389,9 @@ class Faults(RuleBasedStateMachine):
             where = data.draw(st.sampled_from(sorted(self.up))) if self.up else None
             prefill = data.draw(st.sampled_from([None, "p1"]))
             found = placement(where, prefill) if where else None
-            self.apply(self.core.handle(Placed(command.request.request_id, command.request.attempt, found), self.now))
+            self.apply(
+                self.core.handle(Placed(command.request.request_id, 0, command.request.attempt, found), self.now)
+            )
 
     @precondition(lambda self: self.network)
     @rule(picks=st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=8))
@@ -440,7 +442,7 @@ class Faults(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.oracle)))
-        self.apply(self.core.handle(Cancelled(name), self.now))
+        self.apply(self.core.handle(Cancelled(name, 0), self.now))
         self.ended.setdefault(name, "cancelled")
 
     @rule(seconds=st.sampled_from([1.0, 11.0, 31.0, 91.0]))
@@ -450,7 +452,7 @@ class Faults(RuleBasedStateMachine):
 
     @invariant()
     def ledger(self) -> None:
-        assert set(self.core.choices) == set(self.oracle) - set(self.ended)
+        assert {name for name, _ in self.core.choices} == set(self.oracle) - set(self.ended)
         held = Counter[str]()
         for choice in self.core.choices.values():
             for release in choice.reserved:
@@ -463,7 +465,7 @@ class Faults(RuleBasedStateMachine):
         for _ in range(40):  # from here on nothing fails: everything that is left must end
             while self.to_place:
                 command = self.to_place.pop(0).request
-                self.apply(self.core.handle(Placed(command.request_id, command.attempt, placement("d1")), self.now))
+                self.apply(self.core.handle(Placed(command.request_id, 0, command.attempt, placement("d1")), self.now))
             network, self.network = self.network, []
             for one in network:
                 self.apply(self.core.tokens([one], self.now))

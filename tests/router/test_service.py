@@ -282,7 +282,7 @@ def test_cancel_frees_the_worker(redis_server, start_worker):
             await until(lambda: len(worker.running) == 1)
             worker.limit = 1 << 30
             await ended(sinks[0])
-            assert sinks[0].complete() and not sinks[1].ended.is_set() and worker.aborted == ["r/1"]
+            assert sinks[0].complete() and not sinks[1].ended.is_set() and worker.aborted == [("r", 1)]
 
     play(scenario())
 
@@ -315,7 +315,7 @@ def test_stop_drains_then_ends_the_rest_with_an_error(redis_server, start_worker
             assert isinstance(refused.error, Unavailable)
             await stopping
             assert short.complete() and isinstance(long.error, Unavailable)
-            await until(lambda: worker.aborted == ["long"] and not worker.running)
+            await until(lambda: worker.aborted == [("long", 0)] and not worker.running)
 
     play(scenario())
 
@@ -333,7 +333,7 @@ def test_a_broken_sink_hurts_nobody_else(redis_server, start_worker):
             sinks = [await send(service, request(f"r{i}")) for i in range(5)]
             await ended(*sinks)
             assert all(sink.complete() for sink in sinks)
-            await until(lambda: worker.aborted == ["broken"] and service.counters()["in_flight"] == 0)
+            await until(lambda: worker.aborted == [("broken", 0)] and service.counters()["in_flight"] == 0)
 
     play(scenario())
 

@@ -1,0 +1,374 @@
+"""The bus over real sockets on loopback, and its two pure halves with a clock of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from penstock.common import bus_access
+from penstock.common.bus import (
+    AsyncBusLink,
+    BusLink,
+    BusServer,
+    Connected,
+    Disconnected,
+    LinkItem,
+    PeerExpired,
+    PeerJoined,
+    PeerReplaced,
+    Peers,
+    split_identity,
+    wire_identity,
+)
+from penstock.common.errors import ConfigError
+from penstock.common.link_state import BACKOFF_FIRST_S, BACKOFF_MOST_S, SILENT_LEASES, LinkState, Phase
+from penstock.common.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    Refused,
+    TokenBatch,
+    TokenDelta,
+    Welcome,
+    WorkerInfo,
+    WorkerLoad,
+    encode,
+)
+
+WORKER = WorkerInfo(
+    worker_id="decode-0",
+    incarnation="i1",
+    role="decode",
+    address="tcp://127.0.0.1:1",
+    fingerprint="f",
+    model="m",
+    served_models=["m"],
+    page_size=4,
+    num_pages=100,
+    page_bytes=64,
+    max_model_len=128,
+    max_num_seqs=8,
+    vocab_size=256,
+)
+WELCOME = Welcome(protocol=PROTOCOL_VERSION, fingerprint="f", worker=encode(WORKER))
+
+
+def hello(peer: str = "r", session: int = 1, role: str = "router", fingerprint: str = "", protocol: int = 1) -> Hello:
+    return Hello(protocol=protocol, peer_id=peer, session=session, role=role, fingerprint=fingerprint)
+
+
+# ---------------------------------------------------------------- Peers
+
+
+def greet(peers: Peers, message: Hello, now: float = 0.0) -> Any:
+    return peers.hello(wire_identity(message.peer_id, message.session), message, now)
+
+
+def test_identity_on_the_wire():
+    assert wire_identity("a/b", 12) == b"a/b/12" and split_identity(b"a/b/12") == ("a/b", 12)
+    for wrong in (b"nobody", b"a/x"):
+        with pytest.raises(ValueError, match=r"identity|invalid literal"):
+            split_identity(wrong)
+    with pytest.raises(ValueError, match="too long"):
+        wire_identity("x" * 255, 1)
+
+
+def test_a_peer_joins_renews_and_expires():
+    peers = Peers(WORKER, lease_s=10.0)
+    answer, events = greet(peers, hello())
+    assert answer == WELCOME and events == [PeerJoined(b"r/1", "r", "router")]
+    assert b"r/1" in peers and peers.identity_of("r") == b"r/1" and peers.role(b"r/1") == "router"
+    assert peers.heartbeat(b"r/1", 4, now=8.0) and peers.heartbeat_seq(b"r/1") == 4
+    assert peers.expire(18.0) == []
+    assert peers.expire(18.1) == [PeerExpired(b"r/1", "r")]
+    assert len(peers) == 0 and peers.identity_of("r") is None
+    assert not peers.heartbeat(b"r/1", 5, now=18.2), "it has to say Hello again"
+
+
+def test_a_newer_session_replaces_and_an_older_one_is_refused():
+    peers = Peers(WORKER, lease_s=10.0)
+    greet(peers, hello(session=2))
+    answer, events = greet(peers, hello(session=3))
+    assert isinstance(answer, Welcome)
+    assert events == [PeerReplaced(b"r/2", "r"), PeerJoined(b"r/3", "r", "router")]
+    assert b"r/2" not in peers and not peers.heartbeat(b"r/2", 1, 1.0)
+    answer, events = greet(peers, hello(session=2))
+    assert isinstance(answer, Refused) and events == [] and peers.identity_of("r") == b"r/3"
+    assert greet(peers, hello(session=3))[1] == [], "the same Hello again changes nothing"
+    assert peers.expire(10.1) == [PeerExpired(b"r/3", "r")] and len(peers) == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (hello(protocol=99), "protocol"),
+        (hello(role="decode", fingerprint="g"), "fingerprint"),
+        (hello(role="decode", fingerprint=""), "fingerprint"),
+        (hello(role="router", fingerprint="g"), "fingerprint"),
+    ],
+)
+def test_refusals(message: Hello, code: str):
+    peers = Peers(WORKER, lease_s=10.0)
+    answer, events = greet(peers, message)
+    assert isinstance(answer, Refused) and answer.code == code and events == [] and len(peers) == 0
+
+
+def test_a_draining_worker_takes_nobody_new():
+    peers = Peers(WORKER, lease_s=10.0)
+    greet(peers, hello("old"))
+    peers.draining = True
+    assert greet(peers, hello("new"))[0].code == "draining"
+    assert peers.heartbeat(b"old/1", 1, 5.0)
+
+
+def test_an_identity_that_is_not_the_peers_own_is_refused():
+    assert Peers(WORKER, 10.0).hello(b"other/1", hello(), 0.0)[0].code == "protocol"  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- LinkState
+
+
+def test_a_link_connects_beats_and_is_lost():
+    state = LinkState("r", "router", 5, "", lease_s=9.0)
+    assert state.must_open(0.0) and state.opened(0.0).session == 5
+    assert state.heartbeat_due(0.0) is None, "not before the Welcome"
+    assert state.received(WELCOME, 1.0) == Connected(WORKER, 5)
+    assert state.heartbeat_due(1.0) == Heartbeat(seq=1) and state.heartbeat_due(3.9) is None
+    assert state.heartbeat_due(4.0) == Heartbeat(seq=2)
+    assert state.acknowledged(2) == 4.0 and state.acknowledged(1) is None
+    assert state.lost("cut", 5.0) == Disconnected(5, "cut", greeted=True)
+    assert state.lost("again", 5.0) is None, "one end per session"
+    assert not state.must_open(5.0) and state.must_open(5.0 + BACKOFF_FIRST_S)
+    assert state.opened(6.0).session == 6
+
+
+def test_back_off_doubles_to_its_limit_and_starts_anew_after_a_welcome():
+    state, now, waits = LinkState("r", "router", 1, "", 9.0), 0.0, []
+    for _ in range(9):
+        state.opened(now)
+        state.lost("refused", now)
+        wait = 0.0
+        while not state.must_open(now + wait):
+            wait += 0.05
+        waits.append(wait)
+        now += wait
+    assert waits[0] == pytest.approx(BACKOFF_FIRST_S) and waits[-1] == pytest.approx(BACKOFF_MOST_S, abs=0.06)
+    assert waits == sorted(waits)
+    state.opened(now)
+    state.received(WELCOME, now)
+    state.lost("cut", now)
+    assert state.must_open(now + BACKOFF_FIRST_S)
+
+
+def test_only_long_silence_counts():
+    state = LinkState("r", "router", 1, "", lease_s=10.0)
+    state.opened(0.0)
+    state.received(WELCOME, 0.0)
+    assert state.silent(SILENT_LEASES * 10.0) is None
+    end = state.silent(SILENT_LEASES * 10.0 + 1)
+    assert end is not None and "silent" in end.reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Refused(protocol=1, code="draining", message=""),
+        Welcome(protocol=2, fingerprint="f", worker=b"anything"),
+        Welcome(protocol=1, fingerprint="other", worker=b"anything"),
+        Welcome(protocol=1, fingerprint="f", worker=b"\xc1"),
+    ],
+)
+def test_a_bad_answer_ends_the_session(answer: Any):
+    state = LinkState("d", "decode", 1, "f", 10.0)
+    state.opened(0.0)
+    end = state.received(answer, 0.0)
+    assert isinstance(end, Disconnected) and not end.greeted and state.phase is Phase.LOST
+
+
+# ---------------------------------------------------------------- sockets
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    one: zmq.Context[Any] = zmq.Context()
+    yield one
+    one.term()  # blocks, and so fails by timeout, if a test leaves a socket open
+
+
+class Pair:
+    """A server with its peers, and a link to it, driven by one thread."""
+
+    def __init__(self, context: zmq.Context[Any], key: str = "", link_key: str | None = None, port: int = 0) -> None:
+        self.server = BusServer("127.0.0.1", port, key)
+        self.peers = Peers(WORKER, 10.0)
+        self.poller = zmq.Poller()
+        link_key = key if link_key is None else link_key
+        self.link = BusLink(self.server.address, "r", "router", 1, "", link_key, context, poller=self.poller)
+        self.at_link: list[LinkItem] = []
+        self.at_server: list[tuple[bytes, Any]] = []
+
+    def until(self, check: Callable[[], Any], limit_s: float = 10.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while not check():
+            assert time.monotonic() < deadline, (self.at_link, self.at_server)
+            self.at_link += self.link.receive(time.monotonic())
+            for identity, message in [] if self.server.socket.closed else self.server.receive():
+                self.at_server.append((identity, message))
+                if isinstance(message, Hello):
+                    self.server.send(identity, self.peers.hello(identity, message, time.monotonic())[0])
+                elif isinstance(message, Heartbeat):
+                    self.server.send(identity, HeartbeatAck(seq=message.seq, load=WorkerLoad(running=1)))
+            self.poller.poll(5)
+
+    def connect(self) -> Pair:
+        self.until(lambda: any(isinstance(item, Connected) for item in self.at_link))
+        return self
+
+    def close(self) -> None:
+        self.link.close()
+        self.server.close()
+        assert self.poller.sockets == []
+
+
+@pytest.mark.parametrize("key", ["", "a secret"])
+def test_messages_both_ways(context: zmq.Context[Any], key: str):
+    pair = Pair(context, key).connect()
+    assert pair.link.connected and len(pair.poller.sockets) == 2
+    pair.until(lambda: any(isinstance(item, HeartbeatAck) for item in pair.at_link))
+    assert pair.link.send(Abort(request_id="x", attempt=3))
+    pair.until(lambda: (b"r/1", Abort(request_id="x", attempt=3)) in pair.at_server)
+    batches = [TokenBatch(deltas=[TokenDelta("x", 0, 0, i, [i])]) for i in range(1000)]
+    for batch in batches:
+        pair.server.send(b"r/1", batch)
+    pair.until(lambda: len(pair.at_link) >= 1002)
+    assert [item for item in pair.at_link if isinstance(item, TokenBatch)] == batches
+    pair.close()
+
+
+@pytest.mark.parametrize("link_key", ["", "another secret"])
+def test_without_the_cluster_key_nobody_comes_in(context: zmq.Context[Any], link_key: str):
+    pair = Pair(context, "a secret", link_key)
+    server_socket = pair.server.socket
+    deadline = time.monotonic() + 0.5
+    pair.until(lambda: time.monotonic() > deadline)
+    assert pair.at_server == [] and not pair.link.connected and not server_socket.closed
+    pair.close()
+
+
+def test_the_address_must_be_safe(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="cluster_key"):
+        BusServer("0.0.0.0", 0, "")
+    with pytest.raises(ConfigError, match="resolved"):
+        BusServer("no-such-host.invalid", 0, "key")
+    server = BusServer("localhost", 0, "")
+    assert server.address.startswith("tcp://localhost:")
+    port = int(server.address.rpartition(":")[2])
+    with pytest.raises(ConfigError, match="cannot bind"):
+        BusServer("127.0.0.1", port, "")
+    server.close()
+    server.close()
+    own = {"0.0.0.0": "0.0.0.0", socket.gethostname(): "10.1.2.3"}
+    monkeypatch.setattr(bus_access, "_address_of", lambda host: ipaddress.ip_address(own[host]))
+    assert bus_access.resolve_bind("0.0.0.0", "key") == ("0.0.0.0", "10.1.2.3")
+    own[socket.gethostname()] = "127.0.1.1"
+    with pytest.raises(ConfigError, match="peers reach"):
+        bus_access.resolve_bind("0.0.0.0", "key")
+
+
+def test_rubbish_is_answered_and_counted(context: zmq.Context[Any], caplog: pytest.LogCaptureFixture):
+    server = BusServer("127.0.0.1", 0, "")
+    raw = context.socket(zmq.DEALER)
+    raw.connect(server.address)
+    for frames in ([b"\xc1"], [b""], [b"a", b"b"], [b"\x91" * 100_000], [encode(Heartbeat(seq=1))]):
+        raw.send_multipart(frames)
+    received: list[Any] = []
+    deadline = time.monotonic() + 10
+    while not received and time.monotonic() < deadline:
+        server.socket.poll(100)
+        received += server.receive()
+    assert [message for _, message in received] == [Heartbeat(seq=1)] and server.undecodable == 4
+    assert len(caplog.records) == 1, "the log is rate-limited"
+    assert raw.poll(5000) and b"refused" in raw.recv()
+    raw.close(0)
+    server.close()
+
+
+def test_sending_to_a_peer_that_is_gone_is_counted(context: zmq.Context[Any]):
+    pair = Pair(context).connect()
+    pair.server.send(b"nobody/1", Heartbeat(seq=1))
+    assert pair.server.dropped_sends == 1
+    pair.close()
+
+
+def test_a_link_outlives_its_worker(context: zmq.Context[Any]):
+    pair = Pair(context).connect()
+    pair.server.send(b"r/1", Abort(request_id="last", attempt=0))
+    time.sleep(0.2)  # so that it has left before the socket goes
+    pair.server.close()
+    pair.until(lambda: isinstance(pair.at_link[-1], Disconnected))
+    assert Abort(request_id="last", attempt=0) in pair.at_link, "what came before the cut is read"
+    assert not pair.link.send(Heartbeat(seq=9)) and pair.link.dropped_sends == 1
+    port = int(pair.server.address.rpartition(":")[2])
+    pair.server, pair.peers = BusServer("127.0.0.1", port, ""), Peers(WORKER, 10.0)
+    pair.at_link.clear()
+    pair.connect()
+    session = pair.link.state.session
+    assert session > 1 and pair.peers.identity_of("r") == wire_identity("r", session)
+    pair.close()
+
+
+def test_nobody_listens(context: zmq.Context[Any]):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        link = BusLink(f"tcp://127.0.0.1:{unused.getsockname()[1]}", "r", "router", 1, "", "", context)
+        items: list[LinkItem] = []
+        deadline = time.monotonic() + 10
+        while len(items) < 3 and time.monotonic() < deadline:
+            items += link.receive(time.monotonic())
+            time.sleep(0.01)
+        link.close()
+    assert [item.session for item in items if isinstance(item, Disconnected)] == [1, 2, 3]
+
+
+def test_the_same_on_asyncio(context: zmq.Context[Any]):
+    async def scenario() -> None:
+        server, peers = BusServer("127.0.0.1", 0, ""), Peers(WORKER, 10.0)
+        items: list[LinkItem] = []
+        link = AsyncBusLink(server.address, "r", "router", 1, "", "", context, handler=items.append)
+        link.tick()
+
+        async def until(check: Callable[[], bool]) -> None:
+            for _ in range(2000):
+                for identity, message in [] if server.socket.closed else server.receive():
+                    if isinstance(message, Hello):
+                        server.send(identity, peers.hello(identity, message, 0.0)[0])
+                    elif isinstance(message, Heartbeat):
+                        server.send(identity, HeartbeatAck(seq=message.seq, load=WorkerLoad()))
+                    elif isinstance(message, Abort):
+                        server.send(identity, TokenBatch(deltas=[TokenDelta(message.request_id, 0, 0, 0, [1])]))
+                if check():
+                    return
+                await asyncio.sleep(0.005)
+            raise AssertionError(items)
+
+        await until(lambda: bool(items))
+        assert items[0] == Connected(WORKER, 1)
+        for i in range(200):  # a send may swallow the edge that announces input: nothing may get stuck
+            link.send(Abort(request_id=str(i), attempt=0))
+            if i % 7 == 0:
+                await asyncio.sleep(0)
+        await until(lambda: sum(isinstance(item, TokenBatch) for item in items) == 200)
+        server.close()
+        await until(lambda: isinstance(items[-1], Disconnected))
+        link.close()
+
+    asyncio.run(scenario())
