@@ -1,0 +1,66 @@
+"""Admission: order, promises, deadlines."""
+
+from __future__ import annotations
+
+from penstock.common.messages import GenerateRequest
+from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.sampling import SamplingParams
+from penstock.decode_worker.admission import Admission, Entry
+from penstock.engine.pages import PageManager
+
+
+def make_entry(name: str, num_tokens: int, arrived: float = 0.0, timeout_s: float = 60.0) -> Entry:
+    tokens = list(range(num_tokens))
+    request = GenerateRequest(
+        request_id=name, prompt_token_ids=tokens, sampling=SamplingParams(), queue_timeout_s=timeout_s
+    )
+    return Entry(b"router/1", request, None, arrived, list(page_hashes(root_hash("test"), tokens, 4)))
+
+
+def test_in_order_and_only_what_has_room() -> None:
+    pages = PageManager(6, 4)
+    admission = Admission(pages, max_admitted=8)
+    for name, tokens in (("a", 7), ("big", 16), ("small", 1)):
+        admission.submit(make_entry(name, tokens))
+    assert [e.request.request_id for e in admission.admit(0.0, 0, preempted=False)] == ["a"]  # 8 tokens: 2 pages
+    assert pages.num_promised == 2
+    assert admission.admit(0.0, 1, preempted=False) == []  # "big" needs 5; "small" does not pass it
+    pages.end_promise("a:0:0")
+    assert [e.request.request_id for e in admission.admit(0.0, 0, preempted=False)] == ["big", "small"]
+    assert pages.num_promised == 6
+    assert len(admission) == 0
+
+
+def test_a_cached_prefix_is_held_and_not_promised_again() -> None:
+    pages = PageManager(8, 4)
+    entry = make_entry("a", 8)
+    for page, name in zip(pages.allocate("old", 2), entry.hashes, strict=True):
+        pages.name(page, name)
+    pages.release("old")
+    admission = Admission(pages, max_admitted=8)
+    admission.submit(entry)
+    assert admission.admit(5.0, 0, preempted=False) == [entry]
+    assert entry.held_tokens == 4  # the page of the last token is computed anew: its logits are needed
+    assert entry.admitted == 5.0
+    assert len(pages.table(entry.key)) == 1
+    assert pages.num_promised == 2
+
+
+def test_nobody_is_admitted_past_the_limit_or_a_preempted_sequence() -> None:
+    admission = Admission(PageManager(100, 4), max_admitted=2)
+    for i in range(4):
+        admission.submit(make_entry(str(i), 3))
+    assert admission.admit(0.0, 0, preempted=True) == []
+    assert len(admission.admit(0.0, 1, preempted=False)) == 1
+    assert admission.queued_tokens == 9
+
+
+def test_deadlines_and_cancelling() -> None:
+    admission = Admission(PageManager(1, 4), max_admitted=2)
+    admission.submit(make_entry("late", 20, arrived=0.0, timeout_s=5.0))
+    admission.submit(make_entry("patient", 20, arrived=0.0))
+    assert admission.expired(5.0) == []
+    assert [e.request.request_id for e in admission.expired(5.1)] == ["late"]
+    assert admission.cancel("late:0:0") is None
+    assert admission.cancel("patient:0:0") is not None
+    assert len(admission) == 0
