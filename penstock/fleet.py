@@ -96,7 +96,7 @@ class Fleet:
         self._group.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until the router answers and all workers are registered. Raises as `ProcessGroup.wait_ready`."""
+        """Wait until all workers are registered and the router is linked to them. Raises as `ProcessGroup.wait_ready`."""
         self._group.wait_ready(timeout_s)
 
     def stop(self) -> None:
@@ -145,7 +145,12 @@ class Fleet:
             command=(sys.executable, "-m", "penstock", "router", "--config", "-"),
             stdin=_as_json(config),
             environ=_child_environ(),
-            ready=lambda pid: _is_healthy(self._reachable_host, config.port),
+            ready=lambda pid: _serves(
+                self._reachable_host,
+                config.port,
+                prefill=self.config.prefill_workers,
+                decode=self.config.decode_workers,
+            ),
         )
 
 
@@ -185,11 +190,14 @@ def _of_these(workers: list[WorkerInfo], pids: dict[str, int]) -> dict[str, Work
     return {worker.worker_id: worker for worker in workers if pids.get(worker.worker_id) == worker.pid}
 
 
-def _is_healthy(host: str, port: int) -> bool:
+def _serves(host: str, port: int, **workers: int) -> bool:
+    """Whether the router answers and is linked to that many workers of each role."""
     connection = HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
     try:
         connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        answer = connection.getresponse()
+        linked = json.load(answer)["workers"] if answer.status == 200 else {}
+        return all(linked.get(role, 0) >= count for role, count in workers.items())
     except (OSError, HTTPException):
         return False
     finally:

@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +204,9 @@ def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/health")
     async def health() -> Response:
         if front.service.ready():
-            return Response(b"{}", media_type="application/json")
+            roles = Counter(worker.role for worker, _ in front.service.loads())
+            body = b'{"status":"ok","workers":{"prefill":%d,"decode":%d}}' % (roles["prefill"], roles["decode"])
+            return Response(body, media_type="application/json")
         reason = "no worker is known yet" if front.service.model_info() is None else "no decode worker takes requests"
         error = b'{"status":"unavailable","reason":"%b"}' % reason.encode()
         return Response(error, 503, media_type="application/json")
