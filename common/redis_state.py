@@ -33,7 +33,8 @@ from penstock.common.page_hash import DIGEST_BYTES
 
 BATCH_S = 0.05  # changes of pages and loads within this time travel together
 WRITER_TIMEOUT_S = 2.0
-READER_TIMEOUT_S = 0.25  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
+READER_TIMEOUT_S = 0.5  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
+CONNECT_TIMEOUT_S = 1.0  # longer: a burst can hold the event loop for that long while connections are made
 AWAY_S = 1.0
 MEMBERS_PER_COMMAND = 1000
 MAX_PENDING = 100_000  # page changes kept for a Redis that is away; beyond, all pages are announced anew
@@ -217,18 +218,17 @@ class _RouterRedis:
     def __init__(self, url: str) -> None:
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
-            max_connections=MAX_CONNECTIONS,
+            max_connections=MAX_CONNECTIONS + 1,  # look-ups, and the listing beside them
             timeout=READER_TIMEOUT_S,
             socket_timeout=READER_TIMEOUT_S,
-            socket_connect_timeout=READER_TIMEOUT_S,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=AsyncRetry(NoBackoff(), 0),
         )
         self.client: redis.asyncio.Redis = redis.asyncio.Redis.from_pool(pool)
         self.failures = 0
         self._away_until = float("-inf")
 
-    @property
-    def away(self) -> bool:
+    def is_away(self) -> bool:
         """True for a while after a failure."""
         return time.monotonic() < self._away_until
 
@@ -247,6 +247,7 @@ class FleetReader:
         self._redis = _RouterRedis(url)
         self._namespace = namespace
         self._router_id = router_id
+        self._turn = asyncio.Semaphore(MAX_CONNECTIONS)  # a burst waits for connections; that is no failure
         self._look_up = self._redis.client.register_script(_LOOK_UP)
 
     @property
@@ -256,7 +257,7 @@ class FleetReader:
 
     async def workers(self) -> list[WorkerInfo] | None:
         """Every worker whose lease is alive; a record that cannot be read (another version's) is left out."""
-        if self._redis.away:
+        if self._redis.is_away():
             return None
         client, index = self._redis.client, f"{self._namespace}:workers"
         try:
@@ -282,11 +283,14 @@ class FleetReader:
             return None
         keys = [f"{self._namespace}:pages:{incarnation}" for incarnation in incarnations]
         joined = b"".join(hashes[:MAX_PAGES_LOOKED_UP])
-        try:
-            answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, joined, *incarnations])
-        except (redis.RedisError, OSError) as error:
-            self._redis.failed(error)
-            return None
+        async with self._turn:
+            if self._redis.is_away():  # it went while we waited
+                return None
+            try:
+                answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, joined, *incarnations])
+            except (redis.RedisError, OSError) as error:
+                self._redis.failed(error)
+                return None
         return {one: Lookup(answer[2 * i], answer[2 * i + 1]) for i, one in enumerate(incarnations)}
 
     async def close(self) -> None:
@@ -344,7 +348,7 @@ class Reservations:
     async def _run(self) -> None:
         while not self._closing:  # before Python 3.12, wait_for loses a cancel that crosses its result
             await self._write()
-            await asyncio.sleep(AWAY_S if self._redis.away else BATCH_S)
+            await asyncio.sleep(AWAY_S if self._redis.is_away() else BATCH_S)
             with suppress(asyncio.TimeoutError):  # nothing changed for so long: refresh the lease
                 await asyncio.wait_for(self._dirty.wait(), self._lease_s / 3)
 

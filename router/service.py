@@ -50,7 +50,7 @@ from penstock.router.policy import RequestFacts, choose
 TICK_S = 0.1
 DISCOVER_S = 1.0
 DISCOVER_FIRST_S = 0.1  # while no worker is known
-HASH_OFF_LOOP_TOKENS = 8192  # from here on hashing takes over a millisecond
+HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
 FLUSH_MS = 200  # what the last aborts get to leave
 
 log = logging.getLogger(__name__)
