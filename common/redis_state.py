@@ -279,7 +279,7 @@ class FleetReader:
         `hashes` are the prompt's page hashes in order, all of these workers' hash scope. Page sets belong to an
         incarnation, so what a restarted worker held before does not count.
         """
-        if self._redis.away or not incarnations:
+        if self._redis.is_away() or not incarnations:
             return None
         keys = [f"{self._namespace}:pages:{incarnation}" for incarnation in incarnations]
         joined = b"".join(hashes[:MAX_PAGES_LOOKED_UP])
