@@ -18,14 +18,19 @@ DONE = b"data: [DONE]\n\n"
 
 
 class AnswerFormat:
-    """One request's way of writing; `usage_field` adds "usage": null to chunks, as OpenAI does with include_usage."""
+    """One request's way of writing; `usage_field` adds "usage": null to chunks, as OpenAI does with include_usage.
+
+    With `token_ids` choices carry the ids of their tokens (vLLM's `return_token_ids`).
+    """
 
     object_name: ClassVar[str]
     chunk_object_name: ClassVar[str]
     before_text: ClassVar[bytes]  # between the choice's index and its text
     after_text: ClassVar[bytes]  # what closes the text
 
-    def __init__(self, answer_id: str, created: int, model: str, usage_field: bool) -> None:
+    def __init__(self, answer_id: str, created: int, model: str, usage_field: bool, token_ids: bool) -> None:
+        self.token_ids = token_ids
+        self._ids_written: dict[int, int] = {}  # choice -> how many of its ids are in earlier chunks
         self._answer_id, self._created, self._model = answer_id, created, model
         head = _json({"id": answer_id, "object": self.chunk_object_name, "created": created, "model": model})
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
@@ -54,11 +59,14 @@ class AnswerFormat:
     ) -> bytes:
         """New text of one choice as an event, with the reason if it is the last."""
         start = b"%b%d%b" % (self._head, choice.index, self.before_text)
-        if not tokens and not choice.ended and usage is None:
+        if not tokens and not choice.ended and usage is None and not self.token_ids:
             return b"".join((start, _json(text), self._plain))
         ending: dict[str, Any] = {"logprobs": self.logprobs(tokens), "finish_reason": choice.text.finish_reason}
         if choice.ended:
             ending["stop_reason"] = choice.text.stop_reason
+        if self.token_ids:
+            ending["token_ids"] = choice.token_ids[self._ids_written.get(choice.index, 0) :]
+            self._ids_written[choice.index] = len(choice.token_ids)
         tail = self._tail if usage is None else b'}],"usage":' + _json(usage) + b"}\n\n"
         return b"".join((start, _json(text), self.after_text, b",", _json(ending)[1:-1], tail))
 

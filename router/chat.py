@@ -29,7 +29,12 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
     model = front.model_name(request.model)
     ids = await front.in_thread(lambda: _token_ids(request, front), len(body))
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    format = ChatFormat(front.tokenizer, f"chatcmpl-{head.answer_id}", model, request.usage_in_stream[0])
+    answer_id, usage, show_ids = (
+        f"chatcmpl-{head.answer_id}",
+        request.usage_in_stream[0],
+        bool(request.return_token_ids),
+    )
+    format = ChatFormat(front.tokenizer, answer_id, model, usage, show_ids)
     max_tokens = (front.defaults.max_new_tokens, "messages")
     return front.plan(request, head, format, [ids], [""], max_tokens, logprobs)
 
@@ -62,8 +67,10 @@ class ChatFormat(AnswerFormat):
     before_text = b',"delta":{"content":'
     after_text = b"}"
 
-    def __init__(self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool) -> None:
-        super().__init__(answer_id, int(time.time()), model, usage_field)
+    def __init__(
+        self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool, token_ids: bool = False
+    ) -> None:
+        super().__init__(answer_id, int(time.time()), model, usage_field, token_ids)
         self._tokenizer = tokenizer
 
     def opening(self, choice: Choice) -> bytes:
@@ -72,13 +79,16 @@ class ChatFormat(AnswerFormat):
 
     def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         """See `AnswerFormat`."""
-        return {
+        fields: dict[str, Any] = {
             "index": choice.index,
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": self.logprobs(tokens),
             "finish_reason": choice.text.finish_reason,
             "stop_reason": choice.text.stop_reason,
         }
+        if self.token_ids:
+            fields |= {"token_ids": choice.token_ids}
+        return fields
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """One entry a token, with the bytes of tokens, for text that is not whole characters."""

@@ -61,6 +61,7 @@ class Choice:
     ) -> None:
         self.request, self.index, self.echo = request, index, echo
         self.spans: list[Spans] = []
+        self.token_ids: list[int] = []  # kept output tokens
         self.ended = False
         self._scores = request.sampling.logprobs is not None
         self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores)
@@ -100,6 +101,7 @@ class Choice:
         if delta.token_ids:
             self._observe(time.monotonic())
         text = self.text.push(delta.token_ids, finish)
+        self.token_ids += delta.token_ids[: self.text.kept]
         tokens = self._scored(delta) if self._scores else ()
         if self.text.finish_reason is not None:
             self._end(cancel=finish is None)

@@ -32,7 +32,8 @@ async def plan_completion(body: bytes, head: RequestHead, front: Front) -> Plan:
     echoes = ["" for _ in ids]
     if request.echo:
         echoes = [p if isinstance(p, str) else front.tokenizer.decode(p) for p in prompts]
-    format = CompletionFormat(front.tokenizer, f"cmpl-{head.answer_id}", model, request.usage_in_stream[0])
+    answer_id, usage, show_ids = f"cmpl-{head.answer_id}", request.usage_in_stream[0], bool(request.return_token_ids)
+    format = CompletionFormat(front.tokenizer, answer_id, model, usage, show_ids)
     return front.plan(request, head, format, ids, echoes, (None, "prompt"), request.logprobs)
 
 
@@ -58,8 +59,10 @@ class CompletionFormat(AnswerFormat):
     before_text = b',"text":'
     after_text = b""
 
-    def __init__(self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool) -> None:
-        super().__init__(answer_id, int(time.time()), model, usage_field)
+    def __init__(
+        self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool, token_ids: bool = False
+    ) -> None:
+        super().__init__(answer_id, int(time.time()), model, usage_field, token_ids)
         self._tokenizer = tokenizer
 
     def opening(self, choice: Choice) -> bytes:
@@ -68,13 +71,16 @@ class CompletionFormat(AnswerFormat):
 
     def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         """See `AnswerFormat`."""
-        return {
+        fields: dict[str, Any] = {
             "index": choice.index,
             "text": text,
             "logprobs": self.logprobs(tokens),
             "finish_reason": choice.text.finish_reason,
             "stop_reason": choice.text.stop_reason,
         }
+        if self.token_ids:
+            fields |= {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
+        return fields
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """Four lists with one entry a token; the chosen token is always among the top ones, as in vLLM."""

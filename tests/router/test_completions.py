@@ -215,3 +215,12 @@ def test_long_text_is_tokenised_too(router: Router) -> None:
     text = "the water " * 1000
     error = router.post("/v1/completions", {"prompt": text}).json()["error"]
     assert f"({len(ids_of(text))} in the prompt" in error["message"]
+
+
+def test_token_ids_on_request(router: Router) -> None:
+    wanted = {"return_token_ids": True, "stop": "the"}
+    whole = create(router, prompt=[7, 8], extra_body=wanted).choices[0]
+    assert whole.prompt_token_ids == [7, 8]
+    assert whole.token_ids == ids_of(ANSWER)[: len(whole.token_ids)]
+    chunks = router.openai.completions.create(model="tiny", prompt=[7, 8], stream=True, extra_body=wanted)
+    assert [i for chunk in chunks for i in chunk.choices[0].token_ids] == whole.token_ids

@@ -26,7 +26,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("structured_outputs", {"regex": "a"}), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
     ("use_beam_search", True), ("bad_words", ["a"]), ("allowed_token_ids", [1]), ("prompt_embeds", "x"),
     ("best_of", 2), ("truncate_prompt_tokens", 5), ("priority", 1), ("kv_transfer_params", {"a": 1}),
-    ("return_token_ids", True), ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("suffix", "x"),
+    ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("suffix", "x"),
     ("modalities", ["audio"]), ("audio", {"voice": "x"}), ("functions", [{}]),
 ]  # fmt: skip
 NEUTRAL: dict[str, Any] = {
