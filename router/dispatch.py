@@ -136,9 +136,7 @@ class Dispatcher:
             choice = choices.get((delta.request_id, delta.choice))
             if choice is None or delta.attempt != choice.attempt or choice.state is not State.RUNNING:
                 self.stale_deltas += 1
-            elif (
-                delta.finish is None and delta.index == len(choice.delivered) and choice.delivered and not choice.early
-            ):
+            elif choice.steady and delta.finish is None and delta.index == len(choice.delivered):
                 choice.delivered += delta.token_ids
                 choice.deadline = now + self._progress_timeout_s
                 commands.append(Deliver(choice.sink, delta))

@@ -164,6 +164,14 @@ def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
     assert h.delivered() == [5, 6, 7] and h.core.retries == 1
 
 
+def test_a_later_attempt_gives_back_its_prefill_load_with_its_first_token():
+    h = Harness()
+    h.run()
+    h.tokens(delta(0, 5))
+    h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2", "p1")))
+    assert h.tokens(delta(1, 6, attempt=1)) == [Release("p1", 20), Deliver("sink", delta(1, 6, attempt=1))]
+
+
 def test_a_prefill_worker_lost_is_the_decode_workers_business():
     h = Harness()
     h.run(prefill="p1")
