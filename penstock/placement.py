@@ -33,7 +33,7 @@ def place_workers(config: ServeConfig, gpus: int, cores: int) -> list[Placement]
     """Prefill workers, then decode workers.
 
     A role's devices are used in turn. Without a list, workers go round all GPUs; without a GPU they run on the CPU.
-    Workers on one GPU get equal shares of its memory. CPU threads times workers stay within the cores.
+    Workers on one GPU get equal shares of its memory. CPU threads times workers leave a core free for the router.
     """
     ids = [("prefill", i) for i in range(config.prefill_workers)] + [
         ("decode", i) for i in range(config.decode_workers)
@@ -44,7 +44,8 @@ def place_workers(config: ServeConfig, gpus: int, cores: int) -> list[Placement]
         for position, (role, index) in enumerate(ids)
     ]
     sharing = Counter(devices)
-    threads = config.cpu_threads or max(1, cores // len(ids))
+    # One core stays for the router: OpenMP threads that outnumber the free cores spin on each other, 4 to 6 times slower.
+    threads = config.cpu_threads or max(1, (cores - 1) // len(ids))
     return [
         Placement(f"{role}-{index}", role, device, 1.0 if device == "cpu" else 1.0 / sharing[device], threads)
         for (role, index), device in zip(ids, devices, strict=True)

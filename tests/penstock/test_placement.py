@@ -62,7 +62,7 @@ def test_nothing_is_given_out_twice(prefill: int, decode: int, gpus: int, cores:
 
 def test_worker_configuration() -> None:
     fleet = ServeConfig(model="tiny", prefill_workers=1, max_num_seqs=3, bus_port=5, kv_transport="shm")
-    config = place_workers(fleet, gpus=0, cores=4)[0].config(fleet)
+    config = place_workers(fleet, gpus=0, cores=5)[0].config(fleet)
     assert (config.role, config.worker_id, config.device, config.cpu_threads) == ("prefill", "prefill-0", "cpu", 2)
     assert (config.model, config.max_num_seqs, config.bus_port, config.kv_transport) == ("tiny", 3, 0, "shm")
 

@@ -1,0 +1,123 @@
+"""Real fleets for system tests: every process of `penstock serve`, OpenAI clients, ledgers that must end at zero."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+from openai import AsyncOpenAI
+
+from penstock.common.config import ServeConfig
+from penstock.fleet import Fleet
+
+LEASE_S = 3.0
+EMPTY = ("running", "waiting", "held_pages", "promised_pages")
+EMPTY_IF_THERE = ("requests", "admission", "handoffs", "lent_pages", "quarantined_pages")
+
+
+@contextlib.contextmanager
+def fleet(model: Path, **options: Any) -> Iterator[Fleet]:
+    """A running fleet that must be idle, everywhere, when the block ends."""
+    values: dict[str, Any] = {"device": "cpu", "lease_s": LEASE_S, "drain_s": 5.0, "served_model_name": ("tiny",)}
+    values |= {"kv_cache_memory_bytes": 16 << 20, "block_size": 4, "port": 0, **options}
+    with Fleet(ServeConfig(model=str(model), **values)) as running:
+        yield running
+        assert_idle(running)
+
+
+def ledgers(running: Fleet) -> dict[str, dict[str, Any]]:
+    """Each worker's /debug/ledger, which also verifies its page ledger."""
+    found = {}
+    for worker_id, url in running.status_urls().items():
+        with urllib.request.urlopen(f"{url}/debug/ledger", timeout=20) as answer:
+            found[worker_id] = json.load(answer)
+    return found
+
+
+def assert_idle(running: Fleet, seconds: float = 4 * LEASE_S) -> None:
+    """Every page, promise, loan, request and reservation is zero; waits for leases of the dead to end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        state = ledgers(running)
+        rest = {
+            worker_id: {name: ledger.get(name, 0) for name in EMPTY + EMPTY_IF_THERE if ledger.get(name, 0)}
+            for worker_id, ledger in state.items()
+        }
+        reserved = reservations(running)
+        if len(state) == len(running.placements) and not any(rest.values()) and not reserved:
+            assert all(name in ledger for ledger in state.values() for name in EMPTY)
+            return
+        assert time.monotonic() < deadline, f"not idle: {rest}, reserved {reserved}, workers {sorted(state)}"
+        time.sleep(0.1)
+
+
+def reservations(running: Fleet) -> dict[str, int]:
+    """Load that routers have reserved in Redis and not given back."""
+    client = redis.Redis.from_url(running.config.redis_url, decode_responses=True)
+    try:
+        hashes = [client.hgetall(key) for key in client.scan_iter(f"{running.config.namespace}:load:*")]
+    finally:
+        client.close()
+    return {worker: int(tokens) for load in hashes for worker, tokens in load.items() if int(tokens)}
+
+
+def metric(running: Fleet, name: str) -> float:
+    """A metric of the workers, summed. From themselves: the router's copy is as old as the last heartbeat."""
+    lines: list[str] = []
+    for url in running.status_urls().values():
+        with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
+            lines += answer.read().decode().splitlines()
+    found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")]
+    assert found, f"no worker has the metric {name}"
+    return sum(found)
+
+
+async def complete(
+    client: AsyncOpenAI, prompt: Sequence[int], max_tokens: int, *, stream: bool = False, **fields: Any
+) -> list[int]:
+    """Token ids of one completion of token ids."""
+    extra = {"return_token_ids": True, "ignore_eos": True, **fields.pop("extra_body", {})}
+    values = {"temperature": 0.0, "max_tokens": max_tokens, "extra_body": extra, **fields}
+    if not stream:
+        answer = await client.completions.create(model="tiny", prompt=list(prompt), **values)
+        return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
+    tokens: list[int] = []
+    async for chunk in await client.completions.create(model="tiny", prompt=list(prompt), stream=True, **values):
+        tokens += chunk.choices[0].token_ids
+    return tokens
+
+
+def complete_all(
+    running: Fleet,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    concurrency: int = 16,
+    spread_s: float = 0.5,
+    arrivals: int = 0,
+    **fields: Any,
+) -> list[list[int]]:
+    """All prompts at random times, at most `concurrency` at once, every other one streamed; answers in order."""
+
+    async def run() -> list[list[int]]:
+        chooser = random.Random(arrivals)
+        slots = asyncio.Semaphore(concurrency)
+        async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+
+            async def one(index: int, delay_s: float) -> list[int]:
+                await asyncio.sleep(delay_s)
+                async with slots:
+                    return await complete(client, prompts[index], max_tokens, stream=index % 2 == 0, **fields)
+
+            delays = [chooser.uniform(0, spread_s) for _ in prompts]
+            return list(await asyncio.gather(*(one(i, delay) for i, delay in enumerate(delays))))
+
+    return asyncio.run(run())
