@@ -1,0 +1,181 @@
+"""Chaos: a fleet under load whose workers are killed at random moments. `run` is one seed; used by the test and by
+
+    python -m tests.system.chaos --seeds 10        # writes benchmarks/results/chaos-COMMIT.json
+
+Every answer must be token-exact or a typed error, none may be late, and afterwards nothing may be held anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import APIError, APIStatusError, AsyncOpenAI
+
+from penstock.fleet import Fleet
+from tests.engine.engines import make_engine, request
+from tests.system.fleets import assert_idle, complete, fleet
+from tests.tiny_models import FAMILIES, make_checkpoint, random_prompts, reference_tokens
+
+REQUESTS = 200
+PROMPTS = 20
+NEW_TOKENS = 120
+LOAD_S = 18.0
+DEADLINE_S = 60.0  # from sending a request to its end, whatever dies
+TYPED = {"unavailable", "worker_lost", "timeout", "queue_timeout", "overloaded", "internal_error"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One seed's outcome."""
+
+    seed: int
+    family: str
+    kills: list[tuple[float, str]]  # seconds after the start, worker
+    exact: int
+    typed_errors: dict[str, int]
+    slowest_s: float
+    retries: int
+    seconds: float
+
+
+class ChaosFailure(AssertionError):
+    """An answer was wrong, late, or failed without a type."""
+
+
+def run(seed: int, directory: Path, *, requests: int = REQUESTS, load_s: float = LOAD_S) -> Report:
+    """Run one seed; raises `ChaosFailure` (or an assertion about what is left) unless all is well."""
+    chooser = random.Random(seed)
+    family = FAMILIES[seed % len(FAMILIES)]
+    path = make_checkpoint(family, directory / f"{family}-{seed}")
+    prompts = random_prompts([chooser.choice((3, 17, 64, 120, 200, 300)) for _ in range(PROMPTS)], seed=seed)
+    oracles = [_greedy_oracle(path, prompts), _seeded_oracle(path, prompts)]
+    started = time.monotonic()
+    options = {"prefill_workers": 2, "decode_workers": 2, "max_num_batched_tokens": 32, "cpu_threads": 1}
+    with fleet(path, **options) as running:
+        kills = sorted(chooser.uniform(0.5, load_s) for _ in range(chooser.randint(4, 7)))
+        plan = [(at, chooser.choice(sorted(running.worker_pids()))) for at in kills]
+        outcomes = asyncio.run(_load(running, plan, chooser, prompts, oracles, requests, load_s))
+        running.wait_ready(60)
+        assert_idle(running)
+        counted = Counter(code for code, _ in outcomes if code)
+        return Report(
+            seed,
+            family,
+            [(round(at, 2), worker) for at, worker in plan],
+            sum(code == "" for code, _ in outcomes),
+            dict(counted),
+            round(max(seconds for _, seconds in outcomes), 2),
+            int(_router_counter(running, "penstock:retries_total")),
+            round(time.monotonic() - started, 1),
+        )
+
+
+async def _load(
+    running: Fleet,
+    plan: list[tuple[float, str]],
+    chooser: random.Random,
+    prompts: list[list[int]],
+    oracles: list[list[list[int]]],
+    requests: int,
+    load_s: float,
+) -> list[tuple[str, float]]:
+    async def kill(at: float, worker: str) -> None:
+        await asyncio.sleep(at)
+        running.kill(worker, signal.SIGKILL)
+
+    async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
+
+        async def one(delay_s: float, index: int, seeded: bool, stream: bool) -> tuple[str, float]:
+            await asyncio.sleep(delay_s)
+            began = time.monotonic()
+            fields: dict[str, Any] = {"temperature": 0.8, "seed": index} if seeded else {}
+            try:
+                tokens = await complete(client, prompts[index], NEW_TOKENS, stream=stream, **fields)
+            except (APIError, httpx.HTTPError) as error:
+                return _code_of(error), time.monotonic() - began
+            if tokens != oracles[seeded][index]:
+                raise ChaosFailure(f"prompt {index}, seeded {seeded}: {tokens} instead of {oracles[seeded][index]}")
+            return "", time.monotonic() - began
+
+        work = [
+            one(chooser.uniform(0, load_s), chooser.randrange(PROMPTS), chooser.random() < 0.5, chooser.random() < 0.5)
+            for _ in range(requests)
+        ]
+        results = await asyncio.gather(*work, *(kill(at, worker) for at, worker in plan))
+    outcomes = [outcome for outcome in results if outcome is not None]
+    late = [seconds for _, seconds in outcomes if seconds > DEADLINE_S]
+    if late:
+        raise ChaosFailure(f"{len(late)} answers came late: {late}")
+    return outcomes
+
+
+def _code_of(error: Exception) -> str:
+    """The typed code of a failure; anything else is a failure of the test."""
+    body = error.body if isinstance(error, APIError) else None
+    code = body.get("code") if isinstance(body, dict) else None
+    if code not in TYPED or (isinstance(error, APIStatusError) and error.status_code < 429):
+        raise ChaosFailure(f"not a typed error: {error!r}, body {body}") from error
+    return str(code)
+
+
+def _greedy_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return reference_tokens(path, prompts, NEW_TOKENS)
+
+
+def _seeded_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The engine alone, undisturbed, in this process."""
+    from penstock.common.sampling import SamplingParams
+
+    built = make_engine(path, max_num_batched_tokens=256)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.8, seed=i, max_tokens=NEW_TOKENS, ignore_eos=True)
+        built.engine.add(request(str(i), prompt, sampling))
+    while built.engine.has_work():
+        for output in built.engine.step().outputs:
+            tokens[int(output.request.request_id)] += output.token_ids
+    built.engine.close()
+    return tokens
+
+
+def _router_counter(running: Fleet, name: str) -> float:
+    lines = httpx.get(f"{running.url}/metrics", timeout=20).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def main() -> None:
+    """Run seeds, print a line each, write the record."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/chaos-COMMIT.json")
+    arguments = parser.parse_args()
+    reports = []
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
+        with tempfile.TemporaryDirectory() as directory:
+            report = run(seed, Path(directory))
+        print(report, flush=True)
+        reports.append(asdict(report))
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    record = {"commit": commit, "machine": platform.platform(), "requests_per_seed": REQUESTS, "rows": reports}
+    output = arguments.output or Path("benchmarks/results") / f"chaos-{commit}.json"
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
