@@ -15,8 +15,8 @@ pytestmark = pytest.mark.system
 
 @pytest.mark.timeout(240)
 def test_killed_workers_change_no_answer(tmp_path: Path) -> None:
-    seed = int(os.environ.get("PENSTOCK_TEST_CHAOS_SEED", time.time() // 86400))
-    print(f"chaos seed {seed}: repeat with PENSTOCK_TEST_CHAOS_SEED={seed}")
+    seed = int(os.environ.get("CHAOS_SEED", time.time() // 86400))
+    print(f"chaos seed {seed}: repeat with CHAOS_SEED={seed}")
     report = run(seed, tmp_path)
     assert report.exact + sum(report.typed_errors.values()) == REQUESTS
     assert report.exact > REQUESTS // 2, report
