@@ -43,7 +43,7 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
 
 
 class Refused(Message, tag="refused", frozen=True, kw_only=True):
-    """The worker does not accept this peer; `code` is "protocol", "fingerprint", "draining" or "unknown" (say Hello first)."""
+    """The worker does not accept this peer: `code` is "protocol", "fingerprint", "draining" or "unknown" (no Hello yet)."""
 
     protocol: int
     code: str

@@ -52,7 +52,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
         _check(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
         if self.max_tokens is not None:
-            _check(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+            _check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                f"at most max_tokens ({self.max_tokens})",
+                self.min_tokens,
+            )
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0", self.logprobs)
         _check(all(self.stop), "stop", "without empty strings", self.stop)
         _check(not self.stop or self.detokenize, "stop", "used with detokenize=True only", self.stop)

@@ -96,7 +96,7 @@ class Fleet:
         self._group.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until all workers are registered and the router is linked to them. Raises as `ProcessGroup.wait_ready`."""
+        """Wait until the router is linked to every worker. Raises as `ProcessGroup.wait_ready`."""
         self._group.wait_ready(timeout_s)
 
     def stop(self) -> None:
