@@ -1,14 +1,15 @@
 """What a checkpoint's config.json says of its decoder, in one frozen record. Read by the engine and the decoder.
 
 Both spellings of config.json are understood: transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5
-(rope_parameters, dtype). Whatever the decoder cannot do is refused here, by name.
+(rope_parameters, dtype). The ids that end a text stand in generation_config.json, too: chat models name more of them
+there. Whatever the decoder cannot do is refused here, by name.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +64,19 @@ TRAITS: dict[str, Traits] = {
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """Read `path`/config.json.
+    """Read `path`/config.json, and the end-of-text ids of generation_config.json if there is one.
 
     Raises:
         ModelError: no readable config.json, an architecture or a feature without support, a field missing or wrong.
     """
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no JSON object")
-    try:
-        return parse_spec(config)
+        spec = parse_spec(_read_object(file))
+        file = path / "generation_config.json"
+        if not file.exists():
+            return spec
+        ids = spec.eos_token_ids + _eos_token_ids(_read_object(file))
+        return replace(spec, eos_token_ids=tuple(dict.fromkeys(ids)))
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
 
@@ -124,6 +122,18 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError("holds no JSON object")
+    return found
+
+
 def _count(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -154,7 +164,8 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 
 def _eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = config.get("eos_token_id")
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ModelError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return tuple(ids)

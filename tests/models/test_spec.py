@@ -115,11 +115,44 @@ def test_what_is_refused_is_named(tmp_path: Path, change: dict[str, Any], messag
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "cannot read"), ("{", "is not JSON"), ("[]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "no JSON object")]
+)
 def test_unreadable_config(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
+        read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config_ids", "generation_ids", "expected"),
+    [
+        (1, None, (1,)),  # no generation_config.json
+        (1, {}, (1,)),
+        (1, {"eos_token_id": 1}, (1,)),
+        (1, {"eos_token_id": 2}, (1, 2)),
+        (3, {"eos_token_id": [1, 2, 3]}, (3, 1, 2)),  # Llama 3 Instruct
+        ([1, 2], {"eos_token_id": None}, (1, 2)),
+        (None, {"eos_token_id": [7, 8]}, (7, 8)),
+    ],
+)
+def test_end_of_text_is_in_both_files(
+    tmp_path: Path, config_ids: Any, generation_ids: dict[str, Any] | None, expected: tuple[int, ...]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": config_ids}))
+    if generation_ids is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation_ids))
+    assert read_spec(tmp_path).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ('{"eos_token_id": ["</s>"]}', "eos_token_id must")]
+)
+def test_broken_generation_config_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"generation_config.json: .*{message}"):
         read_spec(tmp_path)
 
 
