@@ -43,7 +43,7 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
 
 
 class Refused(Message, tag="refused", frozen=True, kw_only=True):
-    """The worker does not accept this peer: `code` is "protocol", "fingerprint", "draining" or "unknown" (no Hello yet)."""
+    """The worker does not accept this peer: `code` is "protocol", "fingerprint", "draining" or "unknown" (no Hello)."""
 
     protocol: int
     code: str
@@ -237,8 +237,12 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Spans(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A worker's part of the request's timeline: durations in milliseconds, bytes, and token counts."""
+    """A worker's part of the request's timeline: durations in milliseconds, bytes, and token counts.
 
+    Sent with a worker's first delta of a request and again, complete, with its last one.
+    """
+
+    worker: str = ""  # worker id
     queue_ms: float = 0.0  # waiting at this worker before work began
     prefill_ms: float = 0.0  # first chunk planned until the first token was sampled
     transfer_ms: float = 0.0  # first ticket until the last page landed
@@ -264,7 +268,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     token_ids: list[int]
     finish: Finish | None = None
     logprobs: list[TokenLogprobs] | None = None
-    spans: Spans | None = None  # with a worker's last delta of the request
+    spans: Spans | None = None  # with a worker's first and last delta of the request
 
 
 class TokenBatch(Message, tag="tokens", frozen=True, kw_only=True):

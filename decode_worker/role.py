@@ -160,11 +160,25 @@ class DecodeRole:
     def stepped(self, output: StepOutput, now: float) -> None:
         for item in output.outputs:
             entry = self._entries[item.key]
-            spans = item.spans
+            spans = item.spans and self._complete(item.spans, entry)
             if item.finish is not None:
                 del self._entries[item.key]
-                spans = _merge(item.spans, self._transfers.pop(item.key, None), entry)
+                self._transfers.pop(item.key, None)
             self._loop.replies.add(entry.identity, to_delta(item, spans))
+
+    def _complete(self, spans: Spans, entry: Entry) -> Spans:
+        """The engine's figures of a request, with those of its admission and its hand-off."""
+        transfer = self._transfers.get(entry.key, Spans())
+        return msgspec.structs.replace(
+            transfer,
+            worker=self._loop.info.worker_id,
+            queue_ms=(entry.admitted - entry.arrived) * 1e3,
+            prefill_ms=spans.prefill_ms,
+            decode_ms=spans.decode_ms,
+            cached_tokens=entry.held_tokens,
+            computed_tokens=spans.computed_tokens,
+            preemptions=spans.preemptions,
+        )
 
     def _all_entries(self) -> list[Entry]:
         return [*self._admission.entries(), *self._entries.values()]
@@ -208,21 +222,3 @@ class DecodeRole:
     def close(self) -> bool:
         self._handoffs.links.close()
         return self._handoffs.mover.close()
-
-
-def _merge(spans: Spans | None, transfer: Spans | None, entry: Entry) -> Spans | None:
-    """The engine's figures of a request, with those of its hand-off."""
-    if spans is None or transfer is None:
-        return spans
-    return msgspec.structs.replace(
-        spans,
-        queue_ms=(entry.admitted - entry.arrived) * 1e3,
-        cached_tokens=entry.held_tokens,
-        transfer_ms=transfer.transfer_ms,
-        exposed_transfer_ms=transfer.exposed_transfer_ms,
-        transfer_bytes=transfer.transfer_bytes,
-        transfer_pages=transfer.transfer_pages,
-        transport=transfer.transport,
-        checksum_failures=transfer.checksum_failures,
-        local_prefill=transfer.local_prefill,
-    )

@@ -42,6 +42,7 @@ class Request:
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
     first_planned: float | None = None
     prefilled: float | None = None
+    reported: bool = False  # its spans were given out once
     cached_tokens: int = 0
     preemptions: int = 0
     finish: Finish | None = None

@@ -32,7 +32,7 @@ class Output:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: Finish | None
-    spans: Spans | None  # with the last output
+    spans: Spans | None  # with the first and the last output
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,8 @@ class Scheduler:
             finish = HANDED_OFF
         if finish is not None:
             self._end(request, finish)
+        spans = None if finish is None and request.reported else request.spans(now)
+        request.reported = True
         return Output(
             request=request.source,
             key=request.key,
@@ -292,7 +294,7 @@ class Scheduler:
             token_ids=tuple(kept),
             logprobs=None if logprobs is None else logprobs[: len(kept)],
             finish=finish,
-            spans=None if finish is None else request.spans(now),
+            spans=spans,
         )
 
     def _end(self, request: Request, finish: Finish) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from penstock.common.messages import (
     Abort,
     AnyMessage,
@@ -191,7 +193,8 @@ class HandOffOut:
 
     def _finish(self, handoff: _HandOff, output: Output) -> None:
         """The first token: to the router at once, to the decode worker behind the last ticket."""
-        delta = to_delta(output)
+        spans = msgspec.structs.replace(output.spans or Spans(), worker=self._loop.info.worker_id)
+        delta = to_delta(output, spans)
         router = self._loop.peers.identity_of(handoff.router_id)
         if router is not None:
             self._loop.replies.add(router, delta)
@@ -201,7 +204,7 @@ class HandOffOut:
             choice=handoff.request.choice,
             token_ids=list(output.token_ids),
             finish=delta.finish,
-            spans=output.spans or Spans(),
+            spans=spans,
             undelivered=delta if router is None else None,
         )
         self._close_if_done(handoff)

@@ -60,7 +60,7 @@ class Choice:
         listener: Listener,
     ) -> None:
         self.request, self.index, self.echo = request, index, echo
-        self.spans: list[Spans] = []
+        self._spans: dict[str, Spans] = {}  # by worker: its newest
         self.token_ids: list[int] = []  # kept output tokens
         self.ended = False
         self._scores = request.sampling.logprobs is not None
@@ -68,6 +68,11 @@ class Choice:
         self._service, self._metrics, self._listener = service, metrics, listener
         self._timeline = timeline
         self._first_at = self._last_at = 0.0
+
+    @property
+    def spans(self) -> list[Spans]:
+        """What the workers told of their parts, in the order in which they joined in."""
+        return list(self._spans.values())
 
     def on_delta(self, delta: TokenDelta) -> None:
         """New tokens. A fault of ours ends this choice, never the service's pass over the other ones."""
@@ -94,7 +99,7 @@ class Choice:
     def _take(self, delta: TokenDelta) -> None:
         finish = delta.finish
         if delta.spans is not None:
-            self.spans.append(delta.spans)
+            self._spans[delta.spans.worker] = delta.spans
         if finish is not None and finish.reason == "error":
             self.on_error(from_code(finish.code, finish.message))
             return

@@ -68,7 +68,8 @@ class Case:
         self.engine = Engine(make_scheduler(16, 4, policy=PrefillPolicy()), Submitting(16), lambda: self.now)
         peers = SimpleNamespace(draining=False, identity_of=lambda name: router, heartbeat_seq=lambda identity: 3)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
-        self.loop: Any = SimpleNamespace(engine=self.engine, peers=peers, bus=bus, replies=Replies(bus.send))
+        info = SimpleNamespace(worker_id="prefill-0")
+        self.loop: Any = SimpleNamespace(info=info, engine=self.engine, peers=peers, bus=bus, replies=Replies(bus.send))
         self.mover = NotingMover()
         self.role = HandOffOut(self.loop, self.mover, LoanBook(10.0), checksum, lambda: self.now)  # type: ignore[arg-type]
 
