@@ -24,7 +24,9 @@ from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine.build import build_engine
 from penstock.engine.policy import DecodePolicy
+from penstock.engine.request import request_key
 from penstock.engine.scheduler import Output
+from penstock.interrupt import HeldInterrupt
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -63,12 +65,19 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
-@dataclass
-class _Running:
+@dataclass(frozen=True)
+class _Choice:
+    """One output in the making."""
+
     request: RequestOutput
     output: CompletionOutput
     text: OutputText
     source: GenerateRequest
+
+    @property
+    def key(self) -> str:
+        """Its name in the engine."""
+        return request_key(self.source.request_id, self.source.choice, self.source.attempt)
 
 
 class LLM:
@@ -116,7 +125,8 @@ class LLM:
         """Complete each prompt: text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...} (with "cache_salt").
 
         Raises:
-            ValueError: a prompt is empty or too long, or the numbers of prompts and parameters differ.
+            ValueError: a prompt is empty or too long, a token id is not the model's, or the numbers of prompts and
+                parameters differ. Nothing has been computed then.
         """
         several = _prompt_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -125,11 +135,9 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(several):
             raise ValueError(f"{len(several)} prompts, but {len(params)} sampling parameters")
-        running: dict[str, _Running] = {}
-        requests = [self._prepare(prompt, p, running) for prompt, p in zip(several, params, strict=True)]
-        for item in running.values():
-            self._built.engine.add(item.source)
-        self._run(running, len(requests), use_tqdm)
+        choices = [choice for prompt, p in zip(several, params, strict=True) for choice in self._choices(prompt, p)]
+        requests = list({choice.source.request_id: choice.request for choice in choices}.values())
+        self._run(choices, len(requests), use_tqdm)
         return requests
 
     def chat(
@@ -169,33 +177,44 @@ class LLM:
         """Free the KV pool; the object cannot be used afterwards."""
         self._built.engine.close()
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, running: dict[str, _Running]) -> RequestOutput:
+    def _choices(self, prompt: Prompt, params: SamplingParams) -> list[_Choice]:
+        """The choices of a prompt, checked; they share one `RequestOutput`."""
         text, ids, salt = self._tokens_of(prompt)
         room = self._built.max_model_len - len(ids)
         if not ids or room < 1:
             raise ValueError(
                 f"a prompt must have from 1 to {self._built.max_model_len - 1} tokens here, this one has {len(ids)}"
             )
+        self._check_ids(ids, "a prompt")
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
         number = next(self._ids)
-        request_id = str(number)
         seed = params.seed if params.seed is not None else self._fresh_seed(number)
-        outputs = [CompletionOutput(index=i) for i in range(params.n)]
-        request = RequestOutput(request_id, text, ids, outputs)
         wanted = room if params.max_tokens is None else min(room, params.max_tokens)
-        sampling = _replace(params, seed=seed, n=1, max_tokens=wanted, min_tokens=min(params.min_tokens, wanted))
-        for output in outputs:
-            source = GenerateRequest(
-                request_id=request_id,
-                choice=output.index,
-                prompt_token_ids=ids,
-                sampling=sampling,
-                eos_token_ids=list(self._built.spec.eos_token_ids),
-                cache_salt=salt,
-                queue_timeout_s=float("inf"),
+        changes = {"seed": seed, "n": 1, "max_tokens": wanted, "min_tokens": min(params.min_tokens, wanted)}
+        sampling = msgspec.structs.replace(params, **changes)
+        request = RequestOutput(str(number), text, ids, [CompletionOutput(index=i) for i in range(params.n)])
+        return [
+            _Choice(
+                request,
+                output,
+                OutputText(self._tokenizer, sampling, ids),
+                GenerateRequest(
+                    request_id=request.request_id,
+                    choice=output.index,
+                    prompt_token_ids=ids,
+                    sampling=sampling,
+                    eos_token_ids=list(self._built.spec.eos_token_ids),
+                    cache_salt=salt,
+                    queue_timeout_s=float("inf"),
+                ),
             )
-            item = _Running(request, output, OutputText(self._tokenizer, sampling, ids), source)
-            running[f"{request_id}:{output.index}:0"] = item
-        return request
+            for output in request.outputs
+        ]
+
+    def _check_ids(self, token_ids: Sequence[int], what: str) -> None:
+        vocab_size = self._built.spec.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise ValueError(f"{what} must hold token ids from 0 to {vocab_size - 1}")
 
     def _fresh_seed(self, number: int) -> int:
         if self.config.seed:
@@ -209,43 +228,52 @@ class LLM:
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if ids is None and text is None:
                 raise ValueError("a prompt needs prompt or prompt_token_ids")
-            return (
-                text,
-                list(ids) if ids is not None else self._tokenizer.encode(str(text)),
-                prompt.get("cache_salt", ""),
-            )
+            ids = self._tokenizer.encode(str(text)) if ids is None else list(ids)
+            return text, ids, prompt.get("cache_salt", "")
         return None, list(prompt), ""
 
-    def _run(self, running: dict[str, _Running], num_requests: int, use_tqdm: bool) -> None:
+    def _run(self, choices: Iterable[_Choice], num_requests: int, use_tqdm: bool) -> None:
+        """Step until all choices have ended; whatever ends it early, the engine is empty afterwards."""
         engine = self._built.engine
-        with tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar:
+        running = {choice.key: choice for choice in choices}
+        with (
+            tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar,
+            HeldInterrupt() as ctrl_c,
+        ):
             try:
+                for choice in running.values():
+                    engine.add(choice.source)
                 while running:
                     for output in engine.step().outputs:
-                        item = running.get(output.key)
-                        if item is not None and self._take(item, output):
+                        choice = running[output.key]
+                        if self._take(choice, output):
                             del running[output.key]
-                            if all(o.finish_reason for o in item.request.outputs):
-                                item.request.finished = True
+                            if all(o.finish_reason for o in choice.request.outputs):
+                                choice.request.finished = True
                                 bar.update()
+                    ctrl_c.deliver()
             finally:
-                for key in running:  # interrupted: leave nothing behind
+                for key in running:
                     engine.scheduler.abort(key)
+                engine.pages.drain_events()  # nobody else wants to know which prefixes are here
 
-    def _take(self, item: _Running, new: Output) -> bool:
+    def _take(self, choice: _Choice, new: Output) -> bool:
         """Add a step's tokens to an output; True when it has ended."""
-        output, text = item.output, item.text
-        output.text += text.push(new.token_ids, new.finish)
+        output, text = choice.output, choice.text
+        piece = text.push(new.token_ids, new.finish)
+        if choice.source.sampling.detokenize:
+            output.text += piece
         output.token_ids += new.token_ids[: text.kept]
         if new.logprobs is not None:
             self._add_logprobs(output, new.token_ids, new.logprobs[: text.kept])
-        if new.spans is not None:
-            item.request.num_cached_tokens = max(item.request.num_cached_tokens, new.spans.cached_tokens)
         if text.finish_reason is None:
             return False
         output.finish_reason, output.stop_reason = text.finish_reason, text.stop_reason
+        cached_tokens = 0 if new.spans is None else new.spans.cached_tokens
         if new.finish is None:  # a stop string: the engine does not know of it
-            self._built.engine.abort(item.source.request_id, item.source.choice, 0)
+            ended = self._built.engine.scheduler.abort(choice.key)
+            cached_tokens = 0 if ended is None else ended.cached_tokens
+        choice.request.num_cached_tokens = max(choice.request.num_cached_tokens, cached_tokens)
         return True
 
     def _add_logprobs(
@@ -268,7 +296,3 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     several: Iterable[Any] = prompts
     items = list(several)
     return [items] if items and isinstance(items[0], int) else items
-
-
-def _replace(params: SamplingParams, **changes: Any) -> SamplingParams:
-    return msgspec.structs.replace(params, **changes)

@@ -1,0 +1,356 @@
+"""The offline `LLM`: what it takes and gives, equal to Hugging Face, and an engine that is empty after every call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from penstock import LLM, RequestOutput, SamplingParams
+from penstock.common.errors import ConfigError
+from penstock.engine.scheduler import StepOutput
+from penstock.interrupt import HeldInterrupt
+from tests.tiny_models import random_prompts, reference_tokens
+
+CHECKOUT = Path(__file__).parents[2]
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "cpu_threads": 1,
+    "block_size": 4,
+    "max_num_batched_tokens": 32,
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 4 << 20,
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+TEXT = "The reservoir fills in the wet months"
+CHAT = [{"role": "user", "content": "Why does it fill?"}]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with sampling defaults and a second end-of-text id, the way chat models have them."""
+    path = tmp_path_factory.mktemp("llm") / "model"
+    shutil.copytree(checkpoints["qwen2"], path)
+    settings = {"temperature": 0.0, "top_k": 7, "repetition_penalty": 1.25}
+    (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(model: Path) -> Iterator[LLM]:
+    llm = LLM(str(model), **OPTIONS)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def llm(shared: LLM) -> Iterator[LLM]:
+    """The shared `LLM`, whose engine must be empty when the test ends."""
+    yield shared
+    assert_empty(shared)
+
+
+def assert_empty(llm: LLM) -> None:
+    engine = llm._built.engine
+    assert not engine.has_work()
+    assert (engine.pages.num_held, engine.pages.num_promised) == (0, 0)
+    engine.pages.check()
+
+
+def run(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def tokens(answers: list[RequestOutput]) -> list[list[int]]:
+    return [answer.outputs[0].token_ids for answer in answers]
+
+
+def test_greedy_equals_hugging_face(llm: LLM, checkpoints: dict[str, Path]) -> None:
+    prompts = random_prompts([1, 3, 17, 40, 75], seed=8)
+    answers = run(llm, prompts)
+    assert tokens(answers) == reference_tokens(checkpoints["qwen2"], prompts, 12)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        [output] = answer.outputs
+        assert answer.finished and answer.prompt is None and answer.prompt_token_ids == prompt
+        assert (output.index, output.finish_reason, output.stop_reason) == (0, "length", None)
+        assert (output.logprobs, output.cumulative_logprob) == (None, None)
+    assert len({answer.request_id for answer in answers}) == len(prompts)
+
+
+def test_every_kind_of_prompt(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(TEXT)
+    kinds: list[Any] = [TEXT, ids, {"prompt": TEXT}, {"prompt_token_ids": ids}, {"prompt": TEXT, "cache_salt": "a"}]
+    together = run(llm, kinds)
+    assert [answer.prompt for answer in together] == [TEXT, None, TEXT, None, TEXT]
+    alone = [run(llm, kind)[0] for kind in kinds]
+    for answer in together + alone:
+        assert answer.prompt_token_ids == ids and answer.outputs[0].token_ids == together[0].outputs[0].token_ids
+        assert answer.outputs[0].text == llm.get_tokenizer().decode(answer.outputs[0].token_ids)
+    assert run(llm, []) == []
+
+
+def test_a_prefix_is_reused_unless_its_salt_differs(llm: LLM) -> None:
+    [prompt] = random_prompts([21], seed=77)
+    salted = [{"prompt_token_ids": prompt, "cache_salt": salt} for salt in ("s", "t")]
+    first, second, other = run(llm, salted[0])[0], run(llm, salted[0])[0], run(llm, salted[1])[0]
+    assert [answer.num_cached_tokens for answer in (first, second, other)] == [0, 20, 0]
+
+
+def test_a_list_of_parameters(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 5)]
+    first, second = tokens(run(llm, [TEXT, TEXT], params))
+    assert (len(first), len(second)) == (2, 5) and second[:2] == first
+
+
+def test_choices_and_seeds(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=3, temperature=1.5, max_tokens=8, ignore_eos=True)
+    [first], [second] = run(llm, TEXT, params), run(llm, TEXT, params)
+    assert [output.index for output in first.outputs] == [0, 1, 2]
+    assert len({tuple(output.token_ids) for output in first.outputs}) == 3
+    assert [output.token_ids for output in first.outputs] == [output.token_ids for output in second.outputs]
+    unseeded = SamplingParams(temperature=1.5, max_tokens=8, ignore_eos=True)
+    assert len({tuple(ids) for ids in tokens(run(llm, [TEXT] * 4, unseeded))}) == 4
+
+
+def test_a_seeded_llm_repeats_its_unseeded_requests(model: Path) -> None:
+    unseeded = SamplingParams(temperature=1.5, max_tokens=8, ignore_eos=True)
+    answers = []
+    for _ in range(2):
+        llm = LLM(str(model), seed=11, **OPTIONS)
+        answers.append(tokens(run(llm, [TEXT, TEXT], unseeded)))
+        llm.close()
+    assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
+
+
+def test_logprobs_equal_hugging_face(llm: LLM, model: Path) -> None:
+    [answer] = run(llm, TEXT, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3))
+    [output] = answer.outputs
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = answer.prompt_token_ids + output.token_ids
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0].log_softmax(-1)[len(answer.prompt_token_ids) - 1 : -1]
+    assert output.logprobs is not None and len(output.logprobs) == 6
+    for token, found, row in zip(output.token_ids, output.logprobs, expected, strict=True):
+        values, best = row.topk(3)
+        assert list(found) == best.tolist() and found[token].rank == 1
+        assert [at.rank for at in found.values()] == [1, 2, 3]
+        assert [at.logprob for at in found.values()] == pytest.approx(values.tolist(), abs=1e-4)
+        assert found[token].decoded_token == llm.get_tokenizer().token_text(token)
+    chosen = expected[range(6), output.token_ids].sum().item()
+    assert output.cumulative_logprob == pytest.approx(chosen, abs=1e-3)
+    [alone] = run(llm, TEXT, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0))
+    assert alone.outputs[0].logprobs is not None and [len(at) for at in alone.outputs[0].logprobs] == [1] * 6
+
+
+def test_stop_strings_cut_text_and_tokens(llm: LLM) -> None:
+    [whole] = run(llm, TEXT)
+    full, ids, decode = whole.outputs[0].text, whole.outputs[0].token_ids, llm.get_tokenizer().decode
+    ends = [len(decode(ids[: i + 1])) for i in range(len(ids))]
+    stop = full[ends[3] - 1 : ends[4] + 1]  # spans three tokens
+    position = full.index(stop)
+    for include in (False, True):
+        params = SamplingParams(
+            temperature=0, max_tokens=12, ignore_eos=True, stop=[stop], include_stop_str_in_output=include
+        )
+        [answer] = run(llm, TEXT, params)
+        [output] = answer.outputs
+        assert output.text == full[: position + len(stop) * include]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        kept = next(i for i, end in enumerate(ends) if end >= position + len(stop)) + 1
+        assert output.token_ids == ids[:kept] and kept < 12
+        assert answer.num_cached_tokens > 0  # also known of a request that a stop string ended
+
+
+def test_stop_token_ids_and_min_tokens(llm: LLM) -> None:
+    [ids] = tokens(run(llm, TEXT))
+    [output] = run(llm, TEXT, SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[ids[4]]))[0].outputs
+    first = ids.index(ids[4])
+    assert output.token_ids == ids[: first + 1] and (output.finish_reason, output.stop_reason) == ("stop", ids[4])
+    assert output.text == llm.get_tokenizer().decode(ids[:first])
+    later = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[ids[4]], min_tokens=10)
+    assert len(tokens(run(llm, TEXT, later))[0]) >= 10
+
+
+def test_text_ends_at_an_id_that_only_generation_config_names(model: Path, tmp_path: Path, llm: LLM) -> None:
+    [ids] = tokens(run(llm, TEXT))
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[5]]}))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompt = torch.tensor([llm.get_tokenizer().encode(TEXT)])
+    expected = reference.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    other = LLM(str(tmp_path), **OPTIONS)
+    [output] = run(other, TEXT, SamplingParams(temperature=0, max_tokens=12))[0].outputs
+    other.close()
+    assert output.token_ids == expected[0, prompt.shape[1] :].tolist() and output.token_ids[-1] == ids[5]
+    assert output.finish_reason == "stop"
+
+
+def test_text_that_is_not_wanted_is_not_there(llm: LLM) -> None:
+    [answer] = run(llm, TEXT, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False))
+    assert answer.outputs[0].text == "" and len(answer.outputs[0].token_ids) == 4
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    [answer] = llm.chat(CHAT, GREEDY, use_tqdm=False)
+    text = "<|begin|><|user|>Why does it fill?<|end|><|assistant|>"
+    assert answer.prompt == text
+    assert answer.prompt_token_ids == llm.get_tokenizer().encode(text, add_special_tokens=False)
+    assert tokens(run(llm, answer.prompt_token_ids)) == tokens([answer])
+    several = llm.chat([CHAT, [*CHAT, {"role": "assistant", "content": "Rain."}]], GREEDY, use_tqdm=False)
+    assert tokens(several)[0] == tokens([answer])[0] and len(several) == 2
+    [closed] = llm.chat(CHAT, GREEDY, use_tqdm=False, add_generation_prompt=False)
+    assert closed.prompt == text.removesuffix("<|assistant|>")
+
+
+def test_defaults_come_from_generation_config(llm: LLM, model: Path) -> None:
+    defaults = llm.get_default_sampling_params()
+    assert (defaults.temperature, defaults.top_k, defaults.repetition_penalty) == (0.0, 7, 1.25)
+    assert tokens(llm.generate(TEXT, use_tqdm=False)) == tokens(run(llm, TEXT, defaults))
+    neutral = LLM(str(model), generation_config="vllm", **OPTIONS)
+    assert neutral.get_default_sampling_params() == SamplingParams()
+    neutral.close()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "reason"),
+    [
+        ("", GREEDY, "from 1 to 255 tokens here, this one has 0"),
+        ([TEXT, []], GREEDY, "this one has 0"),
+        ([[7] * 256], GREEDY, "this one has 256"),
+        ([[7, 400]], GREEDY, "token ids from 0 to 399"),
+        ([[-1]], GREEDY, "token ids from 0 to 399"),
+        ({}, GREEDY, "needs prompt or prompt_token_ids"),
+        ([TEXT, TEXT], [GREEDY], "2 prompts, but 1 sampling parameters"),
+        (TEXT, SamplingParams(stop_token_ids=[400], min_tokens=1), "stop_token_ids must hold token ids from 0 to 399"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(llm: LLM, prompts: Any, params: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        run(llm, prompts, params)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"n": 0}, "n must be from 1"),
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": -2}, "top_k must be"),
+        ({"min_p": 2}, "min_p must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": 3}, "presence_penalty must be"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 2, "min_tokens": 3}, r"min_tokens must be at most max_tokens \(2\)"),
+        ({"stop": [""]}, "stop must be"),
+    ],
+)
+def test_parameters_out_of_range(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        SamplingParams(**values)
+
+
+def test_messages_that_the_template_refuses(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["qwen2"], tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for template, reason in (("{{ raise_exception('no such role') }}", "no such role"), (None, "no chat template")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        llm = LLM(str(tmp_path), **OPTIONS)
+        with pytest.raises(ValueError, match=reason):
+            llm.chat(CHAT, GREEDY, use_tqdm=False)
+        llm.close()
+
+
+def test_options_that_do_not_exist_or_do_not_fit(model: Path) -> None:
+    with pytest.raises(ValueError, match="unknown options max_modle_len; known are block_size, "):
+        LLM(str(model), max_modle_len=3)
+    with pytest.raises(ConfigError, match="max_model_len 9999 exceeds the model's context of 2048"):
+        LLM(str(model), max_model_len=9999)
+
+
+def test_a_long_request_ends_at_the_context(llm: LLM) -> None:
+    [prompt] = random_prompts([250], seed=3)
+    [output] = run(llm, prompt, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))[0].outputs
+    assert (len(output.token_ids), output.finish_reason) == (6, "length")
+    [output] = run(llm, prompt, SamplingParams(temperature=0, max_tokens=20, min_tokens=20, ignore_eos=True))[0].outputs
+    assert len(output.token_ids) == 6
+
+
+@pytest.mark.parametrize("step", [1, 3, 9])
+def test_ctrl_c_in_the_middle_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    prompts = random_prompts([40, 5, 60], seed=6)
+    expected = tokens(run(llm, prompts))
+    engine, real, steps = llm._built.engine, llm._built.engine.step, 0
+
+    def interrupted() -> StepOutput:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            signal.raise_signal(signal.SIGINT)
+        return real()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, prompts)
+    assert steps == step  # not one more
+    assert_empty(llm)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert tokens(run(llm, prompts)) == expected
+
+
+def test_an_error_in_the_middle_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(plan: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._built.engine.executor, "submit", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(llm, [TEXT, "The river"])
+    assert_empty(llm)
+    assert len(tokens(run(llm, TEXT))[0]) == 12
+
+
+def test_another_thread_may_generate(llm: LLM) -> None:
+    answers: list[list[RequestOutput]] = []
+    thread = threading.Thread(target=lambda: answers.append(run(llm, TEXT)))
+    thread.start()
+    thread.join()
+    assert tokens(answers[0]) == tokens(run(llm, TEXT))
+
+
+def test_a_held_interrupt_goes_to_the_programs_own_handler() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        with HeldInterrupt() as held:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert seen == []
+            held.deliver()
+            assert seen == [signal.SIGINT]
+            signal.raise_signal(signal.SIGINT)
+        assert len(seen) == 2
+        signal.raise_signal(signal.SIGINT)
+        assert len(seen) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_importing_penstock_imports_no_torch() -> None:
+    program = (
+        "import sys, penstock; assert 'torch' not in sys.modules; from penstock import SamplingParams;"
+        "assert 'torch' not in sys.modules; from penstock import LLM; assert 'torch' in sys.modules; print(LLM)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "<class 'penstock.llm.LLM'>\n"), done.stderr
