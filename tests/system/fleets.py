@@ -80,6 +80,30 @@ def metric(running: Fleet, name: str) -> float:
     return sum(found)
 
 
+async def wait_for(running: Fleet, worker_id: str, seconds: float = 20.0, /, **wanted: int) -> None:
+    """Poll a worker's ledger until these fields have these values."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ledger = (await asyncio.to_thread(ledgers, running)).get(worker_id, {})
+        if ledger and all(ledger.get(name, 0) == value for name, value in wanted.items()):
+            return
+        assert time.monotonic() < deadline, f"{worker_id}: wanted {wanted}, got {ledger}"
+        await asyncio.sleep(0.01)
+
+
+def wait_restarted(running: Fleet, name: str, old_pid: int, seconds: float = 60.0) -> None:
+    """Until the supervisor has replaced a process and everything is ready again."""
+    deadline = time.monotonic() + seconds
+    while running.group.pids().get(name, old_pid) == old_pid or not running.group.ready:
+        assert time.monotonic() < deadline, f"{name} was not restarted"
+        time.sleep(0.05)
+
+
+def open_client(url: str, timeout_s: float = 60.0) -> AsyncOpenAI:
+    """An OpenAI client that does not try again by itself; use as an async context manager."""
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=timeout_s)
+
+
 async def complete(
     client: AsyncOpenAI, prompt: Sequence[int], max_tokens: int, *, stream: bool = False, **fields: Any
 ) -> list[int]:
@@ -110,7 +134,7 @@ def complete_all(
     async def run() -> list[list[int]]:
         chooser = random.Random(arrivals)
         slots = asyncio.Semaphore(concurrency)
-        async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        async with open_client(running.url, 120) as client:
 
             async def one(index: int, delay_s: float) -> list[int]:
                 await asyncio.sleep(delay_s)

@@ -1,0 +1,233 @@
+"""Failures other than a killed worker (test_chaos.py): clients, Redis and routers that go, workers that hang or drain.
+
+Clients that stay get exactly Hugging Face's tokens or an OpenAI error, in time; and nobody holds anything afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError
+
+from penstock.fleet import Fleet
+from tests.conftest import RedisServer
+from tests.system.fleets import (
+    LEASE_S,
+    assert_idle,
+    complete,
+    complete_all,
+    fleet,
+    metric,
+    open_client,
+    reservations,
+    wait_for,
+    wait_restarted,
+)
+from tests.tiny_models import make_checkpoint, random_prompts, reference_tokens
+
+NEW_TOKENS = 120
+CONTEXT = 8192
+ROOM = 32 << 20  # bytes of KV: over 40,000 tokens
+FOREVER = 6000  # tokens: more than any test waits for
+POOL = 1 << 20  # bytes: 1364 tokens
+PAIR = {"prefill_workers": 1, "decode_workers": 1, "cpu_threads": 1}
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("failures"), max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return random_prompts([3, 17, 64, 40, 9, 90], seed=8)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return reference_tokens(model, prompts, NEW_TOKENS)
+
+
+# ---------------------------------------------------------------- clients, Redis and routers that go
+
+
+def test_clients_redis_and_router_that_go(
+    model: Path, prompts: list[list[int]], expected: list[list[int]], own_redis: RedisServer
+) -> None:
+    """One fleet (starting it is what costs time), one failure after the other."""
+    with fleet(model, redis_url=own_redis.url, max_num_batched_tokens=8, kv_cache_memory_bytes=ROOM, **PAIR) as running:
+        asyncio.run(_clients_leave(running, prompts, expected))
+        asyncio.run(_redis_goes(running, own_redis, prompts, expected))
+        asyncio.run(_the_router_dies(running, prompts))
+        assert complete_all(running, prompts, NEW_TOKENS) == expected
+
+
+async def _clients_leave(running: Fleet, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """While it is prefilled, and while it is decoded; a neighbour's answer is not disturbed."""
+    async with open_client(running.url) as client:
+        for stream in (True, False):
+            long = random_prompts([3000], seed=int(stream))[0]
+            async with _leaves(client, long, stream):
+                await wait_for(running, "prefill-0", running=1)
+                neighbour = asyncio.create_task(complete(client, prompts[0], NEW_TOKENS, stream=True))
+                await wait_for(running, "decode-0", running=1, handoffs=1)
+            await wait_for(running, "prefill-0", running=0, waiting=0, held_pages=0, lent_pages=0)
+            assert await neighbour == expected[0]
+            await asyncio.to_thread(assert_idle, running)
+            async with _leaves(client, prompts[1], stream):
+                await wait_for(running, "decode-0", running=1)
+                neighbour = asyncio.create_task(complete(client, prompts[0], NEW_TOKENS, stream=True))
+                await wait_for(running, "decode-0", running=2)
+            assert await neighbour == expected[0]
+            await asyncio.to_thread(assert_idle, running)
+    assert metric(running, "vllm:generation_tokens_total") < FOREVER  # nobody computed on for those who left
+
+
+@contextlib.asynccontextmanager
+async def _leaves(
+    client: AsyncOpenAI, prompt: list[int], stream: bool, max_tokens: int = FOREVER - 1000
+) -> AsyncIterator[None]:
+    """A client that hangs up when the block ends, before it has its answer."""
+    task = asyncio.create_task(complete(client, prompt, max_tokens, stream=stream))
+    try:
+        yield
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _redis_goes(
+    running: Fleet, server: RedisServer, prompts: list[list[int]], expected: list[list[int]], outage_s: float = 10.0
+) -> None:
+    async with open_client(running.url) as client:
+
+        async def keep_asking(index: int) -> int:
+            answers = 0
+            while time.monotonic() < back_at or not answers:
+                stream = answers % 2 == 0
+                assert await complete(client, prompts[index], NEW_TOKENS, stream=stream) == expected[index]
+                answers += 1
+            return answers
+
+        back_at = time.monotonic() + outage_s
+        asking = [asyncio.create_task(keep_asking(index)) for index in range(3)]
+        await wait_for(running, "decode-0", running=3)
+        server.stop()
+        assert all(count > 1 for count in await asyncio.gather(*asking))
+        await asyncio.to_thread(server.start)
+        await asyncio.to_thread(_wait_announced, running, server)
+        async with _leaves(client, prompts[0], True):
+            deadline = time.monotonic() + 10
+            while not await asyncio.to_thread(reservations, running):
+                assert time.monotonic() < deadline, "no reservation arrives in the new Redis"
+    await asyncio.to_thread(assert_idle, running)
+
+
+def _wait_announced(running: Fleet, server: RedisServer) -> None:
+    """Both workers and their cached pages are in Redis."""
+    deadline = time.monotonic() + 10
+    with contextlib.closing(server.client()) as client:
+        while True:
+            workers = running.workers().values()
+            pages = [client.scard(f"{running.config.namespace}:pages:{worker.incarnation}") for worker in workers]
+            if len(pages) == 2 and all(pages):
+                return
+            assert time.monotonic() < deadline, f"announced pages: {pages}"
+            time.sleep(0.05)
+
+
+async def _the_router_dies(running: Fleet, prompts: list[list[int]]) -> None:
+    pid = running.group.pids()["router"]
+    before = metric(running, "vllm:generation_tokens_total")
+    async with open_client(running.url) as client:
+        asking = [
+            asyncio.create_task(complete(client, prompt, FOREVER, stream=index < 2))
+            for index, prompt in enumerate(prompts[:4])
+        ]
+        await wait_for(running, "decode-0", running=4)
+        running.kill("router")
+        answers = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 5.0)
+    assert all(isinstance(answer, (APIConnectionError, httpx.TransportError)) for answer in answers), answers
+    await asyncio.to_thread(assert_idle, running)
+    assert metric(running, "vllm:generation_tokens_total") - before < 4 * FOREVER
+    await asyncio.to_thread(wait_restarted, running, "router", pid)
+
+
+# ---------------------------------------------------------------- no room
+
+
+def test_no_room(model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """A pool for one long prompt at a time: the others wait, in order, leave, or are sent away in time."""
+    with fleet(model, kv_cache_memory_bytes=POOL, max_model_len=1200, queue_timeout_s=2.0, cpu_threads=1) as running:
+        asyncio.run(_too_long(running))
+        asyncio.run(_waits(running, prompts, expected))
+
+
+async def _too_long(running: Fleet) -> None:
+    async with open_client(running.url) as client:
+        for prompt_tokens, max_tokens, numbers in ((1300, 1, ("1200", "1300")), (1000, 201, ("1200", "1201"))):
+            for stream in (True, False):
+                with pytest.raises(BadRequestError) as refused:
+                    await complete(client, random_prompts([prompt_tokens])[0], max_tokens, stream=stream)
+                assert refused.value.code == "context_length_exceeded"
+                assert refused.value.type == "invalid_request_error"
+                assert all(number in refused.value.message for number in numbers)
+    await asyncio.to_thread(assert_idle, running)
+
+
+async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """A long request holds most of the pool. Each other long one waits for it; short ones behind wait as well."""
+    blocker, gone, *long = random_prompts([700, 701, 702, 703, 704], seed=3)
+    wanted = await asyncio.to_thread(reference_tokens, Path(running.config.model), long, 8)
+    worker = "decode-0"
+    async with open_client(running.url) as client:
+        order: list[int] = []
+
+        async def wait_in_line(index: int) -> None:
+            assert await complete(client, long[index], 8, stream=index % 2 == 0) == wanted[index]
+            order.append(index)
+
+        for stream in (True, False):
+            async with _leaves(client, blocker, True, 500):
+                await wait_for(running, worker, requests=1, running=1)
+                async with _leaves(client, gone, stream, 100):
+                    await wait_for(running, worker, requests=1, admission=1)
+                    neighbour = asyncio.create_task(complete(client, prompts[0], 8))
+                    await wait_for(running, worker, requests=1, admission=2)
+                await wait_for(running, worker, admission=0)  # who left holds up nobody
+                assert await neighbour == expected[0][:8]
+            await asyncio.to_thread(assert_idle, running)
+
+        async with _leaves(client, blocker, True, 500):
+            await wait_for(running, worker, requests=1, running=1)
+            waiting = []
+            for index in range(len(long)):
+                waiting.append(asyncio.create_task(wait_in_line(index)))
+                await wait_for(running, worker, requests=1, admission=index + 1)
+        await asyncio.gather(*waiting)
+        assert order == sorted(order)
+
+        async with _leaves(client, blocker, True, 500):
+            await wait_for(running, worker, requests=1, running=1)
+            late = [asyncio.create_task(complete(client, gone, 8, stream=stream)) for stream in (True, False)]
+            await wait_for(running, worker, requests=1, admission=2)
+            running.kill(worker, signal.SIGSTOP)  # so that the blocker is there, still, when their time is up
+            await asyncio.sleep(running.config.queue_timeout_s + 0.1)
+            running.kill(worker, signal.SIGCONT)
+            for error in await asyncio.gather(*late, return_exceptions=True):
+                assert isinstance(error, InternalServerError), error
+                assert error.status_code == 503
+                assert error.body == {
+                    "message": "no room within 2 s", "type": "server_error", "param": None, "code": "queue_timeout"
+                }  # fmt: skip
+                assert error.response.headers["retry-after"] == "1"
