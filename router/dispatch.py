@@ -88,6 +88,7 @@ class Choice:
     steady: bool = False  # this attempt has delivered, and nothing of it is early
     early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
     placement: Placement | None = None
+    prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
     reserved: list[Release] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)  # incarnations that lost this choice
     history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
@@ -170,7 +171,9 @@ class Dispatcher:
             if choice.placement.decode.incarnation == event.incarnation:
                 self._apply(choice, _Lost("its worker was lost"), now)
             elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
-                self._release(choice, event.incarnation)  # the decode worker notices too and computes the prompt itself
+                choice.prefill_cut = True
+                self._release(choice, event.incarnation)  # if the worker is dead the decode worker computes the prompt
+                self._check_gap(choice, now)
 
     def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
         choice = self.choices.get((event.request_id, event.choice))
@@ -290,7 +293,11 @@ class Dispatcher:
             if self._deliver(choice, _without(following, overlap), now):
                 return
         choice.steady = not choice.early
-        if len(choice.early) > MAX_BUFFERED:
+        self._check_gap(choice, now)
+
+    def _check_gap(self, choice: Choice, now: float) -> None:
+        """The decode worker sends in order, so a gap is the prefill worker's token: it may be late, or lost in a cut."""
+        if len(choice.early) > MAX_BUFFERED or (choice.early and choice.prefill_cut):
             self._apply(choice, _Lost("tokens are missing", abort=True), now)
 
     def _deliver(self, choice: Choice, delta: TokenDelta, now: float) -> bool:
@@ -343,6 +350,7 @@ class Dispatcher:
         choice.reserved.clear()
         choice.early.clear()
         choice.steady = False
+        choice.prefill_cut = False
         choice.placement = None
 
     def _reserve(self, choice: Choice, incarnation: str, tokens: int) -> None:

@@ -172,6 +172,25 @@ def test_a_later_attempt_gives_back_its_prefill_load_with_its_first_token():
     assert h.tokens(delta(1, 6, attempt=1)) == [Release("p1", 20), Deliver("sink", delta(1, 6, attempt=1))]
 
 
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_a_first_token_lost_in_a_cut_is_tried_again(cut_first: bool):
+    h = Harness()
+    h.run(prefill="p1")
+    if cut_first:  # the decode worker has its pages and goes on behind a token that nobody will send again
+        h.do(WorkerDown("p1"))
+        commands = h.tokens(delta(1, 11))
+    else:
+        assert h.tokens(delta(1, 11)) == []  # it may only be late
+        commands = h.do(WorkerDown("p1"))
+    assert the(SendAbort, commands).incarnation == "d1"
+    assert the(Place, commands).request.attempt == 1
+    h.do(Placed("a", 0, 1, placement("d1", "p1")))
+    assert h.tokens(delta(1, 11, attempt=1)) == []  # the new attempt's link to the prefill worker is whole
+    h.tokens(delta(0, 10, attempt=1), delta(2, 12, attempt=1, finish=STOP))
+    assert h.delivered() == [10, 11, 12]
+    assert h.reserved() == {}
+
+
 def test_a_prefill_worker_lost_is_the_decode_workers_business():
     h = Harness()
     h.run(prefill="p1")
