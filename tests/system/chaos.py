@@ -26,7 +26,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 
 from penstock.fleet import Fleet
 from tests.engine.engines import make_engine, request
-from tests.system.fleets import assert_idle, complete, fleet
+from tests.system.fleets import assert_idle, complete, fleet, router_metric
 from tests.tiny_models import FAMILIES, make_checkpoint, random_prompts, reference_tokens
 
 REQUESTS = 200
@@ -78,7 +78,7 @@ def run(seed: int, directory: Path, *, requests: int = REQUESTS, load_s: float =
             sum(code == "" for code, _ in outcomes),
             dict(counted),
             round(max(seconds for _, seconds in outcomes), 2),
-            int(_router_counter(running, "penstock:retries_total")),
+            int(router_metric(running.url, "penstock:retries_total")),
             round(time.monotonic() - started, 1),
         )
 
@@ -149,11 +149,6 @@ def _seeded_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
             tokens[int(output.request.request_id)] += output.token_ids
     built.engine.close()
     return tokens
-
-
-def _router_counter(running: Fleet, name: str) -> float:
-    lines = httpx.get(f"{running.url}/metrics", timeout=20).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 def main() -> None:

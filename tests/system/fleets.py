@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import json
 import random
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import redis
 from openai import AsyncOpenAI
 
 from penstock.common.config import ServeConfig
 from penstock.fleet import Fleet
+from tests.conftest import free_port
 
 LEASE_S = 3.0
 EMPTY = ("running", "waiting", "held_pages", "promised_pages")
@@ -80,6 +84,14 @@ def metric(running: Fleet, name: str) -> float:
     return sum(found)
 
 
+def router_metric(url: str, name: str) -> float:
+    """A metric of the router, summed over its labels."""
+    lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
+    found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + " ", name + "{"))]
+    assert found, f"the router has no metric {name}"
+    return sum(found)
+
+
 async def wait_for(running: Fleet, worker_id: str, seconds: float = 20.0, /, **wanted: int) -> None:
     """Poll a worker's ledger until these fields have these values."""
     deadline = time.monotonic() + seconds
@@ -97,6 +109,35 @@ def wait_restarted(running: Fleet, name: str, old_pid: int, seconds: float = 60.
     while running.group.pids().get(name, old_pid) == old_pid or not running.group.ready:
         assert time.monotonic() < deadline, f"{name} was not restarted"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def router(redis_url: str, model: Path, **flags: object) -> Iterator[str]:
+    """A `penstock router` without a launcher; yields its URL once it has a decode worker."""
+    port = free_port()
+    values = {"port": port, "redis_url": redis_url, "lease_s": LEASE_S, "served_model_name": "tiny", "drain_s": 5}
+    arguments = [
+        part for name, value in (values | flags).items() for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "penstock", "router", str(model), *arguments])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 30
+        while not _healthy(url):
+            assert process.poll() is None and time.monotonic() < deadline, "the router does not get ready"
+            time.sleep(0.05)
+        yield url
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _healthy(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    return False
 
 
 def open_client(url: str, timeout_s: float = 60.0) -> AsyncOpenAI:
@@ -120,7 +161,7 @@ async def complete(
 
 
 def complete_all(
-    running: Fleet,
+    running: Fleet | str,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     *,
@@ -130,11 +171,12 @@ def complete_all(
     **fields: Any,
 ) -> list[list[int]]:
     """All prompts at random times, at most `concurrency` at once, every other one streamed; answers in order."""
+    url = running if isinstance(running, str) else running.url
 
     async def run() -> list[list[int]]:
         chooser = random.Random(arrivals)
         slots = asyncio.Semaphore(concurrency)
-        async with open_client(running.url, 120) as client:
+        async with open_client(url, 120) as client:
 
             async def one(index: int, delay_s: float) -> list[int]:
                 await asyncio.sleep(delay_s)

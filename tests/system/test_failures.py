@@ -9,33 +9,39 @@ import asyncio
 import contextlib
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, BadRequestError, InternalServerError
 
 from penstock.fleet import Fleet
 from tests.conftest import RedisServer
 from tests.system.fleets import (
-    LEASE_S,
     assert_idle,
     complete,
     complete_all,
     fleet,
+    ledgers,
     metric,
     open_client,
     reservations,
+    router,
+    router_metric,
     wait_for,
     wait_restarted,
 )
 from tests.tiny_models import make_checkpoint, random_prompts, reference_tokens
+from tests.workers.worker_processes import WorkerProcess, workers
 
 NEW_TOKENS = 120
 CONTEXT = 8192
 ROOM = 32 << 20  # bytes of KV: over 40,000 tokens
 FOREVER = 6000  # tokens: more than any test waits for
+HANG_ANSWERED_S = 20.0  # the bus notices after 5 s at most
+DEAD_ANSWERED_S = 20.0  # the router waits 10 s for a worker that may be restarting
 POOL = 1 << 20  # bytes: 1364 tokens
 PAIR = {"prefill_workers": 1, "decode_workers": 1, "cpu_threads": 1}
 
@@ -231,3 +237,135 @@ async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[i
                     "message": "no room within 2 s", "type": "server_error", "param": None, "code": "queue_timeout"
                 }  # fmt: skip
                 assert error.response.headers["retry-after"] == "1"
+
+
+# ---------------------------------------------------------------- workers that hang or leave
+
+
+def test_workers_that_hang_or_drain(model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Stopped for longer than the bus waits for a sign of life, then continued: they come back and hold nothing."""
+    options = {**PAIR, "decode_workers": 2, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": ROOM, "drain_s": 0.05}
+    with fleet(model, **options) as running:
+        asyncio.run(_hangs(running, "decode-0", prompts, expected))
+        assert router_metric(running.url, "penstock:retries_total") > 0
+        asyncio.run(_hangs(running, "prefill-0", prompts, expected))
+        assert metric(running, "penstock:handoff_failures_total") > 0
+        assert (
+            router_metric(running.url, "penstock:retries_total") == retries
+        )  # what its loss costs is computed locally
+        asyncio.run(_drains(running, prompts, expected))
+        assert router_metric(running.url, "penstock:retries_total") > retries
+        assert complete_all(running, prompts, NEW_TOKENS) == expected
+
+
+async def _hangs(running: Fleet, worker: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Requests that are there when it stops, and requests that come meanwhile, are all answered while it hangs."""
+    pids = running.worker_pids()
+    async with open_client(running.url, HANG_ANSWERED_S) as client:
+        asked = _ask_all(client, prompts, salt=f"before-{worker}")
+        while not (ledger := (await asyncio.to_thread(ledgers, running))[worker])["running"]:
+            assert not all(task.done() for task in asked), ledger
+        running.kill(worker, signal.SIGSTOP)
+        try:
+            asked += _ask_all(client, prompts, salt=f"while-{worker}")
+            assert await asyncio.gather(*asked) == expected * 2
+            assert await complete(client, prompts[0], NEW_TOKENS) == expected[0]  # nobody is sent there any more
+        finally:
+            running.kill(worker, signal.SIGCONT)
+    await asyncio.to_thread(assert_idle, running)
+    assert running.worker_pids() == pids
+    roles = Counter(placement.role for placement in running.placements)
+    await _wait_linked(running, prefill=roles["prefill"], decode=roles["decode"])
+
+
+def _ask_all(client: AsyncOpenAI, prompts: list[list[int]], salt: str) -> list[asyncio.Task[list[int]]]:
+    """Ask for all prompts now. No prefix that was computed before counts, so every longer one is handed off."""
+    return [
+        asyncio.create_task(
+            complete(client, prompt, NEW_TOKENS, stream=index % 2 == 0, extra_body={"cache_salt": f"{salt}-{index}"})
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+async def _wait_linked(running: Fleet, **wanted: int) -> None:
+    """Until the router has links to so many workers again."""
+    deadline = time.monotonic() + 15
+    async with httpx.AsyncClient() as client:
+        while (found := (await client.get(f"{running.url}/health")).json().get("workers")) != wanted:
+            assert time.monotonic() < deadline, found
+            await asyncio.sleep(0.05)
+
+
+async def _drains(running: Fleet, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """SIGTERM while streams run: what it cannot finish within `drain_s` goes on at the other worker."""
+    pid = running.worker_pids()["decode-0"]
+    async with open_client(running.url) as client:
+        asked = [asyncio.create_task(complete(client, prompt, NEW_TOKENS, stream=True)) for prompt in prompts * 2]
+        while not ledgers(running)["decode-0"]["running"]:
+            await asyncio.sleep(0.01)
+        running.kill("decode-0", signal.SIGTERM)
+        assert await asyncio.gather(*asked) == expected * 2
+    await asyncio.to_thread(wait_restarted, running, "decode-0", pid)
+
+
+# ---------------------------------------------------------------- cut connections, and nobody left
+
+
+def test_cut_connections_and_nobody_left(
+    model: Path, prompts: list[list[int]], expected: list[list[int]], own_redis: RedisServer
+) -> None:
+    """Both ends of a cut connection live on. Without a launcher, so that a dead worker stays dead at the end."""
+    roles = {"prefill-0": "prefill", "decode-0": "decode"}
+    flags = {"max_num_batched_tokens": 8, "block_size": 4, "kv_cache_memory_bytes": ROOM}
+    with (
+        workers(own_redis.url, model, roles, module="tests.system.cutting", **flags) as started,
+        router(own_redis.url, model) as url,
+    ):
+        prefill, decode = started["prefill-0"], started["decode-0"]
+        asyncio.run(_cut_under_load(url, prefill, "handoffs", 1, prompts, expected))
+        assert decode.metric("penstock:handoff_failures_total") > 0
+        retries = router_metric(url, "penstock:retries_total")
+        asyncio.run(_cut_under_load(url, decode, "running", 2, prompts, expected))
+        assert router_metric(url, "penstock:retries_total") > retries
+        for worker in started.values():
+            worker.assert_idle()
+        asyncio.run(_the_last_worker_dies(url, decode, prompts))
+        prefill.assert_idle()
+
+
+async def _cut_under_load(
+    url: str, worker: WorkerProcess, busy: str, cuts: int, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Cut all connections of a worker while its ledger has requests in `busy`."""
+    async with open_client(url) as client:
+        asked = _ask_all(client, prompts * 2, salt=worker.worker_id)
+        for _ in range(cuts):
+            while not (await asyncio.to_thread(worker.ledger))[busy]:
+                assert not all(task.done() for task in asked), "the answers came before the cut"
+            worker.kill(signal.SIGUSR1)
+            await asyncio.sleep(0.2)
+        assert await asyncio.gather(*asked) == expected * 2
+
+
+async def _the_last_worker_dies(url: str, decode: WorkerProcess, prompts: list[list[int]]) -> None:
+    """All requests get a typed 503 in a bounded time; a stream that has begun gets it as an event."""
+    async with open_client(url) as client:
+        asked = [
+            asyncio.create_task(complete(client, prompts[index], FOREVER, stream=index == 0)) for index in range(2)
+        ]
+        while decode.ledger()["running"] < 2:
+            await asyncio.sleep(0.01)
+        decode.kill()
+        asked.append(asyncio.create_task(complete(client, prompts[2], 4)))
+        async with httpx.AsyncClient(timeout=5) as plain:
+            while (await plain.get(f"{url}/health")).status_code == 200:
+                await asyncio.sleep(0.05)
+        asked += [asyncio.create_task(complete(client, prompts[3], 4, stream=stream)) for stream in (True, False)]
+        errors = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), DEAD_ANSWERED_S)
+    for error in errors:
+        assert isinstance(error, APIError), error
+        assert isinstance(error.body, dict) and error.body["code"] == "unavailable", error.body
+        assert error.body["type"] == "server_error"
+    assert not isinstance(errors[0], APIStatusError)  # its stream had begun
+    assert {error.status_code for error in errors[1:]} == {503}
