@@ -91,9 +91,14 @@ class CompletionFormat(AnswerFormat):
             "text_offset": [token.offset for token in tokens],
             "token_logprobs": [finite(token.logprobs.logprob) for token in tokens],
             "tokens": [text(token.token_id) for token in tokens],
-            "top_logprobs": [
-                {text(token.token_id): finite(token.logprobs.logprob)}
-                | {text(i): finite(p) for i, p in zip(token.logprobs.top_ids, token.logprobs.top_logprobs, strict=True)}
-                for token in tokens
-            ],
+            "top_logprobs": [self._top(token) for token in tokens],
         }
+
+    def _top(self, token: ScoredToken) -> dict[str, float]:
+        """By text, the likeliest first; of tokens with one text (broken bytes are all U+FFFD) the likeliest."""
+        scores = token.logprobs
+        top: dict[str, float] = {}
+        scored = [*zip(scores.top_logprobs, scores.top_ids, strict=True), (scores.logprob, token.token_id)]
+        for logprob, token_id in sorted(scored, reverse=True):
+            top.setdefault(self._tokenizer.token_text(token_id), finite(logprob))
+        return top

@@ -1,0 +1,673 @@
+"""The official `openai` client against real fleets, one-phase and 1 prefill + 1 decode: every parameter, both ways.
+
+What the answers must be comes from Hugging Face: its tokens, its logits, its penalties. A stream's pieces, joined, must
+be the answer that comes in one piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import tokenizers
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
+
+from penstock.fleet import Fleet
+from tests.system.fleets import fleet
+from tests.tiny_models import random_prompts
+
+pytestmark = pytest.mark.system
+
+KEY = "sk-first"
+CONTEXT = 160
+PAGE = 4
+END_IDS = (1, *range(40, 60))  # in generation_config.json only, but for the first
+TEXT = "The reservoir fills in the wet months and is drawn down in the dry ones."
+MESSAGES: Any = [{"role": "system", "content": "Grüße."}, {"role": "user", "content": "水力? Why does it fill?"}]
+MESSAGES_AS_TEXT = "<|begin|><|system|>Grüße.<|end|><|user|>水力? Why does it fill?<|end|><|assistant|>"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
+WILD: dict[str, Any] = {"temperature": 4.0, "max_tokens": 12}
+MODES = ("one-phase", "pair")
+
+
+@dataclass
+class Text:
+    """One choice, whole or joined from a stream."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: Any = None
+
+
+@dataclass
+class Server:
+    """A fleet and a client of it."""
+
+    fleet: Fleet
+    client: openai.OpenAI
+    http: httpx.Client
+
+    def ask(self, *, stream: bool = False, chat: bool = False, **fields: Any) -> list[Text]:
+        """The choices of an answer. Fields that the client does not know go into `extra_body`; eos is ignored."""
+        ours = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "cache_salt")
+        ours += ("include_stop_str_in_output", "skip_special_tokens")
+        extra = {"return_token_ids": True, "ignore_eos": True}
+        extra |= {name: fields.pop(name) for name in ours if name in fields}
+        values = {"model": "tiny", "extra_body": extra, "stream": stream, **fields}
+        if chat:
+            answer: Any = self.client.chat.completions.create(**{"messages": MESSAGES, **values})
+        else:
+            answer = self.client.completions.create(**{"prompt": TEXT, **values})
+        return _joined(answer) if stream else [_whole(choice) for choice in answer.choices]
+
+
+def _whole(choice: Any) -> Text:
+    text = choice.message.content if hasattr(choice, "message") else choice.text
+    logprobs = _scores(choice.logprobs)
+    return Text(text, choice.token_ids, logprobs, choice.finish_reason, choice.stop_reason)
+
+
+def _joined(chunks: Any) -> list[Text]:
+    texts: dict[int, Text] = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            text = texts.setdefault(choice.index, Text())
+            assert text.finish_reason is None, "something came after the end"
+            text.text += (choice.delta.content or "") if hasattr(choice, "delta") else choice.text
+            text.ids += getattr(choice, "token_ids", None) or []
+            text.logprobs += _scores(choice.logprobs)
+            text.finish_reason = choice.finish_reason
+            text.stop_reason = getattr(choice, "stop_reason", None)
+    return [texts[index] for index in sorted(texts)]
+
+
+def _scores(logprobs: Any) -> list[Any]:
+    """One entry a token: (its logprob, the top ones)."""
+    if logprobs is None:
+        return []
+    if hasattr(logprobs, "content"):
+        return [(at.logprob, [(bytes(top.bytes), top.logprob) for top in at.top_logprobs]) for at in logprobs.content]
+    return list(zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("client") / "model"
+    shutil.copytree(checkpoints["qwen2"], path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(END_IDS)}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def servers(model: Path) -> Iterator[dict[str, Server]]:
+    options: dict[str, dict[str, Any]] = {
+        "one-phase": {},
+        "pair": {"prefill_workers": 1, "decode_workers": 1, "api_key": (KEY, "sk-second")},
+    }
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for mode in MODES:
+            running = stack.enter_context(
+                fleet(model, max_model_len=CONTEXT, block_size=PAGE, max_num_batched_tokens=16, **options[mode])
+            )
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+            http = httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+            found[mode] = Server(running, stack.enter_context(client), stack.enter_context(http))
+        yield found
+
+
+@pytest.fixture(params=MODES)
+def server(servers: dict[str, Server], request: pytest.FixtureRequest) -> Server:
+    return servers[request.param]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Reference:
+    return Reference(model)
+
+
+Change = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]  # logits, prompt, output -> logits
+
+
+class Reference:
+    """What Hugging Face says; nothing of ours takes part."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        # In float32 its own scores are off by 1e-4: too much to judge others by.
+        self._exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+        self.greedy = cache(self._greedy)
+
+    def _greedy(self, prompt: tuple[int, ...], count: int, change: Change | None = None) -> list[int]:
+        """The most likely tokens one by one, over logits that `change` has worked on; no near-ties."""
+        output: list[int] = []
+        while len(output) < count:
+            logits = self.logits([*prompt, *output])[-1]
+            if change is not None:
+                logits = change(logits.clone(), list(prompt), output)
+            (best, second), ids = logits.topk(2)
+            assert best - second > 1e-4, "a near-tie in the reference"
+            output.append(int(ids[0]))
+        return output
+
+    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
+        """Its own `generate`, which stops at the ids of generation_config.json."""
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = self._model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return list(out[0, len(prompt) :].tolist())
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(torch.tensor([ids])).logits[0]
+        return logits
+
+    def scores(self, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
+        """log_softmax of the logits that each token of `output` was chosen from."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self._exact(torch.tensor([[*prompt, *output]])).logits[0]
+        return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+# ------------------------------------------------------------ tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_greedy_text_is_hugging_faces(
+    server: Server, tokenizer: tokenizers.Tokenizer, reference: Reference, chat: bool, stream: bool
+) -> None:
+    prompt = tokenizer.encode(MESSAGES_AS_TEXT if chat else TEXT, add_special_tokens=False).ids
+    [answer] = server.ask(chat=chat, stream=stream, **GREEDY)
+    assert answer.ids == reference.greedy(tuple(prompt), 12)
+    assert answer.text == tokenizer.decode(answer.ids)
+    assert (answer.finish_reason, answer.stop_reason) == ("length", None)
+
+
+def test_generation_ends_where_hugging_faces_does(server: Server, reference: Reference) -> None:
+    ended = 0
+    for prompt in random_prompts([3, 9, 14, 22], seed=21):
+        expected = reference.generate(prompt, 40)
+        [answer] = server.ask(prompt=prompt, temperature=0, max_tokens=40, ignore_eos=False)
+        assert answer.ids == expected
+        if len(expected) < 40:
+            ended += 1
+            assert expected[-1] in END_IDS and (answer.finish_reason, answer.stop_reason) == ("stop", None)
+            [longer] = server.ask(prompt=prompt, temperature=0, max_tokens=40)
+            assert longer.ids[: len(expected)] == expected and len(longer.ids) == 40
+            [least] = server.ask(prompt=prompt, temperature=0, max_tokens=40, min_tokens=39, ignore_eos=False)
+            assert len(least.ids) >= 39 and not set(least.ids[:38]) & set(END_IDS)
+    assert ended >= 2
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_max_tokens_and_max_completion_tokens(server: Server, chat: bool) -> None:
+    if chat:
+        [answer] = server.ask(chat=True, temperature=0, max_completion_tokens=3, max_tokens=9)
+        assert len(answer.ids) == 3
+        whole = server.client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"ignore_eos": True})
+        assert whole.usage and whole.usage.total_tokens == CONTEXT  # open: the rest of the context
+        assert whole.choices[0].finish_reason == "length"
+    else:
+        assert len(server.ask(temperature=0)[0].ids) == 16  # OpenAI's default
+        assert len(server.ask(temperature=0, max_tokens=5)[0].ids) == 5
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_seeds_and_choices(servers: dict[str, Server], chat: bool) -> None:
+    answers = [
+        server.ask(chat=chat, n=3, seed=9, stream=stream, top_p=0.9, top_k=50, **WILD)
+        for server in servers.values()
+        for stream in (False, True, False)
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    assert len({tuple(choice.ids) for choice in answers[0]}) == 3
+    for server in servers.values():
+        assert server.ask(chat=chat, seed=9, top_p=0.9, top_k=50, **WILD) == answers[0][:1]
+        assert server.ask(chat=chat, n=3, seed=10, top_p=0.9, top_k=50, **WILD) != answers[0]
+        assert server.ask(chat=chat, **WILD) != server.ask(chat=chat, **WILD)  # without a seed
+
+
+# ------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_stop_strings(server: Server, tokenizer: tokenizers.Tokenizer, chat: bool, include: bool) -> None:
+    [free] = server.ask(chat=chat, **GREEDY)
+    ends = [len(tokenizer.decode(free.ids[: count + 1])) for count in range(12)]
+    first = next(at for at in range(4, 9) if ends[at - 1] < ends[at] < ends[at + 1])
+    stop = free.text[ends[first] - 1 : ends[first] + 1]  # begins in one token and ends in the next
+    position = free.text.index(stop)
+    fields = {"stop": ["never in there", stop], "include_stop_str_in_output": include, **GREEDY}
+    [whole] = server.ask(chat=chat, **fields)
+    assert whole.text == free.text[: position + len(stop) * include]
+    assert (whole.finish_reason, whole.stop_reason) == ("stop", stop)
+    kept = next(count for count, end in enumerate(ends, 1) if end >= position + len(stop))
+    assert whole.ids == free.ids[:kept] and kept < 12
+    assert server.ask(chat=chat, stream=True, **fields) == [whole]
+    assert server.ask(chat=chat, **(fields | {"stop": stop})) == [whole]
+
+
+def test_the_first_token_may_be_the_last(server: Server, tokenizer: tokenizers.Tokenizer) -> None:
+    """The prefill worker samples it: whatever ends there must end on both sides."""
+    [free] = server.ask(**GREEDY)
+    for stream in (False, True):
+        [answer] = server.ask(stream=stream, stop_token_ids=[free.ids[0]], **GREEDY)
+        assert (answer.ids, answer.text) == (free.ids[:1], "")
+        assert (answer.finish_reason, answer.stop_reason) == ("stop", free.ids[0])
+        [answer] = server.ask(stream=stream, temperature=0, max_tokens=1)
+        assert (answer.ids, answer.finish_reason) == (free.ids[:1], "length")
+        first = tokenizer.decode(free.ids[:1])
+        [answer] = server.ask(stream=stream, stop=first, **GREEDY)
+        assert (answer.ids, answer.text, answer.stop_reason) == (free.ids[:1], "", first)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_stop_token_ids_and_min_tokens(
+    server: Server, tokenizer: tokenizers.Tokenizer, chat: bool, stream: bool
+) -> None:
+    [free] = server.ask(chat=chat, **GREEDY)
+    stop, first = free.ids[5], free.ids.index(free.ids[5])
+    [answer] = server.ask(chat=chat, stream=stream, stop_token_ids=[stop], **GREEDY)
+    assert answer.ids == free.ids[: first + 1]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+    assert answer.text == tokenizer.decode(free.ids[:first])
+    [later] = server.ask(chat=chat, stream=stream, stop_token_ids=[stop], min_tokens=11, **GREEDY)
+    assert len(later.ids) >= 11 and stop not in later.ids[:10]
+
+
+# ------------------------------------------------------------ scores
+
+
+def _agree(answer: Text, expected: torch.Tensor) -> None:
+    assert len(answer.logprobs) == len(answer.ids) == len(expected)
+    chosen = expected[range(len(answer.ids)), answer.ids]
+    assert [logprob for logprob, _ in answer.logprobs] == pytest.approx(chosen.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("sampling", [GREEDY, {**WILD, "seed": 4}], ids=["greedy", "sampled"])
+def test_logprobs_of_completions(
+    server: Server, tokenizer: tokenizers.Tokenizer, reference: Reference, sampling: dict[str, Any], stream: bool
+) -> None:
+    [answer] = server.ask(stream=stream, logprobs=3, **sampling)
+    expected = reference.scores(tokenizer.encode(TEXT).ids, answer.ids)
+    _agree(answer, expected)
+    for (logprob, top), row in zip(answer.logprobs, expected, strict=True):
+        # Broken bytes share a key, as everywhere in this API: what is there must be right, the best always is.
+        best = row.topk(3).values.tolist()
+        assert max(top.values()) == pytest.approx(best[0], abs=1e-4)
+        assert all(min(abs(value - known) for known in [*best, logprob]) < 1e-4 for value in top.values())
+    [alone] = server.ask(stream=stream, logprobs=0, **sampling)
+    assert [logprob for logprob, _ in alone.logprobs] == [logprob for logprob, _ in answer.logprobs]
+    assert all(len(top) == 1 for _, top in alone.logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("sampling", [GREEDY, {**WILD, "seed": 4}], ids=["greedy", "sampled"])
+def test_logprobs_of_chats(
+    server: Server, tokenizer: tokenizers.Tokenizer, reference: Reference, sampling: dict[str, Any], stream: bool
+) -> None:
+    [answer] = server.ask(chat=True, stream=stream, logprobs=True, top_logprobs=4, **sampling)
+    expected = reference.scores(tokenizer.encode(MESSAGES_AS_TEXT, add_special_tokens=False).ids, answer.ids)
+    _agree(answer, expected)
+    for (_, top), row in zip(answer.logprobs, expected, strict=True):
+        best = row.topk(4)
+        assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        texts = [tokenizer.decode([token], skip_special_tokens=False) for token in best.indices.tolist()]
+        assert [data.decode(errors="replace") for data, _ in top] == texts
+    [plain] = server.ask(chat=True, stream=stream, logprobs=True, **sampling)
+    assert [top for _, top in plain.logprobs] == [[]] * 12
+
+
+def test_text_offsets(server: Server) -> None:
+    answer = server.client.completions.create(model="tiny", prompt=TEXT, logprobs=0, **GREEDY)
+    found = answer.choices[0].logprobs
+    assert found and found.tokens and found.text_offset
+    assert found.text_offset[0] == 0 and found.text_offset == sorted(found.text_offset)
+    if "\ufffd" not in answer.choices[0].text:
+        assert found.text_offset == [0, *accumulate(map(len, found.tokens))][:-1]
+
+
+# ------------------------------------------------------------ sampling
+
+
+def _repetition(logits: torch.Tensor, prompt: list[int], output: list[int]) -> torch.Tensor:
+    scores = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([prompt + output]), logits[None])
+    return scores[0]
+
+
+def _presence(logits: torch.Tensor, prompt: list[int], output: list[int]) -> torch.Tensor:
+    for token in set(output):
+        logits[token] -= 2.0
+    return logits
+
+
+def _frequency(logits: torch.Tensor, prompt: list[int], output: list[int]) -> torch.Tensor:
+    for token, count in Counter(output).items():
+        logits[token] -= 1.5 * count
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("fields", "change"),
+    [
+        ({"repetition_penalty": 1.4}, _repetition),
+        ({"presence_penalty": 2.0}, _presence),
+        ({"frequency_penalty": 1.5}, _frequency),
+    ],
+    ids=["repetition", "presence", "frequency"],
+)
+def test_penalties(server: Server, reference: Reference, fields: dict[str, float], change: Change) -> None:
+    """Where the penalty changes the greedy text, the text is the reference's."""
+    prompts = random_prompts([12, 15, 18, 21, 24, 27, 30, 33], seed=31)
+    changed = [p for p in prompts if reference.greedy(tuple(p), 32, change) != reference.greedy(tuple(p), 32)]
+    assert len(changed) >= 2
+    for prompt in changed[:3]:
+        [answer] = server.ask(prompt=prompt, temperature=0, max_tokens=32, **fields)
+        assert answer.ids == reference.greedy(tuple(prompt), 32, change)
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_p": 0.4}, {"min_p": 0.3}], ids=str)
+def test_filters_keep_only_likely_tokens(
+    server: Server, tokenizer: tokenizers.Tokenizer, reference: Reference, fields: dict[str, float]
+) -> None:
+    def outside(answer: Text) -> int:
+        rows = (reference.scores(tokenizer.encode(TEXT).ids, answer.ids) / 3.0).softmax(-1)
+        count = 0
+        for token, row in zip(answer.ids, rows, strict=True):
+            likelier = row[row > row[token]]
+            allowed = {
+                "top_k": len(likelier) < 2,
+                "top_p": likelier.sum() < 0.4 + 1e-5,
+                "min_p": row[token] >= 0.3 * row.max() - 1e-6,
+            }
+            count += not allowed[next(iter(fields))]
+        return count
+
+    common: dict[str, Any] = {"temperature": 3.0, "max_tokens": 40, "seed": 1}
+    assert outside(server.ask(**common)[0]) > 5
+    [answer] = server.ask(**common, **fields)
+    assert outside(answer) == 0
+    assert answer.ids != server.ask(temperature=0, max_tokens=40)[0].ids
+    assert server.ask(temperature=3.0, max_tokens=12, top_k=1)[0].ids == server.ask(**GREEDY)[0].ids
+
+
+# ------------------------------------------------------------ text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("skip", [True, False])
+def test_joined_streams_equal_whole_answers_of_any_bytes(
+    server: Server, tokenizer: tokenizers.Tokenizer, chat: bool, skip: bool
+) -> None:
+    fields = {"n": 6, "seed": 2, "temperature": 2.0, "max_tokens": 64, "skip_special_tokens": skip}
+    whole = server.ask(chat=chat, **fields)
+    assert server.ask(chat=chat, stream=True, **fields) == whole
+    assert [answer.text for answer in whole] == [tokenizer.decode(a.ids, skip_special_tokens=skip) for a in whole]
+    assert any(char > "\x7f" and char != "\ufffd" for answer in whole for char in answer.text), (
+        "no multi-byte character"
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo(server: Server, tokenizer: tokenizers.Tokenizer, stream: bool) -> None:
+    prompt = "水力発電, naïve"
+    [plain] = server.ask(prompt=prompt, **GREEDY)
+    [echoed] = server.ask(prompt=prompt, echo=True, stream=stream, **GREEDY)
+    assert echoed.text == prompt + plain.text and echoed.ids == plain.ids
+    [echoed] = server.ask(prompt=tokenizer.encode(prompt).ids, echo=True, stream=stream, **GREEDY)
+    assert echoed.text == prompt + plain.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts(server: Server, stream: bool) -> None:
+    prompts = ["The river", "A water mill turns", "水"]
+    alone = [choice for prompt in prompts for choice in server.ask(prompt=prompt, n=2, seed=5, **WILD)]
+    assert server.ask(prompt=prompts, n=2, seed=5, stream=stream, **WILD) == alone
+    ids = random_prompts([5, 11], seed=2)
+    assert [a.ids for a in server.ask(prompt=ids, **GREEDY)] == [server.ask(prompt=p, **GREEDY)[0].ids for p in ids]
+
+
+def test_token_ids_are_there_when_asked_for(server: Server, tokenizer: tokenizers.Tokenizer) -> None:
+    answer = server.client.completions.create(
+        model="tiny", prompt=TEXT, extra_body={"return_token_ids": True}, **GREEDY
+    )
+    assert answer.choices[0].prompt_token_ids == tokenizer.encode(TEXT).ids  # type: ignore[attr-defined]
+    answer = server.client.completions.create(model="tiny", prompt=TEXT, **GREEDY)
+    assert not hasattr(answer.choices[0], "token_ids")
+
+
+# ------------------------------------------------------------ usage and timeline
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_counts_exactly(server: Server, tokenizer: tokenizers.Tokenizer, chat: bool) -> None:
+    prompt = tokenizer.encode(MESSAGES_AS_TEXT if chat else TEXT, add_special_tokens=False).ids
+    create: Any = server.client.chat.completions.create if chat else server.client.completions.create
+    given = {"messages": MESSAGES} if chat else {"prompt": TEXT}
+    values = {"model": "tiny", "n": 2, "seed": 1, "extra_body": {"ignore_eos": True}, **WILD, **given}
+    numbers = (len(prompt), 24, len(prompt) + 24)
+    usage = create(**values).usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == numbers
+    chunks = list(create(**values, stream=True, stream_options={"include_usage": True}))
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
+    usage = chunks[-1].usage
+    assert chunks[-1].choices == []
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == numbers
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(create(**(values | {"n": 1}), stream=True, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert counts == sorted(counts) and counts[-1] == 12 and len(set(counts)) > 3
+    assert all(chunk.usage is None for chunk in create(**values, stream=True))
+
+
+def test_cached_tokens_and_salts(server: Server) -> None:
+    [prompt] = random_prompts([26], seed=101)
+
+    def cached(**extra: Any) -> int:
+        answer = server.client.completions.create(model="tiny", prompt=prompt, extra_body=extra, **GREEDY)
+        assert answer.usage and answer.usage.prompt_tokens_details
+        return answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert [cached(), cached(), cached(cache_salt="a"), cached(cache_salt="a"), cached(cache_salt="b")] == [
+        0,
+        24,
+        0,
+        24,
+        0,
+    ]
+    with pytest.raises(openai.BadRequestError) as caught:
+        cached(cache_salt="")
+    assert caught.value.param == "cache_salt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_timeline(server: Server, stream: bool) -> None:
+    paired = server.fleet.config.prefill_workers > 0
+    [prompt] = random_prompts([37], seed=200 + stream)
+    answer: Any = server.client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        stream=stream,
+        extra_headers={"X-Penstock-Timeline": "1"},
+        extra_body={"ignore_eos": True},
+        **GREEDY,
+    )
+    timeline = list(answer)[-1].timeline if stream else answer.timeline
+    names = [entry["name"] for entry in timeline]
+    if paired:
+        before, after = ["admission", "queue", "prefill"], ["transfer", "decode"]
+    else:
+        before, after = ["queue", "prefill"], ["decode"]
+    assert names == ["received", "tokenised", "routed", *before, "first_token", *after, "finished"]
+    marks = [entry["ms"] for entry in timeline if entry["kind"] == "mark"]
+    assert marks[0] == 0 and marks == sorted(marks)
+    entries = {entry["name"]: entry for entry in timeline}
+    assert (entries["prefill"]["cached_tokens"], entries["prefill"]["computed_tokens"]) == (0, 37)
+    if paired:
+        moved = entries["transfer"]
+        assert moved["transfer_bytes"] > 0 and moved["transfer_pages"] >= 37 // PAGE
+        assert moved["transport"] in ("nixl", "shm") and moved["checksum_failures"] == 0
+    assert not hasattr(server.client.completions.create(model="tiny", prompt=prompt, **GREEDY), "timeline")
+
+
+def test_request_ids(server: Server) -> None:
+    answer = server.client.completions.with_raw_response.create(
+        model="tiny", prompt="a", extra_headers={"X-Request-Id": "mine"}, **GREEDY
+    )
+    assert answer.headers["x-request-id"] == "mine" and answer.parse().id == "cmpl-mine"
+
+
+# ------------------------------------------------------------ the other routes
+
+
+def test_models_health_version(server: Server) -> None:
+    [card] = server.client.models.list().data
+    assert (card.id, card.owned_by, card.max_model_len) == ("tiny", "penstock", CONTEXT)  # type: ignore[attr-defined]
+    health = server.http.get("/health")
+    workers = {"prefill": server.fleet.config.prefill_workers, "decode": 1}
+    assert health.status_code == 200 and health.json()["workers"] == workers
+    assert server.http.get("/version").json()["version"]
+
+
+def test_metrics_parse_and_have_vllms_names(server: Server) -> None:
+    server.ask(**GREEDY)
+    families = {family.name: family for family in text_string_to_metric_families(server.http.get("/metrics").text)}
+    for name in (
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens",
+        "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "request_success",
+        "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+        "request_prompt_tokens", "request_generation_tokens", "request_queue_time_seconds",
+        "request_prefill_time_seconds", "request_decode_time_seconds",
+    ):  # fmt: skip
+        samples = families[f"vllm:{name}"].samples
+        assert samples and all(sample.labels["model_name"] == "tiny" for sample in samples), name
+    finished = families["vllm:request_success"].samples
+    assert sum(sample.value for sample in finished if sample.labels["finished_reason"] == "length") >= 1
+    engines = {sample.labels["engine"] for sample in families["vllm:num_requests_running"].samples}
+    assert engines == set(server.fleet.workers())
+
+
+def test_keys(servers: dict[str, Server]) -> None:
+    guarded, free = servers["pair"], servers["one-phase"]
+    for key in ("sk-wrong", "sk", "none"):
+        with openai.OpenAI(base_url=f"{guarded.fleet.url}/v1", api_key=key, max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError) as caught:
+                client.completions.create(model="tiny", prompt="a")
+            assert caught.value.status_code == 401 and caught.value.code == "invalid_api_key"
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+    for key, url in (("sk-second", guarded.fleet.url), ("anything", free.fleet.url)):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
+            assert client.models.list().data
+    assert httpx.get(f"{guarded.fleet.url}/health").status_code == 200
+
+
+# ------------------------------------------------------------ mistakes
+
+
+def test_unknown_models_are_404(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match="`gpt-0` does not exist"):
+        server.client.completions.create(model="gpt-0", prompt="a")
+    with pytest.raises(openai.NotFoundError):
+        server.client.chat.completions.create(model="gpt-0", messages=MESSAGES)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_too_long_gives_both_numbers(server: Server, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens.*300 in the prompt") as caught:
+        server.client.completions.create(model="tiny", prompt=[9] * 300, stream=stream)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens.*\d+ in the (prompt|messages)"):
+        server.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": TEXT * 20}], stream=stream
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -5}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": 2, "min_tokens": 3}, "min_tokens"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"stop": [""]}, "stop"),
+        ({"stop_token_ids": [400]}, "stop_token_ids"),
+        ({"seed": 2**70}, "seed"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_wrong_values_are_400_and_named(
+    servers: dict[str, Server], path: str, fields: dict[str, Any], param: str
+) -> None:
+    body = {"model": "tiny", **({"prompt": "a"} if path == "/v1/completions" else {"messages": MESSAGES}), **fields}
+    answer = servers["pair"].http.post(path, json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param and error["type"] == "invalid_request_error" and param in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", b"{"),
+        ("/v1/completions", b"[]"),
+        ("/v1/completions", b"{}"),
+        ("/v1/completions", b'{"prompt": ""}'),
+        ("/v1/completions", b'{"prompt": [400]}'),
+        ("/v1/completions", b'{"prompt": {"a": 1}}'),
+        ("/v1/completions", b'{"prompt": "a", "logprobs": 21}'),
+        ("/v1/chat/completions", b"{}"),
+        ("/v1/chat/completions", b'{"messages": []}'),
+        ("/v1/chat/completions", b'{"messages": [{"content": "no role"}]}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}'),
+    ],
+)
+def test_wrong_bodies_are_400(servers: dict[str, Server], path: str, body: bytes) -> None:
+    answer = servers["pair"].http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["error"]["message"]
+
+
+def test_unknown_fields_are_ignored(server: Server) -> None:
+    plain = server.ask(**GREEDY)
+    answer = server.client.completions.create(
+        model="tiny", prompt=TEXT, user="somebody", extra_body={"ignore_eos": True, "no_such_field": 3}, **GREEDY
+    )
+    assert answer.choices[0].text == plain[0].text
