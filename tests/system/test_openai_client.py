@@ -499,6 +499,9 @@ def test_cached_tokens_and_salts(server: Server) -> None:
         24,
         0,
     ]
+    assert cached(stop_token_ids=list(range(400))) == 24  # ends with its first token
+    text = server.ask(prompt=prompt, **GREEDY)[0].text
+    assert cached(stop=text[:1]) == cached(stop=text[-4:]) == 24  # the router ends it, no worker does
     with pytest.raises(openai.BadRequestError) as caught:
         cached(cache_salt="")
     assert caught.value.param == "cache_salt"
