@@ -296,7 +296,7 @@ class Dispatcher:
         self._check_gap(choice, now)
 
     def _check_gap(self, choice: Choice, now: float) -> None:
-        """The decode worker sends in order, so a gap is the prefill worker's token: it may be late, or lost in a cut."""
+        """A decode worker sends in order, so a gap is the prefill worker's token: it may be late, or lost in a cut."""
         if len(choice.early) > MAX_BUFFERED or (choice.early and choice.prefill_cut):
             self._apply(choice, _Lost("tokens are missing", abort=True), now)
 

@@ -55,7 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    return random_prompts([3, 17, 64, 40, 9, 90], seed=8)
+    """The last one keeps a prefill worker, 8 tokens a step, busy for so long that it can be caught at it."""
+    return random_prompts([3, 17, 64, 40, 9, 600], seed=8)
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +79,18 @@ def test_clients_redis_and_router_that_go(
 
 
 async def _clients_leave(running: Fleet, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """While it is prefilled, and while it is decoded; a neighbour's answer is not disturbed."""
+    """While they are prefilled, and while they are decoded; their neighbours' answers are not disturbed."""
     async with open_client(running.url) as client:
         for stream in (True, False):
             long = random_prompts([3000], seed=int(stream))[0]
-            async with _leaves(client, long, stream):
-                await wait_for(running, "prefill-0", running=1)
-                neighbour = asyncio.create_task(complete(client, prompts[0], NEW_TOKENS, stream=True))
-                await wait_for(running, "decode-0", running=1, handoffs=1)
-            await wait_for(running, "prefill-0", running=0, waiting=0, held_pages=0, lent_pages=0)
-            assert await neighbour == expected[0]
-            await asyncio.to_thread(assert_idle, running)
-            async with _leaves(client, prompts[1], stream):
-                await wait_for(running, "decode-0", running=1)
-                neighbour = asyncio.create_task(complete(client, prompts[0], NEW_TOKENS, stream=True))
-                await wait_for(running, "decode-0", running=2)
-            assert await neighbour == expected[0]
-            await asyncio.to_thread(assert_idle, running)
+            for prompt, worker in ((long, "prefill-0"), (prompts[1], "decode-0")):
+                async with _leaves(client, prompt, stream):
+                    await wait_for(running, worker, running=1)
+                    neighbours = _ask_all(client, prompts[:3], salt=f"{worker}-{stream}")
+                    await asyncio.wait(neighbours, timeout=0.05)
+                await wait_for(running, "prefill-0", running=0, waiting=0, held_pages=0, lent_pages=0)
+                assert await asyncio.gather(*neighbours) == expected[:3]
+                await asyncio.to_thread(assert_idle, running)
     assert metric(running, "vllm:generation_tokens_total") < FOREVER  # nobody computed on for those who left
 
 
@@ -106,10 +102,10 @@ async def _leaves(
     task = asyncio.create_task(complete(client, prompt, max_tokens, stream=stream))
     try:
         yield
-        assert not task.done(), task
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        left = task.cancel()
+        answer = (await asyncio.gather(task, return_exceptions=True))[0]
+        assert left, f"the answer came before the client left: {answer!r}"
 
 
 async def _redis_goes(
@@ -250,9 +246,7 @@ def test_workers_that_hang_or_drain(model: Path, prompts: list[list[int]], expec
         assert router_metric(running.url, "penstock:retries_total") > 0
         asyncio.run(_hangs(running, "prefill-0", prompts, expected))
         assert metric(running, "penstock:handoff_failures_total") > 0
-        assert (
-            router_metric(running.url, "penstock:retries_total") == retries
-        )  # what its loss costs is computed locally
+        retries = router_metric(running.url, "penstock:retries_total")
         asyncio.run(_drains(running, prompts, expected))
         assert router_metric(running.url, "penstock:retries_total") > retries
         assert complete_all(running, prompts, NEW_TOKENS) == expected
