@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from penstock import LLM, RequestOutput, SamplingParams
 from penstock.common.errors import ConfigError
-from penstock.engine.scheduler import StepOutput
+from penstock.engine.plan import StepHandle, StepPlan
 from penstock.interrupt import HeldInterrupt
 from tests.tiny_models import random_prompts, reference_tokens
 
@@ -291,19 +291,20 @@ def test_a_long_request_ends_at_the_context(llm: LLM) -> None:
 def test_ctrl_c_in_the_middle_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     prompts = random_prompts([40, 5, 60], seed=6)
     expected = tokens(run(llm, prompts))
-    engine, real, steps = llm._built.engine, llm._built.engine.step, 0
+    engine, submit = llm._built.engine, llm._built.engine.executor.submit
+    before, begun = engine.steps, 0
 
-    def interrupted() -> StepOutput:
-        nonlocal steps
-        steps += 1
-        if steps == step:
+    def interrupted(plan: StepPlan) -> StepHandle:
+        nonlocal begun
+        begun += 1
+        if begun == step:
             signal.raise_signal(signal.SIGINT)
-        return real()
+        return submit(plan)
 
-    monkeypatch.setattr(engine, "step", interrupted)
+    monkeypatch.setattr(engine.executor, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(llm, prompts)
-    assert steps == step  # not one more
+    assert engine.steps - before == begun == step  # the step was finished, and none came after it
     assert_empty(llm)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert tokens(run(llm, prompts)) == expected
