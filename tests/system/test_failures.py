@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -242,9 +241,8 @@ def test_workers_that_hang_or_drain(model: Path, prompts: list[list[int]], expec
     """Stopped for longer than the bus waits for a sign of life, then continued: they come back and hold nothing."""
     options = {**PAIR, "decode_workers": 2, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": ROOM, "drain_s": 0.05}
     with fleet(model, **options) as running:
-        asyncio.run(_hangs(running, "decode-0", prompts, expected))
+        asyncio.run(_hang(running, ("decode-0", "prefill-0"), prompts, expected))
         assert router_metric(running.url, "penstock:retries_total") > 0
-        asyncio.run(_hangs(running, "prefill-0", prompts, expected))
         assert metric(running, "penstock:handoff_failures_total") > 0
         retries = router_metric(running.url, "penstock:retries_total")
         asyncio.run(_drains(running, prompts, expected))
@@ -252,24 +250,33 @@ def test_workers_that_hang_or_drain(model: Path, prompts: list[list[int]], expec
         assert complete_all(running, prompts, NEW_TOKENS) == expected
 
 
-async def _hangs(running: Fleet, worker: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """Requests that are there when it stops, and requests that come meanwhile, are all answered while it hangs."""
+async def _hang(running: Fleet, hanging: tuple[str, ...], prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Requests that are there when they stop, and requests that come meanwhile, are answered while they hang."""
     pids = running.worker_pids()
     async with open_client(running.url, HANG_ANSWERED_S) as client:
-        asked = _ask_all(client, prompts, salt=f"before-{worker}")
-        while not (ledger := (await asyncio.to_thread(ledgers, running))[worker])["running"]:
-            assert not all(task.done() for task in asked), ledger
-        running.kill(worker, signal.SIGSTOP)
+        asked = _ask_all(client, prompts * 2, salt="before")
+        while not all(ledger["running"] for ledger in (await asyncio.to_thread(ledgers, running)).values()):
+            assert not all(task.done() for task in asked), "the answers came before all workers were seen at work"
+        for worker in hanging:
+            running.kill(worker, signal.SIGSTOP)
         try:
-            asked += _ask_all(client, prompts, salt=f"while-{worker}")
-            assert await asyncio.gather(*asked) == expected * 2
+            asked += _ask_all(client, prompts, salt="meanwhile")
+            assert await asyncio.gather(*asked) == expected * 3
             assert await complete(client, prompts[0], NEW_TOKENS) == expected[0]  # nobody is sent there any more
         finally:
-            running.kill(worker, signal.SIGCONT)
+            for worker in hanging:
+                running.kill(worker, signal.SIGCONT)
     await asyncio.to_thread(assert_idle, running)
     assert running.worker_pids() == pids
-    roles = Counter(placement.role for placement in running.placements)
-    await _wait_linked(running, prefill=roles["prefill"], decode=roles["decode"])
+    deadline = time.monotonic() + 15
+    while not _all_linked(running):
+        assert time.monotonic() < deadline, "the router has not found them again"
+        await asyncio.sleep(0.05)
+
+
+def _all_linked(running: Fleet) -> bool:
+    linked = httpx.get(f"{running.url}/health", timeout=5).json().get("workers")
+    return bool(linked == {"prefill": running.config.prefill_workers, "decode": running.config.decode_workers})
 
 
 def _ask_all(client: AsyncOpenAI, prompts: list[list[int]], salt: str) -> list[asyncio.Task[list[int]]]:
