@@ -170,11 +170,10 @@ class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
     choice: int = 0
     first_page: int
     pages: list[list[int]]  # per KV group: page ids in the prefill worker's pool
-    generations: list[list[int]]  # of those pages, at lending
     checksums: list[list[int]] = []  # xxh3-64 of each page's bytes; [] when this ticket is not checked
     num_tokens: int  # tokens of the request complete after this ticket
     heartbeat_seq: int = 0  # newest heartbeat of this peer that had been processed when the pages were lent
-    blobs: dict[str, bytes] = {}  # named extras that are not pages (hidden state, encoder output)
+    blobs: dict[str, bytes] = {}  # for named extras that are not pages (hidden state, encoder output); none yet
 
 
 class PrefillDone(Message, tag="prefill_done", frozen=True, kw_only=True):
@@ -189,7 +188,9 @@ class PrefillDone(Message, tag="prefill_done", frozen=True, kw_only=True):
     token_ids: list[int]
     finish: Finish | None = None
     spans: Spans | None = None
-    undelivered: TokenDelta | None = None  # the first token's delta, if the prefill worker has no link to the router
+    undelivered: TokenDelta | None = (
+        None  # the first token's delta, to be relayed: no link to the router, or it is last
+    )
 
 
 class PrefillFailed(Message, tag="prefill_failed", frozen=True, kw_only=True):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import msgspec
 
 GREEDY_BELOW = 1e-5
+MAX_TEMPERATURE = 100.0  # beyond, every token is equally likely, and float32 overflows
+MAX_REPETITION_PENALTY = 100.0
 MIN_TEMPERATURE = 0.01
 MAX_N = 16384
 
@@ -41,13 +43,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def __post_init__(self) -> None:
         _check(1 <= self.n <= MAX_N, "n", f"from 1 to {MAX_N}", self.n)
-        _check(self.temperature >= 0.0, "temperature", "at least 0", self.temperature)
+        _check(
+            0.0 <= self.temperature <= MAX_TEMPERATURE, "temperature", f"in [0, {MAX_TEMPERATURE:g}]", self.temperature
+        )
         _check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
         _check(self.top_k >= -1, "top_k", "-1 or 0 (off), or at least 1", self.top_k)
         _check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]", self.min_p)
         _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]", self.presence_penalty)
         _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]", self.frequency_penalty)
-        _check(self.repetition_penalty > 0.0, "repetition_penalty", "above 0", self.repetition_penalty)
+        lowest, highest = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        allowed = lowest <= self.repetition_penalty <= highest
+        _check(allowed, "repetition_penalty", f"in [{lowest:g}, {highest:g}]", self.repetition_penalty)
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
         _check(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)

@@ -42,13 +42,10 @@ class Admission:
         self._pages = pages
         self._max_admitted = max_admitted
         self._queue: OrderedDict[str, Entry] = OrderedDict()
+        self.queued_tokens = 0
 
     def __len__(self) -> int:
         return len(self._queue)
-
-    @property
-    def queued_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self._queue.values())
 
     def __contains__(self, key: str) -> bool:
         return key in self._queue
@@ -58,15 +55,19 @@ class Admission:
 
     def submit(self, entry: Entry) -> None:
         self._queue[entry.key] = entry
+        self.queued_tokens += entry.num_tokens
 
     def cancel(self, key: str) -> Entry | None:
-        return self._queue.pop(key, None)
+        """Take out one entry; None if it is not waiting."""
+        entry = self._queue.pop(key, None)
+        self.queued_tokens -= entry.num_tokens if entry is not None else 0
+        return entry
 
     def expired(self, now: float) -> list[Entry]:
         """Take out what has waited longer than its `queue_timeout_s`."""
         late = [e for e in self._queue.values() if now - e.arrived > e.request.queue_timeout_s]
         for entry in late:
-            del self._queue[entry.key]
+            self.cancel(entry.key)
         return late
 
     def admit(self, now: float, num_admitted: int, *, preempted: bool) -> list[Entry]:
@@ -86,6 +87,6 @@ class Admission:
             self._pages.promise(entry.key, missing)
             entry.held_tokens = len(matched) * self._pages.page_size
             entry.admitted = now
-            del self._queue[entry.key]
+            self.cancel(entry.key)
             admitted.append(entry)
         return admitted

@@ -292,9 +292,9 @@ class HandOffIn:
         key = handoff.entry.key
         outcome = self.landings.take(key)
         del self._open[key]
-        self.pages.end_promise(key)
-        if outcome.idle:
+        if outcome.idle:  # their contents are unknown; the engine will need as many, so they stay promised
             self.pages.release_some(key, outcome.idle)
+            self.pages.promise(key, len(outcome.idle))
         if outcome.quarantined:
             self.pages.move(key, QUARANTINE, outcome.quarantined)
         size = self.pages.page_size

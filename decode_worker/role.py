@@ -3,7 +3,7 @@
 In: `Submit`, `Abort` from routers; tickets, `PrefillDone`, `PrefillFailed` over its own links to prefill workers.
 Out: `TokenBatch` to the routers; `Prefill`, `Abort`, `PagesLanded` to prefill workers.
 
-    Submit -> Admission -> (hand-off | local) -> engine -> finished
+    Submit -> Admission -> (hand-off -> ready | local) -> engine -> finished
 Every entry is in exactly one of these places; `_entries` has all that left Admission.
 """
 
@@ -116,8 +116,6 @@ class DecodeRole:
                 self._handoffs.prefill_failed(event)
         for completion in self._handoffs.mover.poll_done():
             self._handoffs.completed(completion, now)
-        for ready in self._handoffs.take_ready():
-            self._start(ready, now)
         for entry in self._admission.expired(now):
             finish = Finish(
                 reason="error",
@@ -126,14 +124,19 @@ class DecodeRole:
             )
             self._loop.replies.end(entry.identity, entry.request, finish)
         self._admit(now)
+        for ready in self._handoffs.take_ready():
+            self._start(ready, now)
 
     def _admit(self, now: float) -> None:
         preempted = any(request.preemptions for request in self._engine.scheduler.waiting)
         for entry in self._admission.admit(now, len(self._entries), preempted=preempted):
             self._entries[entry.key] = entry
-            self._prefix_queries += entry.num_tokens
-            self._prefix_hits += entry.held_tokens
-            if entry.prefill is not None and entry.num_tokens - entry.held_tokens > self._pages.page_size:
+            remote = entry.prefill is not None and entry.num_tokens - entry.held_tokens > self._pages.page_size
+            if remote or entry.held_tokens:  # else the scheduler looks, and counts, itself
+                self._prefix_queries += entry.num_tokens
+                self._prefix_hits += entry.held_tokens
+            if remote:
+                assert entry.prefill is not None
                 router_id, _ = split_identity(entry.identity)
                 self._handoffs.begin(entry, entry.prefill, router_id, now)
             else:

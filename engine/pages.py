@@ -7,8 +7,7 @@ Every page is in exactly one place:
      └────────────────────────────release, no hash────────────────┘  └─match, hold     evicted, oldest first
 
 A holder is a string (a request's key, "loans", "quarantine"); its pages, in order, are its page table. Full pages are
-named by chained page hashes (common/page_hash.py) and found again by `match`. A page's generation grows whenever it is
-given to a new owner, so that a stale ticket can be told from a live one. A promise reserves a number of pages, not
+named by chained page hashes (common/page_hash.py) and found again by `match`. A promise reserves a number of pages, not
 which ones.
 """
 
@@ -32,7 +31,6 @@ class PageManager:
         self._free: deque[int] = deque(range(num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()  # pages nobody holds, least recently used first
         self._refs = [0] * num_pages
-        self._generations = [0] * num_pages
         self._hash_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
         self._tables: dict[str, list[int]] = {}
@@ -64,9 +62,6 @@ class PageManager:
     def table(self, holder: str) -> list[int]:
         """The holder's pages, in order. A live view: do not change it, copy it to keep it."""
         return self._tables.get(holder, [])
-
-    def generations(self, pages: Iterable[int]) -> list[int]:
-        return [self._generations[page] for page in pages]
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens fill."""
@@ -199,7 +194,6 @@ class PageManager:
             page, _ = self._cached.popitem(last=False)
             self._forget(page)
         self._refs[page] = 1
-        self._generations[page] += 1
         return page
 
     def _drop(self, page: int) -> None:

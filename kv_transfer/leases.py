@@ -1,7 +1,7 @@
 """Who may read and write which page, until when: pure bookkeeping for both ends of a hand-off; the clock is passed in.
 
 `LoanBook` is the lender's side (prefill worker). The reader's side (decode worker) is `Landings`, and `HeartbeatLog`,
-its memory of when it sent which heartbeat. A key names one hand-off: (request_id, attempt).
+its memory of when it sent which heartbeat. A key names one hand-off.
 
     lender   lend ──ticket──> ... <──heartbeats renew── ... land │ drop_peer │ expire: the hold on the pages is dropped
     reader   promise ──> start(ticket) ──> read_done ... ──> complete ──> LANDED ──> take

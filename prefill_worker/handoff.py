@@ -86,6 +86,7 @@ class HandOffOut:
         self._book.renew(_name(identity), now)
 
     def peer_gone(self, identity: bytes) -> None:
+        # A peer that merely connected anew may still read: it will not trust what it reads, having lost the hand-off.
         for handoff in [h for h in self._open.values() if h.identity == identity]:
             self._drop(handoff)
         self._unlend(self._book.drop_peer(_name(identity)))
@@ -183,7 +184,6 @@ class HandOffOut:
                 choice=handoff.request.choice,
                 first_page=first_page,
                 pages=[pages],
-                generations=[self._pages.generations(pages)],
                 checksums=[checksums] if checksums else [],
                 num_tokens=num_tokens,
                 heartbeat_seq=self._loop.peers.heartbeat_seq(handoff.identity),
@@ -205,7 +205,8 @@ class HandOffOut:
             token_ids=list(output.token_ids),
             finish=delta.finish,
             spans=spans,
-            undelivered=delta if router is None else None,
+            # A last token that is lost on the way would be missed by nobody: the decode worker says it again.
+            undelivered=delta if router is None or delta.finish is not None else None,
         )
         self._close_if_done(handoff)
 

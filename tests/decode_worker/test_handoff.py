@@ -112,7 +112,6 @@ class Case:
             attempt=0,
             first_page=first_page,
             pages=[src],
-            generations=[[1] * count],
             checksums=[[7] * count],
             num_tokens=num_tokens,
         )

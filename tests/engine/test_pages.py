@@ -45,16 +45,6 @@ def test_a_held_prefix_is_shared_and_stays() -> None:
     assert pages.num_held == 0
 
 
-def test_generations_grow_with_every_new_owner() -> None:
-    pages = PageManager(1, 4)
-    seen = []
-    for holder in "abc":
-        table = pages.allocate(holder, 1)
-        seen += pages.generations(table)
-        pages.release(holder)
-    assert seen == [1, 2, 3]
-
-
 def test_promised_pages_are_nobody_elses() -> None:
     pages = PageManager(4, 4)
     pages.promise("a", 3)

@@ -19,4 +19,4 @@ def test_killed_workers_change_no_answer(tmp_path: Path) -> None:
     print(f"chaos seed {seed}: repeat with CHAOS_SEED={seed}")
     report = run(seed, tmp_path)
     assert report.exact + sum(report.typed_errors.values()) == REQUESTS
-    assert report.exact > REQUESTS // 2, report
+    assert report.exact > 0.9 * REQUESTS, report
