@@ -68,7 +68,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list
     random = [i for i, row in enumerate(rows) if not row.sampling.greedy]
     if random:
         index = torch.tensor(random, device=logits.device)
-        tokens[index] = _draw(processed[index], [rows[i] for i in random])
+        tokens[index] = draw_scores(processed[index], [rows[i] for i in random]).argmax(dim=-1)
     chosen = tokens.tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
@@ -96,7 +96,8 @@ def _change_logits(logits: Tensor, row: SamplingRow) -> None:
         )
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def draw_scores(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Filtered logits with Gumbel noise, `[len(rows), vocab]`: the largest of a row is its draw."""
     vocab = logits.shape[-1]
 
     def column(values: list[float]) -> Tensor:
@@ -112,7 +113,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     seeds = torch.tensor([row.noise_seed for row in rows], device=logits.device)
     positions = torch.tensor([len(row.tokens) for row in rows], device=logits.device)
     noise = exponential_noise(seeds, positions, PURPOSE_SAMPLE, vocab)
-    return (logits - noise.log()).argmax(dim=-1)
+    return logits - noise.log()
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, top: list[int]) -> list[TokenLogprobs]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from penstock.common.config import EngineConfig
 from penstock.common.messages import Finish, GenerateRequest
 from penstock.common.sampling import SamplingParams
+from penstock.engine import sampler
 from penstock.engine.build import DTYPES, BuiltEngine, build_engine
 from penstock.engine.kv_pool import KVLayout
 from penstock.engine.policy import DecodePolicy
@@ -55,3 +60,22 @@ def _collect(output: Output, tokens: dict[str, list[int]], finishes: dict[str, F
     tokens[output.request.request_id] += output.token_ids
     if output.finish is not None:
         finishes[output.request.request_id] = output.finish
+
+
+@contextlib.contextmanager
+def smallest_margin() -> Iterator[list[float]]:
+    """For each step, how far the best score of any draw was from the second best: a tie may fall either way."""
+    margins: list[float] = []
+    original = sampler.draw_scores
+
+    def noting(logits: torch.Tensor, rows: Sequence[sampler.SamplingRow]) -> torch.Tensor:
+        scores = original(logits, rows)
+        best, second = scores.topk(2).values.unbind(-1)
+        margins.append((best - second).min().item())
+        return scores
+
+    sampler.draw_scores = noting
+    try:
+        yield margins
+    finally:
+        sampler.draw_scores = original

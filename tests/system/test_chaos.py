@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.chaos import REQUESTS, run
+from tests.system.chaos import REQUESTS, run_seed
 
 pytestmark = pytest.mark.system
 
@@ -17,6 +17,6 @@ pytestmark = pytest.mark.system
 def test_killed_workers_change_no_answer(tmp_path: Path) -> None:
     seed = int(os.environ.get("CHAOS_SEED", time.time() // 86400))
     print(f"chaos seed {seed}: repeat with CHAOS_SEED={seed}")
-    report = run(seed, tmp_path)
+    report = run_seed(seed, tmp_path)
     assert report.exact + sum(report.typed_errors.values()) == REQUESTS
     assert report.exact > 0.9 * REQUESTS, report
