@@ -2,16 +2,23 @@
 
 Redis tells addresses, nothing more. A worker is alive exactly while the link to its address has its Welcome, and the
 Welcome says who it is; so a restart behind the same address is a new worker, and a Redis outage changes nothing.
+
+All members have one fingerprint, that of the first: two models never answer for each other. Others are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
+from penstock.router.dispatch import WAIT_FOR_WORKER_S
 from penstock.router.policy import Candidate
+
+# A request waits for WAIT_FOR_WORKER_S at most, so none begins on one model and goes on with another.
+FINGERPRINT_KEPT_S = WAIT_FOR_WORKER_S + 5.0
 
 
 @dataclass
@@ -32,11 +39,18 @@ class Discovery:
 
 
 class Fleet:
-    """Workers by address and by incarnation, with the load this router has reserved at each."""
+    """Workers by address and by incarnation, with the load this router has reserved at each.
 
-    def __init__(self) -> None:
+    `model_names` are the names the router serves, its MODEL included; none: it takes any model.
+    """
+
+    def __init__(self, model_names: Iterable[str] = ()) -> None:
+        self._names = _short(model_names)
+        self._fingerprint = ""  # of all members, and for a while of the last one; "": none yet
+        self._left_at = float("-inf")  # when the last member left
         self._addresses: set[str] = set()
         self._members: dict[str, Member] = {}  # by address, while the link is up
+        self._refused: dict[str, WorkerInfo] = {}  # by address, while the link is up
         self._reserved: dict[str, int] = {}  # incarnation -> tokens; never 0
 
     def discovered(self, workers: Iterable[WorkerInfo]) -> Discovery:
@@ -46,16 +60,43 @@ class Fleet:
         forgotten = sorted(self._addresses - listed - self._members.keys())
         self._addresses.update(opened)
         self._addresses.difference_update(forgotten)
+        for address in forgotten:
+            self._refused.pop(address, None)
         return Discovery(opened, forgotten)
 
-    def connected(self, address: str, worker: WorkerInfo) -> None:
-        """The link to `address` is up, and this is who answered."""
+    def connected(self, address: str, worker: WorkerInfo, now: float) -> str:
+        """The link to `address` is up, and this is who answered. Returns why it is not used, "" for a member."""
+        refusal = self._refusal(worker, now)
+        if refusal:
+            self._refused[address] = worker
+            return refusal
+        self._refused.pop(address, None)
+        self._fingerprint = worker.fingerprint
         self._members[address] = Member(worker, WorkerLoad(), address)
+        return ""
 
-    def disconnected(self, address: str) -> WorkerInfo | None:
-        """The link is down: the worker that was lost, if there was one."""
+    def disconnected(self, address: str, now: float) -> WorkerInfo | None:
+        """The link is down: the member that was lost, if there was one."""
+        self._refused.pop(address, None)
         member = self._members.pop(address, None)
-        return member.worker if member else None
+        if member is None:
+            return None
+        if not self._members:
+            self._left_at = now
+        return member.worker
+
+    def acceptable(self, now: float) -> list[tuple[str, WorkerInfo]]:
+        """Refused workers, with addresses, that `connected` would take now: the other model's workers are long gone."""
+        return [(address, worker) for address, worker in self._refused.items() if not self._refusal(worker, now)]
+
+    def _refusal(self, worker: WorkerInfo, now: float) -> str:
+        names = _short((*worker.served_models, worker.model))
+        if self._names and names and not self._names & names:
+            return f"it serves {', '.join(sorted(names))}, this router {', '.join(sorted(self._names))}"
+        kept = bool(self._members) or now - self._left_at < FINGERPRINT_KEPT_S
+        if kept and worker.fingerprint != self._fingerprint:
+            return f"its fingerprint is {worker.fingerprint!r}, that of this router's workers {self._fingerprint!r}"
+        return ""
 
     def report(self, address: str, load: WorkerLoad) -> None:
         """A worker's own view of its load."""
@@ -106,3 +147,8 @@ class Fleet:
             return Candidate(worker, member.load, reserved_tokens=own)
         held_tokens = found.held_pages * worker.page_size
         return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens)
+
+
+def _short(names: Iterable[str]) -> frozenset[str]:
+    """Last parts: a model may be mounted elsewhere on another machine, or be a hub id there."""
+    return frozenset(short for name in names if (short := PurePath(name).name))

@@ -85,7 +85,7 @@ class RouterService:
     def __init__(self, config: RouterConfig) -> None:
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._config = config
-        self._fleet = Fleet()
+        self._fleet = Fleet((*config.served_model_name, config.model))
         self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s)
         self._reader = FleetReader(config.redis_url, config.namespace, self.router_id)
         self._reservations = Reservations(config.redis_url, config.namespace, self.router_id, config.lease_s)
@@ -93,6 +93,7 @@ class RouterService:
         self._links: dict[str, AsyncBusLink] = {}  # by address
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
         self._tasks: set[asyncio.Task[None]] = set()
+        self._refused: set[str] = set()  # incarnations of workers that were not used, each reported once
         self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
         self._model: ModelInfo | None = None
         self._accepting = False
@@ -155,6 +156,7 @@ class RouterService:
             "stale_deltas": self._dispatcher.stale_deltas,
             "divergences": self._dispatcher.divergences,
             "redis_failures": self._reader.failures,
+            "workers_refused": len(self._refused),
             "in_flight": len(self._dispatcher.choices),
             "reserved_tokens": sum(self._fleet.reservations.values()),
             "links": len(self._links),
@@ -253,6 +255,8 @@ class RouterService:
         while True:
             for link in list(self._links.values()):
                 link.tick()
+            for address, worker in self._fleet.acceptable(time.monotonic()):
+                self._on_connected(address, worker)
             self._handle(Tick())
             await asyncio.sleep(TICK_S)
 
@@ -284,8 +288,13 @@ class RouterService:
             self._on_disconnected(address, item)
 
     def _on_connected(self, address: str, worker: WorkerInfo) -> None:
+        refusal = self._fleet.connected(address, worker, time.monotonic())
+        if refusal:  # its link stays, so that it can be used once the workers that it does not match are gone
+            if worker.incarnation not in self._refused:
+                self._refused.add(worker.incarnation)
+                log.error("worker %s (%s) at %s is not used: %s", worker.worker_id, worker.role, address, refusal)
+            return
         log.info("worker %s (%s) at %s is up", worker.worker_id, worker.role, address)
-        self._fleet.connected(address, worker)
         self._addresses[worker.incarnation] = address
         if worker.role == "decode":
             self._model = ModelInfo(
@@ -294,7 +303,7 @@ class RouterService:
             self._handle(WorkerUp(worker.incarnation))
 
     def _on_disconnected(self, address: str, item: Disconnected) -> None:
-        worker = self._fleet.disconnected(address)
+        worker = self._fleet.disconnected(address, time.monotonic())
         if worker is None:
             return
         log.warning("worker %s (%s) at %s is lost: %s", worker.worker_id, worker.role, address, item.reason)

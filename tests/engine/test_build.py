@@ -33,7 +33,7 @@ def test_every_byte_of_a_small_file_and_the_end_of_a_large_one_count(tmp_path: P
     for name, rows in (("small", 400), ("large", 4096)):
         weights = torch.zeros(rows, 512)
         base = checkpoint_digest(checkpoint(tmp_path / name, {"w": weights}))
-        for row in (range(0, rows, 37) if name == "small" else (0, rows - 1)):
+        for row in range(0, rows, 37) if name == "small" else (0, rows - 1):
             changed = weights.clone()
             changed[row, -1] = 1.0
             assert checkpoint_digest(checkpoint(tmp_path / f"{name}-{row}", {"w": changed})) != base, row

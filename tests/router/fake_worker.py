@@ -36,7 +36,15 @@ class FakeWorker:
     """One token a request a step. `limit` stops every request at that index; `announced` replaces its address."""
 
     def __init__(
-        self, redis_url: str, worker_id: str, role: str = "decode", *, lease_s: float = 2.0, announced: str = ""
+        self,
+        redis_url: str,
+        worker_id: str,
+        role: str = "decode",
+        *,
+        lease_s: float = 2.0,
+        announced: str = "",
+        fingerprint: str = "f",
+        max_model_len: int = 4096,
     ) -> None:
         self.limit = 1 << 30
         self.step_s = 0.001
@@ -53,13 +61,13 @@ class FakeWorker:
             incarnation=f"{worker_id}-{self.port}",
             role=role,
             address=announced or self._server.address,
-            fingerprint="f",
+            fingerprint=fingerprint,
             model="m",
             served_models=["m"],
             page_size=4,
             num_pages=1000,
             page_bytes=64,
-            max_model_len=4096,
+            max_model_len=max_model_len,
             max_num_seqs=64,
             vocab_size=1000,
             eos_token_ids=[2],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
-from penstock.router.fleet import Discovery, Fleet
+from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
 
 
 def worker(incarnation: str, address: str = "tcp://127.0.0.1:1", role: str = "decode") -> WorkerInfo:
@@ -35,19 +36,19 @@ def test_redis_adds_addresses_and_the_link_decides_who_is_alive():
     assert fleet.discovered([ONE, TWO]) == Discovery([ONE.address, TWO.address], [])
     assert fleet.discovered([ONE, TWO]) == Discovery([], [])
     assert fleet.members == [] and fleet.live("decode") == []
-    fleet.connected(ONE.address, ONE)
+    fleet.connected(ONE.address, ONE, 0.0)
     assert fleet.live("decode") == [ONE] and fleet.live("prefill") == [] and not fleet.has_choice()
-    fleet.connected(TWO.address, TWO)
+    fleet.connected(TWO.address, TWO, 0.0)
     assert fleet.has_choice()
 
 
 def test_an_address_is_forgotten_only_when_its_link_is_down_too():
     fleet = Fleet()
     fleet.discovered([ONE, TWO])
-    fleet.connected(ONE.address, ONE)
+    fleet.connected(ONE.address, ONE, 0.0)
     assert fleet.discovered([]) == Discovery([], [TWO.address]), "ONE has lost its lease but answers"
-    assert fleet.disconnected(ONE.address) == ONE
-    assert fleet.disconnected(ONE.address) is None
+    assert fleet.disconnected(ONE.address, 0.0) == ONE
+    assert fleet.disconnected(ONE.address, 0.0) is None
     assert fleet.discovered([]) == Discovery([], [ONE.address])
     assert fleet.discovered([ONE]) == Discovery([ONE.address], [])
 
@@ -55,10 +56,70 @@ def test_an_address_is_forgotten_only_when_its_link_is_down_too():
 def test_a_restart_behind_the_same_address_is_another_worker():
     fleet = Fleet()
     fleet.discovered([ONE])
-    fleet.connected(ONE.address, ONE)
-    fleet.disconnected(ONE.address)
-    fleet.connected(ONE.address, worker("1b"))
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.disconnected(ONE.address, 0.0)
+    fleet.connected(ONE.address, worker("1b"), 0.0)
     assert [w.incarnation for w in fleet.live("decode")] == ["1b"]
+
+
+OTHER = msgspec.structs.replace(TWO, fingerprint="g")
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_the_first_worker_decides_the_fingerprint(role: str):
+    fleet, first = Fleet(), worker("1", role=role)
+    fleet.discovered([first, OTHER])
+    assert fleet.connected(first.address, first, 0.0) == ""
+    refusal = fleet.connected(OTHER.address, OTHER, 0.0)
+    assert "'g'" in refusal and "'f'" in refusal
+    assert [member.worker for member in fleet.members] == [first] and not fleet.has_choice()
+    assert fleet.acceptable(1e6) == [], "however long the first one stays"
+    assert fleet.disconnected(OTHER.address, 0.0) is None, "it was no member"
+    assert fleet.connected(TWO.address, TWO, 0.0) == "" and fleet.has_choice()
+
+
+def test_another_fingerprint_is_taken_when_all_requests_of_the_old_one_are_over():
+    fleet, third = Fleet(), msgspec.structs.replace(OTHER, incarnation="3", address="tcp://127.0.0.1:3")
+    fleet.connected(ONE.address, ONE, 0.0)
+    for refused in (OTHER, third):
+        assert fleet.connected(refused.address, refused, 1.0)
+    fleet.disconnected(ONE.address, 100.0)
+    fleet.disconnected(third.address, 100.0)
+    before = 99.9 + FINGERPRINT_KEPT_S
+    assert fleet.acceptable(before) == [] and fleet.connected(OTHER.address, OTHER, before)
+    assert fleet.acceptable(101.0 + FINGERPRINT_KEPT_S) == [(OTHER.address, OTHER)]
+    assert fleet.connected(OTHER.address, OTHER, 101.0 + FINGERPRINT_KEPT_S) == ""
+    assert fleet.acceptable(1e6) == [] and fleet.live("decode") == [OTHER]
+    assert fleet.connected(ONE.address, ONE, 1e6), "now the old one is the other one"
+
+
+def test_a_refused_worker_is_forgotten_with_its_address():
+    fleet = Fleet()
+    fleet.discovered([ONE, OTHER])
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.connected(OTHER.address, OTHER, 0.0)
+    assert fleet.discovered([ONE]) == Discovery([], [OTHER.address])
+    fleet.disconnected(ONE.address, 0.0)
+    assert fleet.acceptable(1e6) == []
+
+
+@pytest.mark.parametrize(
+    ("router", "served", "model", "taken"),
+    [
+        (["a", "b"], ["b"], "/m/x", True),
+        (["a", "/m/x"], ["b"], "/elsewhere/x/", True),  # names for clients differ, the model is the same
+        (["org/x"], ["/models/x"], "/models/x", True),
+        (["a", "/m/x"], ["b"], "/m/y", False),
+        ([""], ["b"], "/m/y", True),  # a router that was told no name
+    ],
+)
+def test_a_worker_of_another_name_is_refused(router: list[str], served: list[str], model: str, taken: bool):
+    fleet, one = Fleet(router), msgspec.structs.replace(ONE, served_models=served, model=model)
+    refusal = fleet.connected(one.address, one, 0.0)
+    assert (refusal == "") is taken and (fleet.live("decode") == [one]) is taken
+    if not taken:
+        assert "it serves b, y, this router a, x" in refusal
+        assert fleet.acceptable(1e6) == []
 
 
 def test_reservations_count_per_worker_and_end_at_nothing():
@@ -73,8 +134,8 @@ def test_reservations_count_per_worker_and_end_at_nothing():
 def test_candidates_join_links_reports_reservations_and_redis():
     fleet = Fleet()
     fleet.discovered([ONE, TWO])
-    fleet.connected(ONE.address, ONE)
-    fleet.connected(TWO.address, TWO)
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.connected(TWO.address, TWO, 0.0)
     fleet.report(ONE.address, WorkerLoad(running=3))
     fleet.report("tcp://127.0.0.1:9", WorkerLoad(running=9))
     fleet.reserve("1", 100)

@@ -16,6 +16,7 @@ from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.messages import GenerateRequest, TokenDelta
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
+from penstock.router import fleet
 from penstock.router.service import ModelInfo, RouterService
 from tests.router.fake_worker import FakeWorker, oracle
 
@@ -160,6 +161,31 @@ class Proxy:
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)
         source.close()
+
+
+def test_a_worker_of_another_model_gets_nothing(redis_server, start_worker, monkeypatch, caplog):
+    monkeypatch.setattr(fleet, "FINGERPRINT_KEPT_S", 0.0)
+    first = start_worker("d1")
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            other = start_worker("d2", fingerprint="g", max_model_len=77)
+            await until(lambda: service.counters()["workers_refused"] == 1)
+            sinks = [await send(service, request(f"r{i}")) for i in range(10)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks) and not other.submitted and len(service.loads()) == 1
+            assert service.model_info() == ModelInfo(4096, 1000, (2,), 4)
+            told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+            assert len(told) == 1 and "d2" in told[0] and "'g'" in told[0] and "'f'" in told[0]
+            await asyncio.get_running_loop().run_in_executor(None, first.kill)
+            await until(lambda: [worker.worker_id for worker, _ in service.loads()] == ["d2"])
+            sink = await send(service, request("last"))
+            await ended(sink)
+            assert sink.complete() and len(other.submitted) == 1
+            assert service.model_info() == ModelInfo(77, 1000, (2,), 4)
+            assert service.counters()["workers_refused"] == 1 and service.counters()["workers_lost"] == 1
+
+    play(scenario())
 
 
 def test_many_requests_over_two_workers(redis_server, start_worker):
