@@ -105,11 +105,15 @@ class RouterConfig(FleetConfig):
     generation_config: str = option("auto", "default sampling: auto (the model's), vllm (neutral), or a directory")
     chat_template: str = option("", "file with a chat template; default: the tokenizer's")
     seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")
+    max_inflight: int = option(16384, "most choices in flight at a router; more are refused at once with 429")
     max_attempts: int = option(3, "how often a request is tried when workers are lost")
     queue_timeout_s: float = option(60.0, "how long a request may wait for room")
     progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
     min_remote_prefill_tokens: int = option(0, "uncached prompt tokens from which a prefill worker is used")
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_inflight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,7 @@ class ServeConfig(WorkerConfig, RouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        RouterConfig.__post_init__(self)  # the engine's ends the chain
         if self.decode_workers < 1:
             raise ConfigError("decode_workers must be at least 1: every request ends on a decode worker")
         if self.prefill_workers < 0:

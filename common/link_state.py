@@ -63,7 +63,6 @@ class LinkState:
         self.session = session - 1  # opening makes it the first one
         self.phase = Phase.LOST
         self.heartbeat_seq = 0
-        self.heartbeat_sent_at: dict[int, float] = {}  # of heartbeats not answered yet, oldest first
         self._role = role
         self._fingerprint = fingerprint
         self._lease_s = lease_s
@@ -81,7 +80,6 @@ class LinkState:
         self.session += 1
         self.phase = Phase.CONNECTING
         self._heard_at = now
-        self.heartbeat_sent_at.clear()
         return Hello(
             protocol=PROTOCOL_VERSION,
             peer_id=self.peer_id,
@@ -106,17 +104,7 @@ class LinkState:
             return None
         self._next_heartbeat = now + self._lease_s / 3
         self.heartbeat_seq += 1
-        self.heartbeat_sent_at[self.heartbeat_seq] = now
-        if len(self.heartbeat_sent_at) > 1000:
-            del self.heartbeat_sent_at[next(iter(self.heartbeat_sent_at))]
         return Heartbeat(seq=self.heartbeat_seq)
-
-    def acknowledged(self, seq: int) -> float | None:
-        """When the heartbeat was sent that is answered now; it and all older ones are settled."""
-        sent_at = self.heartbeat_sent_at.get(seq)
-        for older in [s for s in self.heartbeat_sent_at if s <= seq]:
-            del self.heartbeat_sent_at[older]
-        return sent_at
 
     def silent(self, now: float) -> Disconnected | None:
         """The session's end, if the worker has said nothing for `SILENT_LEASES` leases."""

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
+MAX_BODY_BYTES = 32 << 20  # below what the bus carries: what is taken can be sent on
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")

@@ -27,6 +27,7 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
     """
     request = decode_request(_decoder, body)
     model = front.model_name(request.model)
+    request.check_choices(1)
     ids = await front.in_thread(lambda: _token_ids(request, front), len(body))
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     answer_id, usage, show_ids = (
@@ -53,6 +54,7 @@ def _token_ids(request: ChatRequest, front: Front) -> list[int]:
         continue_final_message=continues,
         variables=variables,
     )
+    front.check_length(text, "messages")
     ids = front.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     if not ids:
         raise BadRequest("the messages give an empty prompt", param="messages")

@@ -28,6 +28,9 @@ async def plan_completion(body: bytes, head: RequestHead, front: Front) -> Plan:
     request = decode_request(_decoder, body)
     model = front.model_name(request.model)
     prompts = request.prompts()
+    request.check_choices(len(prompts))
+    for prompt in prompts:
+        front.check_length(prompt, "prompt")
     ids = await _token_ids(prompts, request.add_special_tokens is not False, front)
     echoes = ["" for _ in ids]
     if request.echo:

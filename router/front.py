@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
-from penstock.common.errors import BadRequest, NotFound, Unavailable
+from penstock.common.errors import BadRequest, NotFound, PromptTooLong, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.messages import GenerateRequest
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat
 from penstock.router.metrics import RouterMetrics
-from penstock.router.protocol import MAX_CHOICES, GenerationRequest, output_budget
+from penstock.router.protocol import GenerationRequest, output_budget
 from penstock.router.reply import Plan
 
 if TYPE_CHECKING:
@@ -69,6 +69,19 @@ class Front:
             raise NotFound(f"The model `{asked}` does not exist.", param="model")
         return asked
 
+    def check_length(self, prompt: str | list[int], param: str) -> None:
+        """Raise PromptTooLong for a prompt that cannot fit whatever its tokens are, before any work is done on it."""
+        context, length = self.model_info().max_model_len, len(prompt)
+        if isinstance(prompt, str):
+            most, unit = context * self.tokenizer.longest_token_chars, "characters"
+        else:
+            most, unit = context, "tokens"
+        if length > most:
+            raise PromptTooLong(
+                f"This model's maximum context length is {context} tokens: a prompt of {length} {unit} cannot fit.",
+                param=param,
+            )
+
     async def in_thread(self, work: Callable[[], _T], size_chars: int) -> _T:
         """The result of `work`, computed in a thread if it is long."""
         if size_chars < THREAD_FROM_CHARS:
@@ -87,14 +100,14 @@ class Front:
     ) -> Plan:
         """The plan for tokenised prompts; choices are ordered by prompt. `max_tokens` is (default, field to blame).
 
+        `check_choices` and `check_length` come before tokenising, so they are the caller's.
+
         Raises:
             BadRequest: parameters out of range, or a prompt too long.
         """
         info = self.model_info()
         request.check_token_ids(info.vocab_size)
         n = request.choices_per_prompt
-        if n < 1 or n * len(prompts) > MAX_CHOICES:
-            raise BadRequest(f"n must be at least 1, and prompts times n at most {MAX_CHOICES}, got n={n}", param="n")
         asked = request.asked_max_tokens
         if asked is not None and asked < 1:
             field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from penstock.common.messages import Spans, WorkerInfo, WorkerLoad
+from penstock.common.messages import Spans
+from penstock.common.worker_metrics import worker_metric_families
 
 if TYPE_CHECKING:
     from penstock.router.service import RouterService
@@ -154,7 +155,8 @@ class RouterMetrics(Collector):
             family = kind(f"penstock:{name}", f"Router: {name.replace('_', ' ')}.", labels=list(labels))
             family.add_metric(list(labels.values()), value)
             yield family
-        yield from _worker_families(self._model_name, self._service.loads())
+        loads = ((worker.worker_id, load) for worker, load in self._service.loads())
+        yield from worker_metric_families(self._model_name, loads)
 
 
 def _by_label(name: str, help: str, labels: dict[str, str], label: str, counts: Counter[str]) -> CounterMetricFamily:
@@ -165,37 +167,3 @@ def _by_label(name: str, help: str, labels: dict[str, str], label: str, counts: 
 
 
 _SERVICE_GAUGES = ("in_flight", "links", "reserved_tokens")  # among RouterService.counters
-_GAUGES = {
-    "vllm:num_requests_running": ("Requests in the batch.", "running"),
-    "vllm:num_requests_waiting": ("Requests waiting for room.", "waiting"),
-    "penstock:queued_prompt_tokens": ("Prompt tokens still to be computed.", "queued_tokens"),
-    "penstock:lent_pages": ("Pages offered to decode workers.", "lent_pages"),
-    "penstock:quarantined_pages": ("Pages that an unsettled transfer may still write.", "quarantined_pages"),
-}
-_COUNTERS = {
-    "vllm:prompt_tokens": ("Prompt tokens computed or found cached.", "prompt_tokens"),
-    "vllm:generation_tokens": ("Tokens sampled.", "generation_tokens"),
-    "vllm:prefix_cache_queries": ("Tokens looked up in the prefix cache.", "prefix_queries"),
-    "vllm:prefix_cache_hits": ("Tokens found in the prefix cache.", "prefix_hits"),
-    "vllm:num_preemptions": ("Requests that lost their pages and were computed again.", "preemptions"),
-    "penstock:handoffs": ("Prompts handed from prefill to decode.", "handoffs"),
-    "penstock:handoff_failures": ("Hand-offs given up.", "handoff_failures"),
-    "penstock:kv_transfer_bytes": ("Bytes of KV pages moved.", "transfer_bytes"),
-    "penstock:kv_transfer_pages": ("KV pages moved.", "transfer_pages"),
-    "penstock:checksum_failures": ("Moved pages whose checksum was wrong.", "checksum_failures"),
-}
-
-
-def _worker_families(model_name: str, loads: Iterable[tuple[WorkerInfo, WorkerLoad]]) -> Iterator[Metric]:
-    workers = [([model_name, info.worker_id], load) for info, load in loads]
-    names = ["model_name", "engine"]
-    usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV pages held by requests (0 to 1).", labels=names)
-    for labels, load in workers:
-        usage.add_metric(labels, 1.0 - load.free_pages / load.num_pages if load.num_pages else 0.0)
-    yield usage
-    for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
-        for name, (help, field) in table.items():
-            family = kind(name, help, labels=names)
-            for labels, load in workers:
-                family.add_metric(labels, getattr(load, field))
-            yield family

@@ -20,6 +20,8 @@ MAX_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters
+MAX_STOP_TOKEN_IDS = 1024
+MAX_SALT_LENGTH = 256  # characters
 MAX_CHOICES = 1024  # of one HTTP request: prompts times n
 
 _AT_PATH = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
@@ -100,7 +102,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     user: str | None = None
 
     def check(self) -> None:
-        """Raise BadRequest for what no later step would notice."""
+        """Raise BadRequest for what no later step would notice. Repeated stop token ids are dropped."""
         if self.best_of is not None and self.best_of != self.choices_per_prompt:
             if self.best_of < self.choices_per_prompt:
                 raise BadRequest(f"best_of must be at least n, got {self.best_of}", param="best_of")
@@ -109,6 +111,19 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             raise BadRequest("stream_options is only allowed with stream=true", param="stream_options")
         if self.cache_salt == "":
             raise BadRequest("cache_salt must not be empty", param="cache_salt")
+        if self.cache_salt is not None and len(self.cache_salt) > MAX_SALT_LENGTH:
+            raise BadRequest(f"cache_salt must be at most {MAX_SALT_LENGTH} characters", param="cache_salt")
+        if self.stop_token_ids is not None:
+            self.stop_token_ids = list(dict.fromkeys(self.stop_token_ids))
+            if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+                raise BadRequest(f"stop_token_ids must be at most {MAX_STOP_TOKEN_IDS} ids", param="stop_token_ids")
+
+    def check_choices(self, prompts: int) -> None:
+        """Raise BadRequest for no choice, or more than one request may have."""
+        n = self.choices_per_prompt
+        if n < 1 or n * prompts > MAX_CHOICES:
+            limit = f"n must be at least 1, and prompts times n at most {MAX_CHOICES}"
+            raise BadRequest(f"{limit}, got {prompts} prompts and n={n}", param="n" if n != 1 else "prompt")
 
     @property
     def choices_per_prompt(self) -> int:
@@ -193,6 +208,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         for decoder in _PROMPT_DECODERS:
             try:
                 value: Any = decoder.decode(self.prompt)
+            except UnicodeDecodeError as error:
+                raise BadRequest(f"prompt is not valid UTF-8: {error}", param="prompt") from error
             except (msgspec.ValidationError, RecursionError):
                 continue
             one = isinstance(value, str) or (value and isinstance(value[0], int))

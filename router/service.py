@@ -20,7 +20,7 @@ import zmq
 
 from penstock.common.bus import AsyncBusLink, Connected, Disconnected, LinkItem
 from penstock.common.config import RouterConfig
-from penstock.common.errors import PenstockError, Unavailable
+from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup, Reservations
@@ -128,6 +128,9 @@ class RouterService:
         """Take one choice. Every end of it, a refusal included, goes to `sink`."""
         if not self._accepting:
             sink.on_error(Unavailable("this router is shutting down"))
+            return
+        if len(self._dispatcher.choices) >= self._config.max_inflight:
+            sink.on_error(Overloaded(f"this router has {self._config.max_inflight} choices in flight, its limit"))
             return
         self._counters["requests"] += 1
         self._handle(Submitted(request, sink))

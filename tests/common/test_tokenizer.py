@@ -89,3 +89,15 @@ def test_long_texts_have_the_same_ids() -> None:
         for special in (True, False):
             expected = tokenizer._backend.encode(text, add_special_tokens=special).ids
             assert tokenizer.encode(text, special) == expected
+
+
+@given(st.lists(st.sampled_from(["<|im_start|>", "<tool call>", " penstock", "the", "▁wa", "ter", "ß", "😀", "\n"])))
+def test_no_text_has_more_characters_than_its_tokens_can_stand_for(parts: list[str]) -> None:
+    text = "".join(parts)
+    for tokenizer in (byte_level(), sentencepiece()):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert len(text) <= len(ids) * tokenizer.longest_token_chars
+
+
+def test_the_longest_token_is_known_in_characters() -> None:
+    assert byte_level().longest_token_chars == max(len(byte_level().token_text(i)) for i in range(404))

@@ -51,7 +51,7 @@ def test_figures() -> None:
     assert found["vllm:num_requests_waiting", "decode-0"] == 2
     assert found["vllm:kv_cache_usage_perc", "decode-0"] == 0.25
     assert found["penstock:kv_transfer_bytes_total", "decode-0"] == 4096
-    assert found["penstock:lent_pages", "decode-0"] == 5
+    assert found["penstock:kv_pages_lent", "decode-0"] == 5
 
 
 def test_buckets_are_cumulative() -> None:

@@ -8,7 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.router.fake_router import VOCAB, Router
+from penstock.common.bus import MAX_MESSAGE_BYTES
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.app import MAX_BODY_BYTES
+from tests.router.fake_router import CONTEXT, VOCAB, Router
+from tests.tiny_tokenizers import byte_level
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 COMPLETION = {"prompt": "a"}
@@ -19,6 +23,7 @@ WRONG = [
     ("repetition_penalty", 0), ("min_tokens", -1), ("min_tokens", 10**9), ("stop", ""), ("stop", ["a"] * 65),
     ("stop", "x" * 2000), ("stop", 5), ("stop_token_ids", [VOCAB]), ("stop_token_ids", [-1]), ("ignore_eos", 1),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("cache_salt", ""), ("cache_salt", 1),
+    ("cache_salt", "x" * 257), ("stop_token_ids", list(range(1025))),
     ("best_of", 0), ("model", 5),
 ]  # fmt: skip
 UNSUPPORTED: list[tuple[str, Any]] = [
@@ -132,6 +137,64 @@ def test_chat_only_fields_to_come(router: Router) -> None:
 def test_bodies_that_are_no_object(router: Router, path: str, body: bytes) -> None:
     response = router.http.post(path, content=body)
     assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", [b'"\xff\xfe"', b'["a", "\xff"]'])
+def test_a_prompt_that_is_not_utf8(router: Router, prompt: bytes) -> None:
+    response = router.http.post("/v1/completions", content=b'{"prompt":' + prompt + b"}")
+    assert response.status_code == 400 and response.json()["error"]["param"] == "prompt"
+    response = router.http.post("/v1/chat/completions", content=b'{"messages":[{"role":"user","content":"\xff"}]}')
+    assert response.status_code == 400
+
+
+def test_the_limits_themselves_are_allowed(router: Router) -> None:
+    ids = [VOCAB - 1, *range(10)]
+    assert router.post("/v1/completions", COMPLETION | {"cache_salt": "é" * 256}).status_code == 200
+    assert router.post("/v1/completions", COMPLETION | {"stop_token_ids": ids * 1000}).status_code == 200
+    assert router.last.sampling.stop_token_ids == ids, "repeated ones count once"
+
+
+def test_a_body_that_is_taken_fits_the_bus(router: Router) -> None:
+    assert MAX_BODY_BYTES < MAX_MESSAGE_BYTES
+    body = b'{"prompt":"a","user":"%b"}'
+    assert router.http.post("/v1/completions", content=body % (b"x" * (MAX_BODY_BYTES - len(body) + 2))).is_success
+    response = router.http.post("/v1/completions", content=body % (b"x" * MAX_BODY_BYTES))
+    assert response.status_code == 400 and str(MAX_BODY_BYTES) in response.json()["error"]["message"]
+
+
+@pytest.fixture
+def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("this request had to be refused before")
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+
+
+@pytest.mark.usefixtures("no_tokenising")
+def test_too_many_choices_are_refused_before_tokenising(router: Router) -> None:
+    for prompts, n, param in ((1025, 1, "prompt"), (400, 3, "n"), (1, 1025, "n")):
+        error = error_of(router, "/v1/completions", {"prompt": ["a"] * prompts, "n": n})
+        assert error["param"] == param
+        assert "at most 1024" in error["message"] and f"{prompts} prompts and n={n}" in error["message"]
+    assert error_of(router, "/v1/chat/completions", CHAT | {"n": 1025})["param"] == "n"
+
+
+@pytest.mark.usefixtures("no_tokenising")
+def test_prompts_that_cannot_fit_are_refused_before_any_work(router: Router) -> None:
+    most = CONTEXT * byte_level().longest_token_chars
+    text = "a" * (most + 1)
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": ["a", text]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        error = error_of(router, path, body)
+        assert error["code"] == "context_length_exceeded" and error["param"] == next(iter(body))
+        message = error["message"]
+        assert f"maximum context length is {CONTEXT} tokens" in message and "characters cannot fit" in message
+    error = error_of(router, "/v1/completions", {"prompt": [-1] * (CONTEXT + 1)})
+    assert error["code"] == "context_length_exceeded", "the length is looked at before the ids"
+    assert f"{CONTEXT + 1} tokens cannot fit" in error["message"]
 
 
 def test_a_wrong_content_type_does_not_matter(router: Router) -> None:

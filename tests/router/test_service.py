@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from penstock.common.config import RouterConfig
-from penstock.common.errors import PenstockError, Unavailable
+from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.messages import GenerateRequest, TokenDelta
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
@@ -309,6 +309,25 @@ def test_cancel_frees_the_worker(redis_server, start_worker):
             worker.limit = 1 << 30
             await ended(sinks[0])
             assert sinks[0].complete() and not sinks[1].ended.is_set() and worker.aborted == [("r", 1)]
+
+    play(scenario())
+
+
+def test_more_choices_than_allowed_are_refused_at_once(redis_server, start_worker):
+    worker = start_worker("d1")
+    worker.limit = 3
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1, max_inflight=2) as service:
+            taken = [await send(service, request("r", choice=choice)) for choice in range(2)]
+            refused = await send(service, request("late"))
+            assert isinstance(refused.error, Overloaded) and "2 choices" in refused.error.message
+            worker.limit = 1 << 30
+            await ended(*taken)
+            assert all(sink.complete() for sink in taken)
+            again = await send(service, request("again"))
+            await ended(again)
+            assert again.complete() and "late" not in {r.request_id for r in worker.submitted}
 
     play(scenario())
 
