@@ -109,7 +109,7 @@ class Tokenizer:
 
     @cached_property
     def longest_token_chars(self) -> int:
-        """Characters of text that one token stands for at most; 50 ms for 150 000 tokens, once.
+        """Characters of text that one token stands for at most; 0.1 s for 150 000 tokens, once.
 
         Exact enough to refuse a text by its length: only tokenizers that drop or merge characters (WordPiece: blanks,
         unknown words) could fit more into a context, and of that nothing but such characters.
