@@ -245,11 +245,11 @@ def test_what_cannot_be_generated_is_said(llm: LLM, prompts: Any, params: Any, r
     ("values", "reason"),
     [
         ({"n": 0}, "n must be from 1"),
-        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"temperature": -1}, r"temperature must be in \[0, 100\]"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -2}, "top_k must be"),
         ({"min_p": 2}, "min_p must be"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be in \[0.01, 100\]"),
         ({"presence_penalty": 3}, "presence_penalty must be"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": 2, "min_tokens": 3}, r"min_tokens must be at most max_tokens \(2\)"),
