@@ -17,7 +17,7 @@ from penstock.kv_transfer.shm import ShmTransport, is_local
 
 logger = logging.getLogger("penstock.kv_transfer")
 
-# Fastest first. Shared memory copies at twice NIXL's rate on one host: benchmarks/results/transfer_cpu-*.json.
+# Fastest first: shared memory reads at about twice the rate of NIXL on one host (docs/performance.md).
 _SAME_HOST = ("shm", "nixl")
 _ANY_HOST = ("nixl",)
 

@@ -5,11 +5,13 @@ A streamed token is bytes joined around its JSON-encoded text; the parts before 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
 
+from penstock.common.tokenizer import Tokenizer
 from penstock.router.choice import Choice, ScoredToken
 
 _json = msgspec.json.Encoder().encode
@@ -28,7 +30,11 @@ class AnswerFormat:
     before_text: ClassVar[bytes]  # between the choice's index and its text
     after_text: ClassVar[bytes]  # what closes the text
 
-    def __init__(self, answer_id: str, created: int, model: str, usage_field: bool, token_ids: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool, token_ids: bool = False
+    ) -> None:
+        created = int(time.time())
+        self._tokenizer = tokenizer
         self.token_ids = token_ids
         self._ids_written: dict[int, int] = {}  # choice -> how many of its ids are in earlier chunks
         self._answer_id, self._created, self._model = answer_id, created, model

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from penstock.common.errors import BadRequest
-from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat, finite
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.front import Front, RequestHead
@@ -61,12 +59,6 @@ class CompletionFormat(AnswerFormat):
     chunk_object_name = "text_completion"
     before_text = b',"text":'
     after_text = b""
-
-    def __init__(
-        self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool, token_ids: bool = False
-    ) -> None:
-        super().__init__(answer_id, int(time.time()), model, usage_field, token_ids)
-        self._tokenizer = tokenizer
 
     def opening(self, choice: Choice) -> bytes:
         """The echoed prompt, if asked for."""
