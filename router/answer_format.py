@@ -6,6 +6,7 @@ A streamed token is bytes joined around its JSON-encoded text; the parts before 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ NO_LOGPROB = -9999.0  # JSON has no minus infinity
 DONE = b"data: [DONE]\n\n"
 
 
-class AnswerFormat:
+class AnswerFormat(ABC):
     """One request's way of writing; `usage_field` adds "usage": null to chunks, as OpenAI does with include_usage.
 
     With `token_ids` choices carry the ids of their tokens (vLLM's `return_token_ids`).
@@ -43,17 +44,17 @@ class AnswerFormat:
         self._tail = b'}],"usage":null}\n\n' if usage_field else b"}]}\n\n"
         self._plain = self.after_text + b',"logprobs":null,"finish_reason":null' + self._tail
 
+    @abstractmethod
     def opening(self, choice: Choice) -> bytes:
         """What a streamed choice begins with; may be nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         """A choice of an answer in one piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """Scores in the API's shape; None if there are none."""
-        raise NotImplementedError
 
     def opening_chunk(self, choice: Choice, text: str, before_text: bytes | None = None) -> bytes:
         """An event with text that is not output."""

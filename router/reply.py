@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ class Plan:
     timeline: bool  # the client asked for it
 
 
-class Reply:
+class Reply(ABC):
     """What whole and streamed answers share. `run` either sends a complete answer, or raises before sending anything.
 
     Raises:
@@ -84,9 +85,9 @@ class Reply:
             watcher.cancel()
             self._cancel_running()
 
+    @abstractmethod
     def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
         """See `Listener`."""
-        raise NotImplementedError
 
     def on_failure(self, error: PenstockError) -> None:
         """One choice failed: the whole answer does."""
@@ -96,8 +97,8 @@ class Reply:
             self._cancel_running()
         self._wake()
 
-    async def _answer(self, send: Send) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _answer(self, send: Send) -> None: ...
 
     async def _submit(self) -> None:
         choices = self._choices
