@@ -141,7 +141,7 @@ def _code_of(error: Exception) -> str:
 
 
 def _greedy_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
-    return reference_tokens(path, prompts, NEW_TOKENS)
+    return reference_tokens(path, prompts, NEW_TOKENS, until_tie=True)
 
 
 def _seeded_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
