@@ -160,23 +160,23 @@ def _seeded_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def main() -> None:
-    """Run seeds, print a line each, write the record."""
+    """Run seeds, print a line each, add each to the record."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/chaos-COMMIT.json")
     arguments = parser.parse_args()
-    reports = []
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    output = arguments.output or Path("benchmarks/results") / f"chaos-{commit}.json"
+    rows: list[dict[str, Any]] = json.loads(output.read_text())["rows"] if output.exists() else []
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         with tempfile.TemporaryDirectory() as directory:
             report = run_seed(seed, Path(directory))
         print(report, flush=True)
-        reports.append(asdict(report))
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    record = {"commit": commit, "machine": platform.platform(), "requests_per_seed": REQUESTS, "rows": reports}
-    output = arguments.output or Path("benchmarks/results") / f"chaos-{commit}.json"
-    output.write_text(json.dumps(record, indent=1) + "\n")
+        rows.append(asdict(report))
+        record = {"commit": commit, "machine": platform.machine(), "requests_per_seed": REQUESTS, "rows": rows}
+        output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {output}")
 
 

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,10 +39,13 @@ def fleet(model: Path, **options: Any) -> Iterator[Fleet]:
 
 
 def ledgers(running: Fleet) -> dict[str, dict[str, Any]]:
-    """Each worker's /debug/ledger, which also verifies its page ledger."""
+    """Each worker's /debug/ledger, which also verifies its page ledger; without those that do not answer now."""
     found = {}
     for worker_id, url in running.status_urls().items():
-        with urllib.request.urlopen(f"{url}/debug/ledger", timeout=20) as answer:
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError),
+            urllib.request.urlopen(f"{url}/debug/ledger", timeout=20) as answer,
+        ):
             found[worker_id] = json.load(answer)
     return found
 
