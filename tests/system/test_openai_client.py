@@ -496,10 +496,12 @@ def test_unknown_models_are_404(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_too_long_gives_both_numbers(server: Server, stream: bool) -> None:
-    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens.*300 in the prompt") as caught:
+    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens: a prompt of 300 tokens") as caught:
         server.client.completions.create(model="tiny", prompt=[9] * 300, stream=stream)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens.*\d+ in the (prompt|messages)"):
+    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens.*{CONTEXT - 10} in the prompt, 20 for"):
+        server.client.completions.create(model="tiny", prompt=[9] * (CONTEXT - 10), max_tokens=20, stream=stream)
+    with pytest.raises(openai.BadRequestError, match=rf"{CONTEXT} tokens.*\d+ (in the prompt|characters)"):
         server.client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": TEXT * 20}], stream=stream
         )
