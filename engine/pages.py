@@ -59,6 +59,10 @@ class PageManager:
     def num_promised(self) -> int:
         return self._promised
 
+    def has_claim(self, holder: str) -> bool:
+        """Whether pages are held by or promised to this holder."""
+        return holder in self._tables or holder in self._promises
+
     def table(self, holder: str) -> list[int]:
         """The holder's pages, in order. A live view: do not change it, copy it to keep it."""
         return self._tables.get(holder, [])

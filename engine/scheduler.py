@@ -152,8 +152,8 @@ class Scheduler:
         for request in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 break
-            # In order; but one that brought its pages may pass one that waits for pages, or both would wait for ever.
-            if (blocked and not self.pages.table(request.key)) or not self._start(request):
+            # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
+            if (blocked and not self.pages.has_claim(request.key)) or not self._start(request):
                 blocked = True
                 continue
             started.append(_sequence_start(request))

@@ -234,3 +234,22 @@ def test_the_context_ends_a_request() -> None:
     assert len(joined(outputs)["a"]) == 4
     assert outputs[-1].finish is not None
     assert outputs[-1].finish.reason == "length"
+
+
+def test_a_promised_request_passes_a_preempted_one_that_waits_for_its_pages() -> None:
+    scheduler = make_scheduler(num_pages=6)
+    executor = FakeExecutor(6)
+    scheduler.add(Request(make_request("old", [1] * 14, 8), 0.0))
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    scheduler.update(executor.run(plan), 0.0)
+    newcomer = Request(make_request("new", [2] * 6, 2), 0.0)
+    scheduler.pages.promise(newcomer.key, 2)  # nothing is left for the other one to grow
+    while not scheduler.waiting:
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        scheduler.update(executor.run(plan), 0.0)
+    scheduler.add(newcomer)
+    tokens = {output.request.request_id: output.token_ids for output in drain(scheduler, executor)}
+    assert tokens["new"] == (oracle([2] * 6, 2)[1],)
+    assert not scheduler.has_work()
