@@ -17,7 +17,7 @@ from penstock.kv_transfer.shm import ShmTransport, is_local
 
 logger = logging.getLogger("penstock.kv_transfer")
 
-# Fastest first: shared memory reads at about twice the rate of NIXL on one host (docs/performance.md).
+# Fastest first: shared memory reads faster than NIXL on one host (docs/performance.md).
 _SAME_HOST = ("shm", "nixl")
 _ANY_HOST = ("nixl",)
 

@@ -44,7 +44,7 @@ def place_workers(config: ServeConfig, gpus: int, cores: int) -> list[Placement]
         for position, (role, index) in enumerate(ids)
     ]
     sharing = Counter(devices)
-    # One core stays for the router: OpenMP threads beyond the free cores spin on each other, 4 to 6 times slower.
+    # One core stays for the router: OpenMP threads beyond the free cores spin on each other, many times slower.
     threads = config.cpu_threads or max(1, (cores - 1) // len(ids))
     return [
         Placement(f"{role}-{index}", role, device, 1.0 if device == "cpu" else 1.0 / sharing[device], threads)
