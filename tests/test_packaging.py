@@ -69,9 +69,9 @@ def _third_party(paths: Iterable[Path]) -> dict[str, str]:
     ("folders", "extras"),
     [
         (ROUTER_FOLDERS, ()),
-        (WORKER_FOLDERS, ("worker", "gpu")),
-        (("penstock",), ("worker", "gpu", "demo")),
-        (("tests", "scripts", "benchmarks"), ("worker", "gpu", "dev")),
+        (WORKER_FOLDERS, ("worker",)),
+        (("penstock",), ("worker", "demo")),
+        (("tests", "scripts", "benchmarks"), ("worker", "dev")),
     ],
     ids=["router", "worker", "penstock", "development"],
 )

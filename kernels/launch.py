@@ -1,0 +1,51 @@
+"""What the Triton kernels share: where they run, and launching one before the kernel ahead of it has ended.
+
+An op dispatches with `use_triton(x)`: Triton on CUDA, its plain PyTorch reference elsewhere. Under TRITON_INTERPRET=1
+(tests on CPU) a `*_triton` launcher also takes CPU tensors; `interpret_ops` makes the ops themselves choose them.
+
+Programmatic dependent launch (CUDA C++ Programming Guide): a kernel started with `**pdl_options(x)` may begin while its
+predecessor still runs. The rule for every such kernel, with `PDL: tl.constexpr`: before its `gdc_wait` it reads weights
+only, nothing that an earlier kernel of the step writes, and writes nothing. After the wait everything before it is
+complete, its predecessors' predecessors included.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+interpret_ops = False
+"""Tests set this to run whole models through Triton's interpreter on CPU."""
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether ops on x go through their Triton kernels."""
+    return x.is_cuda or (interpret_ops and INTERPRETED)
+
+
+def pdl_options(x: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a launch: `PDL` for the kernel, `launch_pdl` for the driver where the card can do it."""
+    if x.is_cuda and _capability(x.device)[0] >= 9:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def num_multiprocessors(x: Tensor) -> int:
+    """Of x's device; a small number for the interpreter."""
+    return _multiprocessors(x.device) if x.is_cuda else 4
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
