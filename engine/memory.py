@@ -7,7 +7,7 @@ import torch
 from penstock.common.config import EngineConfig
 from penstock.common.errors import ConfigError
 from penstock.engine.kv_pool import KVLayout, KVPool
-from penstock.kernels.paged_attention import PagedBatch
+from penstock.kernels.paged_batch import PagedBatch
 from penstock.models.decoder import CausalLM
 
 CPU_DEFAULT_BYTES = 2**30

@@ -13,7 +13,7 @@ import torch
 from penstock.engine.kv_pool import KVPool
 from penstock.engine.plan import SampledTokens, SequenceStart, StepHandle, StepPlan, StepResult
 from penstock.engine.sampler import SamplingRow, noise_seed, sample
-from penstock.kernels.paged_attention import PagedBatch
+from penstock.kernels.paged_batch import PagedBatch
 from penstock.models.decoder import CausalLM
 
 

@@ -1,7 +1,7 @@
 """Attention over a paged KV cache: prompts (whole or in chunks) and decode rows in one call, any page table.
 
-Models call `store_kv` and `paged_attention` once a layer. The engine builds one `PagedBatch` a step; what is the same
-for every layer (indices, masks) is worked out once and kept on it. This is the plain PyTorch form of both ops.
+Models call `store_kv` and `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer
+(indices, masks) is worked out once and kept on it. This is the plain PyTorch form of both ops.
 
 A page cache is a view [num_pages, num_kv_heads, page_size, head_dim] with any strides in which one head's page is
 contiguous and the first two dimensions can be flattened without a copy.
@@ -9,91 +9,14 @@ contiguous and the first two dimensions can be flattened without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class PagedBatch:
-    """Where the tokens of one step sit: T new tokens of S sequences, flattened, sequence after sequence."""
-
-    query_lens: tuple[int, ...]  # new tokens a sequence, >= 1
-    context_lens: tuple[int, ...]  # tokens in the cache after this step, new ones included
-    page_tables: Tensor  # [S, max_pages] int64, padded with 0
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64: page id * page_size + offset where a token's K/V goes
-    page_size: int
-    _plans: dict[tuple[int, int | None, torch.dtype], list[_Part]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    @classmethod
-    def build(
-        cls,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        page_tables: Sequence[Sequence[int]],
-        page_size: int,
-        device: torch.device | str,
-    ) -> PagedBatch:
-        """Lay out a step. A page table may be longer than its context needs.
-
-        Raises:
-            ValueError: a length is impossible, or a page table too short for its context.
-        """
-        needed = [-(-context // page_size) for context in context_lens]
-        for query, context, table, pages in zip(query_lens, context_lens, page_tables, needed, strict=True):
-            if not 1 <= query <= context:
-                raise ValueError(f"a sequence needs 1 <= new tokens <= context, got {query} and {context}")
-            if len(table) < pages:
-                raise ValueError(f"{context} tokens need {pages} pages of {page_size}, the page table has {len(table)}")
-        width = max(needed)
-        padded = [list(table[:n]) + [0] * (width - n) for table, n in zip(page_tables, needed, strict=True)]
-        tables = torch.tensor(padded, dtype=torch.int64)
-        queries = torch.tensor(query_lens, dtype=torch.int64)
-        contexts = torch.tensor(context_lens, dtype=torch.int64)
-        if max(query_lens) == 1:
-            owners = torch.arange(len(query_lens))
-            positions = contexts - 1
-        else:
-            owners = torch.repeat_interleave(queries)
-            positions = torch.arange(len(owners)) + (contexts - queries.cumsum(0))[owners]
-        slots = tables[owners, positions // page_size] * page_size + positions % page_size
-        return cls(
-            query_lens=tuple(query_lens),
-            context_lens=tuple(context_lens),
-            page_tables=tables.to(device),
-            positions=positions.to(device),
-            slots=slots.to(device),
-            page_size=page_size,
-        )
-
-    @cached_property
-    def slot_pages(self) -> Tensor:
-        """Page id of each new token, [T]."""
-        return self.slots // self.page_size
-
-    @cached_property
-    def slot_offsets(self) -> Tensor:
-        """Slot within its page of each new token, [T]."""
-        return self.slots % self.page_size
-
-    @cached_property
-    def last_rows(self) -> Tensor:
-        """Index of each sequence's last new token, [S]: the rows that are sampled from."""
-        return torch.tensor(self.query_lens, dtype=torch.int64).cumsum(0).sub_(1).to(self.slots.device)
-
-    def parts(self, num_kv_heads: int, sliding_window: int | None, dtype: torch.dtype) -> list[_Part]:
-        """The pieces in which attention is computed; made on first use, then the same for every layer."""
-        key = (num_kv_heads, sliding_window, dtype)
-        if key not in self._plans:
-            self._plans[key] = list(_plan(self, num_kv_heads, sliding_window, dtype))
-        return self._plans[key]
+from penstock.kernels.paged_batch import PagedBatch
 
 
 def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch) -> None:
@@ -113,7 +36,7 @@ def paged_attention(
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[1]
     grouped = q.view(tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    parts = batch.parts(num_kv_heads, sliding_window, q.dtype)
+    parts = _parts(batch, num_kv_heads, sliding_window, q.dtype)
     if len(parts) == 1:
         return parts[0].attend(grouped, k_pages, v_pages, scale).reshape(tokens, num_heads, head_dim)
     out = torch.empty_like(grouped, memory_format=torch.contiguous_format)
@@ -154,6 +77,15 @@ class _Part:
         if self.stale is not None:  # an earlier owner's NaN times a weight of zero would still be NaN
             out[self.stale[0], :, self.stale[1]] = 0
         return out[:, :, self.keys]
+
+
+def _parts(batch: PagedBatch, num_kv_heads: int, window: int | None, dtype: torch.dtype) -> list[_Part]:
+    """The pieces in which attention is computed; made on first use, then the same for every layer."""
+    key = (num_kv_heads, window, dtype)
+    if key not in batch.plans:
+        batch.plans[key] = list(_plan(batch, num_kv_heads, window, dtype))
+    parts: list[_Part] = batch.plans[key]
+    return parts
 
 
 def _plan(batch: PagedBatch, num_kv_heads: int, window: int | None, dtype: torch.dtype) -> Iterator[_Part]:

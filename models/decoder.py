@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.kernels.linear import Linear, make_linear
-from penstock.kernels.paged_attention import PagedBatch, paged_attention, store_kv
+from penstock.kernels.paged_attention import paged_attention, store_kv
+from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import add_rms_norm, rms_norm
 from penstock.kernels.rotary import rotary, rotary_factors
 from penstock.kernels.silu_mul import silu_mul

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from penstock.kernels.paged_attention import PagedBatch, paged_attention, store_kv
+from penstock.kernels.paged_attention import paged_attention, store_kv
+from penstock.kernels.paged_batch import PagedBatch
 
 Sequences = list[tuple[int, int]]  # (cached before, new)
 

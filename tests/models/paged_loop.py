@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from penstock.kernels.paged_attention import PagedBatch
+from penstock.kernels.paged_batch import PagedBatch
 from penstock.models.decoder import CausalLM
 from penstock.models.registry import load_model
 from penstock.models.spec import read_spec
