@@ -35,9 +35,9 @@ def pdl_options(x: Tensor) -> dict[str, Any]:
     return {"PDL": False}
 
 
-def num_multiprocessors(x: Tensor) -> int:
-    """Of x's device; a small number for the interpreter."""
-    return _multiprocessors(x.device) if x.is_cuda else 4
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a device; a small number for the interpreter."""
+    return _multiprocessors(device) if device.type == "cuda" else 4
 
 
 @cache

@@ -1,8 +1,8 @@
 """Where the tokens of one step sit: which sequence, which position, which slot of which page. Made once a step.
 
-The engine builds a batch; models hand it to the ops that store keys and values and that attend. On CPU the ops plan with
-the host's lengths; on CUDA they read everything from the device's tensors, so that a captured graph can be replayed after
-the tensors have changed.
+The engine builds a batch; models hand it to the ops that store keys and values and that attend. On CPU the ops plan
+with the host's lengths; on CUDA they read everything from the device's tensors, so that a captured graph can be
+replayed after the tensors have changed.
 """
 
 from __future__ import annotations

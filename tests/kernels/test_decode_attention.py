@@ -1,0 +1,144 @@
+"""Decode attention against a loop in float64: splits, windows, soft caps, sinks, several query tokens, page sizes."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.kernels import decode_attention as module
+from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
+
+
+class Case:
+    """Sequences in a pool of the engine's layout whose unwritten slots are NaN; tables are rows of a larger one."""
+
+    def __init__(
+        self,
+        contexts: list[int],
+        *,
+        query_len: int = 1,
+        page_size: int = 4,
+        heads: int = 6,
+        kv_heads: int = 2,
+        dim: int = 8,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        torch.manual_seed(0)
+        counts = [-(-context // page_size) for context in contexts]
+        ids = random.Random(1).sample(range(sum(counts) + 3), sum(counts))
+        pool = torch.full((sum(counts) + 3, kv_heads, 3, 2, page_size, dim), torch.nan)
+        tables = torch.randint(0, sum(counts) + 3, (len(contexts) + 2, max([*counts, 1]) + 1), dtype=torch.int32)
+        rows = random.Random(2).sample(range(len(contexts) + 2), len(contexts))
+        for row, context, count in zip(rows, contexts, counts, strict=True):
+            for index in range(count):
+                page = ids.pop()
+                tables[row, index] = page
+                filled = min(page_size, context - index * page_size)
+                pool[page, :, 1, :, :filled] = torch.randn(kv_heads, 2, filled, dim)
+        pool = pool.to(device, dtype)
+        self.contexts = torch.tensor(contexts, dtype=torch.int32, device=device)
+        self.args = (
+            torch.randn(len(contexts) * query_len, heads, dim).to(device, dtype),
+            pool[:, :, 1, 0],
+            pool[:, :, 1, 1],
+            tables.to(device),
+            torch.tensor(rows, dtype=torch.int32, device=device),
+            self.contexts,
+        )
+        self.workspace = DecodeWorkspace.allocate(
+            len(contexts), query_len * heads // kv_heads, kv_heads, dim, max([*contexts, 1]), self.contexts.device
+        )
+
+    def run(self, **options: object) -> Tensor:
+        q = self.args[0]
+        out = torch.full_like(q, 7.0)
+        decode_attention(*self.args, scale=0.3, workspace=self.workspace, out=out, **options)  # type: ignore[arg-type]
+        assert not self.workspace.arrived.any(), "the next layer would count wrongly"
+        per_sequence = out.view(len(self.contexts), -1)
+        skipped = self.contexts == 0
+        assert (per_sequence[skipped] == 7.0).all()
+        per_sequence[skipped] = 0.0
+        return out.float().cpu()
+
+    def reference(self, **options: object) -> Tensor:
+        return decode_attention_reference(*self.args, scale=0.3, **options).cpu()  # type: ignore[arg-type]
+
+    def plain_loop(self, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
+        q, k_pages, v_pages, tables, rows, contexts = (tensor.cpu() for tensor in self.args)
+        query_len, heads = len(q) // len(contexts), q.shape[1]
+        out = torch.zeros(q.shape, dtype=torch.float64)
+        for token in range(len(q)):
+            sequence, context = token // query_len, int(contexts[token // query_len])
+            if not context:
+                continue
+            last = context - query_len + token % query_len
+            seen = range(0 if window is None else max(0, last - window + 1), last + 1)
+            for head in range(heads):
+                pairs = []
+                for position in seen:
+                    page = tables[rows[sequence], position // k_pages.shape[2]]
+                    where = (page, head * k_pages.shape[1] // heads, position % k_pages.shape[2])
+                    score = float(q[token, head].double() @ k_pages[where].double()) * 0.3
+                    pairs.append((cap * math.tanh(score / cap) if cap else score, v_pages[where].double()))
+                total = sum(math.exp(score) for score, _ in pairs)
+                total += 0.0 if sinks is None else math.exp(float(sinks[head]))
+                out[token, head] = sum(math.exp(score) / total * value for score, value in pairs)
+        return out.float()
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short contexts have several tiles and splits, also in the interpreter."""
+    monkeypatch.setattr(module, "_BLOCK_N", 16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("window", "cap", "sinks"), [(None, None, False), (5, None, False), (24, 2.0, True), (None, None, True)]
+)
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_equals_the_plain_loop(device: str, window: int | None, cap: float | None, sinks: bool, query_len: int) -> None:
+    case = Case([100, 3, 0, 31, 64, 4], query_len=query_len, device=device)
+    options = {
+        "sliding_window": window,
+        "soft_cap": cap,
+        "sinks": torch.linspace(-1, 2, 6, device=device) if sinks else None,
+    }
+    sink_values = torch.linspace(-1, 2, 6) if sinks else None
+    expected = case.plain_loop(window, cap, sink_values)
+    torch.testing.assert_close(case.reference(**options), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.run(**options), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page_size"), [(1, 1, 2, 1), (4, 4, 24, 16), (5, 1, 10, 3), (12, 2, 128, 32)]
+)
+def test_any_shape(device: str, heads: int, kv_heads: int, dim: int, page_size: int) -> None:
+    case = Case([1, 70, 18], heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, device=device)
+    torch.testing.assert_close(case.run(), case.reference(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_float32(device: str, dtype: torch.dtype) -> None:
+    case = Case([60, 200], dim=16, page_size=16, dtype=dtype, device=device)
+    torch.testing.assert_close(case.run(), case.reference(), rtol=2e-2, atol=1e-2)
+
+
+def test_splits_fill_the_card_and_are_never_shorter_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._splits(8, 32768, 132) == 64  # batch 1: 64 splits of 8 heads
+    assert module._splits(8, 40, 132) == 3
+    assert module._splits(2048, 32768, 132) == 1
