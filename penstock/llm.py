@@ -37,7 +37,7 @@ class Logprob:
 
     logprob: float
     rank: int
-    decoded_token: str
+    decoded_token: str | None  # None without a tokenizer
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Choice:
 
     request: RequestOutput
     output: CompletionOutput
-    text: OutputText
+    text: OutputText | None  # None: only token ids are wanted
     source: GenerateRequest
 
     @property
@@ -87,6 +87,7 @@ class LLM:
         model: Hugging Face directory or hub id.
         tokenizer: where the tokenizer is, if not with the model.
         generation_config: default sampling: "auto" (the model's), "vllm" (neutral), or a directory.
+        skip_tokenizer_init: no tokenizer is read; prompts must be token ids, and answers hold no text.
         options: fields of `EngineConfig`, by vLLM's names (dtype, max_model_len, max_num_seqs, block_size, seed, ...).
 
     Raises:
@@ -95,20 +96,43 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, tokenizer: str | None = None, generation_config: str = "auto", **options: Any
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        generation_config: str = "auto",
+        skip_tokenizer_init: bool = False,
+        **options: Any,
     ) -> None:
         known = {f.name for f in fields(EngineConfig)}
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         self.config = EngineConfig(model=model, **options)
-        self._tokenizer = Tokenizer.load(tokenizer or model)
-        self._template = ChatTemplate.load(self._tokenizer)
+        self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
+        self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
         self._defaults = GenerationDefaults.load(model, generation_config)
         self._built = build_engine(self.config, DecodePolicy())
         self._ids = itertools.count()
 
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self._built.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._built.spec.vocab_size
+
     def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ValueError: there is none, with `skip_tokenizer_init`.
+        """
+        if self._tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True: there is no tokenizer; give token ids, and no stop strings")
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -155,6 +179,7 @@ class LLM:
             ValueError: there is no template, it refuses the messages, or as `generate`.
         """
         if self._template is None:
+            self.get_tokenizer()
             raise ValueError("the tokenizer has no chat template")
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         try:
@@ -169,7 +194,7 @@ class LLM:
         except BadRequest as error:
             raise ValueError(error.message) from error
         prompts = [
-            {"prompt": t, "prompt_token_ids": self._tokenizer.encode(t, add_special_tokens=False)} for t in texts
+            {"prompt": t, "prompt_token_ids": self.get_tokenizer().encode(t, add_special_tokens=False)} for t in texts
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -197,7 +222,7 @@ class LLM:
             _Choice(
                 request,
                 output,
-                OutputText(self._tokenizer, sampling, ids),
+                self._output_text(sampling, ids),
                 GenerateRequest(
                     request_id=request.request_id,
                     choice=output.index,
@@ -211,6 +236,12 @@ class LLM:
             for output in request.outputs
         ]
 
+    def _output_text(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> OutputText | None:
+        """What makes the text of a choice; None where no text is wanted (stop strings want it, see SamplingParams)."""
+        if not sampling.detokenize or (self._tokenizer is None and not sampling.stop):
+            return None
+        return OutputText(self.get_tokenizer(), sampling, prompt_ids)
+
     def _check_ids(self, token_ids: Sequence[int], what: str) -> None:
         vocab_size = self._built.spec.vocab_size
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
@@ -223,12 +254,12 @@ class LLM:
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
         if isinstance(prompt, str):
-            return prompt, self._tokenizer.encode(prompt), ""
+            return prompt, self.get_tokenizer().encode(prompt), ""
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if ids is None and text is None:
                 raise ValueError("a prompt needs prompt or prompt_token_ids")
-            ids = self._tokenizer.encode(str(text)) if ids is None else list(ids)
+            ids = self.get_tokenizer().encode(str(text)) if ids is None else list(ids)
             return text, ids, prompt.get("cache_salt", "")
         return None, list(prompt), ""
 
@@ -246,7 +277,9 @@ class LLM:
                 while running:
                     for output in engine.step().outputs:
                         choice = running[output.key]
-                        if self._take(choice, output):
+                        if choice.text is None and output.finish is None and output.logprobs is None:
+                            choice.output.token_ids += output.token_ids  # nearly all tokens of a benchmark
+                        elif self._take(choice, output):
                             del running[output.key]
                             if all(o.finish_reason for o in choice.request.outputs):
                                 choice.request.finished = True
@@ -260,15 +293,19 @@ class LLM:
     def _take(self, choice: _Choice, new: Output) -> bool:
         """Add a step's tokens to an output; True when it has ended."""
         output, text = choice.output, choice.text
-        piece = text.push(new.token_ids, new.finish)
-        if choice.source.sampling.detokenize:
-            output.text += piece
-        output.token_ids += new.token_ids[: text.kept]
+        if text is None:
+            kept = len(new.token_ids)
+            if new.finish is not None:
+                output.finish_reason, output.stop_reason = new.finish.reason, new.finish.stop_reason
+        else:
+            output.text += text.push(new.token_ids, new.finish)
+            kept = text.kept
+            output.finish_reason, output.stop_reason = text.finish_reason, text.stop_reason
+        output.token_ids += new.token_ids[:kept]
         if new.logprobs is not None:
-            self._add_logprobs(output, new.token_ids, new.logprobs[: text.kept])
-        if text.finish_reason is None:
+            self._add_logprobs(output, new.token_ids, new.logprobs[:kept])
+        if output.finish_reason is None:
             return False
-        output.finish_reason, output.stop_reason = text.finish_reason, text.stop_reason
         cached_tokens = 0 if new.spans is None else new.spans.cached_tokens
         if new.finish is None:  # a stop string: the engine does not know of it
             ended = self._built.engine.scheduler.abort(choice.key)
@@ -282,12 +319,14 @@ class LLM:
         output.logprobs = output.logprobs or []
         output.cumulative_logprob = output.cumulative_logprob or 0.0
         for token, at in zip(token_ids, logprobs, strict=False):
-            names = self._tokenizer.token_text
-            found = {token: Logprob(at.logprob, at.rank, names(token))}
+            found = {token: Logprob(at.logprob, at.rank, self._name(token))}
             for rank, (top, value) in enumerate(zip(at.top_ids, at.top_logprobs, strict=True), start=1):
-                found.setdefault(top, Logprob(value, rank, names(top)))
+                found.setdefault(top, Logprob(value, rank, self._name(top)))
             output.logprobs.append(found)
             output.cumulative_logprob += at.logprob
+
+    def _name(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -200,6 +201,54 @@ def test_text_ends_at_an_id_that_only_generation_config_names(model: Path, tmp_p
 def test_text_that_is_not_wanted_is_not_there(llm: LLM) -> None:
     [answer] = run(llm, TEXT, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False))
     assert answer.outputs[0].text == "" and len(answer.outputs[0].token_ids) == 4
+
+
+def test_without_a_tokenizer(llm: LLM, model: Path, tmp_path: Path) -> None:
+    """Token ids in, token ids out, from a directory without tokenizer files; what needs text is refused."""
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(model / name, tmp_path / name)
+    bare = LLM(str(tmp_path), skip_tokenizer_init=True, **OPTIONS)
+    prompts = random_prompts([5, 21], seed=31)
+    params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True, logprobs=1)
+    answers, expected = run(bare, prompts, params), run(llm, prompts, params)
+    assert tokens(answers) == tokens(expected)
+    for ours, theirs in zip(answers, expected, strict=True):
+        [output], [reference] = ours.outputs, theirs.outputs
+        assert (output.text, output.finish_reason, ours.finished) == ("", "length", True)
+        assert output.logprobs is not None and reference.logprobs is not None
+        assert [list(at) for at in output.logprobs] == [list(at) for at in reference.logprobs]
+        assert {at.decoded_token for found in output.logprobs for at in found.values()} == {None}
+    [stopped] = run(bare, [prompts[0]], SamplingParams(temperature=0, stop_token_ids=[tokens(answers)[0][2]]))
+    assert (stopped.outputs[0].finish_reason, stopped.num_cached_tokens) == ("stop", 4)
+    for prompt, with_text in ((TEXT, GREEDY), ({"prompt": TEXT}, GREEDY), (prompts[0], SamplingParams(stop=["a"]))):
+        with pytest.raises(ValueError, match="there is no tokenizer"):
+            run(bare, prompt, with_text)
+    with pytest.raises(ValueError, match="there is no tokenizer"):
+        bare.chat(CHAT, GREEDY)
+    assert (bare.max_model_len, bare.vocab_size) == (256, 400)
+    assert_empty(bare)
+    bare.close()
+
+
+def test_dummy_weights_need_config_json_only(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "config.json", tmp_path)
+    llm = LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, **OPTIONS)
+    [first, second] = tokens(run(llm, [[9, 10, 11], [9, 10, 11]]))
+    assert len(first) == 12 and first == second
+    llm.close()
+
+
+def test_tokens_without_text_are_those_with_text(llm: LLM) -> None:
+    """Also where a token ends the output: without text nothing but the engine decides what is kept."""
+    with_text = SamplingParams(temperature=0, max_tokens=12, n=2, seed=1)
+    [ids] = tokens(run(llm, TEXT, GREEDY))
+    for more in ({"ignore_eos": True}, {"stop_token_ids": [ids[4]]}, {"stop_token_ids": [ids[4]], "min_tokens": 9}):
+        shown = run(llm, TEXT, msgspec.structs.replace(with_text, **more))[0].outputs
+        silent = run(llm, TEXT, msgspec.structs.replace(with_text, **more, detokenize=False))[0].outputs
+        assert [o.text for o in silent] == ["", ""]
+        assert [(o.token_ids, o.finish_reason, o.stop_reason) for o in silent] == [
+            (o.token_ids, o.finish_reason, o.stop_reason) for o in shown
+        ]
 
 
 def test_chat_goes_through_the_template(llm: LLM) -> None:
