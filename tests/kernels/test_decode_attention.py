@@ -7,17 +7,18 @@ import random
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from penstock.kernels import decode_attention as module
 from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-    ),
-]
+_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=_GPU)]
+
+
+def _cuda(dtype: torch.dtype) -> ParameterSet:
+    return pytest.param("cuda", dtype, marks=_GPU)
 
 
 class Case:
@@ -131,8 +132,8 @@ def test_any_shape(device: str, heads: int, kv_heads: int, dim: int, page_size: 
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+# Triton's interpreter multiplies bfloat16 matrices wrongly: numpy has no such type.
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float16), _cuda(torch.float16), _cuda(torch.bfloat16)])
 def test_half_precision_is_accumulated_in_float32(device: str, dtype: torch.dtype) -> None:
     case = Case([60, 200], dim=16, page_size=16, dtype=dtype, device=device)
     torch.testing.assert_close(case.run(), case.reference(), rtol=2e-2, atol=1e-2)
