@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.kernels.gated_activation import silu_mul
 from penstock.kernels.linear import Linear, make_linear
 from penstock.kernels.paged_attention import paged_attention, store_kv
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import add_rms_norm, rms_norm
 from penstock.kernels.rotary import rotary, rotary_factors
-from penstock.kernels.silu_mul import silu_mul
 from penstock.models.spec import ModelSpec
 from penstock.models.weights import Parameter
 

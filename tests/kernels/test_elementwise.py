@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from penstock.kernels.gated_activation import silu_mul
 from penstock.kernels.rms_norm import add_rms_norm, rms_norm
 from penstock.kernels.rotary import rotary, rotary_factors
-from penstock.kernels.silu_mul import silu_mul
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1), (1, 7), (3, 64), (17, 130), (2, 5, 24)]
