@@ -1,13 +1,14 @@
-"""The engine's loop body: plan, run, update. Both workers and the offline `LLM` drive it; none goes around it."""
+"""The engine's loop body: plan, submit, read, update. Both workers and the offline `LLM` drive it; none goes around it."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 from penstock.common.messages import GenerateRequest
 from penstock.engine.pages import PageManager
-from penstock.engine.plan import Executor
+from penstock.engine.plan import Executor, StepHandle
 from penstock.engine.request import Request, request_key
 from penstock.engine.scheduler import Scheduler, StepOutput
 
@@ -19,7 +20,9 @@ class Engine:
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
-        self.steps = 0
+        self.steps = 0  # submitted
+        self.stalled = False  # the last `step` could neither submit nor read: requests wait for pages of others
+        self._in_flight: deque[StepHandle] = deque()
 
     @property
     def pages(self) -> PageManager:
@@ -36,24 +39,54 @@ class Engine:
         return request.key
 
     def abort(self, request_id: str, choice: int, attempt: int) -> bool:
-        """Stop a request and free its pages at once; False if it is not here."""
+        """Stop a request; its pages are free as soon as no submitted step writes them. False if it is not here."""
         return self.scheduler.abort(request_key(request_id, choice, attempt)) is not None
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        """Whether requests are open, or results still have to be read."""
+        return bool(self._in_flight) or self.scheduler.has_work()
 
     def step(self) -> StepOutput:
-        """Compute one step and return what it changed.
+        """Submit the next step; then, unless the executor is to run further ahead, read the oldest one.
+
+        Returns what the step that was read changed: nothing, if none was.
 
         Raises:
-            Exception: what the executor raised; the engine cannot be used afterwards.
+            Exception: what the executor raised; every step in flight is given up then.
         """
-        plan = self.scheduler.plan(self.clock())
-        if plan is None:
-            return StepOutput()
-        result = self.executor.submit(plan).result()
-        self.steps += 1
-        return self.scheduler.update(result, self.clock())
+        try:
+            plan = self.scheduler.plan(self.clock())
+            if plan is not None:
+                self._in_flight.append(self.executor.submit(plan))
+                self.steps += 1
+            self.stalled = not self._in_flight
+            if self.stalled or (plan is not None and len(self._in_flight) <= self.executor.run_ahead):
+                return StepOutput()
+            return self._read()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def settle(self) -> None:
+        """Read what is still in flight, for callers that have aborted every request: no page is held afterwards.
+
+        Raises:
+            Exception: as `step`.
+        """
+        try:
+            while self._in_flight:
+                self._read()
+        except BaseException:
+            self._give_up()
+            raise
 
     def close(self) -> None:
+        self._in_flight.clear()
         self.executor.close()
+
+    def _read(self) -> StepOutput:
+        return self.scheduler.update(self._in_flight.popleft().result(), self.clock())
+
+    def _give_up(self) -> None:
+        self._in_flight.clear()
+        self.scheduler.give_up_steps()

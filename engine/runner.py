@@ -37,6 +37,8 @@ class _Done:
 class ModelRunner:
     """One model, one pool, one device; steps run inside `submit`."""
 
+    run_ahead = 0
+
     def __init__(self, model: CausalLM, pool: KVPool) -> None:
         self.model = model
         self.pool = pool

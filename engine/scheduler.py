@@ -257,6 +257,10 @@ class Scheduler:
                 outputs.append(self._append(live[sampled.key], sampled.token_ids, sampled.logprobs, now))
         return StepOutput(tuple(outputs), tuple(progress))
 
+    def give_up_steps(self) -> None:
+        """The results of all submitted steps will never come, and none of them writes any more."""
+        self._plans.clear()
+
     def _name_pages(self, request: Request, start: int, done: int) -> None:
         size = self.pages.page_size
         if done // size > start // size:

@@ -34,6 +34,8 @@ PROMPT = [1] * 10  # pages of 4, 4 and 2
 class Submitting:
     """`FakeExecutor` behind the executor's interface."""
 
+    run_ahead = 0
+
     def __init__(self, num_pages: int) -> None:
         self.fake = FakeExecutor(num_pages)
 
