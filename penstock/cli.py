@@ -1,4 +1,4 @@
-"""The `penstock` command: serve, router, prefill and decode. Reads the configuration and starts the one asked for.
+"""The `penstock` command: serve, router, prefill, decode, bench. Reads the configuration and starts the one asked for.
 
 Nothing heavy is imported before it is needed, so that --help and mistakes are answered at once. A mistake in the
 set-up (ConfigError, ModelError) is one line on stderr and exit status 2.
@@ -27,6 +27,7 @@ commands:
   router MODEL   one router: the OpenAI API in front of the workers it finds in Redis
   prefill MODEL  one prefill worker
   decode MODEL   one decode worker (it also runs whole requests by itself)
+  bench NAME     an offline benchmark, latency or throughput (also: penstock benchmark)
 
 options:
   -h, --help     this text; `penstock COMMAND --help` lists the options of a command
@@ -92,11 +93,19 @@ def _decode(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    from penstock.bench.command import run
+
+    return run(arguments)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "router": _router,
     "prefill": _prefill,
     "decode": _decode,
+    "bench": _bench,
+    "benchmark": _bench,
 }
 
 

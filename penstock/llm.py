@@ -125,6 +125,25 @@ class LLM:
         """Token ids are below it."""
         return self._built.spec.vocab_size
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """False with `skip_tokenizer_init`."""
+        return self._tokenizer is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps computed so far."""
+        return self._built.engine.steps
+
+    def describe(self) -> str:
+        """Device, dtype and KV pages in one line."""
+        layout, pool = self._built.pool.layout, self._built.pool
+        size_gib = pool.num_pages * layout.page_bytes / 2**30
+        return (
+            f"{pool.device}, {layout.dtype}, {pool.num_pages} pages of {layout.page_size} tokens ({size_gib:.2f} GiB), "
+            f"context {self.max_model_len}"
+        )
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 

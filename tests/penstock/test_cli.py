@@ -31,6 +31,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {command} MODEL" in text for command in ("serve", "router", "prefill", "decode"))
+    assert "  bench NAME " in text
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"penstock {__version__}\n"
     assert main([]) == 2
@@ -49,7 +50,7 @@ def test_serve_help_lists_the_promised_flags(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["sevre"], "unknown command 'sevre'; there are serve, router, prefill, decode"),
+        (["sevre"], "unknown command 'sevre'; there are serve, router, prefill, decode, bench"),
         (["serve"], "MODEL is missing"),
         (["serve", "tiny", "--prot", "1"], "unknown option --prot; did you mean --port?"),
         (["serve", "tiny", "--decode-workers", "0"], "decode_workers must be at least 1"),
@@ -80,7 +81,9 @@ def test_serve_passes_its_configuration_to_the_launcher(monkeypatch: pytest.Monk
     assert seen == [ServeConfig(model="tiny", prefill_workers=2, enable_prefix_caching=False, api_key=("sk-1",))]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["serve", "--help"], ["decode", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["serve", "--help"], ["decode", "--help"], ["bench", "latency", "--help"]]
+)
 def test_quick_answers_import_nothing_heavy(argv: list[str]) -> None:
     program = "import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); import penstock.cli\n"
     program += f"sys.exit(penstock.cli.main({argv!r}))"

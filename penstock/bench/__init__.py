@@ -1,0 +1,1 @@
+"""`penstock bench`: offline benchmarks with vLLM's flags and result keys. `command.run` is where it starts."""
