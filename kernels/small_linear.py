@@ -1,8 +1,9 @@
-"""Matrix products with few rows, for decode: every weight is read once, so all that counts is memory and launches.
+"""Matrix products with one to four rows, for decode: every weight is read once, so only memory and launches count.
 
-One program computes a strip of output columns for all rows. What stands around a product in a decoder is done in the
-same launch: the RMSNorm before it (the scale of a row can be applied after the product), the gated activation or the
-residual addition after it. While the kernel ahead still runs, a program already asks for its weights (see `launch.py`).
+One program computes a strip of outputs by multiply-add, with no matrix unit: sixteen rows of padding would cost more
+than the weights. What stands around a product in a decoder is done in the same launch: the RMSNorm before it (the scale
+of a row can be applied after the product), the gated activation or the residual addition after it. While the kernel
+ahead still runs, a program already asks for its weights (see `launch.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from penstock.kernels.launch import pdl_options
 
-MAX_ROWS = 64
-"""More rows are left to the library: from there on it is as fast (benchmarks/kernels.py)."""
+MAX_ROWS = 4
+"""More rows are left to the library (benchmarks/kernels.py)."""
 
 
 def can_run(x: Tensor) -> bool:
@@ -41,7 +42,8 @@ def small_linear(
     rows, columns = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     out = residual if residual is not None else torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    block_m, block_n, block_k, warps, stages, prefetch = _tiles(rows, outputs, columns, gated)
+    block_m = triton.next_power_of_2(rows)
+    block_n, block_k, warps, stages, prefetch = _tiles(block_m, outputs, columns, gated)
     _small_linear_kernel[(triton.cdiv(outputs, block_n),)](
         x,
         weight,
@@ -57,24 +59,21 @@ def small_linear(
         NORM=norm is not None,
         GATED=gated,
         RESIDUAL=residual is not None,
-        EVEN_N=outputs % block_n == 0,
         EVEN_K=columns % block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        STAGES=stages,
         PREFETCH=prefetch,
         num_warps=warps,
-        num_stages=stages,
         **pdl_options(x),
     )
     return out
 
 
-def _tiles(rows: int, outputs: int, columns: int, gated: bool) -> tuple[int, int, int, int, int, int]:
-    """Rows, columns and depth of a tile, warps, stages, and how deep weights are asked for before the wait."""
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_n = 16 if outputs <= 8192 else 32
-    return block_m, block_n, 256, 4, 4, 1024
+def _tiles(rows: int, outputs: int, columns: int, gated: bool) -> tuple[int, int, int, int, int]:
+    """Outputs and depth of a tile, warps, stages, and 128-byte lines of a weight row to ask for before the wait."""
+    return 8, 512, 4, 3, 16
 
 
 @triton.jit
@@ -93,11 +92,11 @@ def _small_linear_kernel(
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -106,56 +105,53 @@ def _small_linear_kernel(
     k = tl.arange(0, BLOCK_K)
     m_used = m < rows
     n_used = n < outputs
-    weight_row = weight_ptr + tl.where(n_used, n, 0).to(tl.int64)[:, None] * columns  # rows past the end: the first one
+    # Rows past the end are the first one: they are computed and thrown away.
+    weight_row = weight_ptr + tl.where(n_used, n, 0).to(tl.int64)[:, None] * columns
     up_row = weight_row + outputs.to(tl.int64) * columns
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            line = tl.arange(0, PREFETCH // 64) * 64
+            line = tl.arange(0, PREFETCH)[None, :] * 64
             line = tl.where(line < columns, line, 0)
-            _prefetch(weight_row + line[None, :])
+            _prefetch(weight_row + line)
             if GATED:
-                _prefetch(up_row + line[None, :])
+                _prefetch(up_row + line)
         tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, columns, BLOCK_K):
+    acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
         at = start + k
-        if EVEN_K:
-            x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None], other=0.0)
-            weight = tl.load(weight_row + at[None, :])
-        else:
-            k_used = at < columns
-            x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None] & k_used[None, :], other=0.0)
-            weight = tl.load(weight_row + at[None, :], mask=k_used[None, :], other=0.0)
+        at_used = at < columns if not EVEN_K else k >= 0
+        x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None] & at_used[None, :], other=0.0)
+        x = x.to(tl.float32)
         if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            scale = tl.load(norm_ptr + at) if EVEN_K else tl.load(norm_ptr + at, mask=k_used, other=0.0)
-            x = (wide * scale.to(tl.float32)[None, :]).to(x.dtype)
-        acc = tl.dot(x, weight.T, acc)
+            squares += x * x
+            x = x * tl.load(norm_ptr + at, mask=at_used, other=0.0).to(tl.float32)[None, :]
+        weight = (
+            tl.load(weight_row + at[None, :]) if EVEN_K else tl.load(weight_row + at, mask=at_used[None, :], other=0.0)
+        )
+        acc += x[:, None, :] * weight.to(tl.float32)[None, :, :]
         if GATED:
-            if EVEN_K:
-                weight = tl.load(up_row + at[None, :])
-            else:
-                weight = tl.load(up_row + at[None, :], mask=k_used[None, :], other=0.0)
-            up = tl.dot(x, weight.T, up)
+            weight = tl.load(up_row + at[None, :]) if EVEN_K else tl.load(up_row + at, mask=at_used[None, :], other=0.0)
+            up += x[:, None, :] * weight.to(tl.float32)[None, :, :]
+    result = tl.sum(acc, 2)
+    scale = tl.full([BLOCK_M], 1.0, tl.float32)
     if NORM:
-        inverse = tl.rsqrt(squares / columns + eps)
-        acc = acc * inverse[:, None]
-        up = up * inverse[:, None]
+        scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)
+    result = result * scale[:, None]
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias_ptr + outputs + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(bias_ptr + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        acc = acc * tl.sigmoid(acc) * up
+        other = tl.sum(up, 2) * scale[:, None]
+        if HAS_BIAS:
+            other += tl.load(bias_ptr + outputs + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
+        result = result * tl.sigmoid(result) * other
     where = out_ptr + m[:, None] * outputs + n[None, :]
-    used = m_used[:, None] if EVEN_N else m_used[:, None] & n_used[None, :]
+    used = m_used[:, None] & n_used[None, :]
     if RESIDUAL:
-        acc += tl.load(where, mask=used, other=0.0).to(tl.float32)
-    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=used)
+        result += tl.load(where, mask=used, other=0.0).to(tl.float32)
+    tl.store(where, result.to(out_ptr.dtype.element_ty), mask=used)
 
 
 @triton.jit

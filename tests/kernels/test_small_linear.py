@@ -16,7 +16,7 @@ DEVICES = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 32, 256), (3, 40, 300), (16, 7, 64), (20, 96, 512)])
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 32, 512), (1, 5, 1500), (3, 40, 300), (4, 7, 64)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("fused", ["nothing", "norm", "gated", "residual", "norm gated", "norm residual"])
 def test_equals_pytorch(device: str, rows: int, outputs: int, columns: int, bias: bool, fused: str) -> None:
@@ -45,7 +45,7 @@ def test_equals_pytorch(device: str, rows: int, outputs: int, columns: int, bias
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize(("outputs", "columns"), [(6144, 4096), (1536, 8960)])
 def test_large_products_in_bfloat16(rows: int, outputs: int, columns: int) -> None:
     torch.manual_seed(0)
@@ -59,6 +59,6 @@ def test_large_products_in_bfloat16(rows: int, outputs: int, columns: int) -> No
 
 
 def test_what_it_takes() -> None:
-    assert can_run(torch.zeros(64, 8, dtype=torch.bfloat16))
-    assert not can_run(torch.zeros(65, 8, dtype=torch.bfloat16))
+    assert can_run(torch.zeros(4, 8, dtype=torch.bfloat16))
+    assert not can_run(torch.zeros(5, 8, dtype=torch.bfloat16))
     assert not can_run(torch.zeros(1, 8))
