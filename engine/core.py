@@ -1,4 +1,4 @@
-"""The engine's loop body: plan, submit, read, update. Both workers and the offline `LLM` drive it; none goes around it."""
+"""The engine's loop body: plan, submit, read, update. Both workers and the offline `LLM` drive it, never around it."""
 
 from __future__ import annotations
 

@@ -135,6 +135,13 @@ class PageManager:
             self._take_from(holder, page)
             self._tables.setdefault(new_holder, []).append(page)
 
+    def move_all(self, holder: str, new_holder: str) -> None:
+        """All pages of `holder` change hands, and its promise ends; unknown holders are fine."""
+        self._set_promise(holder, 0)
+        pages = self._tables.pop(holder, None)
+        if pages:
+            self._tables.setdefault(new_holder, []).extend(pages)
+
     def promise(self, holder: str, count: int) -> None:
         """Reserve `count` pages for `holder`, which allocates them later.
 

@@ -14,8 +14,13 @@ class BatchPolicy(Protocol):
         """Requests end after their first token; their pages are handed off."""
         ...
 
-    def prefill_budget(self, max_num_batched_tokens: int, num_decodes: int) -> int:
-        """Prompt tokens that may be computed in a step that also decodes `num_decodes` sequences."""
+    @property
+    def gather_share(self) -> float:
+        """Above 0, prompts wait to join a batch that decodes until `enough_gathered`."""
+        ...
+
+    def prefill_budget(self, max_num_batched_tokens: int, decode_tokens: int) -> int:
+        """Prompt tokens that may be computed in a step that also computes `decode_tokens` for sequences that decode."""
         ...
 
 
@@ -24,9 +29,10 @@ class PrefillPolicy:
     """A prefill worker: whole steps of prompt tokens."""
 
     prefill_only: bool = True
+    gather_share: float = 0.0
 
-    def prefill_budget(self, max_num_batched_tokens: int, num_decodes: int) -> int:
-        return max_num_batched_tokens
+    def prefill_budget(self, max_num_batched_tokens: int, decode_tokens: int) -> int:
+        return max_num_batched_tokens - decode_tokens
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,25 @@ class DecodePolicy:
 
     prefill_only: bool = False
     smoothing: int = 4
+    gather_share: float = 0.0
 
-    def prefill_budget(self, max_num_batched_tokens: int, num_decodes: int) -> int:
-        if num_decodes == 0:
+    def prefill_budget(self, max_num_batched_tokens: int, decode_tokens: int) -> int:
+        if decode_tokens == 0:
             return max_num_batched_tokens
-        return min(max(1, max_num_batched_tokens // self.smoothing), max(0, max_num_batched_tokens - num_decodes))
+        return min(max(1, max_num_batched_tokens // self.smoothing), max(0, max_num_batched_tokens - decode_tokens))
+
+
+THROUGHPUT = DecodePolicy(smoothing=1, gather_share=1 / 16)
+"""For work that is there from the start and of which only the end counts: whole steps, as few mixed ones as pay."""
+
+
+def enough_gathered(share: float, *, num_decodes: int, joining: int, left_waiting: int, fills_a_step: bool) -> bool:
+    """Whether `joining` prompts, all that have room now, are worth a step that is not decode only.
+
+    Such a step costs c times a decode step more than its tokens do, whether one prompt joins or many; a slot left empty
+    until then costs a token a step. If a batch of B sequences loses r a step, waiting for n steps costs
+    r n / 2 + c B / n tokens a step, least for n = sqrt(2 c B / r), when sqrt(2 c r / B) of the batch has gone: 5 % with
+    c = 0.3 and outputs of 250 tokens, 7 % with 128. Nothing is gained by waiting for more than a step computes, nor
+    when nothing is left to wait for.
+    """
+    return joining >= share * (num_decodes + joining) or fills_a_step or left_waiting == 0

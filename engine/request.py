@@ -29,7 +29,7 @@ def request_key(request_id: str, choice: int, attempt: int) -> str:
     return f"{request_id}:{choice}:{attempt}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """Mutable state of one request; changed by the scheduler only."""
 
@@ -38,7 +38,10 @@ class Request:
     status: Status = Status.WAITING
     computed: int = 0
     pending: int = 0
-    planned_pages: int = 0  # pages of its table that the executor knows
+    limit: int = 0  # known tokens, pending ones included, at which its end is certain; set when it is queued
+    room: int = 0  # tokens that the pages the executor knows of hold
+    last_step: int = 0  # the newest step that computes for it
+    has_claim: bool = False  # it waits with pages, or a promise, of its own
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
     first_planned: float | None = None
     prefilled: float | None = None
@@ -46,6 +49,13 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     finish: Finish | None = None
+    key: str = field(init=False)
+    tokens: list[int] = field(init=False)
+    prompt_len: int = field(init=False)
+    prompt_end: int = field(init=False)  # computed up to here, it decodes: one token a step
+    stop_ids: frozenset[int] = field(init=False)
+    eos_ids: frozenset[int] = field(init=False)
+    end_ids: frozenset[int] = field(init=False)  # both
 
     def __post_init__(self) -> None:
         self.key = request_key(self.source.request_id, self.source.choice, self.source.attempt)
@@ -53,6 +63,12 @@ class Request:
         self.prompt_len = len(self.source.prompt_token_ids)
         self.stop_ids = frozenset(self.source.sampling.stop_token_ids)
         self.eos_ids = frozenset() if self.source.sampling.ignore_eos else frozenset(self.source.eos_token_ids)
+        self.end_ids = self.stop_ids | self.eos_ids
+        self.begin_prompt()
+
+    def begin_prompt(self) -> None:
+        """All known tokens are to be computed (again)."""
+        self.prompt_end = max(1, len(self.tokens) - 1)
 
     @property
     def num_known(self) -> int:
@@ -69,17 +85,17 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """One token to compute per step from here on."""
-        return self.num_to_compute == 1 and self.computed > 0
+        """What is left to compute is not prompt any more."""
+        return self.computed >= self.prompt_end
 
     def extend_hashes(self, scope: str, page_size: int, num_tokens: int) -> list[bytes]:
-        """Hashes of the full pages among the first `num_tokens` tokens."""
+        """Hashes of the full pages among the first `num_tokens` tokens, and of any that were needed before."""
         num_pages = num_tokens // page_size
         while len(self.hashes) < num_pages:
             parent = self.hashes[-1] if self.hashes else root_hash(scope, [self.source.cache_salt])
             start = len(self.hashes) * page_size
             self.hashes.append(next_hash(parent, self.tokens[start : start + page_size]))
-        return self.hashes[:num_pages]
+        return self.hashes
 
     def finish_after(self, token: int, max_model_len: int) -> Finish | None:
         """Why the request ends now that `token` has been appended, or None. Source: vLLM's order of the checks."""

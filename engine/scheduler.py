@@ -1,29 +1,37 @@
 """Decides what each step computes. Pure: plans out, results in; no tensors, no clock of its own.
 
-`plan` may be called again before the last step's result was given to `update`: what is still unread counts as pending.
-Continuous batching with chunked prefill: sequences that decode come first, then prompts under what is left of the
-token budget, first come, first served. Without room for a decode's next page the newest sequence is preempted: its
+`plan` may be called again before the results of earlier steps were given to `update`: what is still unread counts as
+pending. Continuous batching with chunked prefill: sequences that decode come first, then prompts under what is left of
+the token budget, first come, first served. Without room for a decode's next page the newest sequence is preempted: its
 pages are released and it waits at the front to be recomputed.
+
+What steps in flight cost:
+- A request whose end by length is certain is not planned again. One that stops at a token is noticed a step late: what
+  the steps after that sample for it is dropped.
+- A submitted step writes its requests' pages until its result is there, whoever has ended meanwhile. Such pages pass to
+  the step (`step_holder`) and are released with its result: other workers write into free pages, in no order with ours.
+- Nobody is preempted while a step is in flight: `plan` says None, and is asked again with the result.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs
-from penstock.engine.pages import NoRoom, PageManager
-from penstock.engine.plan import SequenceStart, SequenceWork, StepPlan, StepResult
-from penstock.engine.policy import BatchPolicy
+from penstock.engine.pages import PageManager
+from penstock.engine.plan import SampledTokens, SequenceStart, SequenceWork, StepPlan, StepResult
+from penstock.engine.policy import BatchPolicy, enough_gathered
 from penstock.engine.request import Request, Status
 
 HANDED_OFF = Finish(reason="handoff")
 """End of a request on a prefill worker: its pages stay held by its key, for the hand-off to release."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one request; `index` counts output tokens, those of earlier attempts included."""
 
     request: GenerateRequest
@@ -35,8 +43,7 @@ class Output:
     spans: Spans | None  # with the first and the last output
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, gc=False):
     """The K/V of the first `computed` tokens of a request are in its pages now."""
 
     key: str
@@ -45,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step changed, in plan order."""
+    """What a step changed, in plan order. Progress is told where pages are handed off: under a prefill-only policy."""
 
     outputs: tuple[Output, ...] = ()
     progress: tuple[Progress, ...] = ()
@@ -87,14 +94,22 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival in the batch
         self._by_key: dict[str, Request] = {}
+        self._claims = 0  # waiting requests that have pages, or a promise
         self._ended: list[str] = []  # keys the executor must forget
-        self._plans: dict[int, tuple[StepPlan, list[int]]] = {}  # submitted, not yet updated; preemptions at that time
-        self._step = 0
+        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()  # submitted, not read; whose work it is
+        self._step = 0  # the newest one planned
+        self._read = 0  # the newest one whose result is here
 
     # ------------------------------------------------------------ requests
 
     def has_work(self) -> bool:
+        """Whether a request is open here; steps in flight are the engine's to count."""
         return bool(self.waiting or self.running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return sum(r.num_to_compute for queue in (self.waiting, self.running) for r in queue if not r.is_decoding)
 
     def get(self, key: str) -> Request | None:
         return self._by_key.get(key)
@@ -107,16 +122,20 @@ class Scheduler:
         """
         if request.key in self._by_key:
             raise ValueError(f"request {request.key} exists already")
-        if request.num_known >= self.max_model_len:
-            raise ValueError(
-                f"{request.num_known} tokens leave no room for output in a context of {self.max_model_len}"
-            )
+        known = request.num_known
+        if known >= self.max_model_len:
+            raise ValueError(f"{known} tokens leave no room for output in a context of {self.max_model_len}")
+        max_tokens = request.source.sampling.max_tokens
+        limit = self.max_model_len if max_tokens is None else min(self.max_model_len, request.prompt_len + max_tokens)
+        request.limit = known + 1 if self.policy.prefill_only else max(limit, known + 1)
         request.computed = computed
+        request.has_claim = self.pages.has_claim(request.key)
+        self._claims += request.has_claim
         self._by_key[request.key] = request
         self.waiting.append(request)
 
     def abort(self, key: str) -> Request | None:
-        """Forget a request and release its pages now; unknown keys are fine."""
+        """Forget a request and release its pages, if need be with the steps that write them; unknown keys are fine."""
         request = self._by_key.get(key)
         if request is not None:
             self._end(request, Finish(reason="abort"))
@@ -133,42 +152,108 @@ class Scheduler:
     # ------------------------------------------------------------ planning
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None when there is nothing to compute."""
+        """The next step, or None when there is nothing to compute, or nothing before a result has been read."""
         budget = self.max_num_batched_tokens
+        while True:
+            decodes, prompts, growth = self._batch(budget)
+            if growth <= self.pages.num_available:
+                break
+            if self._in_flight:
+                return None
+            self._preempt(self.running[-1])
+        step = self._step + 1
         work: list[SequenceWork] = []
         started: list[SequenceStart] = []
-        for request in [r for r in self.running if r.is_decoding]:
-            if budget > 0 and request.status is Status.RUNNING and self._make_room(request, request.num_to_compute):
-                work.append(self._work(request, request.num_to_compute, now))
-                budget -= 1
-        work = [item for item in work if self._by_key[item.key].status is Status.RUNNING]  # preempted meanwhile
-        budget = min(budget, self.policy.prefill_budget(self.max_num_batched_tokens, len(work)))
-        for request in [r for r in self.running if not r.is_decoding and r.num_to_compute > 0]:
-            chunk = min(budget, request.num_to_compute)
-            if chunk > 0:  # its pages were allocated when it started
-                work.append(self._work(request, chunk, now))
-                budget -= chunk
-        blocked = False
-        for request in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_num_seqs:
-                break
-            # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
-            if (blocked and not self.pages.has_claim(request.key)) or not self._start(request):
-                blocked = True
-                continue
+        for request in decodes:
+            num_tokens = min(len(request.tokens) + request.pending - request.computed, budget)
+            end = request.computed + num_tokens
+            work.append(_work(request, num_tokens, self._grow(request, end) if end > request.room else (), step))
+            budget -= num_tokens
+        owners, total = decodes, self.max_num_batched_tokens
+        gathered = prompts or not decodes or self._gathered(len(decodes))
+        budget = min(budget, self.policy.prefill_budget(total, total - budget))
+        for request in prompts:
+            num_tokens = min(budget, request.num_to_compute)
+            if num_tokens > 0:  # its pages were allocated when it started
+                self.counters.prompt_tokens += num_tokens
+                work.append(_work(request, num_tokens, (), step))
+                owners.append(request)
+                budget -= num_tokens
+        for request, num_tokens in self._start_waiting(budget, now) if gathered else ():
+            if not request.is_decoding:
+                self.counters.prompt_tokens += num_tokens
             started.append(_sequence_start(request))
-            chunk = min(budget, request.num_to_compute)
-            work.append(self._work(request, chunk, now, first=True))
-            budget -= chunk
-        if not work and not self._ended:
+            work.append(_work(request, num_tokens, tuple(self.pages.table(request.key)), step))
+            owners.append(request)
+        if not work:
             return None
-        self._step += 1
-        plan = StepPlan(self._step, tuple(self._ended), tuple(started), tuple(work))
+        self._step = step
+        plan = StepPlan(step, tuple(self._ended), tuple(started), tuple(work))
         self._ended = []
-        self._plans[plan.step] = plan, [self._by_key[item.key].preemptions for item in work]
+        self._in_flight.append((plan, owners))
         return plan
 
-    def _start(self, request: Request) -> bool:
+    def _batch(self, budget: int) -> tuple[list[Request], list[Request], int]:
+        """Running requests that decode within the budget, those with prompt left, and the pages the former lack."""
+        decodes: list[Request] = []
+        prompts: list[Request] = []
+        growth = 0
+        for request in self.running:
+            computed = request.computed
+            known = len(request.tokens) + request.pending
+            if computed < known < request.limit:
+                if computed < request.prompt_end:
+                    prompts.append(request)
+                elif budget > 0:
+                    decodes.append(request)
+                    end = min(known, computed + budget)
+                    budget -= end - computed
+                    if end > request.room:
+                        growth += self.pages.pages_for(end - request.room)
+        return decodes, prompts, growth
+
+    def _grow(self, request: Request, num_tokens: int) -> tuple[int, ...]:
+        """Allocate the pages that are missing for `num_tokens` tokens."""
+        new_pages = self.pages.allocate(request.key, self.pages.pages_for(num_tokens - request.room))
+        request.room += len(new_pages) * self.pages.page_size
+        return tuple(new_pages)
+
+    def _gathered(self, num_decodes: int) -> bool:
+        """Whether the policy lets waiting prompts join the sequences that decode, now."""
+        share = self.policy.gather_share
+        if share <= 0.0:
+            return True
+        slots, free = self.max_num_seqs - len(self.running), self.pages.num_available
+        joining = num_tokens = 0
+        for request in self.waiting:
+            free -= self.pages.pages_for(request.num_known)
+            if joining == slots or free < 0 or num_tokens >= self.max_num_batched_tokens:
+                break
+            joining += 1
+            num_tokens += request.num_to_compute
+        return enough_gathered(
+            share,
+            num_decodes=num_decodes,
+            joining=joining,
+            left_waiting=len(self.waiting) - joining,
+            fills_a_step=num_tokens >= self.max_num_batched_tokens,
+        )
+
+    def _start_waiting(self, budget: int, now: float) -> Iterator[tuple[Request, int]]:
+        """Move waiting requests into the batch while there is room; each with the tokens to compute of it."""
+        blocked = False
+        for request in list(self.waiting) if budget > 0 and len(self.running) < self.max_num_seqs else ():
+            if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self._claims):
+                return
+            # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
+            if (blocked and not request.has_claim) or not self._start(request, now):
+                blocked = True
+                continue
+            num_tokens = min(budget, request.num_to_compute)
+            budget -= num_tokens
+            yield request, num_tokens
+
+    def _start(self, request: Request, now: float) -> bool:
         """Move a waiting request into the batch, with pages for everything known of it; False without room."""
         pages = self.pages
         needed = pages.pages_for(request.num_known)
@@ -178,7 +263,7 @@ class Scheduler:
             request.computed = 0
             # The last token is always computed, for its logits.
             hashes = request.extend_hashes(self.hash_scope, pages.page_size, request.num_known - 1)
-            matched = pages.match(hashes)
+            matched = pages.match(hashes[: (request.num_known - 1) // pages.page_size])
         extra = needed - held - len(matched)
         if not pages.has_room(request.key, matched, extra):
             return False
@@ -191,127 +276,146 @@ class Scheduler:
             pages.allocate(request.key, extra)
         pages.end_promise(request.key)
         if request.first_planned is None:
+            request.first_planned = now
             request.cached_tokens = request.computed
-        self.waiting.remove(request)
+            if request.is_decoding:  # a hand-off: computed elsewhere
+                request.prefilled = now
+        self._leave_queue(request)
         request.status = Status.RUNNING
+        request.room = len(pages.table(request.key)) * pages.page_size
         self.running.append(request)
         return True
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Allocate the pages for the next tokens, preempting newer sequences; False if `request` itself had to go."""
-        missing = self.pages.pages_for(request.computed + num_tokens) - len(self.pages.table(request.key))
-        while missing > 0:
-            try:
-                self.pages.allocate(request.key, missing)
-                return True
-            except NoRoom:
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is request:
-                    return False
-        return True
+    def _leave_queue(self, request: Request) -> None:
+        self.waiting.remove(request)
+        self._claims -= request.has_claim
+        request.has_claim = False
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.pages.release(request.key)
         request.status = Status.WAITING
         request.computed = request.pending = 0
+        request.begin_prompt()
         request.preemptions += 1
         self.counters.preemptions += 1
         self._ended.append(request.key)
         self.waiting.appendleft(request)
 
-    def _work(self, request: Request, num_tokens: int, now: float, *, first: bool = False) -> SequenceWork:
-        if request.first_planned is None:
-            request.first_planned = now
-            if request.is_decoding:  # a hand-off: computed elsewhere
-                request.prefilled = now
-        table = self.pages.table(request.key)
-        known_pages = 0 if first else request.planned_pages
-        request.planned_pages = len(table)
-        if not request.is_decoding:
-            self.counters.prompt_tokens += num_tokens
-        start = request.computed
-        request.computed += num_tokens
-        samples = request.num_to_compute == 0
-        request.pending += samples
-        return SequenceWork(request.key, start, num_tokens, tuple(table[known_pages:]), samples)
-
     # ------------------------------------------------------------ results
 
     def update(self, result: StepResult, now: float) -> StepOutput:
-        """Take a step's result: append tokens, name full pages, end requests. Ended or preempted ones are ignored."""
-        plan, preemptions = self._plans.pop(result.step)
+        """Take the oldest step's result: append tokens, name full pages, end requests. Of ended ones nothing is taken.
+
+        Raises:
+            ValueError: it is another step's result.
+        """
+        plan, owners = self._in_flight[0]
+        if plan.step != result.step:
+            raise ValueError(f"the result of step {result.step} came before that of step {plan.step}")
+        self._in_flight.popleft()
+        self._read = plan.step
         outputs: list[Output] = []
         progress: list[Progress] = []
-        live: dict[str, Request] = {}
-        for work, preempted in zip(plan.work, preemptions, strict=True):
-            request = self._by_key.get(work.key)
-            if request is not None and request.preemptions == preempted:
-                live[work.key] = request
-                done = work.start + work.num_tokens
+        tell_progress = self.policy.prefill_only
+        page_size = self.pages.page_size
+        results = iter(result.sampled)
+        sampled = next(results, None)
+        for work, request in zip(plan.work, owners, strict=True):
+            new = None
+            if sampled is not None and sampled.key == work.key:
+                new, sampled = sampled, next(results, None)
+            if request.status is Status.FINISHED:
+                continue
+            done = work.start + work.num_tokens
+            if done % page_size < work.num_tokens:
                 self._name_pages(request, work.start, done)
+            if tell_progress:
                 progress.append(Progress(work.key, done))
-        for sampled in result.sampled:
-            if sampled.key in live:
-                outputs.append(self._append(live[sampled.key], sampled.token_ids, sampled.logprobs, now))
+            if work.samples:
+                output = self._append(request, new, now)
+                if output is not None:
+                    outputs.append(output)
+        self.pages.release(step_holder(plan.step))
         return StepOutput(tuple(outputs), tuple(progress))
 
     def give_up_steps(self) -> None:
         """The results of all submitted steps will never come, and none of them writes any more."""
-        self._plans.clear()
+        for plan, _ in self._in_flight:
+            self.pages.release(step_holder(plan.step))
+        self._in_flight.clear()
+        self._read = self._step
 
     def _name_pages(self, request: Request, start: int, done: int) -> None:
         size = self.pages.page_size
-        if done // size > start // size:
-            table = self.pages.table(request.key)
-            hashes = request.extend_hashes(self.hash_scope, size, done)
-            for index in range(start // size, done // size):
-                self.pages.name(table[index], hashes[index])
+        done = min(done, len(request.tokens))
+        table = self.pages.table(request.key)
+        hashes = request.extend_hashes(self.hash_scope, size, done)
+        for index in range(start // size, done // size):
+            self.pages.name(table[index], hashes[index])
 
-    def _append(
-        self, request: Request, tokens: Iterable[int], logprobs: tuple[TokenLogprobs, ...] | None, now: float
-    ) -> Output:
-        index = request.num_output
-        kept: list[int] = []
+    def _append(self, request: Request, sampled: SampledTokens | None, now: float) -> Output | None:
+        """Add what one step sampled for a request; None if that was nothing."""
+        tokens, index = request.tokens, request.num_output
+        request.pending -= 1
         finish: Finish | None = None
+        token_ids = () if sampled is None else sampled.token_ids
+        for count, token in enumerate(token_ids, start=1):
+            tokens.append(token)
+            if token in request.end_ids or len(tokens) >= request.limit:
+                finish = request.finish_after(token, self.max_model_len)
+                if finish is not None:
+                    token_ids = token_ids[:count]
+                    break
+        if sampled is None or not token_ids:
+            if request.pending == 0:  # its last token is to be computed again, for its logits
+                request.computed = min(request.computed, len(tokens) - 1)
+            return None
         if request.prefilled is None:
             request.prefilled = now
-        request.pending -= 1
-        for token in tokens:
-            request.tokens.append(token)
-            kept.append(token)
-            finish = request.finish_after(token, self.max_model_len)
-            if finish is not None:
-                break
-        self.counters.generation_tokens += len(kept)
+        self.counters.generation_tokens += len(token_ids)
         if finish is None and self.policy.prefill_only:
             finish = HANDED_OFF
         if finish is not None:
             self._end(request, finish)
         spans = None if finish is None and request.reported else request.spans(now)
         request.reported = True
-        return Output(
-            request=request.source,
-            key=request.key,
-            index=index,
-            token_ids=tuple(kept),
-            logprobs=None if logprobs is None else logprobs[: len(kept)],
-            finish=finish,
-            spans=spans,
-        )
+        logprobs = sampled.logprobs
+        if logprobs is not None:
+            logprobs = logprobs[: len(token_ids)]
+        return Output(request.source, request.key, index, token_ids, logprobs, finish, spans)
 
     def _end(self, request: Request, finish: Finish) -> None:
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._ended.append(request.key)
         else:
-            self.waiting.remove(request)
+            self._leave_queue(request)
         request.status = Status.FINISHED
         request.finish = finish
-        if finish is not HANDED_OFF:
+        in_flight = request.last_step > self._read
+        if finish is HANDED_OFF:
+            assert not in_flight, "a step writes pages that are handed off"
+        elif in_flight:
+            self.pages.move_all(request.key, step_holder(request.last_step))
+        else:
             self.pages.release(request.key)
         del self._by_key[request.key]
+
+
+def step_holder(step: int) -> str:
+    """Holder of pages whose owners have ended while this step, not read yet, may write them."""
+    return f"step {step}"
+
+
+def _work(request: Request, num_tokens: int, new_pages: tuple[int, ...], step: int) -> SequenceWork:
+    start = request.computed
+    request.computed = end = start + num_tokens
+    request.last_step = step
+    samples = end == len(request.tokens) + request.pending
+    if samples:
+        request.pending += 1
+    return SequenceWork(request.key, start, num_tokens, new_pages, samples)
 
 
 def _sequence_start(request: Request) -> SequenceStart:

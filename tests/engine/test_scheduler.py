@@ -247,8 +247,8 @@ def test_a_promised_request_passes_a_preempted_one_that_waits_for_its_pages() ->
     scheduler.pages.promise(newcomer.key, 2)  # nothing is left for the other one to grow
     while not scheduler.waiting:
         plan = scheduler.plan(0.0)
-        assert plan is not None
-        scheduler.update(executor.run(plan), 0.0)
+        if plan is not None:  # else it has just been preempted, and nothing is left to compute
+            scheduler.update(executor.run(plan), 0.0)
     scheduler.add(newcomer)
     tokens = {output.request.request_id: output.token_ids for output in drain(scheduler, executor)}
     assert tokens["new"] == (oracle([2] * 6, 2)[1],)
