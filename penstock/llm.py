@@ -23,7 +23,7 @@ from penstock.common.output_text import OutputText
 from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine.build import build_engine
-from penstock.engine.policy import DecodePolicy
+from penstock.engine.policy import THROUGHPUT
 from penstock.engine.request import request_key
 from penstock.engine.scheduler import Output
 from penstock.interrupt import HeldInterrupt
@@ -112,7 +112,7 @@ class LLM:
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
         self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
         self._defaults = GenerationDefaults.load(model, generation_config)
-        self._built = build_engine(self.config, DecodePolicy())
+        self._built = build_engine(self.config, THROUGHPUT)
         self._ids = itertools.count()
 
     @property
@@ -307,6 +307,7 @@ class LLM:
             finally:
                 for key in running:
                     engine.scheduler.abort(key)
+                engine.settle()
                 engine.pages.drain_events()  # nobody else wants to know which prefixes are here
 
     def _take(self, choice: _Choice, new: Output) -> bool:
