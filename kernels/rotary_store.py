@@ -75,16 +75,16 @@ def rotary_store_reference(
 
     factors: those of `rotary_factors_reference`.
     """
-    turned_heads = num_heads + num_kv_heads
-    heads = qkv.view(len(qkv), turned_heads + num_kv_heads, -1)
-    turning, v = heads[:, :turned_heads], heads[:, turned_heads:]
+    heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
+    turning, v = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
     if q_norm is not None and k_norm is not None:
-        q, k = turning[:, :num_heads], turning[:, num_heads:]
+        q, k = turning.split_with_sizes((num_heads, num_kv_heads), 1)
         turning = torch.cat((rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)), 1)
-    turning = rotary(turning, *factors)
-    k_pages[batch.slot_pages, :, batch.slot_offsets] = turning[:, num_heads:]
-    v_pages[batch.slot_pages, :, batch.slot_offsets] = v
-    return turning[:, :num_heads]
+    q, k = rotary(turning, *factors).split_with_sizes((num_heads, num_kv_heads), 1)
+    pages, offsets = batch.slot_pages, batch.slot_offsets
+    k_pages[pages, :, offsets] = k
+    v_pages[pages, :, offsets] = v
+    return q
 
 
 def rotary_store_triton(
