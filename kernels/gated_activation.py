@@ -54,10 +54,10 @@ def _launch(gate_up: Tensor, activation: Literal["silu", "gelu", "gelu_tanh"]) -
         gate_up = gate_up.contiguous()
     *leading, double = gate_up.shape
     n = double // 2
+    rows = gate_up.numel() // double
     out = gate_up.new_empty((*leading, n))
-    rows = out.numel() // n
     block, num_warps = _program_shape(rows, n)
-    pieces = triton.cdiv(n, block)
+    pieces = -(-n // block)
     _gated_kernel[(rows * pieces,)](
         gate_up,
         out,
@@ -78,7 +78,7 @@ def _program_shape(rows: int, n: int) -> tuple[int, int]:
     in large pieces, two accesses a thread, so that starting programs does not take longer than moving their bytes.
     """
     block, each = (512, 8) if rows * n <= 1 << 20 else (2048, 16)
-    block = min(block, triton.next_power_of_2(n))
+    block = min(block, 1 << (n - 1).bit_length())
     return block, max(1, block // (32 * each))
 
 

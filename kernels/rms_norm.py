@@ -63,9 +63,9 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         x = x.contiguous()
     heads = x.shape[1] if dims == 3 else 1
     rows = x.shape[0] * heads
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows_each, block, num_warps = _program_shape(rows, n)
-    _rms_norm_kernel[(triton.cdiv(rows, rows_each),)](
+    _rms_norm_kernel[(-(-rows // rows_each),)](
         x,
         x if residual is None else residual,
         weight,
@@ -91,14 +91,14 @@ def _program_shape(rows: int, n: int) -> tuple[int, int, int]:
     A thread holds 8 elements (one 16-byte access of a 2-byte type) where few rows make latency count, 16 where there
     are enough rows to fill the card: fewer warps then share a row's sum. Short rows are grouped once there are many.
     """
-    block = triton.next_power_of_2(n)
+    block = 1 << (n - 1).bit_length()
     many = rows * block >= 1 << 21
     rows_each = max(1, 2048 // block) if many else 1
     num_warps = rows_each * block // (512 if many else 256)
     return rows_each, block, min(max(num_warps, 1), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x,  # [rows / HEADS, HEADS, N]
     residual,  # [rows, N]; x itself without ADD

@@ -45,9 +45,9 @@ def rotary_factors_triton(positions: Tensor, frequencies: Tensor, amplitude: flo
     tokens, half = positions.shape[0], frequencies.shape[-1]
     factors = positions.new_empty((2, tokens, half), dtype=torch.float32)
     cos, sin = factors[0], factors[1]
-    block = triton.next_power_of_2(half)
+    block = 1 << (half - 1).bit_length()
     rows = max(1, 256 // block)
-    _rotary_factors_kernel[(triton.cdiv(tokens, rows),)](
+    _rotary_factors_kernel[(-(-tokens // rows),)](
         positions,
         frequencies,
         cos,
@@ -71,7 +71,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return swapped.mul_(sin).addcmul_(x, cos)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _rotary_factors_kernel(
     positions,  # [T]
     frequencies,  # [HALF], or [T, HALF]

@@ -116,8 +116,7 @@ def rotary_store_triton(
         raise ValueError(f"cannot store rows of strides {qkv.stride()} in pages of {strides} and {v_pages.stride()}")
     cos, sin = factors
     q = qkv.new_empty((tokens, num_heads, head_dim))
-    half = triton.next_power_of_2(head_dim // 2)
-    parts, num_warps = _program_shape(tokens, num_heads, half)
+    parts, q_block, kv_block, block, num_warps = _program_shape(tokens, num_heads, num_kv_heads, head_dim // 2)
     _rotary_store_kernel[(tokens * parts,)](
         qkv,
         cos,
@@ -138,9 +137,9 @@ def rotary_store_triton(
         KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,
         PARTS=parts,
-        Q_BLOCK=triton.next_power_of_2(triton.cdiv(num_heads, parts)),
-        KV_BLOCK=triton.next_power_of_2(triton.cdiv(num_kv_heads, parts)),
-        BLOCK=half,
+        Q_BLOCK=q_block,
+        KV_BLOCK=kv_block,
+        BLOCK=block,
         NORM=q_norm is not None and k_norm is not None,
         num_warps=num_warps,
         **pdl_options(qkv),
@@ -148,8 +147,8 @@ def rotary_store_triton(
     return q
 
 
-def _program_shape(tokens: int, num_heads: int, half: int) -> tuple[int, int]:
-    """Programs a token, each with its share of the query, key and value heads; and warps a program.
+def _program_shape(tokens: int, num_heads: int, num_kv_heads: int, half: int) -> tuple[int, int, int, int, int]:
+    """Programs a token; of each, its heads of queries, of keys, and half their length, as powers of two; its warps.
 
     Few tokens are split until the card is busy: every program is then one short chain of load, rotate and store. Many
     tokens take a program each, so that starting programs does not take longer than moving their bytes. A thread holds
@@ -158,11 +157,14 @@ def _program_shape(tokens: int, num_heads: int, half: int) -> tuple[int, int]:
     parts = 1
     while 4 * parts < num_heads and 2 * parts * tokens <= 1024:
         parts *= 2
-    elements = triton.next_power_of_2(triton.cdiv(num_heads, parts)) * half
-    return parts, min(max(elements // (512 if parts == 1 else 256), 1), 4)
+    q_block = 1 << (-(-num_heads // parts) - 1).bit_length()
+    kv_block = 1 << (-(-num_kv_heads // parts) - 1).bit_length()
+    block = 1 << (half - 1).bit_length()
+    num_warps = q_block * block // (512 if parts == 1 else 256)
+    return parts, q_block, kv_block, block, min(max(num_warps, 1), 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotary_store_kernel(
     qkv,  # [T, (HEADS + 2 * KV_HEADS) * 2 * HALF]
     cos,  # [T, HALF]
@@ -211,7 +213,7 @@ def _rotary_store_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     # All loads before the first store, to be in flight together: the compiler may not move them past a store.
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     # The factors are loaded in the shape of what they multiply: then no thread needs another's.
     q_factor = tl.broadcast_to(token * HALF + column, Q_BLOCK, BLOCK)
     k_factor = tl.broadcast_to(token * HALF + column, KV_BLOCK, BLOCK)

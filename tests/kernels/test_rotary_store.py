@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from penstock.kernels import rotary_store as module
@@ -143,7 +144,9 @@ def test_padding_stores_nothing(
     op: Callable[..., Tensor], device: str, shape: Shape, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However a token's heads are shared among programs."""
-    monkeypatch.setattr(module, "_program_shape", lambda tokens, num_heads, half: (parts, 1))
+    q_block, kv_block = (triton.next_power_of_2(-(-heads // parts)) for heads in (shape.heads, shape.kv_heads))
+    block = triton.next_power_of_2(shape.dim // 2)
+    monkeypatch.setattr(module, "_program_shape", lambda *_: (parts, q_block, kv_block, block, 1))
     case = Case(shape, torch.float32, padding=3)
     case.qkv[-1] = torch.nan
     q, pool = case.run(op, device)
@@ -184,13 +187,17 @@ def test_a_kernel_rounds_once(op: Callable[..., Tensor], device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "half"), [(1, 32, 64), (1, 1, 1), (64, 12, 64), (300, 40, 32), (9999, 7, 64)]
+    ("tokens", "heads", "kv_heads", "half"),
+    [(1, 32, 8, 64), (1, 1, 1, 1), (64, 12, 2, 64), (300, 40, 40, 48), (9999, 7, 1, 12)],
 )
-def test_every_head_has_a_program(tokens: int, heads: int, half: int) -> None:
-    parts, num_warps = module._program_shape(tokens, heads, half)
-    assert 1 <= parts <= heads
-    assert num_warps in (1, 2, 4)
+def test_every_head_has_a_program(tokens: int, heads: int, kv_heads: int, half: int) -> None:
+    parts, q_block, kv_block, block, num_warps = module._program_shape(tokens, heads, kv_heads, half)
     assert tokens * parts <= max(1024, tokens)
+    assert heads <= parts * q_block < 4 * heads
+    assert kv_heads <= parts * kv_block
+    assert half <= block < 2 * half
+    for power in (q_block, kv_block, block, num_warps):
+        assert power.bit_count() == 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
