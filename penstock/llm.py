@@ -23,6 +23,7 @@ from penstock.common.output_text import OutputText
 from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine.build import build_engine
+from penstock.engine.core import Engine
 from penstock.engine.policy import THROUGHPUT
 from penstock.engine.request import request_key
 from penstock.engine.scheduler import Output
@@ -112,7 +113,14 @@ class LLM:
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
         self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
         self._defaults = GenerationDefaults.load(model, generation_config)
-        self._built = build_engine(self.config, THROUGHPUT)
+        # Silent where nobody looks: not a terminal.
+        with tqdm(desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            self._built = build_engine(self.config, THROUGHPUT, progress=show)
         self._ids = itertools.count()
 
     @property
@@ -131,9 +139,9 @@ class LLM:
         return self._tokenizer is not None
 
     @property
-    def num_steps(self) -> int:
-        """Steps computed so far."""
-        return self._built.engine.steps
+    def engine(self) -> Engine:
+        """What computes: for benchmarks and tests."""
+        return self._built.engine
 
     def describe(self) -> str:
         """Device, dtype and KV pages in one line."""

@@ -1,7 +1,7 @@
 """Where the time of a run goes: the device's kernels by total time, and the host's part of a step.
 
-The host's part is the wall time of a step less the time in which the host waited for the device, both without the
-profiler's own cost where that is known: the run is timed once before it is profiled.
+The host's part is the wall time of a step less the time in which the host waited for a step's result. It is taken from
+a run of its own, since the profiler's cost falls on the host.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity
 
+from penstock.engine.plan import Executor, StepHandle, StepPlan, StepResult
 from penstock.llm import LLM
 
 TOP_KERNELS = 25
-_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunProfile:
 
     steps: int
     wall_us: float  # without the profiler
-    waited_us: float  # the host in calls that wait for the device
+    waited_us: float  # the host for results of steps
     kernels: tuple[KernelTime, ...]  # longest first; CPU operators when there is no GPU
     on_gpu: bool
 
@@ -48,7 +48,7 @@ class RunProfile:
         kind = "kernels" if self.on_gpu else "operators"
         lines = [
             f"{self.steps} steps, {self.wall_us / steps:.1f} us each: {kind} {self.kernels_us / steps:.1f} us, "
-            f"host {max(0.0, self.wall_us - self.waited_us) / steps:.1f} us (its wait for the device left out)",
+            f"host {max(0.0, self.wall_us - self.waited_us) / steps:.1f} us (its wait for results left out)",
             f"{'total ms':>10} {'share':>6} {'calls':>8} {'us/call':>9} {'calls/step':>10}  {kind[:-1]}",
         ]
         for kernel in self.kernels[:TOP_KERNELS]:
@@ -62,24 +62,56 @@ class RunProfile:
         return "\n".join(lines)
 
 
+class _Waiting:
+    """An executor that notes how long `result` takes."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.run_ahead = executor.run_ahead
+        self.steps = 0
+        self.waited_s = 0.0
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        self.steps += 1
+        return _WaitingHandle(self._executor.submit(plan), self)
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+@dataclass(frozen=True)
+class _WaitingHandle:
+    handle: StepHandle
+    owner: _Waiting
+
+    def result(self) -> StepResult:
+        begun = time.perf_counter()
+        found = self.handle.result()
+        self.owner.waited_s += time.perf_counter() - begun
+        return found
+
+
 def profile(llm: LLM, run: Callable[[], object]) -> RunProfile:
     """Run twice: timed, then under torch's profiler. The run should be warm."""
-    on_gpu = torch.cuda.is_available()
-    begun, steps = time.perf_counter(), llm.num_steps
-    run()
+    engine = llm.engine
+    executor = engine.executor
+    waiting = _Waiting(executor)
+    engine.executor = waiting
+    begun = time.perf_counter()
+    try:
+        run()
+    finally:
+        engine.executor = executor
     wall_us = (time.perf_counter() - begun) * 1e6
-    steps = llm.num_steps - steps
+    on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as recorded:
         run()
-    kernels: dict[str, KernelTime] = {}
-    waited_us = 0.0
+    kernels = []
     for event in recorded.key_averages():
-        if event.key in _WAITS:
-            waited_us += event.self_cpu_time_total
         if (event.device_type.name == "CUDA") == on_gpu:
             time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             if time_us > 0:
-                kernels[event.key] = KernelTime(event.key, event.count, time_us)
-    ordered = tuple(sorted(kernels.values(), key=lambda kernel: -kernel.total_us))
-    return RunProfile(steps, wall_us, waited_us, ordered, on_gpu)
+                kernels.append(KernelTime(event.key, event.count, time_us))
+    ordered = tuple(sorted(kernels, key=lambda kernel: -kernel.total_us))
+    return RunProfile(waiting.steps, wall_us, waiting.waited_s * 1e6, ordered, on_gpu)
