@@ -1,22 +1,53 @@
-"""Matrix products with one to four rows, for decode: every weight is read once, so only memory and launches count.
+"""Matrix products with few rows, for decode: every weight is read once, so only memory and launches count.
 
-One program computes a strip of outputs by multiply-add, with no matrix unit: sixteen rows of padding would cost more
-than the weights. What stands around a product in a decoder is done in the same launch: the RMSNorm before it (the scale
-of a row can be applied after the product), the gated activation or the residual addition after it. While the kernel
-ahead still runs, a program already asks for its weights (see `launch.py`).
+A program computes a strip of outputs for all rows, over all or a part of the depth; where a strip is cut into parts
+(the product has too few strips to fill the card), the program that ends last adds them up, in a fixed order. The gated
+activation or the residual addition that follows a product is done in the same launch. While the kernel ahead still
+runs, a program already asks for its weights (see `launch.py`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.launch import pdl_options
+from penstock.kernels.launch import num_multiprocessors, pdl_options
 
-MAX_ROWS = 4
+MAX_ROWS = 64
 """More rows are left to the library (benchmarks/kernels.py)."""
+_MAX_STRIPS = 1 << 14
+_PARTIAL_FLOATS = 1 << 22
+
+
+@dataclass(frozen=True)
+class LinearWorkspace:
+    """Where the parts of a strip meet. One for all products that run one after the other: a model's, say."""
+
+    arrived: Tensor  # int32 [_MAX_STRIPS], zero between launches
+    partial: Tensor  # float32 [_PARTIAL_FLOATS]
+
+    @classmethod
+    def allocate(cls, device: torch.device) -> LinearWorkspace:
+        return cls(
+            torch.zeros(_MAX_STRIPS, dtype=torch.int32, device=device),
+            torch.empty(_PARTIAL_FLOATS, dtype=torch.float32, device=device),
+        )
+
+
+class Tiles(NamedTuple):
+    """How a product is cut up."""
+
+    outputs: int  # of a strip, a power of 2
+    depth: int  # of a tile
+    warps: int
+    stages: int
+    parts: int  # of a strip's depth
+    prefetch: int  # 128-byte lines of each weight row that are asked for before the wait, a power of 2
 
 
 def can_run(x: Tensor) -> bool:
@@ -27,53 +58,51 @@ def can_run(x: Tensor) -> bool:
 def small_linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
+    workspace: LinearWorkspace,
     *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] @ weight [N, K].T + bias [N], accumulated in float32 -> [M, N].
 
-    norm: RMSNorm weight [K]; x is normalised first. gated: the first half of the columns is the gate, the result is
-    silu(gate) * up, [M, N / 2]. residual [M, N]: the product is added to it in place, and it is returned.
+    gated: the first half of the columns is the gate, the result is silu(gate) * up, [M, N / 2]. residual [M, N]: the
+    product is added to it in place, and it is returned.
     """
     rows, columns = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     out = residual if residual is not None else torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    block_m = triton.next_power_of_2(rows)
-    block_n, block_k, warps, stages, prefetch = _tiles(block_m, outputs, columns, gated)
-    _small_linear_kernel[(triton.cdiv(outputs, block_n),)](
+    tiles = _tiles(rows, outputs, columns, gated, num_multiprocessors(x.device))
+    _small_linear_kernel[(triton.cdiv(outputs, tiles.outputs), tiles.parts)](
         x,
         weight,
         bias,
-        norm,
         out,
-        eps,
+        workspace.partial,
+        workspace.arrived,
         rows,
         outputs,
         columns,
         x.stride(0),
         HAS_BIAS=bias is not None,
-        NORM=norm is not None,
         GATED=gated,
         RESIDUAL=residual is not None,
-        EVEN_K=columns % block_k == 0,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        STAGES=stages,
-        PREFETCH=prefetch,
-        num_warps=warps,
+        EVEN_K=columns % (tiles.depth * tiles.parts) == 0,
+        PARTS=tiles.parts,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_N=tiles.outputs,
+        BLOCK_K=tiles.depth,
+        PREFETCH=tiles.prefetch,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
         **pdl_options(x),
     )
     return out
 
 
-def _tiles(rows: int, outputs: int, columns: int, gated: bool) -> tuple[int, int, int, int, int]:
-    """Outputs and depth of a tile, warps, stages, and 128-byte lines of a weight row to ask for before the wait."""
-    return 8, 512, 4, 3, 16
+def _tiles(rows: int, outputs: int, columns: int, gated: bool, multiprocessors: int) -> Tiles:
+    """Measured on an H200 (benchmarks/kernels.py)."""
+    return Tiles(16, 256, 2, 4, 1, 8)
 
 
 @triton.jit
@@ -81,77 +110,90 @@ def _small_linear_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    norm_ptr,
     out_ptr,  # holds the residual, if there is one
-    eps,
+    partial_ptr,
+    arrived_ptr,
     rows,
     outputs,
     columns,
     x_stride,
     HAS_BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    strip, part = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = strip * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     m_used = m < rows
     n_used = n < outputs
+    depth = tl.cdiv(tl.cdiv(columns, BLOCK_K), PARTS) * BLOCK_K
+    begin = part * depth
+    end = tl.minimum(begin + depth, columns)
     # Rows past the end are the first one: they are computed and thrown away.
     weight_row = weight_ptr + tl.where(n_used, n, 0).to(tl.int64)[:, None] * columns
     up_row = weight_row + outputs.to(tl.int64) * columns
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            line = tl.arange(0, PREFETCH)[None, :] * 64
-            line = tl.where(line < columns, line, 0)
+            line = begin + tl.arange(0, PREFETCH)[None, :] * 64
+            line = tl.where(line < end, line, 0)
             _prefetch(weight_row + line)
             if GATED:
                 _prefetch(up_row + line)
         tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for start in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(begin, end, BLOCK_K):
         at = start + k
-        at_used = at < columns if not EVEN_K else k >= 0
-        x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None] & at_used[None, :], other=0.0)
-        x = x.to(tl.float32)
-        if NORM:
-            squares += x * x
-            x = x * tl.load(norm_ptr + at, mask=at_used, other=0.0).to(tl.float32)[None, :]
-        weight = (
-            tl.load(weight_row + at[None, :]) if EVEN_K else tl.load(weight_row + at, mask=at_used[None, :], other=0.0)
-        )
-        acc += x[:, None, :] * weight.to(tl.float32)[None, :, :]
+        if EVEN_K:
+            x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None], other=0.0)
+            acc = tl.dot(x, tl.load(weight_row + at[None, :]).T, acc)
+            if GATED:
+                up = tl.dot(x, tl.load(up_row + at[None, :]).T, up)
+        else:
+            used = at[None, :] < end
+            x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None] & used, other=0.0)
+            acc = tl.dot(x, tl.load(weight_row + at[None, :], mask=used, other=0.0).T, acc)
+            if GATED:
+                up = tl.dot(x, tl.load(up_row + at[None, :], mask=used, other=0.0).T, up)
+
+    if PARTS > 1:
+        tile = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        size: tl.constexpr = BLOCK_M * BLOCK_N * (2 if GATED else 1)
+        base = partial_ptr + strip * PARTS * size
+        tl.store(base + part * size + tile, acc)
         if GATED:
-            weight = tl.load(up_row + at[None, :]) if EVEN_K else tl.load(up_row + at, mask=at_used[None, :], other=0.0)
-            up += x[:, None, :] * weight.to(tl.float32)[None, :, :]
-    result = tl.sum(acc, 2)
-    scale = tl.full([BLOCK_M], 1.0, tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)
-    result = result * scale[:, None]
+            tl.store(base + part * size + BLOCK_M * BLOCK_N + tile, up)
+        tl.debug_barrier()  # every thread's stores come before the one thread's release
+        if tl.atomic_add(arrived_ptr + strip, 1, sem="acq_rel") != PARTS - 1:
+            return
+        tl.store(arrived_ptr + strip, 0)  # for the next product
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for other in tl.static_range(PARTS):
+            acc += tl.load(base + other * size + tile, cache_modifier=".cg")
+            if GATED:
+                up += tl.load(base + other * size + BLOCK_M * BLOCK_N + tile, cache_modifier=".cg")
+
     if HAS_BIAS:
-        result += tl.load(bias_ptr + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptr + outputs + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        other = tl.sum(up, 2) * scale[:, None]
-        if HAS_BIAS:
-            other += tl.load(bias_ptr + outputs + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
-        result = result * tl.sigmoid(result) * other
+        acc = acc * tl.sigmoid(acc) * up
     where = out_ptr + m[:, None] * outputs + n[None, :]
     used = m_used[:, None] & n_used[None, :]
     if RESIDUAL:
-        result += tl.load(where, mask=used, other=0.0).to(tl.float32)
-    tl.store(where, result.to(out_ptr.dtype.element_ty), mask=used)
+        acc += tl.load(where, mask=used, other=0.0).to(tl.float32)
+    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=used)
 
 
 @triton.jit
@@ -163,20 +205,10 @@ def _prefetch(lines):
 
 
 def small_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    residual: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False, residual: Tensor | None = None
 ) -> Tensor:
     """The same in plain PyTorch, in float32 up to the result; `residual` is not changed."""
-    wide = x.float()
-    if norm is not None:
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm.float()
-    out = wide @ weight.float().T
+    out = x.float() @ weight.float().T
     if bias is not None:
         out = out + bias.float()
     if gated:

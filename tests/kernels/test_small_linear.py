@@ -1,28 +1,39 @@
-"""Products with few rows against float32 PyTorch: odd shapes, and everything that is fused with them."""
+"""Products with few rows against float32 PyTorch: odd shapes, cut depths, and what is fused with them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from penstock.kernels.small_linear import can_run, small_linear, small_linear_reference
+from penstock.kernels import small_linear as module
+from penstock.kernels.small_linear import LinearWorkspace, Tiles, can_run, small_linear, small_linear_reference
 
+_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-    ),
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")),
+    pytest.param("cuda", marks=_GPU),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 32, 512), (1, 5, 1500), (3, 40, 300), (4, 7, 64)])
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 32, 512), (3, 40, 300), (16, 7, 64), (20, 48, 130)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("fused", ["nothing", "norm", "gated", "residual", "norm gated", "norm residual"])
-def test_equals_pytorch(device: str, rows: int, outputs: int, columns: int, bias: bool, fused: str) -> None:
+@pytest.mark.parametrize("fused", ["nothing", "gated", "residual"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_equals_pytorch(
+    device: str,
+    rows: int,
+    outputs: int,
+    columns: int,
+    bias: bool,
+    fused: str,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_tiles", lambda *_: Tiles(16, 64, 4, 2, parts, 4))
     torch.manual_seed(0)
     dtype = torch.float16  # the interpreter multiplies bfloat16 matrices wrongly: numpy has no such type
-    weight_rows = outputs * 2 if "gated" in fused else outputs
+    weight_rows = outputs * 2 if fused == "gated" else outputs
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(device, dtype)
@@ -30,35 +41,49 @@ def test_equals_pytorch(device: str, rows: int, outputs: int, columns: int, bias
     wide = draw(rows, columns + 24)
     x = wide[:, 8 : columns + 8]  # a view of longer rows
     weight = draw(weight_rows, columns) / columns**0.5
-    options = {
-        "bias": draw(weight_rows) if bias else None,
-        "norm": draw(columns) if "norm" in fused else None,
-        "eps": 1e-5,
-        "gated": "gated" in fused,
-    }
-    residual = draw(rows, outputs) if "residual" in fused else None
-    expected = small_linear_reference(x, weight, residual=residual, **options)
-    out = small_linear(x, weight, residual=residual, **options)
+    offset = draw(weight_rows) if bias else None
+    residual = draw(rows, outputs) if fused == "residual" else None
+    expected = small_linear_reference(x, weight, offset, gated=fused == "gated", residual=residual)
+    workspace = LinearWorkspace.allocate(x.device)
+    out = small_linear(x, weight, offset, workspace, gated=fused == "gated", residual=residual)
     assert residual is None or out is residual
+    assert not workspace.arrived.any(), "the next product would count wrongly"
     torch.testing.assert_close(out, expected, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize(("outputs", "columns"), [(6144, 4096), (1536, 8960)])
+@pytest.mark.parametrize("rows", [1, 8, 17, 64])
+@pytest.mark.parametrize(
+    ("outputs", "columns"), [(6144, 4096), (4096, 14336), (1536, 8960), (1536, 1536), (2048, 1536), (28672, 4096)]
+)
 def test_large_products_in_bfloat16(rows: int, outputs: int, columns: int) -> None:
     torch.manual_seed(0)
+    workspace = LinearWorkspace.allocate(torch.device("cuda"))
     x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(outputs, columns, device="cuda", dtype=torch.bfloat16) / columns**0.5
-    error = (small_linear(x, weight).double() - x.double() @ weight.double().T).norm()
-    assert error / (x.double() @ weight.double().T).norm() < 3e-3
-    norm = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
-    expected = small_linear_reference(x, weight, norm=norm, eps=1e-5).double()
-    assert (small_linear(x, weight, norm=norm, eps=1e-5).double() - expected).norm() / expected.norm() < 6e-3
+    expected = x.double() @ weight.double().T
+    for _ in range(3):
+        out = small_linear(x, weight, None, workspace)
+        assert (out.double() - expected).norm() / expected.norm() < 3e-3
+        gated = small_linear(x, weight, None, workspace, gated=True)
+        gate, up = expected.chunk(2, -1)
+        reference = torch.nn.functional.silu(gate) * up
+        assert (gated.double() - reference).norm() / reference.norm() < 3e-3
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 17, 40, 64])
+@pytest.mark.parametrize("multiprocessors", [132, 40])
+def test_parts_fit_the_workspace(rows: int, multiprocessors: int) -> None:
+    for outputs in (512, 1536, 4096, 14336, 28672, 152064):
+        for gated in (False, True):
+            tiles = module._tiles(rows, outputs, 4096, gated, multiprocessors)
+            strips = -(-outputs // tiles.outputs)
+            floats = strips * tiles.parts * tiles.outputs * max(16, 1 << (rows - 1).bit_length()) * (1 + gated)
+            assert tiles.parts == 1 or (strips <= module._MAX_STRIPS and floats <= module._PARTIAL_FLOATS)
 
 
 def test_what_it_takes() -> None:
-    assert can_run(torch.zeros(4, 8, dtype=torch.bfloat16))
-    assert not can_run(torch.zeros(5, 8, dtype=torch.bfloat16))
+    assert can_run(torch.zeros(module.MAX_ROWS, 8, dtype=torch.bfloat16))
+    assert not can_run(torch.zeros(module.MAX_ROWS + 1, 8, dtype=torch.bfloat16))
     assert not can_run(torch.zeros(1, 8))
