@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -27,6 +28,7 @@ from penstock.engine.core import Engine
 from penstock.engine.policy import THROUGHPUT
 from penstock.engine.request import request_key
 from penstock.engine.scheduler import Output
+from penstock.frozen_heap import FrozenHeap
 from penstock.interrupt import HeldInterrupt
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -242,8 +244,7 @@ class LLM:
         number = next(self._ids)
         seed = params.seed if params.seed is not None else self._fresh_seed(number)
         wanted = room if params.max_tokens is None else min(room, params.max_tokens)
-        changes = {"seed": seed, "n": 1, "max_tokens": wanted, "min_tokens": min(params.min_tokens, wanted)}
-        sampling = msgspec.structs.replace(params, **changes)
+        sampling = _one_choice(params, seed, wanted)
         request = RequestOutput(str(number), text, ids, [CompletionOutput(index=i) for i in range(params.n)])
         return [
             _Choice(
@@ -296,6 +297,7 @@ class LLM:
         running = {choice.key: choice for choice in choices}
         with (
             tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar,
+            FrozenHeap(),
             HeldInterrupt() as ctrl_c,
         ):
             try:
@@ -355,6 +357,16 @@ class LLM:
 
     def _name(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+
+def _one_choice(params: SamplingParams, seed: int, max_tokens: int) -> SamplingParams:
+    """The parameters of one choice. They are within the bounds that `params` was checked for: not checked again."""
+    sampling = copy(params)
+    msgspec.structs.force_setattr(sampling, "seed", seed)
+    msgspec.structs.force_setattr(sampling, "n", 1)
+    msgspec.structs.force_setattr(sampling, "max_tokens", max_tokens)
+    msgspec.structs.force_setattr(sampling, "min_tokens", min(params.min_tokens, max_tokens))
+    return sampling
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from penstock import LLM, RequestOutput, SamplingParams
 from penstock.common.errors import ConfigError
-from penstock.engine.plan import StepHandle, StepPlan
+from penstock.engine.plan import Executor, StepHandle, StepPlan
 from penstock.interrupt import HeldInterrupt
 from tests.tiny_models import random_prompts, reference_tokens
 
@@ -395,6 +396,55 @@ def test_a_held_interrupt_goes_to_the_programs_own_handler() -> None:
         assert len(seen) == 3
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_old_objects_are_left_alone_while_it_generates(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, frozen = llm.engine.executor.submit, []
+
+    def noting(plan: StepPlan) -> StepHandle:
+        frozen.append(gc.get_freeze_count())
+        return submit(plan)
+
+    monkeypatch.setattr(llm.engine.executor, "submit", noting)
+    assert gc.get_freeze_count() == 0
+    run(llm, TEXT)
+    assert min(frozen) > 10000 and gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        run(llm, TEXT)
+        assert gc.get_freeze_count() > 0  # the program's own doing
+    finally:
+        gc.unfreeze()
+
+
+class _Late:
+    """An executor that computes at once and tells a step late, as one on a GPU does."""
+
+    run_ahead = 1
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        return self._executor.submit(plan)
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+def test_steps_in_flight_at_the_end_leave_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop is noticed while the next step computes; the next call must not see anything of it."""
+    prompts = random_prompts([3, 21, 40], seed=5)
+    plain = tokens(run(llm, prompts))
+    stops = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[ids[4]]) for ids in plain]
+    text = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=[run(llm, TEXT)[0].outputs[0].text[3:5]])
+    expected = [tokens(run(llm, prompts, params)) for params in (GREEDY, stops)] + [tokens(run(llm, TEXT, text))]
+    monkeypatch.setattr(llm.engine, "executor", _Late(llm.engine.executor))
+    for wanted, params in zip(expected, (GREEDY, stops), strict=False):
+        assert tokens(run(llm, prompts, params)) == wanted
+        assert_empty(llm)
+    assert tokens(run(llm, TEXT, text)) == expected[2]
+    assert_empty(llm)
 
 
 def test_importing_penstock_imports_no_torch() -> None:
