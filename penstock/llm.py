@@ -188,9 +188,10 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(several):
             raise ValueError(f"{len(several)} prompts, but {len(params)} sampling parameters")
-        choices = [choice for prompt, p in zip(several, params, strict=True) for choice in self._choices(prompt, p)]
-        requests = list({choice.source.request_id: choice.request for choice in choices}.values())
-        self._run(choices, len(requests), use_tqdm)
+        with FrozenHeap():
+            choices = [choice for prompt, p in zip(several, params, strict=True) for choice in self._choices(prompt, p)]
+            requests = list({choice.source.request_id: choice.request for choice in choices}.values())
+            self._run(choices, len(requests), use_tqdm)
         return requests
 
     def chat(
@@ -297,7 +298,6 @@ class LLM:
         running = {choice.key: choice for choice in choices}
         with (
             tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar,
-            FrozenHeap(),
             HeldInterrupt() as ctrl_c,
         ):
             try:
