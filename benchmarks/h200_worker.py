@@ -49,6 +49,7 @@ def work_on(job: Job) -> int:
     startup_s = time.monotonic() - job.started
     print(f"ready after {startup_s:.1f} s: {llm.describe()}", flush=True)
     measuring = Measuring(llm, json.loads(Path(job.lengths).read_text()), job.repeats, job.decode_repeats)
+    print(f"first token of a first request: {measuring.first_request_ms():.1f} ms", flush=True)
     failed = 0
     for key in job.keys:
         work = parse_work(key)
@@ -86,6 +87,10 @@ class Measuring:
         if work.kind == "decode":
             return self._decode(work)
         return self._throughput(work)
+
+    def first_request_ms(self) -> float:
+        """Of a short prompt: far above a later one's, if the start left something to be done."""
+        return self._seconds([self._fresh_prompt(16)], 1) * 1e3
 
     def profile(self, work: Work) -> None:
         """Print where a work's time goes: kernels, and the host's functions."""

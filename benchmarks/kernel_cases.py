@@ -27,7 +27,7 @@ from penstock.kernels.rms_norm import add_rms_norm
 from penstock.kernels.rotary import rotary_factors
 from penstock.kernels.rotary_store import rotary_store
 from penstock.kernels.sample import SampleWorkspace, SamplingColumns, sample
-from penstock.kernels.small_linear import MAX_ROWS, small_linear
+from penstock.kernels.small_linear import MAX_ROWS, LinearWorkspace, small_linear
 
 Call = Callable[[], object]
 MAX_POOL_BYTES = 40 << 30
@@ -223,7 +223,7 @@ def _silu(shape: Shape, place: Place, tokens: int, copies: int) -> list[Call]:
 
 
 def linear_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
-    """Every product of the model: the engine's linear, torch's, and for few rows the one with more in it."""
+    """Every product of the model: the engine's linear, torch's, and the one for few rows, with what follows it."""
     for (name, (outputs, inputs)), rows in product(shape.linears.items(), sizes.rows):
         if name == "head" and rows > MAX_DECODES:
             continue  # only what is sampled goes through the head
@@ -233,8 +233,8 @@ def linear_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
         yield Case("linear", text, size_bytes, flops, partial(_linear, shape, name, place, rows, make_linear))
         yield Case("torch linear", text, size_bytes, flops, partial(_linear, shape, name, place, rows, PlainLinear))
         if rows <= MAX_ROWS:
-            fused = partial(_fused, shape, name, place, rows)
-            yield Case(f"small_linear {FUSED[name]}", text, size_bytes, flops, fused)
+            kernel = f"small_linear {FUSED[name]}" if name in FUSED else "small_linear"
+            yield Case(kernel, text, size_bytes, flops, partial(_small, shape, name, place, rows))
 
 
 def _linear(
@@ -247,26 +247,29 @@ def _linear(
 ) -> list[Call]:
     outputs, inputs = shape.linears[name]
     x = place.noise(rows, inputs)
-    has_bias = name == "qkv" and shape.architecture == "Qwen2ForCausalLM"
-    bias = place.noise(outputs) if has_bias else None
+    bias = _bias(shape, name, place)
     return [partial(make(place.noise(outputs, inputs, std=inputs**-0.5), bias), x) for _ in range(copies)]
 
 
-FUSED = {"qkv": "norm", "o": "residual", "gate_up": "norm, gated", "down": "residual", "head": "norm"}
+FUSED = {"gate_up": "gated", "o": "residual", "down": "residual"}  # what a layer does after a product
 
 
-def _fused(shape: Shape, name: str, place: Place, rows: int, copies: int) -> list[Call]:
+def _small(shape: Shape, name: str, place: Place, rows: int, copies: int) -> list[Call]:
     outputs, inputs = shape.linears[name]
-    does = FUSED[name]
-    options = {
-        "norm": place.noise(inputs) if "norm" in does else None,
-        "eps": 1e-5,
-        "gated": "gated" in does,
-        "residual": place.noise(rows, outputs) if does == "residual" else None,
-    }
-    x = place.noise(rows, inputs)
-    weights = (place.noise(outputs, inputs, std=1e-3 * inputs**-0.5) for _ in range(copies))  # as for the norm
-    return [partial(small_linear, x, weight, **options) for weight in weights]
+    does = FUSED.get(name)
+    # What is added to a residual thousands of times is small, or it would overflow.
+    std = (1e-3 if does == "residual" else 1.0) * inputs**-0.5
+    x, bias = place.noise(rows, inputs), _bias(shape, name, place)
+    residual = place.noise(rows, outputs) if does == "residual" else None
+    options = {"gated": does == "gated", "residual": residual}
+    workspace = LinearWorkspace.allocate(place.device)
+    weights = (place.noise(outputs, inputs, std=std) for _ in range(copies))
+    return [partial(small_linear, x, weight, bias, workspace, **options) for weight in weights]
+
+
+def _bias(shape: Shape, name: str, place: Place) -> Tensor | None:
+    has_bias = name == "qkv" and shape.architecture == "Qwen2ForCausalLM"
+    return place.noise(shape.linears[name][0]) if has_bias else None
 
 
 def sample_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
