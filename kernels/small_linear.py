@@ -9,6 +9,7 @@ runs, a program already asks for its weights (see `launch.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.launch import num_multiprocessors, pdl_options
+from penstock.kernels.launch import pdl_options
 
 MAX_ROWS = 64
-"""More rows are left to the library (benchmarks/kernels.py)."""
+"""More rows are left to the library."""
 _MAX_STRIPS = 1 << 14
 _PARTIAL_FLOATS = 1 << 22
 
@@ -50,9 +51,27 @@ class Tiles(NamedTuple):
     prefetch: int  # 128-byte lines of each weight row that are asked for before the wait, a power of 2
 
 
-def can_run(x: Tensor) -> bool:
-    """Whether `small_linear` takes x: half precision, few rows."""
-    return x.shape[0] <= MAX_ROWS and x.dtype in (torch.bfloat16, torch.float16)
+@cache
+def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | None:
+    """How to cut a product of `rows` rows, or None where the library is as fast. Measured on an H200.
+
+    outputs: columns of the result, so half of the weight's rows if `gated`.
+    """
+    if rows <= 16:
+        if gated:
+            return Tiles(16, 512, 2, 3, 1, 0) if columns >= 4096 else None
+        if columns >= 8192:
+            return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
+        if outputs <= 2048:
+            return Tiles(16, 512, 2, 6, 1, 8)
+        if outputs <= 8192:
+            return Tiles(16, 256, 2, 6, 1, 8) if outputs <= 4096 else Tiles(32, 256, 2, 4, 1, 8)
+    elif rows <= MAX_ROWS and outputs >= 4096:
+        if gated and columns >= 4096:
+            return Tiles(64, 128, 4, 4, 1, 0)
+        if not gated and 8192 <= columns and outputs <= 8192:
+            return Tiles(64, 128, 4, 6, 2, 8)
+    return None
 
 
 def small_linear(
@@ -60,6 +79,7 @@ def small_linear(
     weight: Tensor,
     bias: Tensor | None,
     workspace: LinearWorkspace,
+    tiles: Tiles,
     *,
     gated: bool = False,
     residual: Tensor | None = None,
@@ -72,8 +92,7 @@ def small_linear(
     rows, columns = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     out = residual if residual is not None else torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    tiles = _tiles(rows, outputs, columns, gated, num_multiprocessors(x.device))
-    _small_linear_kernel[(triton.cdiv(outputs, tiles.outputs), tiles.parts)](
+    _small_linear_kernel[(-(-outputs // tiles.outputs), tiles.parts)](
         x,
         weight,
         bias,
@@ -89,7 +108,7 @@ def small_linear(
         RESIDUAL=residual is not None,
         EVEN_K=columns % (tiles.depth * tiles.parts) == 0,
         PARTS=tiles.parts,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_M=max(16, 1 << (rows - 1).bit_length()),
         BLOCK_N=tiles.outputs,
         BLOCK_K=tiles.depth,
         PREFETCH=tiles.prefetch,
@@ -100,12 +119,7 @@ def small_linear(
     return out
 
 
-def _tiles(rows: int, outputs: int, columns: int, gated: bool, multiprocessors: int) -> Tiles:
-    """Measured on an H200 (benchmarks/kernels.py)."""
-    return Tiles(16, 256, 2, 4, 1, 8)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _small_linear_kernel(
     x_ptr,
     weight_ptr,

@@ -14,7 +14,8 @@ from penstock.kernels import decode_attention as module
 from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
 
 _GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=_GPU)]
+_CPU = [pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")]
+DEVICES = [pytest.param("cpu", marks=_CPU), pytest.param("cuda", marks=_GPU)]
 
 
 def _cuda(dtype: torch.dtype) -> ParameterSet:
@@ -102,7 +103,7 @@ class Case:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short contexts have several tiles and splits, also in the interpreter."""
-    monkeypatch.setattr(module, "_BLOCK_N", 16)
+    monkeypatch.setattr(module, "_SHORT_TILE", 16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,13 +134,16 @@ def test_any_shape(device: str, heads: int, kv_heads: int, dim: int, page_size: 
 
 
 # Triton's interpreter multiplies bfloat16 matrices wrongly: numpy has no such type.
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float16), _cuda(torch.float16), _cuda(torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("device", "dtype"), [pytest.param("cpu", torch.float16, marks=_CPU), _cuda(torch.float16), _cuda(torch.bfloat16)]
+)
 def test_half_precision_is_accumulated_in_float32(device: str, dtype: torch.dtype) -> None:
     case = Case([60, 200], dim=16, page_size=16, dtype=dtype, device=device)
     torch.testing.assert_close(case.run(), case.reference(), rtol=2e-2, atol=1e-2)
 
 
 def test_splits_fill_the_card_and_are_never_shorter_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._splits(8, 32768, 132) == 64  # batch 1: 64 splits of 8 heads
-    assert module._splits(8, 40, 132) == 3
-    assert module._splits(2048, 32768, 132) == 1
+    assert module._splits(8, 32768, 132) == (64, 32)  # batch 1: 64 splits of 8 heads
+    assert module._splits(8, 40, 132) == (2, 32)
+    assert module._splits(128, 32768, 132) == (5, 16)
+    assert module._splits(2048, 32768, 132) == (1, 16)

@@ -1,0 +1,228 @@
+"""The small launches around a step: apply the host's changes, lay the step's tokens out, take its sampled tokens in.
+
+What the device knows of the running sequences lies in one int32 tensor, the state (engine/batch_state.py says where
+what is). It advances here: a decode step that the host did not change needs nothing from it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.launch import pdl_options
+
+_BLOCK = 256
+
+
+def apply_changes(state: Tensor, changes: Tensor, count: int) -> None:
+    """state[changes[i]] = changes[count + i] for i < count; both int32, no address twice."""
+    _apply_kernel[(-(-count // _BLOCK),)](state, changes, count, BLOCK=_BLOCK, **pdl_options(state))
+
+
+def begin_decode(
+    rows: Tensor,
+    lengths: Tensor,
+    last_tokens: Tensor,
+    page_tables: Tensor,
+    page_size: int,
+    *,
+    token_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    table_rows: Tensor,
+    contexts: Tensor,
+) -> None:
+    """One token of each of B sequences: fills the last five, `[B]`, from the state.
+
+    rows: int32 [B], a sequence's row in lengths [N], last_tokens [N] and page_tables [N, W]; -1 is padding: slot -1,
+    context 0. token_ids, positions and slots are int64, table_rows and contexts int32.
+    """
+    _begin_decode_kernel[(-(-len(rows) // _BLOCK),)](
+        rows,
+        lengths,
+        last_tokens,
+        page_tables,
+        token_ids,
+        positions,
+        slots,
+        table_rows,
+        contexts,
+        len(rows),
+        page_tables.stride(0),
+        page_size,
+        BLOCK=_BLOCK,
+        **pdl_options(rows),
+    )
+
+
+def begin_mixed(
+    owners: Tensor,
+    given: Tensor,
+    rows: Tensor,
+    contexts: Tensor,
+    query_starts: Tensor,
+    last_tokens: Tensor,
+    page_tables: Tensor,
+    page_size: int,
+    *,
+    token_ids: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+) -> None:
+    """T tokens of S sequences: fills the last three, int64 `[T]`.
+
+    owners: int32 [T], which sequence a token is of; -1: padding (slot -1). given: int32 [T], the token's id, or -1 for
+    the sequence's last sampled one. rows, contexts: int32 [S]; query_starts: int32 [S + 1], as in `PagedBatch`.
+    """
+    _begin_mixed_kernel[(-(-len(owners) // _BLOCK),)](
+        owners,
+        given,
+        rows,
+        contexts,
+        query_starts,
+        last_tokens,
+        page_tables,
+        token_ids,
+        positions,
+        slots,
+        len(owners),
+        page_tables.stride(0),
+        page_size,
+        BLOCK=_BLOCK,
+        **pdl_options(owners),
+    )
+
+
+def end_step(
+    rows: Tensor, contexts: Tensor, sampled: Tensor, sample_index: Tensor | None, lengths: Tensor, last_tokens: Tensor
+) -> None:
+    """Sequences have grown to `contexts` [S] cached tokens; sampled tokens become their last ones.
+
+    rows: int32 [S], -1 is padding. sampled: int64 [n]; sample_index: int32 [S], whose token is a sequence's, -1: none
+    was sampled; None: each sequence has its own.
+    """
+    _end_step_kernel[(-(-len(rows) // _BLOCK),)](
+        rows,
+        contexts,
+        sampled,
+        sample_index,
+        lengths,
+        last_tokens,
+        len(rows),
+        INDEXED=sample_index is not None,
+        BLOCK=_BLOCK,
+        **pdl_options(rows),
+    )
+
+
+@triton.jit(do_not_specialize=["count"])
+def _apply_kernel(state_ptr, changes_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = i < count
+    where = tl.load(changes_ptr + i, mask=used, other=0)
+    value = tl.load(changes_ptr + count + i, mask=used, other=0)
+    tl.store(state_ptr + where, value, mask=used)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _begin_decode_kernel(
+    rows_ptr,
+    lengths_ptr,
+    last_ptr,
+    tables_ptr,
+    ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    table_rows_ptr,
+    contexts_ptr,
+    count,
+    table_stride,
+    page_size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = i < count
+    row = tl.load(rows_ptr + i, mask=used, other=-1)
+    live = row >= 0
+    position = tl.load(lengths_ptr + row, mask=live, other=0)
+    page = tl.load(tables_ptr + row.to(tl.int64) * table_stride + position // page_size, mask=live, other=0)
+    slot = page.to(tl.int64) * page_size + position % page_size
+    tl.store(ids_ptr + i, tl.load(last_ptr + row, mask=live, other=0).to(tl.int64), mask=used)
+    tl.store(positions_ptr + i, position.to(tl.int64), mask=used)
+    tl.store(slots_ptr + i, tl.where(live, slot, -1), mask=used)
+    tl.store(table_rows_ptr + i, tl.where(live, row, 0), mask=used)
+    tl.store(contexts_ptr + i, tl.where(live, position + 1, 0), mask=used)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _begin_mixed_kernel(
+    owners_ptr,
+    given_ptr,
+    rows_ptr,
+    contexts_ptr,
+    starts_ptr,
+    last_ptr,
+    tables_ptr,
+    ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    count,
+    table_stride,
+    page_size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = i < count
+    owner = tl.load(owners_ptr + i, mask=used, other=-1)
+    live = owner >= 0
+    row = tl.load(rows_ptr + owner, mask=live, other=0)
+    token = tl.load(given_ptr + i, mask=used, other=0)
+    token = tl.where(live & (token < 0), tl.load(last_ptr + row, mask=live, other=0), token)
+    behind = tl.load(starts_ptr + owner + 1, mask=live, other=0) - i  # tokens up to the sequence's end
+    position = tl.load(contexts_ptr + owner, mask=live, other=0) - behind
+    position = tl.where(live, position, 0)
+    page = tl.load(tables_ptr + row.to(tl.int64) * table_stride + position // page_size, mask=live, other=0)
+    slot = page.to(tl.int64) * page_size + position % page_size
+    tl.store(ids_ptr + i, tl.where(live, token, 0).to(tl.int64), mask=used)
+    tl.store(positions_ptr + i, position.to(tl.int64), mask=used)
+    tl.store(slots_ptr + i, tl.where(live, slot, -1), mask=used)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _end_step_kernel(
+    rows_ptr,
+    contexts_ptr,
+    sampled_ptr,
+    index_ptr,
+    lengths_ptr,
+    last_ptr,
+    count,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + i, mask=i < count, other=-1)
+    live = row >= 0
+    tl.store(lengths_ptr + row, tl.load(contexts_ptr + i, mask=live, other=0), mask=live)
+    index = i
+    if INDEXED:
+        index = tl.load(index_ptr + i, mask=live, other=-1)
+    chosen = live & (index >= 0)
+    token = tl.load(sampled_ptr + index, mask=chosen, other=0)
+    tl.store(last_ptr + row, token.to(tl.int32), mask=chosen)
