@@ -2,8 +2,8 @@
 
 One program a row. `sample_kernels.gather_kernel` left a list that holds every token at which top-k or top-p can cut,
 and the number and mass of tokens above it. A cut is an interval of keys and an id: tokens above the interval stay,
-tokens in it stay up to the id. The interval is narrowed by bisection until one token, or tokens of one value, are in it;
-which of equal tokens stay is decided by id, as kernels/filters.py does. A row whose list was too small is searched
+tokens in it stay up to the id. The interval is narrowed by bisection until one token, or tokens of one value, are in
+it; which of equal tokens stay is decided by id, as kernels/filters.py does. A row whose list was too small is searched
 itself: right, but a pass over the logits for each step of the bisection.
 """
 
@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from penstock.kernels.sample_row import (
-    GREEDY_BELOW,
     MIN_TEMPERATURE,
     NEVER,
     NO_ID,
@@ -59,7 +58,8 @@ def _tokens(
         z = tl.load(list_z + lanes, mask=lanes < size, other=NEVER)
         ids = tl.load(list_id + lanes, mask=lanes < size, other=0)
     else:
-        x = row_logits(logits, state, lanes, lanes < size, uses_tokens, banned, repetition, frequency, presence)
+        raw = tl.load(logits + lanes, mask=lanes < size, other=NEVER)
+        x = row_logits(raw, state, lanes, lanes < size, uses_tokens, banned, repetition, frequency, presence)
         z = tl.div_rn(x, scale)
         z = tl.where(z >= floor, z, NEVER)
         ids = lanes
@@ -249,9 +249,8 @@ def finish_kernel(
                 reached = tl.full([], NEVER, tl.float32)
                 for start in range(0, vocab, TILE):
                     ids = start + tl.arange(0, TILE)
-                    x = row_logits(
-                        logits, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence
-                    )
+                    raw = tl.load(logits + ids, mask=ids < vocab, other=NEVER)
+                    x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
                     z = tl.div_rn(x, scale)
                     key = order_key(z)
                     kept = _stays(key, ids, k_low, k_high, k_id) & _stays(key, ids, p_low, p_high, p_id)

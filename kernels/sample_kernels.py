@@ -2,7 +2,7 @@
 
 1. `stream_kernel`, (rows, splits): the one pass over all logits. A greedy row leaves each split's largest logit, a row
    that draws from everything its largest logit plus Gumbel noise, a row with filters its maximum only.
-2. `count_kernel`, (rows, splits): rows with filters count tokens by distance from the maximum, in narrow bins.
+2. `count_kernel`, (rows, splits): rows with filters count tokens by distance from the maximum, in bins of 1/8.
 3. `gather_kernel`, (rows, splits): the counts bound where top-k and top-p cut. Tokens of those bins, or of all bins
    above too where they are few, go into a list; exact probability mass above them is summed.
 4. `finish_kernel`, (rows,): joins the splits. Rows with filters find the cut exactly by bisection over the list, then
@@ -21,11 +21,12 @@ import triton.language as tl
 
 from penstock.kernels.sample_row import (
     GREEDY_BELOW,
+    LOGIT_BINS,
     MASS_ONE,
     MIN_TEMPERATURE,
-    NAT_BINS,
     NEVER,
     NUM_BINS,
+    ROUNDING,
     SLACK,
     best_of,
     bin_of,
@@ -74,6 +75,11 @@ def stream_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    logits = logits_ptr + row.to(tl.int64) * logits_stride
+    first = split * tiles * TILE
+    last = tl.minimum(first + tiles * TILE, vocab)
+    # Each tile is loaded while the one before is looked at, the first while the row's parameters are read.
+    raw = tl.load(logits + first + tl.arange(0, TILE), mask=first + tl.arange(0, TILE) < last, other=NEVER)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:
         return
@@ -86,17 +92,15 @@ def stream_kernel(
     presence = tl.load(presence_ptr + slot)
     top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
     filtered = has_filter(temperature, top_k, top_p, min_p, vocab)
-    logits = logits_ptr + row.to(tl.int64) * logits_stride
     state = state_ptr + slot * state_stride
-
-    first = split * tiles * TILE
-    last = tl.minimum(first + tiles * TILE, vocab)
     best = tl.full([TILE], NEVER, tl.float32)
     best_id = first + tl.arange(0, TILE)
     if filtered | (temperature < GREEDY_BELOW):
         for start in range(first, last, TILE):
             ids = start + tl.arange(0, TILE)
-            x = row_logits(logits, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+            following = tl.load(logits + TILE + ids, mask=TILE + ids < last, other=NEVER)
+            x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+            raw = following
             better = x > best
             best = tl.where(better, x, best)
             best_id = tl.where(better, ids, best_id)
@@ -107,7 +111,9 @@ def stream_kernel(
         reached = tl.full([], NEVER, tl.float32)
         for start in range(first, last, TILE):
             ids = start + tl.arange(0, TILE)
-            x = row_logits(logits, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+            following = tl.load(logits + TILE + ids, mask=TILE + ids < last, other=NEVER)
+            x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+            raw = following
             bits = tile_bits(seed, position, start, TILE)
             # The further the pass, the rarer a tile that holds a better token: logarithms for those only.
             if tl.max(score_bound(x * inverse, bits)) > reached:
@@ -183,10 +189,11 @@ def count_kernel(
     last = tl.minimum(first + tiles * TILE, vocab)
     for start in range(first, last, TILE):
         ids = start + tl.arange(0, TILE)
-        x = row_logits(logits, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+        raw = tl.load(logits + ids, mask=ids < last, other=NEVER)
+        x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
         z = tl.div_rn(x, scale)
         alive = (z >= floor) & (z > NEVER)
-        counts += tl.histogram(bin_of(z, maximum), NUM_BINS, mask=alive)
+        counts += tl.histogram(bin_of(z, maximum, scale), NUM_BINS, mask=alive)
         mass += tl.where(alive, mass_of(z, maximum), 0)
     bins = tl.arange(0, NUM_BINS)
     tl.atomic_add(counts_ptr + row * NUM_BINS + bins, counts, mask=counts > 0)
@@ -194,11 +201,12 @@ def count_kernel(
 
 
 @triton.jit
-def _cut_bins(counts_ptr, row, total, top_k, top_p, vocab, CAPACITY: tl.constexpr):
+def _cut_bins(counts_ptr, row, total, scale, top_k, top_p, vocab, CAPACITY: tl.constexpr):
     """(first, last) bin of the list, how many tokens are above it: what is cut off is cut within these bins.
 
     `total` is the probability mass that min-p leaves. Counts are exact, so that top-k's bin is; masses lie between the
-    counts times the weights of the bins' two ends. Without top-k and top-p nothing is cut, and the list may be empty.
+    counts times the weights of the bins' two ends. Without top-k, what lies above a bin is bounded from the total less
+    what lies below too. Without top-k and top-p nothing is cut, and the list may be empty.
     """
     bins = tl.arange(0, NUM_BINS)
     counts = tl.load(counts_ptr + row * NUM_BINS + bins)
@@ -206,15 +214,21 @@ def _cut_bins(counts_ptr, row, total, top_k, top_p, vocab, CAPACITY: tl.constexp
     by_k = (top_k > 0) & (top_k < vocab)
     by_p = top_p < 1.0
     k_bin = tl.where(by_k, tl.minimum(tl.sum((up_to < top_k).to(tl.int32)), NUM_BINS - 1), NUM_BINS - 1)
-    distance = bins.to(tl.float32) * (1.0 / NAT_BINS)
-    most = counts.to(tl.float32) * tl.exp(-distance) * (1.0 + SLACK)
-    least = counts.to(tl.float32) * tl.exp(-distance - 1.0 / NAT_BINS) * (1.0 - SLACK)
-    least = tl.where(bins == NUM_BINS - 1, 0.0, least)
-    known = total.to(tl.float32) / MASS_ONE
-    whole_most = tl.where(by_k, tl.sum(tl.where(bins <= k_bin, most, 0.0)), known * (1.0 + SLACK))
-    whole_least = tl.where(by_k, tl.sum(tl.where(bins < k_bin, least, 0.0)), known * (1.0 - SLACK))
-    p_first = tl.sum((tl.cumsum(most, 0) < top_p * whole_least).to(tl.int32))
-    p_last = tl.sum((tl.cumsum(least, 0) < top_p * whole_most).to(tl.int32))
+    width = 1.0 / (scale * LOGIT_BINS)  # in nats
+    most = counts.to(tl.float32) * tl.exp(-width * bins.to(tl.float32)) * (1.0 + SLACK)
+    least = tl.where(bins == NUM_BINS - 1, 0.0, most * (tl.exp(-width) * (1.0 - 2.0 * SLACK)))
+    reached_most, reached_least = tl.cumsum(most, 0), tl.cumsum(least, 0)
+    if by_k:
+        whole_most = tl.sum(tl.where(bins <= k_bin, most, 0.0))
+        whole_least = tl.sum(tl.where(bins < k_bin, least, 0.0))
+    else:
+        known = total.to(tl.float32) / MASS_ONE
+        whole_most = known * (1.0 + ROUNDING)
+        whole_least = known * (1.0 - ROUNDING)
+        reached_most = tl.minimum(reached_most, whole_most - (tl.cumsum(least, 0, reverse=True) - least))
+        reached_least = tl.maximum(reached_least, whole_least - (tl.cumsum(most, 0, reverse=True) - most))
+    p_first = tl.sum((reached_most < top_p * whole_least).to(tl.int32))
+    p_last = tl.sum((reached_least < top_p * whole_most).to(tl.int32))
     last = tl.where(by_p & (by_k == 0), tl.minimum(p_last, k_bin), k_bin)
     first = tl.where(by_p, tl.minimum(p_first, last), tl.where(by_k, k_bin, NUM_BINS))
     few = tl.sum(tl.where(bins <= last, counts, 0)) <= CAPACITY
@@ -276,7 +290,7 @@ def gather_kernel(
     floor = min_p_floor(maximum, min_p)
     lanes = tl.arange(0, SPLITS)
     total = tl.sum(tl.load(total_ptr + row * SPLITS + lanes, mask=lanes < splits, other=0))
-    first_bin, last_bin, num_above = _cut_bins(counts_ptr, row, total, top_k, top_p, vocab, CAPACITY)
+    first_bin, last_bin, num_above = _cut_bins(counts_ptr, row, total, scale, top_k, top_p, vocab, CAPACITY)
     if split == 0:
         tl.store(num_above_ptr + row, num_above)
     uses_tokens = tl.load(uses_tokens_ptr + slot)
@@ -293,10 +307,11 @@ def gather_kernel(
     last = tl.minimum(first + tiles * TILE, vocab)
     for start in range(first, last, TILE):
         ids = start + tl.arange(0, TILE)
-        x = row_logits(logits, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+        raw = tl.load(logits + ids, mask=ids < last, other=NEVER)
+        x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
         z = tl.div_rn(x, scale)
         alive = (z >= floor) & (z > NEVER)
-        bins = bin_of(z, maximum)
+        bins = bin_of(z, maximum, scale)
         if num_above > 0:
             mass += tl.where(alive & (bins < first_bin), mass_of(z, maximum), 0)
         chosen = alive & (bins >= first_bin) & (bins <= last_bin)

@@ -12,20 +12,21 @@ COUNT_MASK = 2**29 - 1
 IN_PROMPT = 2**29
 ENDS = 2**30
 
-BINS = 1024
-BINS_PER_NAT = 32  # the last bin holds everything from 32 nats below the maximum down
+BINS = 256
+BINS_PER_LOGIT = 8  # the last bin holds everything from 32 below the maximum down
 
 _COUNT_MASK = tl.constexpr(COUNT_MASK)
 _SEEN_MASK = tl.constexpr(COUNT_MASK | IN_PROMPT)
 _ENDS = tl.constexpr(ENDS)
 NUM_BINS = tl.constexpr(BINS)
-NAT_BINS = tl.constexpr(float(BINS_PER_NAT))
+LOGIT_BINS = tl.constexpr(float(BINS_PER_LOGIT))
 GREEDY_BELOW = tl.constexpr(1e-5)  # both as common/sampling.py
 MIN_TEMPERATURE = tl.constexpr(0.01)
 NEVER = tl.constexpr(float("-inf"))
 NO_ID = tl.constexpr(2**31 - 1)
 MASS_ONE = tl.constexpr(float(2**40))
 SLACK = tl.constexpr(1e-3)  # of masses bounded by counts: far above rounding, far below a bin's width
+ROUNDING = tl.constexpr(1e-5)  # of sums in float32, likewise
 
 
 @triton.jit
@@ -35,9 +36,9 @@ def has_filter(temperature, top_k, top_p, min_p, vocab):
 
 
 @triton.jit
-def row_logits(logits, state, ids, valid, uses_tokens, banned, repetition, frequency, presence):
-    """One row's logits of some ids in float32, with penalties and bans. `logits`, `state`: where the row begins."""
-    x = tl.load(logits + ids, mask=valid, other=NEVER).to(tl.float32)
+def row_logits(raw, state, ids, valid, uses_tokens, banned, repetition, frequency, presence):
+    """Raw logits of some ids of a row in float32, with penalties and bans. `state`: where the slot's tokens begin."""
+    x = raw.to(tl.float32)
     if uses_tokens != 0:
         flags = tl.load(state + ids, mask=valid, other=0)
         output = flags & _COUNT_MASK
@@ -123,5 +124,6 @@ def min_p_floor(maximum, min_p):
 
 
 @triton.jit
-def bin_of(z, maximum):
-    return tl.minimum((maximum - z) * NAT_BINS, NUM_BINS - 1.0).to(tl.int32)
+def bin_of(z, maximum, scale):
+    """By distance from the row's maximum before the division by `scale`: any temperature fills as many bins."""
+    return tl.minimum((maximum - z) * (scale * LOGIT_BINS), NUM_BINS - 1.0).to(tl.int32)
