@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from penstock.common.sampling import SamplingParams
 from penstock.engine import sampler
 from penstock.engine.build import DTYPES, BuiltEngine, build_engine
 from penstock.engine.kv_pool import KVLayout
+from penstock.engine.plan import Executor, StepHandle, StepPlan, StepResult
 from penstock.engine.policy import DecodePolicy
 from penstock.engine.scheduler import Output
 from penstock.models.spec import read_spec
@@ -22,14 +23,44 @@ from penstock.models.spec import read_spec
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
-def make_engine(path: Path, *, pages: int = 512, **options: object) -> BuiltEngine:
+class Late:
+    """An executor whose results are read `run_ahead` steps late."""
+
+    def __init__(self, executor: Executor, run_ahead: int) -> None:
+        self.run_ahead = run_ahead
+        self.unread = 0
+        self._executor = executor
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        assert self.unread <= self.run_ahead
+        self.unread += 1
+        return _Reading(self, self._executor.submit(plan))
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+@dataclass
+class _Reading:
+    late: Late
+    handle: StepHandle
+
+    def result(self) -> StepResult:
+        self.late.unread -= 1
+        return self.handle.result()
+
+
+def make_engine(path: Path, *, pages: int = 512, run_ahead: int = 0, **options: object) -> BuiltEngine:
     """A decode engine on CPU with a pool of `pages` pages."""
     values: dict[str, object] = {"block_size": 4, "max_num_batched_tokens": 64, "max_num_seqs": 16, **options}
     config = EngineConfig(model=str(path), device="cpu", cpu_threads=1, **values)  # type: ignore[arg-type]
     spec = read_spec(path)
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)
-    return build_engine(replace(config, kv_cache_memory_bytes=pages * layout.page_bytes), DecodePolicy())
+    built = build_engine(replace(config, kv_cache_memory_bytes=pages * layout.page_bytes), DecodePolicy())
+    if run_ahead:
+        built.engine.executor = Late(built.engine.executor, run_ahead)
+    return built
 
 
 def request(name: str, prompt: list[int], sampling: SamplingParams = GREEDY, **fields: object) -> GenerateRequest:

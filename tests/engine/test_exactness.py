@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from penstock.common.sampling import SamplingParams
 from tests.engine.engines import make_engine, request, run
@@ -38,12 +39,33 @@ def test_greedy_equals_hugging_face(checkpoints: dict[str, Path], family: str, c
     built.engine.close()
 
 
+@pytest.mark.parametrize("run_ahead", [1, 2])
+def test_steps_in_flight_change_nothing(checkpoints: dict[str, Path], run_ahead: int) -> None:
+    path = checkpoints["qwen3"]
+    prompts = random_prompts(_lengths(24))
+    expected = reference_tokens(path, prompts, NEW_TOKENS)
+    stops = [tokens[3 + i % 8] if i % 2 else None for i, tokens in enumerate(expected)]  # every other one stops early
+    for i, stop in enumerate(stops):
+        if stop is not None:
+            expected[i] = expected[i][: expected[i].index(stop) + 1]
+    built = make_engine(path, pages=60, run_ahead=run_ahead, max_num_batched_tokens=16, max_num_seqs=6)
+    arrivals = []
+    for i, (prompt, stop) in enumerate(zip(prompts, stops, strict=True)):
+        sampling = structs.replace(_greedy(), stop_token_ids=[] if stop is None else [stop])
+        arrivals.append((i, request(str(i), prompt, sampling)))
+    tokens, finishes = run(built, arrivals)
+    assert [tokens[str(i)] for i in range(len(prompts))] == expected
+    assert [finishes[str(i)].stop_reason for i in range(len(prompts))] == stops
+    built.engine.close()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_preemption_changes_nothing(checkpoints: dict[str, Path], family: str) -> None:
+def test_preemption_changes_nothing(checkpoints: dict[str, Path], family: str, run_ahead: int) -> None:
     path = checkpoints[family]
     prompts = random_prompts([40, 31, 40, 17, 40, 31, 8, 40])
     expected = reference_tokens(path, prompts, NEW_TOKENS)
-    built = make_engine(path, pages=30, enable_prefix_caching=False)
+    built = make_engine(path, pages=30, run_ahead=run_ahead, enable_prefix_caching=False)
     tokens, _ = run(built, [(0, request(str(i), p, _greedy())) for i, p in enumerate(prompts)])
     assert built.engine.scheduler.counters.preemptions > 0
     assert [tokens[str(i)] for i in range(len(prompts))] == expected
@@ -83,7 +105,13 @@ SEEDED = SamplingParams(
 def test_seeded_sampling_is_the_same_in_every_mode(checkpoints: dict[str, Path]) -> None:
     path = checkpoints["qwen3"]
     prompts = random_prompts([5, 40, 17, 64, 33, 1, 28, 40])
-    modes = [{}, {"max_num_batched_tokens": 7}, {"block_size": 16}, {"pages": 30, "enable_prefix_caching": False}]
+    modes = [
+        {},
+        {"max_num_batched_tokens": 7},
+        {"block_size": 16},
+        {"pages": 30, "enable_prefix_caching": False},
+        {"pages": 30, "run_ahead": 1},
+    ]
     results = []
     for options in modes:
         built = make_engine(path, **options)  # type: ignore[arg-type]

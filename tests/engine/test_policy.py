@@ -1,0 +1,90 @@
+"""Batch policies: budgets by hand, gathering on a scheduler, and what gathering is for."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from penstock.engine.pages import PageManager
+from penstock.engine.policy import THROUGHPUT, DecodePolicy, PrefillPolicy, enough_gathered
+from penstock.engine.request import Request
+from penstock.engine.scheduler import Scheduler
+from tests.engine.test_scheduler import FakeExecutor, joined, make_request, oracle
+
+
+@pytest.mark.parametrize(
+    ("policy", "decode_tokens", "expected"),
+    [
+        (PrefillPolicy(), 0, 64),
+        (PrefillPolicy(), 4, 60),
+        (DecodePolicy(), 0, 64),
+        (DecodePolicy(), 1, 16),
+        (DecodePolicy(), 60, 4),
+        (DecodePolicy(), 64, 0),
+        (DecodePolicy(smoothing=1), 1, 63),
+        (DecodePolicy(smoothing=100), 1, 1),
+    ],
+)
+def test_prompt_tokens_in_a_step(policy: DecodePolicy | PrefillPolicy, decode_tokens: int, expected: int) -> None:
+    assert policy.prefill_budget(64, decode_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "joining", "left_waiting", "fills_a_step", "expected"),
+    [
+        (240, 15, 100, False, False),
+        (240, 16, 100, False, True),  # a sixteenth of 256
+        (240, 1, 100, True, True),
+        (240, 1, 0, False, True),  # there is nobody else to wait for
+        (240, 0, 100, False, False),  # no room
+        (7, 1, 3, False, True),
+    ],
+)
+def test_when_enough_have_gathered(
+    num_decodes: int, joining: int, left_waiting: int, fills_a_step: bool, expected: bool
+) -> None:
+    assert expected is enough_gathered(
+        1 / 16, num_decodes=num_decodes, joining=joining, left_waiting=left_waiting, fills_a_step=fills_a_step
+    )
+
+
+def run(policy: DecodePolicy, *, num_pages: int) -> tuple[int, int]:
+    """60 requests, all there from the start; steps, and steps with prompts among decodes."""
+    chooser = random.Random(3)
+    scheduler = Scheduler(
+        PageManager(num_pages, 4, caching=False),
+        policy,
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        hash_scope="test",
+    )
+    executor = FakeExecutor(num_pages)
+    prompts = [[chooser.randrange(50)] * chooser.randrange(1, 12) for _ in range(60)]
+    wanted = [chooser.randrange(8, 48) for _ in prompts]
+    for i, (prompt, count) in enumerate(zip(prompts, wanted, strict=True)):
+        scheduler.add(Request(make_request(str(i), prompt, count), 0.0))
+    outputs, steps, mixed = [], 0, 0
+    while scheduler.has_work():
+        plan = scheduler.plan(0.0)
+        if plan is None:
+            continue
+        steps += 1
+        mixed += 0 < len(plan.started) < len(plan.work)
+        outputs += scheduler.update(executor.run(plan), 0.0).outputs
+    assert joined(outputs) == {str(i): oracle(p, n) for i, (p, n) in enumerate(zip(prompts, wanted, strict=True))}
+    return steps, mixed
+
+
+@pytest.mark.parametrize("num_pages", [400, 90])  # the batch is bounded by max_num_seqs, or by pages
+def test_gathering_saves_mixed_steps_and_costs_few_others(num_pages: int) -> None:
+    steps, mixed = run(DecodePolicy(smoothing=1), num_pages=num_pages)
+    gathered_steps, gathered_mixed = run(DecodePolicy(smoothing=1, gather_share=0.25), num_pages=num_pages)
+    assert gathered_mixed < mixed / 1.5
+    assert gathered_steps < steps * 1.15
+
+
+def test_gathering_is_for_throughput_only() -> None:
+    assert DecodePolicy().gather_share == PrefillPolicy().gather_share == 0.0
+    assert THROUGHPUT.gather_share > 0.0
