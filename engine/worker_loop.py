@@ -2,6 +2,9 @@
 
     receive bus messages -> role.handle -> role.tick -> engine.step -> role.stepped -> answers, prefix index, load
 
+Where the executor runs ahead, `engine.step` submits a step and reads the one before it: all else in a turn, answers
+included, is done while the newer one computes. The loop never sleeps while a result is due.
+
 A `Role` is what makes a worker a prefill or a decode worker. Redis and page copying have threads of their own; they and
 the status pages wake this loop through an eventfd.
 """
@@ -30,6 +33,7 @@ from penstock.engine.scheduler import StepOutput
 logger = logging.getLogger(__name__)
 IDLE_POLL_S = 0.1
 BLOCKED_POLL_S = 0.005  # work waits, but for pages that others hold
+LOAD_EVERY_S = 0.02  # how old the load may be that is told while steps run
 
 
 class Role(Protocol):
@@ -87,6 +91,7 @@ class WorkerLoop:
         self._stop_by: float | None = None
         self._stop_requested = threading.Event()
         self._turned_at = time.monotonic()
+        self._load_at = self._turned_at
 
     # ------------------------------------------------------------ from other threads
 
@@ -130,9 +135,8 @@ class WorkerLoop:
                 role.tick(now)
                 progressed = False
                 if self.engine.has_work():
-                    steps = self.engine.steps
                     output = self.engine.step()
-                    progressed = self.engine.steps > steps
+                    progressed = not self.engine.stalled
                     role.stepped(output, time.monotonic())
                 self.replies.flush()
                 self._publish(role, registry)
@@ -170,7 +174,8 @@ class WorkerLoop:
         added, removed = self.engine.pages.drain_events()
         if registry is not None and (added or removed):
             registry.publish(added, removed)
-        self.load = self._current_load(role)
+        if self._turned_at - self._load_at >= LOAD_EVERY_S or not self.engine.has_work():
+            self.load, self._load_at = self._current_load(role), self._turned_at
         while not self._questions.empty():
             question, future = self._questions.get()
             try:
@@ -183,9 +188,7 @@ class WorkerLoop:
         counters = scheduler.counters
         fields = {
             "waiting": len(scheduler.waiting),
-            "queued_tokens": sum(
-                r.num_to_compute for r in (*scheduler.waiting, *scheduler.running) if not r.is_decoding
-            ),
+            "queued_tokens": scheduler.queued_tokens,
             "prefix_queries": counters.prefix_queries,
             "prefix_hits": counters.prefix_hits,
         }

@@ -146,7 +146,7 @@ class HandOffOut:
             last = finished.get(progress.key)
             if last is None or last.finish is HANDED_OFF:
                 self._seal(handoff, progress.computed, whole=last is not None)
-            if last is not None:
+            if last is not None and progress.key in self._open:  # else its reader has just been found silent
                 self._finish(handoff, last)
 
     def _seal(self, handoff: _HandOff, computed: int, *, whole: bool) -> None:
@@ -219,7 +219,10 @@ class HandOffOut:
     # ------------------------------------------------------------ ends
 
     def _drop(self, handoff: _HandOff) -> None:
-        """Stop computing and forget what was not lent yet."""
+        """Stop computing and forget what was not lent yet.
+
+        Pages that a submitted step still writes are the scheduler's until it is done: the key has none of them then.
+        """
         del self._open[handoff.key]
         source = handoff.request
         self._engine.abort(source.request_id, source.choice, source.attempt)
