@@ -143,6 +143,14 @@ class Ledger(RuleBasedStateMachine):
         self.tables[holder].remove(page)
         self.tables.setdefault(to, []).append(page)
 
+    @rule(holder=HOLDERS, to=HOLDERS)
+    def move_all(self, holder: str, to: str) -> None:
+        if holder != to:
+            self.pages.move_all(holder, to)
+            self.promises.pop(holder, None)
+            if self.tables.get(holder):
+                self.tables.setdefault(to, []).extend(self.tables.pop(holder))
+
     @invariant()
     def consistent(self) -> None:
         self.pages.check()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from penstock.common.messages import (
     Abort,
     GenerateRequest,
@@ -34,9 +36,8 @@ PROMPT = [1] * 10  # pages of 4, 4 and 2
 class Submitting:
     """`FakeExecutor` behind the executor's interface."""
 
-    run_ahead = 0
-
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, run_ahead: int) -> None:
+        self.run_ahead = run_ahead
         self.fake = FakeExecutor(num_pages)
 
     def submit(self, plan: StepPlan) -> Any:
@@ -64,10 +65,11 @@ class NotingMover:
 class Case:
     """A prefill worker with a budget of 4 tokens a step: one page a step."""
 
-    def __init__(self, checksum: str = "all", router: bytes | None = ROUTER) -> None:
+    def __init__(self, checksum: str = "all", router: bytes | None = ROUTER, run_ahead: int = 0) -> None:
         self.sent: list[tuple[bytes, Message]] = []
         self.now = 0.0
-        self.engine = Engine(make_scheduler(16, 4, policy=PrefillPolicy()), Submitting(16), lambda: self.now)
+        scheduler = make_scheduler(16, 4, policy=PrefillPolicy())
+        self.engine = Engine(scheduler, Submitting(16, run_ahead), lambda: self.now)
         peers = SimpleNamespace(draining=False, identity_of=lambda name: router, heartbeat_seq=lambda identity: 3)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
         info = SimpleNamespace(worker_id="prefill-0")
@@ -160,10 +162,25 @@ def test_a_first_token_that_ends_the_request_says_so() -> None:
     case.finish()
 
 
-def test_aborted_at_any_moment_nothing_stays() -> None:
+def test_a_chunk_is_lent_while_the_next_one_computes() -> None:
+    case = Case(checksum="off", run_ahead=1)
+    case.prefill()
+    lent = []
+    for _ in range(4):
+        case.step()
+        lent.append([ticket.num_tokens for ticket in case.of(PagesReady)])
+    assert lent == [[], [4], [4, 8], [4, 8, 10]]  # each with the result of its step, a step later
+    assert case.engine.steps == 3
+    assert case.of(PrefillDone)[0].token_ids == oracle(PROMPT, 1)
+    case.land()
+    case.finish()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_aborted_at_any_moment_nothing_stays(run_ahead: int) -> None:
     for steps in range(5):
         for seal in (False, True):
-            case = Case()
+            case = Case(run_ahead=run_ahead)
             case.prefill()
             for _ in range(steps):
                 case.step()
@@ -171,6 +188,9 @@ def test_aborted_at_any_moment_nothing_stays() -> None:
                 case.seal_all()
             case.role.handle(DECODE, Abort(request_id="r", attempt=0), case.now)
             case.seal_all()  # late seals of what was dropped
+            while case.engine.has_work():  # pages that a submitted step writes go with its result
+                assert case.engine.pages.num_held > 0
+                case.step()
             case.finish()
 
 
@@ -192,6 +212,20 @@ def test_a_peer_that_is_gone_or_silent_loses_everything() -> None:
                 case.step()
                 case.seal_all()
         case.finish()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_a_peer_found_silent_with_its_last_chunk(run_ahead: int) -> None:
+    case = Case(checksum="off", run_ahead=run_ahead)
+    case.prefill()
+    for _ in range(2 + run_ahead):
+        case.step()
+    assert len(case.of(PagesReady)) == 2
+    case.now = 10.1
+    case.step()  # the loans end, then the last chunk's ticket is refused
+    assert len(case.of(PagesReady)) == 2
+    assert case.of(PrefillDone) == []
+    case.finish()
 
 
 def test_heartbeats_keep_loans() -> None:
