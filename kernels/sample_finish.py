@@ -1,10 +1,9 @@
 """The last kernel of `sample`: joins the splits of a row, finds where its filters cut, draws, counts the token.
 
 One program a row. `sample_kernels.gather_kernel` left a list that holds every token at which top-k or top-p can cut,
-and the number and mass of tokens above it. A cut is an interval of keys and an id: tokens above the interval stay,
-tokens in it stay up to the id. The interval is narrowed by bisection until one token, or tokens of one value, are in
-it; which of equal tokens stay is decided by id, as kernels/filters.py does. A row whose list was too small is searched
-itself: right, but a pass over the logits for each step of the bisection.
+and the number and mass of tokens above it. A cut is a key and an id: tokens of larger keys stay, and tokens of that key
+up to the id, so that which of equal tokens stay is decided by id, as kernels/filters.py does. Both are found by
+bisection. A row whose list was too small is searched itself: right, but a pass over the logits for each step.
 """
 
 from __future__ import annotations
@@ -67,16 +66,15 @@ def _tokens(
 
 
 @triton.jit
-def _stays(key, ids, low, high, last_id):
+def _stays(key, ids, cut, last_id):
     """Whether a cut leaves tokens."""
-    return (key > high) | ((key >= low) & (ids <= last_id))
+    return (key > cut) | ((key == cut) & (ids <= last_id))
 
 
 @triton.jit
-def _whole():
-    """A cut that leaves everything."""
-    lowest = tl.full([], _LOWEST, tl.int32)
-    return lowest, lowest, tl.full([], NO_ID, tl.int32)
+def _amount(inside, z, maximum, by_mass):
+    """int64: what each token counts for, its mass or 1."""
+    return tl.where(inside, tl.where(by_mass != 0, mass_of(z, maximum), 1), 0).to(tl.int64)
 
 
 @triton.jit
@@ -156,8 +154,9 @@ def finish_kernel(
             above = tl.where(listed, above, 0)
 
             # The cuts: of top-k, then of top-p among what top-k leaves. At first nothing is cut.
-            k_low, k_high, k_id = _whole()
-            p_low, p_high, p_id = _whole()
+            k_cut = tl.full([], _LOWEST, tl.int32)
+            k_id = tl.full([], NO_ID, tl.int32)
+            p_cut, p_id = k_cut, k_id
             for by_mass in range(2):
                 wanted = tl.where(by_mass != 0, top_p < 1.0, (top_k > 0) & (top_k < alive))
                 if wanted:
@@ -166,71 +165,85 @@ def finish_kernel(
                     low = tl.full([], _HIGHEST, tl.int32)
                     high = tl.full([], _LOWEST, tl.int32)
                     up_to_low = base
-                    many_low = num_above
                     for start in range(0, size, TILE):
                         z, ids = _tokens(
                             start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
                             repetition, frequency, presence, scale, floor, TILE,
                         )  # fmt: skip
                         key = order_key(z)
-                        inside = (z > NEVER) & _stays(key, ids, k_low, k_high, k_id)
+                        inside = (z > NEVER) & _stays(key, ids, k_cut, k_id)
                         low = tl.minimum(low, tl.min(tl.where(inside, key, _HIGHEST)))
                         high = tl.maximum(high, tl.max(tl.where(inside, key, _LOWEST)))
-                        ones = inside.to(tl.int64)
-                        many_low += tl.sum(ones)
-                        up_to_low += tl.sum(tl.where(by_mass != 0, tl.where(inside, mass_of(z, maximum), 0), ones))
+                        up_to_low += tl.sum(_amount(inside, z, maximum, by_mass))
                     whole = tl.where((top_k > 0) & (top_k < alive), up_to_low, total)
                     share = tl.ceil(top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
                     target = tl.where(by_mass != 0, tl.minimum(tl.maximum(share, 1), whole), top_k.to(tl.int64))
 
-                    # The target is reached by the tokens from `low` up, not by those above `high`.
+                    # The target is reached by the tokens from `low` up, not by those above `high`; both are keys of
+                    # tokens, so that few values are few steps.
                     up_to_high = base
-                    many_high = num_above
-                    while (low < high) & (many_low - many_high > 1):
+                    while low < high:
                         middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
                         amount = base
-                        many = num_above
+                        upper_low = tl.full([], _HIGHEST, tl.int32)
+                        lower_high = tl.full([], _LOWEST, tl.int32)
                         for start in range(0, size, TILE):
                             z, ids = _tokens(
                                 start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
                                 repetition, frequency, presence, scale, floor, TILE,
                             )  # fmt: skip
                             key = order_key(z)
-                            inside = (z > NEVER) & (key >= middle) & _stays(key, ids, k_low, k_high, k_id)
-                            ones = inside.to(tl.int64)
-                            many += tl.sum(ones)
-                            amount += tl.sum(tl.where(by_mass != 0, tl.where(inside, mass_of(z, maximum), 0), ones))
+                            inside = (z > NEVER) & _stays(key, ids, k_cut, k_id)
+                            upper = inside & (key >= middle)
+                            lower = inside & (key < middle)
+                            upper_low = tl.minimum(upper_low, tl.min(tl.where(upper, key, _HIGHEST)))
+                            lower_high = tl.maximum(lower_high, tl.max(tl.where(lower, key, _LOWEST)))
+                            amount += tl.sum(_amount(upper, z, maximum, by_mass))
                         if amount >= target:
-                            low, up_to_low, many_low = middle, amount, many
+                            low, up_to_low = upper_low, amount
                         else:
-                            high, up_to_high, many_high = middle - 1, amount, many
+                            high, up_to_high = lower_high, amount
 
-                    # What is left in the interval is one token, or several of one value and so of one amount each.
-                    equal = many_low - many_high
+                    # The tokens of that value, which have one amount each; of them the first ids as far as needed.
+                    equal = tl.full([], 0, tl.int64)
+                    first_id = tl.full([], NO_ID, tl.int32)
+                    last_id = tl.full([], 0, tl.int32)
+                    for start in range(0, size, TILE):
+                        z, ids = _tokens(
+                            start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
+                            repetition, frequency, presence, scale, floor, TILE,
+                        )  # fmt: skip
+                        key = order_key(z)
+                        inside = (z > NEVER) & (key == low) & _stays(key, ids, k_cut, k_id)
+                        equal += tl.sum(inside.to(tl.int64))
+                        first_id = tl.minimum(first_id, tl.min(tl.where(inside, ids, NO_ID)))
+                        last_id = tl.maximum(last_id, tl.max(tl.where(inside, ids, 0)))
                     each = tl.maximum((up_to_low - up_to_high) // tl.maximum(equal, 1), 1)
                     needed = (target - up_to_high + each - 1) // each
-                    last_id = vocab - 1
-                    if needed < equal:
-                        first_id = tl.full([], 0, tl.int32)
-                        while first_id < last_id:
-                            middle = (first_id + last_id) >> 1
-                            many = tl.full([], 0, tl.int64)
-                            for start in range(0, size, TILE):
-                                z, ids = _tokens(
-                                    start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
-                                    repetition, frequency, presence, scale, floor, TILE,
-                                )  # fmt: skip
-                                key = order_key(z)
-                                inside = (key >= low) & (key <= high) & _stays(key, ids, k_low, k_high, k_id)
-                                many += tl.sum((inside & (z > NEVER) & (ids <= middle)).to(tl.int64))
-                            if many >= needed:
-                                last_id = middle
-                            else:
-                                first_id = middle + 1
+                    while (needed < equal) & (first_id < last_id):
+                        middle = (first_id + last_id) >> 1
+                        many = tl.full([], 0, tl.int64)
+                        upper_first = tl.full([], NO_ID, tl.int32)
+                        lower_last = tl.full([], 0, tl.int32)
+                        for start in range(0, size, TILE):
+                            z, ids = _tokens(
+                                start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
+                                repetition, frequency, presence, scale, floor, TILE,
+                            )  # fmt: skip
+                            key = order_key(z)
+                            inside = (z > NEVER) & (key == low) & _stays(key, ids, k_cut, k_id)
+                            lower = inside & (ids <= middle)
+                            many += tl.sum(lower.to(tl.int64))
+                            lower_last = tl.maximum(lower_last, tl.max(tl.where(lower, ids, 0)))
+                            upper_first = tl.minimum(upper_first, tl.min(tl.where(inside & (ids > middle), ids, NO_ID)))
+                        if many >= needed:
+                            last_id = lower_last
+                        else:
+                            first_id = upper_first
                     if by_mass == 0:
-                        k_low, k_high, k_id = low, high, last_id
+                        k_cut, k_id = low, last_id
                     else:
-                        p_low, p_high, p_id = low, high, last_id
+                        p_cut, p_id = low, last_id
 
             best = tl.full([TILE], NEVER, tl.float32)
             best_id = tl.full([TILE], NO_ID, tl.int32)
@@ -240,7 +253,7 @@ def finish_kernel(
                     z = tl.load(list_z + at, mask=at < size, other=NEVER)
                     ids = tl.load(list_id + at, mask=at < size, other=0)
                     key = order_key(z)
-                    kept = _stays(key, ids, k_low, k_high, k_id) & _stays(key, ids, p_low, p_high, p_id)
+                    kept = _stays(key, ids, k_cut, k_id) & _stays(key, ids, p_cut, p_id)
                     score = tl.where(kept, score_of(z, id_bits(seed, position, ids)), NEVER)
                     better = (score > best) | ((score == best) & (ids < best_id))
                     best_id = tl.where(better & (at < size), ids, best_id)
@@ -253,7 +266,7 @@ def finish_kernel(
                     x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
                     z = tl.div_rn(x, scale)
                     key = order_key(z)
-                    kept = _stays(key, ids, k_low, k_high, k_id) & _stays(key, ids, p_low, p_high, p_id)
+                    kept = _stays(key, ids, k_cut, k_id) & _stays(key, ids, p_cut, p_id)
                     z = tl.where(kept & (z >= floor), z, NEVER)
                     bits = tile_bits(seed, position, start, TILE)
                     if tl.max(score_bound(z, bits)) > reached:

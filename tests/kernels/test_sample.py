@@ -68,7 +68,7 @@ class Batch:
         self.vocab, self.device, self.padding = vocab, device, padding
 
     def draw(
-        self, logits: Tensor, *, tile: int = 32, capacity: int = 64, filters: bool = True, finish_tile: int = 64
+        self, logits: Tensor, *, tile: int = 32, capacity: int = 64, filters: bool = True, finish_tile: int = 128
     ) -> list[int]:
         workspace = SampleWorkspace.allocate(len(self.slots), self.vocab, self.device, capacity=capacity)
         for scratch in vars(workspace).values():
@@ -117,7 +117,7 @@ def row(draw: st.DrawFn, vocab: int) -> SamplingRow:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=18, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_tokens_equal_the_hosts_sampler(device: str, data: st.DataObject) -> None:
     vocab = data.draw(st.sampled_from([50, 131]))
@@ -132,7 +132,7 @@ def test_tokens_equal_the_hosts_sampler(device: str, data: st.DataObject) -> Non
     if device == "cpu":
         twin = Batch(rows, vocab, device)
         assert sample_reference(logits, twin.slots, twin.positions, twin.columns).tolist() == expected
-    assert batch.draw(logits, tile=data.draw(st.sampled_from([32, 128])), capacity=capacity) == expected
+    assert batch.draw(logits, tile=data.draw(st.sampled_from([64, 256])), capacity=capacity) == expected
     for i, (item, token) in enumerate(zip(rows, expected, strict=True)):
         if item.needs_logits_changed:
             before[len(batch.slots) - i, token] += 1
@@ -194,7 +194,7 @@ def test_greedy_takes_the_lowest_of_the_best_ids(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.9}, {"top_k": 500, "top_p": 0.9}])
+@pytest.mark.parametrize("params", [{}, {"min_p": 0.9}, {"top_k": 4, "top_p": 0.5}, {"top_k": 500, "top_p": 0.9}])
 def test_forbidden_logits_are_never_drawn(device: str, params: dict[str, float]) -> None:
     logits = torch.full((1, 131), NEVER)
     assert tied(device, params, logits) == {0}
