@@ -82,7 +82,7 @@ class ModelRunner:
         hidden = self.model.forward(torch.tensor(token_ids, device=device), batch, self._kv)
         if not sampling:
             return ()
-        logits = self.model.logits(hidden[torch.tensor(last_rows, device=device)])
+        logits = self.model.logits(hidden[torch.tensor(last_rows, device=device)]).float()
         tokens, logprobs = sample(logits, [sequence.row for sequence in sampling])
         keys = [work.key for work in plan.work if work.samples]
         results = []

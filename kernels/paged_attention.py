@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: prompts (whole or in chunks) and decode rows in one call, any page table.
 
-Models call `store_kv` and `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer
-(indices, masks) is worked out once and kept on it. This is the plain PyTorch form of both ops.
+Models call `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer (indices, masks,
+workspaces) is worked out once and kept on it. On CUDA sequences with one new token go to decode_attention.py, the others
+to prefill_attention.py; the plain PyTorch form for CPU is here.
 
 A page cache is a view [num_pages, num_kv_heads, page_size, head_dim] with any strides in which one head's page is
 contiguous and the first two dimensions can be flattened without a copy.
@@ -16,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention
+from penstock.kernels.launch import use_triton
 from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.prefill_attention import prefill_attention
 
 
 def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch) -> None:
@@ -26,13 +30,79 @@ def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, batch: Page
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch, *, scale: float, sliding_window: int | None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal attention of q [T, num_heads, head_dim] over each sequence's cached context; the same shape comes back.
 
     Keys and values of the new tokens must already be stored. Grouped-query attention: num_heads is a multiple of the
     cache's heads. With a sliding window w, a token sees itself and the w - 1 tokens before it.
+
+    Args:
+        soft_cap, sinks: as in `decode_attention`; on CUDA only.
+        backend: what computes prompts on CUDA, see `prefill_attention`.
+
+    Raises:
+        ValueError: soft_cap or sinks on CPU.
     """
+    if not use_triton(q):
+        if soft_cap is not None or sinks is not None:
+            raise ValueError("soft caps and sinks are not supported on CPU")
+        return paged_attention_reference(q, k_pages, v_pages, batch, scale=scale, sliding_window=sliding_window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_pages.shape[1]
+    decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
+    if decodes:
+        workspace = batch.plans.get("decode")
+        if workspace is None:
+            workspace = batch.plans["decode"] = DecodeWorkspace.allocate(
+                decodes, num_heads // num_kv_heads, num_kv_heads, head_dim, batch.max_context, q.device
+            )
+        whole = decodes == sequences
+        decode_attention(
+            q if whole else q[:decodes],
+            k_pages,
+            v_pages,
+            batch.page_tables,
+            batch.table_rows if whole else batch.table_rows[:decodes],
+            batch.contexts if whole else batch.contexts[:decodes],
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            workspace=workspace,
+            out=out,
+        )
+    if decodes < sequences:
+        prefill_attention(
+            q,
+            k_pages,
+            v_pages,
+            batch,
+            decodes,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            backend=backend,
+            out=out,
+        )
+    return out
+
+
+def paged_attention_reference(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch, *, scale: float, sliding_window: int | None
+) -> Tensor:
+    """`paged_attention` in plain PyTorch: sequences of similar length in one product, prompts one by one."""
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[1]
     grouped = q.view(tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)

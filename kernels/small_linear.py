@@ -69,7 +69,7 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
     elif rows <= MAX_ROWS and outputs >= 4096:
         if gated and columns >= 4096:
             return Tiles(64, 128, 4, 4, 1, 0)
-        if not gated and 8192 <= columns and outputs <= 8192:
+        if not gated and columns >= 8192 and outputs <= 8192:
             return Tiles(64, 128, 4, 6, 2, 8)
     return None
 

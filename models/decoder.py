@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.kernels.gated_activation import silu_mul
+from penstock.kernels.launch import use_triton
 from penstock.kernels.linear import Linear, make_linear
-from penstock.kernels.paged_attention import paged_attention, store_kv
+from penstock.kernels.paged_attention import paged_attention
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import add_rms_norm, rms_norm
-from penstock.kernels.rotary import rotary, rotary_factors
+from penstock.kernels.rotary import rotary_factors
+from penstock.kernels.rotary_store import rotary_store
+from penstock.kernels.small_linear import LinearWorkspace
 from penstock.models.spec import ModelSpec
 from penstock.models.weights import Parameter
 
@@ -29,16 +30,18 @@ class CausalLM:
     The weight dictionary is emptied on the way: each tensor may be repacked, and is freed before the next one.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], *, attention_backend: str = "auto") -> None:
         self.spec = spec
         self._embedding = weights.pop("embedding.weight")
         self._norm = weights.pop("norm.weight")
         self._frequencies = spec.rope.frequencies(spec.head_dim, self._embedding.device)
-        self._layers = [_Layer(spec, index, weights) for index in range(spec.num_layers)]
+        workspace = LinearWorkspace.allocate(self._embedding.device) if use_triton(self._embedding) else None
+        shared = _Shared(spec, workspace, attention_backend)
+        self._layers = [_Layer(shared, index, weights) for index in range(spec.num_layers)]
         # On CPU a tied head is repacked beside the table that tokens are looked up in: one matrix more in memory, for a
         # third of the head's time, and the head is the largest matrix of a small model.
         head = self._embedding if spec.tie_word_embeddings else weights.pop("head.weight")
-        self._head = make_linear(head, None)
+        self._head = make_linear(head, None, workspace)
 
     @classmethod
     def parameters(cls, spec: ModelSpec) -> Iterator[Parameter]:
@@ -74,81 +77,84 @@ class CausalLM:
         frequencies = self._frequencies
         if spec.rope.kind == "dynamic":
             frequencies = spec.rope.frequencies_at(batch.positions, spec.head_dim)
-        cos, sin = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, residual.dtype)
+        factors = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, residual.dtype)
         delta: Tensor | None = None
         for layer, (k_pages, v_pages) in zip(self._layers, kv, strict=True):
-            delta = layer(delta, residual, cos, sin, batch, k_pages, v_pages)
-        assert delta is not None  # a model has at least one layer
-        return add_rms_norm(delta, residual, self._norm, spec.rms_eps)
+            delta = layer(delta, residual, factors, batch, k_pages, v_pages)
+        return _norm(delta, residual, self._norm, spec.rms_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores [N, vocab] in float32 of the tokens that may follow, for hidden states [N, hidden] of `forward`."""
-        return self._head(hidden).float()
+        """Scores [N, vocab], in the model's type, of the tokens that may follow hidden states [N, hidden]."""
+        return self._head(hidden)
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """How the joined query-key-value projection splits."""
+class _Shared:
+    """What the layers of a model have in common."""
 
-    query: int
-    kv: int
-    dim: int
+    spec: ModelSpec
+    workspace: LinearWorkspace | None
+    attention_backend: str
 
 
 class _Layer:
     """Attention and MLP of one layer."""
 
-    def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor]) -> None:
+    def __init__(self, shared: _Shared, index: int, weights: dict[str, Tensor]) -> None:
         def linear(name: str) -> Linear:
             prefix = f"layers.{index}.{name}"
-            return make_linear(weights.pop(f"{prefix}.weight"), weights.pop(f"{prefix}.bias", None))
+            weight, bias = weights.pop(f"{prefix}.weight"), weights.pop(f"{prefix}.bias", None)
+            return make_linear(weight, bias, shared.workspace)
 
         def norm(name: str) -> Tensor:
             return weights.pop(f"layers.{index}.{name}.weight")
 
-        self._heads = _Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        spec = shared.spec
+        self._num_heads, self._num_kv_heads = spec.num_heads, spec.num_kv_heads
         self._scale = spec.head_dim**-0.5
         self._eps = spec.rms_eps
         self._window = spec.sliding_windows[index]
+        self._backend = shared.attention_backend
         self._qkv, self._output = linear("qkv"), linear("output")
         self._gate_up, self._down = linear("gate_up"), linear("down")
         self._attention_norm, self._mlp_norm = norm("attention_norm"), norm("mlp_norm")
-        self._qk_norms = (norm("q_norm"), norm("k_norm")) if spec.qk_norm else None
+        self._q_norm = norm("q_norm") if spec.qk_norm else None
+        self._k_norm = norm("k_norm") if spec.qk_norm else None
 
     def __call__(
         self,
         delta: Tensor | None,
         residual: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        factors: tuple[Tensor, Tensor],
         batch: PagedBatch,
         k_pages: Tensor,
         v_pages: Tensor,
-    ) -> Tensor:
-        """Adds the previous layer's `delta` to `residual` in place and returns this layer's."""
-        if delta is None:
-            x = rms_norm(residual, self._attention_norm, self._eps)
-        else:
-            x = add_rms_norm(delta, residual, self._attention_norm, self._eps)
-        x = self._attend(x, cos, sin, batch, k_pages, v_pages)
-        x = add_rms_norm(x, residual, self._mlp_norm, self._eps)
-        return self._down(silu_mul(self._gate_up(x)))
+    ) -> Tensor | None:
+        """Adds `delta`, what the last layer left, and its own results to `residual` in place; returns what is left."""
+        x = _norm(delta, residual, self._attention_norm, self._eps)
+        q = rotary_store(
+            self._qkv(x),
+            factors,
+            k_pages,
+            v_pages,
+            batch,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            q_norm=self._q_norm,
+            k_norm=self._k_norm,
+            eps=self._eps,
+        )
+        out = paged_attention(
+            q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window, backend=self._backend
+        )
+        delta = self._output.add_to(residual, out.view(len(x), -1))
+        x = _norm(delta, residual, self._mlp_norm, self._eps)
+        return self._down.add_to(residual, self._gate_up.gated(x))
 
-    def _attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: PagedBatch, k_pages: Tensor, v_pages: Tensor
-    ) -> Tensor:
-        heads = self._heads
-        qkv = self._qkv(x).view(len(x), -1, heads.dim)
-        turning, v = qkv[:, : heads.query + heads.kv], qkv[:, heads.query + heads.kv :]
-        if self._qk_norms is not None:
-            q, k = turning[:, : heads.query], turning[:, heads.query :]
-            q_norm, k_norm = self._qk_norms
-            turning = torch.cat((rms_norm(q, q_norm, self._eps), rms_norm(k, k_norm, self._eps)), 1)
-        turning = rotary(turning, cos, sin)
-        q, k = turning[:, : heads.query], turning[:, heads.query :]
-        store_kv(k, v, k_pages, v_pages, batch)
-        out = paged_attention(q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window)
-        return self._output(out.view(len(x), -1))
+
+def _norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The normalised residual, to which `delta` is added first, in place."""
+    return rms_norm(residual, weight, eps) if delta is None else add_rms_norm(delta, residual, weight, eps)
 
 
 def _linear(

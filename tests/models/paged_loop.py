@@ -41,7 +41,7 @@ class PagedLoop:
         with torch.inference_mode():
             token_ids = torch.tensor([token for tokens in new for token in tokens], device=self.device)
             hidden = self.model.forward(token_ids, batch, self.kv)
-            return self.model.logits(hidden[batch.last_rows]).cpu()
+            return self.model.logits(hidden[batch.last_rows]).float().cpu()
 
     def generate(self, prompts: list[list[int]], num_tokens: int, chunk: int) -> list[list[int]]:
         """Greedy tokens of each prompt, all in one batch: prompts in chunks beside those that already decode."""
