@@ -1,82 +1,125 @@
-"""Attention of prompt chunks over the paged KV cache: any number of sequences of any lengths in one launch.
+"""Attention of prompt chunks over the paged KV cache: sequences of any lengths, behind any cached past.
 
-Flash attention (Dao 2023) over pages. A program computes BLOCK_M rows of one key/value head, where a row is a pair (new
-token, head of the group), so that a short chunk of grouped heads still fills the matrix units. It reads K and V page by
-page; blocks of keys that every row sees are not masked. Where whole sequences give too few programs for the card, each
-row's context is split over several programs and a second kernel joins their parts.
-
-The launch depends on host bounds only (T, S, the largest query and context); lengths are read on the device, so one CUDA
-graph serves every batch within the bounds.
+`prefill_attention` is called once a layer with the step's batch. Long chunks go to cuDNN one by one (`LongPrompt`), all
+others to one Triton launch; what this needs is worked out for the first layer and kept on the batch. A captured step
+knows no lengths on the host and is Triton alone.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.launch import INTERPRETED, num_multiprocessors, pdl_options, use_triton
-
-LOG2_E = math.log2(math.e)
-MAX_HEAD_DIM = 256
+from penstock.kernels.cudnn_attention import HEAD_DIMS, UNIT, LongPrompt
+from penstock.kernels.launch import use_triton
+from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.prefill_triton import prefill_attention_triton
 
 
 def prefill_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    page_tables: Tensor,
-    table_rows: Tensor,
-    query_starts: Tensor,
-    contexts: Tensor,
+    batch: PagedBatch,
+    first: int,
     *,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-    max_query_len: int,
-    max_context: int,
+    backend: str = "AUTO",
     out: Tensor,
 ) -> None:
-    """Causal attention of S sequences' new tokens over their cached contexts; the result goes to `out`.
+    """Causal attention of the new tokens of the batch's sequences from `first` on, into their rows of `out`.
 
     Args:
-        q: [T, num_heads, head_dim], the sequences' new tokens one sequence after the other; T may have padding at its end.
+        q: [T, num_heads, head_dim], all sequences' new tokens.
         k_pages: [num_pages, num_kv_heads, page_size, head_dim], a head's page contiguous; the new tokens are stored.
         v_pages: the same, with k_pages' strides.
-        page_tables: int32 [N, W], page ids.
-        table_rows: int32 [S], the row of page_tables of each sequence.
-        query_starts: int32 [S + 1]; sequence s has the rows query_starts[s] to query_starts[s + 1] of q, perhaps none.
-        contexts: int32 [S], tokens in the cache, the new ones last; 0 for a sequence without new tokens.
+        batch: the step.
+        first: the sequences before it are not looked at.
         scale: factor of the scores.
         sliding_window: w: a token sees itself and the w - 1 tokens before it.
         soft_cap: c: scores become c * tanh(scores / c) (Gemma 2).
         sinks: [num_heads], a logit for each head that takes weight and gives no value (gpt-oss).
-        max_query_len: no sequence has more new tokens.
-        max_context: no context is longer.
-        out: [T, num_heads, head_dim]; rows past query_starts[S] are left as they are.
+        backend: AUTO, CUDNN (where it can do it, else Triton) or TRITON.
+        out: [T, num_heads, head_dim].
     """
-    attend = prefill_attention_triton if use_triton(q) else prefill_attention_reference
-    attend(
-        q,
-        k_pages,
-        v_pages,
-        page_tables,
+    plain = sliding_window is None and soft_cap is None and sinks is None
+    key = ("prefill", first, q.shape[1:], k_pages.shape[1], q.dtype, plain, backend)
+    plan = batch.plans.get(key)
+    if plan is None:
+        plan = batch.plans[key] = _plan(q, k_pages.shape[1], batch, first, plain, backend)
+    for prompt in plan.long:
+        prompt.attend(q, k_pages, v_pages, batch.page_tables, scale=scale, out=out)
+    if plan.table_rows.shape[0]:
+        attend = prefill_attention_triton if use_triton(q) else prefill_attention_reference
+        attend(
+            q,
+            k_pages,
+            v_pages,
+            batch.page_tables,
+            plan.table_rows,
+            plan.query_starts,
+            plan.contexts,
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            max_query_len=plan.max_query_len,
+            max_context=plan.max_context,
+            out=out,
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who computes what, for every layer of a step."""
+
+    long: tuple[LongPrompt, ...]
+    table_rows: Tensor  # int32 [S] of the others' launch; none if all are long
+    query_starts: Tensor  # int32 [S + 1]
+    contexts: Tensor  # int32 [S], 0 for those that are long
+    max_query_len: int
+    max_context: int
+
+
+def _plan(q: Tensor, num_kv_heads: int, batch: PagedBatch, first: int, plain: bool, backend: str) -> _Plan:
+    table_rows, contexts = batch.table_rows[first:], batch.contexts[first:]
+    query_starts = batch.query_starts[first:]
+    if not batch.context_lens:  # captured: the host knows bounds only
+        return _Plan((), table_rows, query_starts, contexts, q.shape[0], batch.max_context)
+    long: dict[int, LongPrompt] = {}
+    token = sum(batch.query_lens[:first])
+    for i in range(first, len(batch.query_lens)):
+        queries, past = batch.query_lens[i], batch.context_lens[i] - batch.query_lens[i]
+        if plain and uses_cudnn(q, queries, backend):
+            row, context = batch.table_rows[i : i + 1], batch.contexts[i : i + 1]
+            long[i] = LongPrompt.plan(token, queries, row, context, past, q, num_kv_heads)
+        token += queries
+    others = [i for i in range(first, len(batch.query_lens)) if i not in long]
+    if not others:
+        return _Plan(tuple(long.values()), table_rows[:0], query_starts[:1], contexts[:0], 0, 0)
+    if long:
+        contexts = contexts.clone()
+        for i in long:
+            contexts[i - first].zero_()
+    return _Plan(
+        tuple(long.values()),
         table_rows,
         query_starts,
         contexts,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        max_query_len=max_query_len,
-        max_context=max_context,
-        out=out,
+        max(batch.query_lens[i] for i in others),
+        max(batch.context_lens[i] for i in others),
     )
+
+
+def uses_cudnn(q: Tensor, new_tokens: int, backend: str) -> bool:
+    """Whether a chunk without window, cap or sinks goes to cuDNN: by measurement, long ones in half precision."""
+    able = q.is_cuda and q.element_size() == 2 and q.shape[2] in HEAD_DIMS and torch.backends.cudnn.is_available()
+    return able and (backend == "CUDNN" or (backend == "AUTO" and new_tokens >= UNIT))
 
 
 def prefill_attention_reference(
@@ -96,12 +139,12 @@ def prefill_attention_reference(
     max_context: int,
     out: Tensor,
 ) -> None:
-    """`prefill_attention` in plain PyTorch, a sequence at a time, in float32."""
+    """The same over the batch's tensors, in plain PyTorch: a sequence at a time, in float32."""
     num_heads, num_kv_heads, page_size = q.shape[1], k_pages.shape[1], k_pages.shape[2]
     starts = query_starts.tolist()
     for s, (row, context) in enumerate(zip(table_rows.tolist(), contexts.tolist(), strict=True)):
         begin, end = starts[s], starts[s + 1]
-        if begin == end:
+        if begin == end or context == 0:
             continue
         pages = page_tables[row, : -(-context // page_size)].long()
         k, v = (
@@ -121,401 +164,3 @@ def prefill_attention_reference(
             scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, end - begin, 1)), -1)
         weights = scores.softmax(-1)[..., :context]
         out[begin:end] = (weights @ v).transpose(0, 1).to(out.dtype)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes of a launch."""
-
-    rows: int  # (new token, head of the group) pairs of a program
-    keys: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1  # programs that share a row's context
-
-
-def choose_tiles(
-    group: int,
-    block_dim: int,
-    itemsize: int,
-    num_tokens: int,
-    num_sequences: int,
-    num_kv_heads: int,
-    max_query_len: int,
-    max_context: int,
-    num_multiprocessors: int,
-) -> Tiles:
-    """Block sizes for a batch, from what the host knows of it."""
-    longest = max_query_len * group
-    if itemsize == 4:
-        rows, keys, num_warps, num_stages = 32, 32, 4, 1
-    elif block_dim > 128:
-        rows, keys, num_warps, num_stages = (128, 64, 8, 2) if longest > 64 else (64, 64, 4, 2)
-    elif longest > 64:
-        rows, keys, num_warps, num_stages = 128, 128, 8, 2
-    elif longest > 16:
-        rows, keys, num_warps, num_stages = 64, 64, 4, 3
-    else:
-        rows, keys, num_warps, num_stages = 16, 64, 4, 3
-    programs = num_kv_heads * (num_tokens * group // rows + min(num_sequences, num_tokens))
-    # A split shall have at least four blocks of keys, or joining costs more than it saves.
-    splits = min(num_multiprocessors // max(1, programs), max_context // (4 * keys))
-    return Tiles(rows, keys, num_warps, num_stages, max(1, splits))
-
-
-def prefill_attention_triton(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_tables: Tensor,
-    table_rows: Tensor,
-    query_starts: Tensor,
-    contexts: Tensor,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    max_query_len: int,
-    max_context: int,
-    out: Tensor,
-    tiles: Tiles | None = None,
-) -> None:
-    """`prefill_attention` in Triton; `tiles` overrides the rule."""
-    num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, page_size, _ = k_pages.shape
-    num_sequences = table_rows.shape[0]
-    if num_tokens == 0 or num_sequences == 0:
-        return
-    group = num_heads // num_kv_heads
-    block_dim = max(16, triton.next_power_of_2(head_dim))
-    if tiles is None:
-        tiles = choose_tiles(
-            group,
-            block_dim,
-            q.element_size(),
-            num_tokens,
-            num_sequences,
-            num_kv_heads,
-            max_query_len,
-            max_context,
-            num_multiprocessors(q),
-        )
-    splits = tiles.splits
-    pdl = pdl_options(q)
-    if splits > 1:
-        partial = torch.empty((splits, num_tokens, num_heads, head_dim), dtype=torch.float32, device=q.device)
-        weights = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
-    else:
-        partial, weights = out, out
-    page_stride, head_stride = k_pages.stride(0), k_pages.stride(1)
-    _prefill_kernel[(num_kv_heads * splits, num_tokens * group // tiles.rows + num_sequences)](
-        q,
-        k_pages,
-        v_pages,
-        page_tables,
-        table_rows,
-        query_starts,
-        contexts,
-        sinks,
-        partial,
-        weights,
-        num_sequences,
-        num_tokens,
-        page_tables.stride(0),
-        q.stride(0),
-        q.stride(1),
-        page_stride,
-        head_stride,
-        partial.stride(-3),
-        partial.stride(-2),
-        scale if soft_cap is not None else scale * LOG2_E,
-        0.0 if soft_cap is None else soft_cap,
-        sliding_window or 0,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=page_size,
-        NUM_HEADS=num_heads,
-        SPLITS=splits,
-        WINDOW=sliding_window is not None,
-        SOFT_CAP=soft_cap is not None,
-        SINKS=sinks is not None,
-        IEEE=q.element_size() == 4 or INTERPRETED,  # the interpreter has no bfloat16 products
-        BLOCK_S=triton.next_power_of_2(num_sequences),
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.keys,
-        BLOCK_D=block_dim,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **pdl,
-    )
-    if splits > 1:
-        _join_kernel[(num_tokens, num_heads)](
-            partial,
-            weights,
-            sinks,
-            query_starts,
-            out,
-            num_sequences,
-            num_tokens,
-            out.stride(0),
-            out.stride(1),
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SPLITS=splits,
-            SINKS=sinks is not None,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            BLOCK_D=block_dim,
-            num_warps=2,
-            **pdl,
-        )
-
-
-@triton.jit
-def _attend(
-    acc,  # [BLOCK_M, BLOCK_D] float32
-    total,  # [BLOCK_M] sum of weights
-    top,  # [BLOCK_M] largest score, in powers of two
-    q,
-    k_base,
-    v_base,
-    table,
-    begin,
-    end,
-    context,
-    positions,  # [BLOCK_M] the last token that a row sees
-    page_stride,
-    scale,
-    soft_cap,
-    window,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    IEEE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Take the keys from begin (a multiple of BLOCK_N) to end into a block of rows' running softmax."""
-    column = tl.arange(0, BLOCK_D)
-    offset = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N):
-        token = start + offset
-        if PAGE_SIZE % BLOCK_N == 0:
-            page = tl.load(table + start // PAGE_SIZE).to(tl.int64) * page_stride + start % PAGE_SIZE * HEAD_DIM
-            where = page + (offset[:, None] * HEAD_DIM + column[None, :])
-        else:
-            if MASKED:
-                page = tl.load(table + token // PAGE_SIZE, mask=token < context, other=0)
-            else:
-                page = tl.load(table + token // PAGE_SIZE)
-            row = page.to(tl.int64) * page_stride + token % PAGE_SIZE * HEAD_DIM
-            where = row[:, None] + column[None, :]
-        # Slots past the context hold anything, NaN too: a weight of zero would not silence them.
-        if MASKED:
-            valid = (token < context)[:, None] & (column < HEAD_DIM)[None, :]
-            k = tl.load(k_base + where, mask=valid, other=0.0)
-            v = tl.load(v_base + where, mask=valid, other=0.0)
-        elif HEAD_DIM == BLOCK_D:
-            k = tl.load(k_base + where)
-            v = tl.load(v_base + where)
-        else:
-            k = tl.load(k_base + where, mask=(column < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(v_base + where, mask=(column < HEAD_DIM)[None, :], other=0.0)
-        if IEEE:
-            v = v.to(tl.float32)
-            scores = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee")
-        else:
-            scores = tl.dot(q, tl.trans(k))
-        if SOFT_CAP:  # tanh(x) = 1 - 2 / (1 + e^2x)
-            turned = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale / soft_cap * (2 * 1.4426950408889634))))
-            scores = turned * (soft_cap * 1.4426950408889634)
-            factor = 1.0
-        else:
-            factor = scale
-        if MASKED:
-            seen = token[None, :] <= positions[:, None]
-            if WINDOW:
-                seen &= token[None, :] > positions[:, None] - window
-            # Finite, so that a row that sees nothing yet has no NaN; its first real score takes all weight from it.
-            scores = tl.where(seen, scores, -1e30)
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        weights = tl.exp2(scores * factor - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None]
-        if IEEE:
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(weights.to(v.dtype), v, acc)
-        top = new_top
-    return acc, total, top
-
-
-@triton.jit
-def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    tables_ptr,
-    table_rows_ptr,
-    query_starts_ptr,
-    contexts_ptr,
-    sinks_ptr,
-    out_ptr,  # [T, heads, dim], or partial results [SPLITS, T, heads, dim]
-    weights_ptr,  # [SPLITS, T, heads] log2 of a split's sum of weights
-    num_sequences,
-    num_tokens,
-    table_stride,
-    q_token_stride,
-    q_head_stride,
-    page_stride,
-    kv_head_stride,
-    out_token_stride,
-    out_head_stride,
-    scale,
-    soft_cap,
-    window,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    IEEE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    kv_head = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    block = tl.program_id(1)
-
-    # Sequence s has the blocks from query_starts[s] * GROUP // BLOCK_M + s on: room for all its rows, whatever they are.
-    index = tl.arange(0, BLOCK_S)
-    starts = tl.load(query_starts_ptr + index, mask=index < num_sequences, other=0)
-    firsts = starts * GROUP // BLOCK_M + index
-    sequence = tl.sum(((firsts <= block) & (index < num_sequences)).to(tl.int32), 0) - 1
-    first_token = tl.load(query_starts_ptr + sequence)
-    num_queries = tl.load(query_starts_ptr + sequence + 1) - first_token
-    # The last rows see most: they start first.
-    block = tl.cdiv(num_queries * GROUP, BLOCK_M) - 1 - (block - first_token * GROUP // BLOCK_M - sequence)
-    if block < 0:
-        return
-    context = tl.load(contexts_ptr + sequence)
-    past = context - num_queries
-
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    own = rows < num_queries * GROUP
-    queries = tl.minimum(rows // GROUP, num_queries - 1)
-    tokens = (first_token + queries).to(tl.int64)
-    heads = kv_head * GROUP + rows % GROUP
-    column = tl.arange(0, BLOCK_D)
-    inside = own[:, None] & (column < HEAD_DIM)[None, :]
-    q_rows = tokens * q_token_stride + heads * q_head_stride
-    q = tl.load(q_ptr + q_rows[:, None] + column[None, :], mask=inside, other=0.0)
-    if IEEE:
-        q = q.to(tl.float32)
-
-    # Keys from `begin` to `end` are seen by some row; from `full_begin` to `full_end`, by every row.
-    low = past + block * BLOCK_M // GROUP
-    high = past + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
-    begin, end = 0, high + 1
-    full_begin, full_end = 0, (low + 1) // BLOCK_N * BLOCK_N
-    if WINDOW:
-        begin = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N
-        begin = begin + split * share
-        end = tl.minimum(end, begin + share)
-    full_begin = tl.maximum(full_begin, begin)
-    full_end = tl.minimum(full_end, end // BLOCK_N * BLOCK_N)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], -1e30, tl.float32)
-    table = tables_ptr + tl.load(table_rows_ptr + sequence).to(tl.int64) * table_stride
-    k_base = k_ptr + kv_head.to(tl.int64) * kv_head_stride
-    v_base = v_ptr + kv_head.to(tl.int64) * kv_head_stride
-    positions = past + queries
-    if WINDOW:
-        acc, total, top = _attend(acc, total, top, q, k_base, v_base, table, begin, tl.minimum(full_begin, end), context,
-                                  positions, page_stride, scale, soft_cap, window, True, HEAD_DIM, PAGE_SIZE, WINDOW,
-                                  SOFT_CAP, IEEE, BLOCK_N, BLOCK_D)  # fmt: skip
-    acc, total, top = _attend(acc, total, top, q, k_base, v_base, table, full_begin, full_end, context, positions,
-                              page_stride, scale, soft_cap, window, False, HEAD_DIM, PAGE_SIZE, WINDOW, SOFT_CAP, IEEE,
-                              BLOCK_N, BLOCK_D)  # fmt: skip
-    acc, total, top = _attend(acc, total, top, q, k_base, v_base, table, tl.maximum(full_begin, full_end), end, context,
-                              positions, page_stride, scale, soft_cap, window, True, HEAD_DIM, PAGE_SIZE, WINDOW,
-                              SOFT_CAP, IEEE, BLOCK_N, BLOCK_D)  # fmt: skip
-
-    out_rows = tokens * out_token_stride + heads * out_head_stride
-    if SPLITS > 1:
-        out_rows += split * num_tokens.to(tl.int64) * out_token_stride
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        mass = tl.where(empty, -1e30, top + tl.log2(total))
-        tl.store(weights_ptr + (split * num_tokens + tokens) * NUM_HEADS + heads, mass, mask=own)
-    elif SINKS:
-        sink = tl.load(sinks_ptr + heads).to(tl.float32) * 1.4426950408889634
-        new_top = tl.maximum(top, sink)
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.exp2(sink - new_top)
-        acc = acc * fade[:, None]
-    acc = acc / total[:, None]
-    tl.store(out_ptr + out_rows[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _join_kernel(
-    partial_ptr,  # [SPLITS, T, heads, dim] float32
-    weights_ptr,  # [SPLITS, T, heads] float32
-    sinks_ptr,
-    query_starts_ptr,
-    out_ptr,
-    num_sequences,
-    num_tokens,
-    out_token_stride,
-    out_head_stride,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SINKS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Weighted mean of the splits' results, one row a program."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0)
-    head = tl.program_id(1)
-    if token >= tl.load(query_starts_ptr + num_sequences):
-        return
-    split = tl.arange(0, BLOCK_SPLITS)
-    column = tl.arange(0, BLOCK_D)
-    row = (split * num_tokens + token).to(tl.int64) * NUM_HEADS + head
-    mass = tl.load(weights_ptr + row, mask=split < SPLITS, other=-1e30)
-    top = tl.max(mass, 0)
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, sink)
-    weights = tl.exp2(mass - top)
-    total = tl.sum(weights, 0)
-    if SINKS:
-        total += tl.exp2(sink - top)
-    valid = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
-    parts = tl.load(partial_ptr + row[:, None] * HEAD_DIM + column[None, :], mask=valid, other=0.0)
-    result = tl.sum(parts * weights[:, None], 0) / total
-    where = token.to(tl.int64) * out_token_stride + head * out_head_stride + column
-    tl.store(out_ptr + where, result.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)

@@ -12,14 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from penstock.kernels import cudnn_attention, launch, prefill_attention
 from penstock.kernels.launch import INTERPRETED
-from penstock.kernels.prefill_attention import (
-    Tiles,
-    choose_tiles,
-    prefill_attention,
-    prefill_attention_reference,
-    prefill_attention_triton,
-)
+from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.prefill_attention import prefill_attention_reference
+from penstock.kernels.prefill_triton import Tiles, choose_tiles, prefill_attention_triton
 
 Sequences = list[tuple[int, int]]  # (cached before, new)
 SMALL = Tiles(16, 16, 4, 1)
@@ -41,7 +38,7 @@ class Case:
         self, sequences: Sequences, page_size: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
     ) -> None:
         torch.manual_seed(0)
-        self.sequences, self.dtype = sequences, dtype
+        self.sequences, self.dtype, self.page_size = sequences, dtype, page_size
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.contexts = [past + new if new else 0 for past, new in sequences]
         counts = [-(-context // page_size) for context in self.contexts]
@@ -121,22 +118,18 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-MIXTURE: Sequences = [(0, 9), (37, 1), (0, 0), (13, 6), (61, 8)]
+MIXTURE: Sequences = [(0, 9), (0, 0), (13, 1), (41, 8)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("page_size", "tiles"), [(1, SMALL), (4, SMALL), (16, SMALL), (32, SMALL), (8, SPLIT), (32, SPLIT)], ids=str
-)
+@pytest.mark.parametrize(("page_size", "tiles"), [(1, SMALL), (4, SPLIT), (32, SMALL), (32, SPLIT)], ids=str)
 def test_ragged_mixture(page_size: int, tiles: Tiles, device: str) -> None:
     case = Case(MIXTURE, page_size, 4, 2, 16, torch.float32)
     close(case.run(prefill_attention_triton, device, tiles=tiles), case.expected())
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("window", "tiles"), [(1, SMALL), (5, SMALL), (16, SMALL), (33, SMALL), (1000, SMALL), (33, SPLIT)], ids=str
-)
+@pytest.mark.parametrize(("window", "tiles"), [(1, SMALL), (5, SPLIT), (33, SMALL), (1000, SMALL)], ids=str)
 def test_sliding_window(window: int, tiles: Tiles, device: str) -> None:
     case = Case(MIXTURE, 4, 4, 2, 16, torch.float32)
     close(case.run(prefill_attention_triton, device, window=window, tiles=tiles), case.expected(window))
@@ -144,9 +137,7 @@ def test_sliding_window(window: int, tiles: Tiles, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tiles", [SMALL, SPLIT], ids=["whole", "split"])
-@pytest.mark.parametrize(
-    ("window", "soft_cap", "sinks"), [(None, 1.5, False), (None, None, True), (7, None, True), (9, 0.8, True)]
-)
+@pytest.mark.parametrize(("window", "soft_cap", "sinks"), [(None, 1.5, False), (9, 0.8, True)])
 def test_soft_cap_and_sinks(window: int | None, soft_cap: float | None, sinks: bool, tiles: Tiles, device: str) -> None:
     case = Case([(0, 9), (40, 5), (3, 2)], 8, 6, 2, 16, torch.float32)
     got = case.run(prefill_attention_triton, device, window=window, soft_cap=soft_cap, sinks=sinks, tiles=tiles)
@@ -154,16 +145,14 @@ def test_soft_cap_and_sinks(window: int | None, soft_cap: float | None, sinks: b
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(1, 1, 16), (3, 3, 24), (5, 1, 40), (7, 1, 80), (14, 2, 64), (2, 1, 256)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 24), (7, 1, 80), (2, 1, 256)])
 def test_any_number_of_heads_and_size(heads: int, kv_heads: int, dim: int, device: str) -> None:
     case = Case([(21, 11), (0, 3)], 16, heads, kv_heads, dim, torch.float32)
     close(case.run(prefill_attention_triton, device, tiles=SMALL), case.expected())
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tiles", [None, Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2, splits=2)])
+@pytest.mark.parametrize("tiles", [None, Tiles(64, 32, 4, 2, splits=2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_types_and_tiles(dtype: torch.dtype, tiles: Tiles | None, device: str) -> None:
     case = Case([(50, 30), (0, 7)], 16, 8, 2, 32, dtype)
@@ -178,21 +167,82 @@ def test_the_reference_itself(window: int | None, soft_cap: float | None, sinks:
     close(got, case.expected(window, soft_cap, sinks))
 
 
-def test_the_op_takes_the_reference_on_cpu() -> None:
-    case = Case([(5, 4), (0, 2)], 4, 2, 1, 8, torch.float32)
-    close(case.run(prefill_attention), case.expected())
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sequence_without_context_is_skipped(device: str) -> None:
+    case = Case([(5, 4), (9, 3), (0, 7)], 4, 2, 1, 16, torch.float32)
+    expected = case.expected()
+    case.contexts[1] = 0
+    expected[4:7] = -7.0
+    for tiles in (SMALL, SPLIT):
+        close(case.run(prefill_attention_triton, device, tiles=tiles), expected)
+    close(case.run(prefill_attention_reference, device), expected)
+
+
+def run_op(case: Case, first: int, device: str, window: int | None = None) -> Tensor:
+    """The op over a batch of all the case's sequences, of which those before `first` are left alone."""
+    tables = [case.tables[row, :-1].tolist() for row in case.table_rows]
+    new = [new for _, new in case.sequences]
+    batch = PagedBatch.build(new, case.contexts, tables, case.page_size, device)
+    pool, queries = case.pool.to(device), case.queries[: case.starts[-1]].to(device)
+    out = torch.full_like(queries, -7.0)
+    for _ in range(2):  # as two layers with one plan
+        prefill_attention.prefill_attention(
+            queries,
+            pool[:, :, 1, 0],
+            pool[:, :, 1, 1],
+            batch,
+            first,
+            scale=0.3,
+            sliding_window=window,
+            out=out,
+        )
+    return out.cpu()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("triton", [False, True])
+def test_the_op_begins_at_the_first_prompt(triton: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "interpret_ops", triton)
+    case = Case([(5, 1), (9, 1), (0, 7), (20, 5)], 4, 4, 2, 16, torch.float32)
+    expected = case.expected(window)[: case.starts[-1]]
+    expected[:2] = -7.0
+    close(run_op(case, 2, "cpu", window), expected)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize(("past", "new"), [(0, 16), (0, 20), (16, 16), (21, 20), (130, 16)])
+def test_long_prompts_in_two_dense_parts(new: int, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "interpret_ops", True)
+    monkeypatch.setattr(cudnn_attention, "UNIT", 16)
+    monkeypatch.setattr(prefill_attention, "uses_cudnn", lambda _q, tokens, _backend: tokens >= 16)
+    case = Case([(5, 1), (9, 3), (past, new), (2, 4)], 4, 4, 2, 16, torch.float32)
+    expected = case.expected()[: case.starts[-1]]
+    expected[:1] = -7.0
+    close(run_op(case, 1, "cpu"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "sequences", [[(0, 1024)], [(0, 1), (1030, 1100), (0, 50)], [(2048, 1024), (3000, 1500)]], ids=str
+)
+def test_long_prompts_on_a_gpu(sequences: Sequences, dim: int) -> None:
+    case = Case(sequences, 16, 4, 2, dim, torch.bfloat16)
+    expected = case.run(prefill_attention_reference, "cuda")[: case.starts[-1]].double()
+    close(run_op(case, 0, "cuda"), expected, 2e-2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
+@settings(max_examples=5, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 25)), min_size=1, max_size=4).filter(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=3).filter(
         lambda sequences: any(new for _, new in sequences)
     ),
     st.sampled_from([1, 3, 8, 16]),
     st.sampled_from([(2, 1), (3, 3), (6, 2)]),
     st.one_of(st.none(), st.integers(1, 60)),
-    st.integers(1, 4),
+    st.integers(1, 3),
 )
 def test_any_batch(
     sequences: Sequences, page_size: int, heads: tuple[int, int], window: int | None, splits: int
