@@ -122,7 +122,8 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
 
 
 def _number(value: Any) -> float | None:
-    return value["s"] if isinstance(value, dict) else value
+    number: float | None = value["s"] if isinstance(value, dict) else value
+    return number
 
 
 def _shown(value: float | None) -> str:

@@ -20,14 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.shapes import Shape
 from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention
 from penstock.kernels.gated_activation import silu_mul
-from penstock.kernels.linear import PlainLinear, make_linear
+from penstock.kernels.linear import make_linear
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.prefill_attention import prefill_attention
 from penstock.kernels.rms_norm import add_rms_norm
 from penstock.kernels.rotary import rotary_factors
 from penstock.kernels.rotary_store import rotary_store
 from penstock.kernels.sample import SampleWorkspace, SamplingColumns, sample
-from penstock.kernels.small_linear import MAX_ROWS, LinearWorkspace, small_linear
+from penstock.kernels.small_linear import LinearWorkspace
 
 Call = Callable[[], object]
 MAX_POOL_BYTES = 40 << 30
@@ -55,7 +55,7 @@ class Sizes:
     """Which shapes are timed."""
 
     decodes: tuple[tuple[int, int], ...]  # (sequences, context)
-    prompts: tuple[tuple[int, int], ...]  # (cached tokens, new tokens)
+    prompts: tuple[tuple[int, int, int], ...]  # (sequences, cached tokens, new tokens)
     rows: tuple[int, ...]  # of matrix products
     tokens: tuple[int, ...]  # of elementwise kernels
     batches: tuple[int, ...]  # of sampling
@@ -64,7 +64,7 @@ class Sizes:
 
 FULL = Sizes(
     decodes=tuple(product((1, 64, 256), (1024, 4096, 8192))),
-    prompts=((0, 2048), (0, 8192), (8192, 8192), (0, 31744)),
+    prompts=((1, 0, 2048), (1, 0, 8192), (8, 0, 1024), (1, 8176, 16), (1, 8192, 8192), (1, 0, 31744)),
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 8192),
     tokens=(1, 64, 256, 8192),
     batches=(1, 64, 256),
@@ -136,36 +136,44 @@ def _decode(
 
 
 def prefill_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
-    """Causal attention of a prompt over pages, some of them cached; and torch's own, on contiguous K and V."""
-    for cached, new in sizes.prompts:
-        flops = 4.0 * (new * cached + new * (new + 1) / 2) * shape.heads * shape.head_dim
-        values = 2 * (cached + new) * shape.kv_heads * shape.head_dim + 2 * new * shape.heads * shape.head_dim
-        text = f"{heads_of(shape)} {new}" + (f" over {cached}" if cached else "")
-        size_bytes = values * place.dtype.itemsize
-        paged = partial(_paged_prefill, shape, sizes.page_size, place, cached, new)
-        yield Case("prefill_attention", text, size_bytes, flops, paged)
+    """Causal attention of a prompt over pages, by each backend; and torch's own, on contiguous K and V."""
+    for sequences, cached, new in sizes.prompts:
+        flops = 4.0 * sequences * (new * cached + new * (new + 1) / 2) * shape.heads * shape.head_dim
+        heads = 2 * (cached + new) * shape.kv_heads + 2 * new * shape.heads
+        size_bytes = sequences * heads * shape.head_dim * place.dtype.itemsize
+        text = f"{heads_of(shape)} {sequences}x{new}" + (f" over {cached}" if cached else "")
+        for backend in PREFILL_BACKENDS:
+            paged = partial(_paged_prefill, shape, sizes.page_size, place, sequences, cached, new, backend)
+            yield Case(f"prefill_attention {backend}", text, size_bytes, flops, paged)
         if cached == 0 and place.device.type == "cuda":
-            for label, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-                dense = partial(_dense_prefill, shape, place, new, backend)
+            for label, library in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+                dense = partial(_dense_prefill, shape, place, sequences, new, library)
                 yield Case(f"torch {label} attention", text, size_bytes, flops, dense)
 
 
-def _paged_prefill(shape: Shape, page_size: int, place: Place, cached: int, new: int, copies: int) -> list[Call]:
-    context = cached + new
-    tables, pages = page_tables([context], page_size)
-    told = place.integers(tables), place.integers([0]), place.integers([0, new]), place.integers([context])
-    q = place.noise(new, shape.heads, shape.head_dim)
-    options = {"scale": shape.head_dim**-0.5, "sliding_window": None, "out": torch.empty_like(q)}
-    options |= {"max_query_len": new, "max_context": context}
+PREFILL_BACKENDS = ("AUTO", "TRITON", "CUDNN")
+
+
+def _paged_prefill(
+    shape: Shape, page_size: int, place: Place, sequences: int, cached: int, new: int, backend: str, copies: int
+) -> list[Call]:
+    contexts = [cached + new] * sequences
+    tables, pages = page_tables(contexts, page_size)
+    batch = PagedBatch.build([new] * sequences, contexts, tables, page_size, place.device)
+    q = place.noise(sequences * new, shape.heads, shape.head_dim)
+    out = torch.empty_like(q)
     [(k, v), *_] = pool(shape, pages, page_size, MIN_LAYERS, place)
-    return [partial(prefill_attention, q, k, v, *told, **options)]
+    scale = shape.head_dim**-0.5
+    return [partial(prefill_attention, q, k, v, batch, 0, scale=scale, sliding_window=None, backend=backend, out=out)]
 
 
-def _dense_prefill(shape: Shape, place: Place, new: int, backend: SDPBackend, copies: int) -> list[Call]:
-    q, k, v = (place.noise(1, n, new, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
+def _dense_prefill(
+    shape: Shape, place: Place, sequences: int, new: int, library: SDPBackend, copies: int
+) -> list[Call]:
+    q, k, v = (place.noise(sequences, n, new, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
 
     def call() -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(library):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     return [call]
@@ -204,10 +212,9 @@ def _rotary(shape: Shape, page_size: int, place: Place, tokens: int, copies: int
     factors = rotary_factors(batch.positions, frequencies, 1.0, place.dtype)
     layers = pool(shape, pages, page_size, MIN_LAYERS, place)
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    options = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads}
+    store = partial(rotary_store, num_heads=shape.heads, num_kv_heads=shape.kv_heads)
     return [
-        partial(rotary_store, place.noise(tokens, width), factors, *layers[copy % MIN_LAYERS], batch, **options)
-        for copy in range(copies)
+        partial(store, place.noise(tokens, width), factors, *layers[copy % MIN_LAYERS], batch) for copy in range(copies)
     ]
 
 
@@ -223,48 +230,37 @@ def _silu(shape: Shape, place: Place, tokens: int, copies: int) -> list[Call]:
 
 
 def linear_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
-    """Every product of the model: the engine's linear, torch's, and the one for few rows, with what follows it."""
+    """Every product of the model: the engine's, alone and with what follows it in a layer, and torch's."""
     for (name, (outputs, inputs)), rows in product(shape.linears.items(), sizes.rows):
         if name == "head" and rows > MAX_DECODES:
             continue  # only what is sampled goes through the head
         size_bytes = (outputs * inputs + rows * (inputs + outputs)) * place.dtype.itemsize
         text = f"{shape.name} {name} {rows}x{inputs}x{outputs}"
         flops = 2.0 * rows * outputs * inputs
-        yield Case("linear", text, size_bytes, flops, partial(_linear, shape, name, place, rows, make_linear))
-        yield Case("torch linear", text, size_bytes, flops, partial(_linear, shape, name, place, rows, PlainLinear))
-        if rows <= MAX_ROWS:
-            kernel = f"small_linear {FUSED[name]}" if name in FUSED else "small_linear"
-            yield Case(kernel, text, size_bytes, flops, partial(_small, shape, name, place, rows))
+        for kernel in ("linear", *FOLLOWED.get(name, ()), "torch linear"):
+            build = partial(_linear, shape, name, place, rows, kernel)
+            yield Case(kernel, text, size_bytes, flops, build)
 
 
-def _linear(
-    shape: Shape,
-    name: str,
-    place: Place,
-    rows: int,
-    make: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]],
-    copies: int,
-) -> list[Call]:
+FOLLOWED = {"gate_up": ("linear.gated",), "o": ("linear.add_to",), "down": ("linear.add_to",)}
+
+
+def _linear(shape: Shape, name: str, place: Place, rows: int, kernel: str, copies: int) -> list[Call]:
     outputs, inputs = shape.linears[name]
-    x = place.noise(rows, inputs)
-    bias = _bias(shape, name, place)
-    return [partial(make(place.noise(outputs, inputs, std=inputs**-0.5), bias), x) for _ in range(copies)]
-
-
-FUSED = {"gate_up": "gated", "o": "residual", "down": "residual"}  # what a layer does after a product
-
-
-def _small(shape: Shape, name: str, place: Place, rows: int, copies: int) -> list[Call]:
-    outputs, inputs = shape.linears[name]
-    does = FUSED.get(name)
-    # What is added to a residual thousands of times is small, or it would overflow.
-    std = (1e-3 if does == "residual" else 1.0) * inputs**-0.5
     x, bias = place.noise(rows, inputs), _bias(shape, name, place)
-    residual = place.noise(rows, outputs) if does == "residual" else None
-    options = {"gated": does == "gated", "residual": residual}
-    workspace = LinearWorkspace.allocate(place.device)
+    # What is added to a residual thousands of times is small, or it would overflow.
+    std = (1e-3 if kernel == "linear.add_to" else 1.0) * inputs**-0.5
     weights = (place.noise(outputs, inputs, std=std) for _ in range(copies))
-    return [partial(small_linear, x, weight, bias, workspace, **options) for weight in weights]
+    if kernel == "torch linear":
+        return [partial(F.linear, x, weight, bias) for weight in weights]
+    workspace = LinearWorkspace.allocate(place.device)
+    layers = [make_linear(weight, bias, workspace) for weight in weights]
+    if kernel == "linear.gated":
+        return [partial(layer.gated, x) for layer in layers]
+    if kernel == "linear.add_to":
+        residual = place.noise(rows, outputs)
+        return [partial(layer.add_to, residual, x) for layer in layers]
+    return [partial(layer, x) for layer in layers]
 
 
 def _bias(shape: Shape, name: str, place: Place) -> Tensor | None:
@@ -287,6 +283,8 @@ def _sample(shape: Shape, place: Place, rows: int, temperature: float, top_p: fl
     columns.top_p.fill_(top_p)
     columns.seeds.copy_(torch.arange(rows))
     workspace = SampleWorkspace.allocate(rows, shape.vocab, place.device)
-    told = place.integers(list(range(rows))), place.integers([1024] * rows), columns, workspace
-    options = {"filters": top_p < 1, "out": torch.empty(rows, dtype=torch.int64, device=place.device)}
-    return [partial(sample, place.noise(rows, shape.vocab, std=3.0), *told, **options) for _ in range(copies)]
+    slots, positions = place.integers(list(range(rows))), place.integers([1024] * rows)
+    out = torch.empty(rows, dtype=torch.int64, device=place.device)
+    draw = partial(sample, filters=top_p < 1, out=out)
+    logits = (place.noise(rows, shape.vocab, std=3.0) for _ in range(copies))
+    return [partial(draw, x, slots, positions, columns, workspace) for x in logits]

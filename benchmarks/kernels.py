@@ -17,7 +17,7 @@ import fnmatch
 import statistics
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,36 @@ def time_us(calls: Sequence[Call], repeats: int) -> float:
     torch.cuda.synchronize()
     once_ms = max(1e-3, begin.elapsed_time(end))
     rounds = max(1, min(MAX_CALLS // len(calls), round(GRAPH_MS / once_ms)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    graph.replay()
-    found = []
+    replay = _captured(calls, rounds)
+    replay()
+    found: list[float] = []
     for _ in range(repeats):
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         torch.cuda.synchronize()
         found.append(begin.elapsed_time(end) * 1e3 / (rounds * len(calls)))
     return statistics.median(found)
+
+
+def _captured(calls: Sequence[Call], rounds: int) -> Callable[[], None]:
+    """All calls, `rounds` times, as one graph; launched one by one where something in them cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in [*calls] * rounds:
+                call()
+    except RuntimeError as error:
+        print(f"not captured, so launches count too: {str(error).splitlines()[0]}", flush=True)
+        torch.cuda.synchronize()
+
+        def launch() -> None:
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+
+        return launch
+    return graph.replay
 
 
 def measured_card(repeats: int) -> Card:

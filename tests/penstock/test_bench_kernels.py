@@ -15,7 +15,7 @@ from benchmarks.kernels import chosen, copies_of, line, main, row
 from benchmarks.shapes import H200, SHAPES, Card
 from penstock.kernels import launch
 
-TINY = Sizes(decodes=((2, 9),), prompts=((0, 5), (6, 3)), rows=(1, 3), tokens=(2, 5), batches=(2,), page_size=4)
+TINY = Sizes(decodes=((2, 9),), prompts=((1, 0, 5), (2, 6, 3)), rows=(1, 3), tokens=(2, 5), batches=(2,), page_size=4)
 BF16 = Place(torch.device("cpu"), torch.bfloat16)
 
 
@@ -35,7 +35,7 @@ def test_every_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ran[case.kernel.split()[0]] += 1
     assert ran.keys() == {
         *("decode_attention", "prefill_attention", "add_rms_norm", "rotary_store", "silu_mul"),
-        *("linear", "torch", "small_linear", "sample"),
+        *("linear", "linear.gated", "linear.add_to", "torch", "sample"),
     }
 
 
@@ -43,9 +43,9 @@ def test_bytes_and_operations_are_those_of_the_shape() -> None:
     found = {case.name: case for name in ("llama8b", "qwen1b5") for case in all_cases(SHAPES[name], FULL, BF16)}
     decode = found["decode_attention 32/8x128 b64 c4096"]
     assert decode.size_bytes == 64 * 4096 * 4096 + 2 * 64 * 8192  # 4 KiB of KV a token and layer; q and out
-    prefill = found["prefill_attention 32/8x128 8192"]
+    prefill = found["prefill_attention AUTO 32/8x128 1x8192"]
     assert prefill.flops == pytest.approx(2 * 8192**2 * 4096, rel=1e-3)  # half of the square
-    over = found["prefill_attention 32/8x128 8192 over 8192"]
+    over = found["prefill_attention AUTO 32/8x128 1x8192 over 8192"]
     assert over.flops == pytest.approx(3 * prefill.flops, rel=1e-3)
     head = found["linear qwen1b5 head 256x1536x151936"]
     assert head.flops == 2 * 256 * 1536 * 151936 and head.size_bytes > 2 * 1536 * 151936
