@@ -275,7 +275,9 @@ def finish_kernel(
                         best = tl.where(better, score, best)
                         best_id = tl.where(better, ids, best_id)
                         reached = tl.max(best)
-            _, token = best_of(best, best_id)
+            # Nothing drawn: no logit is a finite number. The splits' token is a token all the same.
+            score, drawn = best_of(best, best_id)
+            token = tl.where(score > NEVER, drawn, token)
 
     tl.store(tokens_ptr + row, token.to(tl.int64))
     if uses_tokens != 0:

@@ -264,6 +264,47 @@ def test_draws_follow_the_distribution() -> None:
     assert ((observed - expected)[kept] ** 2 / expected[kept]).sum() < 30  # at most 5 degrees of freedom: p about 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("vocab", "spread"), [(128256, 2.5), (151936, 0.8), (32000, 6.0)])
+def test_models_shapes_in_a_graph(vocab: int, spread: float, dtype: torch.dtype) -> None:
+    """One captured graph draws for batches of other rows, as the reference does on the same device."""
+    params = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.2),
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, temperature=0.2, top_k=40),
+        SamplingParams(seed=3, top_p=0.9),
+        SamplingParams(seed=4, temperature=0.6, top_k=20, top_p=0.95, min_p=0.01),
+        SamplingParams(seed=5, min_p=0.05, presence_penalty=1.0),
+        SamplingParams(seed=6, temperature=1.5, top_p=0.5),
+        SamplingParams(seed=7, top_k=1000, frequency_penalty=0.5),
+    ]
+    rows = [SamplingRow(p, noise_seed(p.seed, 0), range(50 + i), 20, (3,)) for i, p in enumerate(params * 8)]
+    batch = Batch(rows, vocab, "cuda")
+    workspace = SampleWorkspace.allocate(len(rows), vocab, "cuda")
+    logits = (torch.randn(len(rows), vocab, device="cuda") * spread).to(dtype)
+    arguments = (logits, batch.slots, batch.positions, batch.columns, workspace)
+    sample_triton(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = sample_triton(*arguments)
+    for step in range(3):
+        logits.copy_(torch.randn(len(rows), vocab, device="cuda") * spread)
+        batch.slots.copy_(batch.slots.roll(step))
+        batch.slots[step] = -1
+        batch.positions.add_(1)
+        before = batch.columns.token_state.clone()
+        expected = sample_reference(logits, batch.slots, batch.positions, batch.columns)
+        counted = batch.columns.token_state.clone()
+        batch.columns.token_state.copy_(before)
+        graph.replay()
+        differ = tokens != expected
+        assert differ.sum() <= 1  # a token at the very boundary of top-p, whose probability is 1e-5
+        if not differ.any():
+            assert torch.equal(batch.columns.token_state, counted)
+
+
 def test_a_batch_larger_than_the_workspace_is_refused() -> None:
     batch = Batch([SamplingRow(SamplingParams(), 0, [1], 1, ())] * 2, 50, "cpu")
     workspace = SampleWorkspace.allocate(1, 50, "cpu")
