@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,17 @@ ENGINE = [
     *("--device", "cpu", "--cpu-threads", "1", "--block-size", "4", "--max-model-len", "64"),
     *("--max-num-batched-tokens", "32", "--kv-cache-memory-bytes", "4MiB", "--log-level", "error"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The command sets up logging for its process, which here is everybody's."""
+    root, ours = logging.getLogger(), logging.getLogger("penstock")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:], level, our_level = before
+    root.setLevel(level)
+    ours.setLevel(our_level)
 
 
 @pytest.fixture(scope="module")
