@@ -28,9 +28,9 @@ from penstock.common.messages import (
 from penstock.decode_worker.admission import Admission, Entry
 from penstock.decode_worker.handoff import HandOffIn, Ready
 from penstock.decode_worker.prefill_links import PrefillFound, PrefillLost
+from penstock.engine.outputs import StepOutput
 from penstock.engine.replies import to_delta
 from penstock.engine.request import Request, request_key
-from penstock.engine.scheduler import StepOutput
 from penstock.engine.worker_loop import WorkerLoop
 
 logger = logging.getLogger(__name__)

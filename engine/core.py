@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable
 
 from penstock.common.messages import GenerateRequest
+from penstock.engine.outputs import StepOutput
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import Executor, StepHandle
 from penstock.engine.request import Request, request_key
-from penstock.engine.scheduler import Scheduler, StepOutput
+from penstock.engine.scheduler import Scheduler
 
 
 class Engine:

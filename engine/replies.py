@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from penstock.common.messages import Finish, GenerateRequest, Message, Spans, TokenBatch, TokenDelta
-from penstock.engine.scheduler import HANDED_OFF, Output
+from penstock.engine.outputs import HANDED_OFF, Output
 
 
 class Replies:

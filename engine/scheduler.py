@@ -17,56 +17,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import msgspec
-
-from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs
+from penstock.common.messages import Finish, Spans
+from penstock.engine.outputs import HANDED_OFF, Output, Progress, SchedulerCounters, StepOutput
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import SampledTokens, SequenceStart, SequenceWork, StepPlan, StepResult
 from penstock.engine.policy import BatchPolicy, enough_gathered
 from penstock.engine.request import Request, Status
-
-HANDED_OFF = Finish(reason="handoff")
-"""End of a request on a prefill worker: its pages stay held by its key, for the hand-off to release."""
-
-
-class Output(msgspec.Struct, frozen=True, gc=False):
-    """New tokens of one request; `index` counts output tokens, those of earlier attempts included."""
-
-    request: GenerateRequest
-    key: str
-    index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None
-    finish: Finish | None
-    spans: Spans | None  # with the first and the last output
-
-
-class Progress(msgspec.Struct, frozen=True, gc=False):
-    """The K/V of the first `computed` tokens of a request are in its pages now."""
-
-    key: str
-    computed: int
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step changed, in plan order. Progress is told where pages are handed off: under a prefill-only policy."""
-
-    outputs: tuple[Output, ...] = ()
-    progress: tuple[Progress, ...] = ()
-
-
-@dataclass
-class SchedulerCounters:
-    """Since the start of the worker."""
-
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
+from penstock.engine.waiting import WaitingQueue
 
 
 class Scheduler:
@@ -91,10 +49,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.hash_scope = hash_scope
         self.counters = SchedulerCounters()
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in order of arrival in the batch
         self._by_key: dict[str, Request] = {}
-        self._claims = 0  # waiting requests that have pages, or a promise
         self._ended: list[str] = []  # keys the executor must forget
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()  # submitted, not read; whose work it is
         self._step = 0  # the newest one planned
@@ -129,10 +86,8 @@ class Scheduler:
         limit = self.max_model_len if max_tokens is None else min(self.max_model_len, request.prompt_len + max_tokens)
         request.limit = known + 1 if self.policy.prefill_only else max(limit, known + 1)
         request.computed = computed
-        request.has_claim = self.pages.has_claim(request.key)
-        self._claims += request.has_claim
         self._by_key[request.key] = request
-        self.waiting.append(request)
+        self.waiting.append(request, has_claim=self.pages.has_claim(request.key))
 
     def abort(self, key: str) -> Request | None:
         """Forget a request and release its pages, if need be with the steps that write them; unknown keys are fine."""
@@ -143,11 +98,7 @@ class Scheduler:
 
     def expired(self, now: float) -> list[Request]:
         """Requests that waited longer than they may without ever having been planned."""
-        return [
-            request
-            for request in self.waiting
-            if request.first_planned is None and now - request.arrived > request.source.queue_timeout_s
-        ]
+        return self.waiting.expired(now)
 
     # ------------------------------------------------------------ planning
 
@@ -167,7 +118,7 @@ class Scheduler:
         for request in decodes:
             num_tokens = min(len(request.tokens) + request.pending - request.computed, budget)
             end = request.computed + num_tokens
-            work.append(_work(request, num_tokens, self._grow(request, end) if end > request.room else (), step))
+            work.append(_work(request, num_tokens, () if end <= request.room else self._grow(request, end), step))
             budget -= num_tokens
         owners, total = decodes, self.max_num_batched_tokens
         gathered = prompts or not decodes or self._gathered(len(decodes))
@@ -223,14 +174,12 @@ class Scheduler:
         share = self.policy.gather_share
         if share <= 0.0:
             return True
-        slots, free = self.max_num_seqs - len(self.running), self.pages.num_available
-        joining = num_tokens = 0
-        for request in self.waiting:
-            free -= self.pages.pages_for(request.num_known)
-            if joining == slots or free < 0 or num_tokens >= self.max_num_batched_tokens:
-                break
-            joining += 1
-            num_tokens += request.num_to_compute
+        joining, num_tokens = self.waiting.with_room(
+            slots=self.max_num_seqs - len(self.running),
+            pages=self.pages.num_available,
+            page_size=self.pages.page_size,
+            num_tokens=self.max_num_batched_tokens,
+        )
         return enough_gathered(
             share,
             num_decodes=num_decodes,
@@ -243,7 +192,7 @@ class Scheduler:
         """Move waiting requests into the batch while there is room; each with the tokens to compute of it."""
         blocked = False
         for request in list(self.waiting) if budget > 0 and len(self.running) < self.max_num_seqs else ():
-            if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self._claims):
+            if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self.waiting.num_claims):
                 return
             # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
             if (blocked and not request.has_claim) or not self._start(request, now):
@@ -280,16 +229,11 @@ class Scheduler:
             request.cached_tokens = request.computed
             if request.is_decoding:  # a hand-off: computed elsewhere
                 request.prefilled = now
-        self._leave_queue(request)
+        self.waiting.remove(request)
         request.status = Status.RUNNING
         request.room = len(pages.table(request.key)) * pages.page_size
         self.running.append(request)
         return True
-
-    def _leave_queue(self, request: Request) -> None:
-        self.waiting.remove(request)
-        self._claims -= request.has_claim
-        request.has_claim = False
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -300,7 +244,7 @@ class Scheduler:
         request.preemptions += 1
         self.counters.preemptions += 1
         self._ended.append(request.key)
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     # ------------------------------------------------------------ results
 
@@ -356,41 +300,46 @@ class Scheduler:
 
     def _append(self, request: Request, sampled: SampledTokens | None, now: float) -> Output | None:
         """Add what one step sampled for a request; None if that was nothing."""
-        tokens, index = request.tokens, request.num_output
+        tokens = request.tokens
+        known = len(tokens)
         request.pending -= 1
+        if sampled is None or not sampled.token_ids:
+            if request.pending == 0:  # its last token is to be computed again, for its logits
+                request.computed = min(request.computed, known - 1)
+            return None
+        token_ids, logprobs = sampled.token_ids, sampled.logprobs
         finish: Finish | None = None
-        token_ids = () if sampled is None else sampled.token_ids
-        for count, token in enumerate(token_ids, start=1):
+        for token in token_ids:
             tokens.append(token)
-            if token in request.end_ids or len(tokens) >= request.limit:
+            if len(tokens) >= request.limit or token in request.end_ids:
                 finish = request.finish_after(token, self.max_model_len)
                 if finish is not None:
-                    token_ids = token_ids[:count]
                     break
-        if sampled is None or not token_ids:
-            if request.pending == 0:  # its last token is to be computed again, for its logits
-                request.computed = min(request.computed, len(tokens) - 1)
-            return None
+        spans: Spans | None = None
+        if finish is not None or not request.reported:  # its first or its last
+            finish, spans = self._report(request, finish, now)
+            token_ids = token_ids[: len(tokens) - known]
+            logprobs = None if logprobs is None else logprobs[: len(token_ids)]
+        self.counters.generation_tokens += len(token_ids)
+        return Output(request.source, request.key, known - request.prompt_len, token_ids, logprobs, finish, spans)
+
+    def _report(self, request: Request, finish: Finish | None, now: float) -> tuple[Finish | None, Spans]:
+        """Note that a request has begun or has ended; why it ended, and its part of the timeline."""
+        request.reported = True
         if request.prefilled is None:
             request.prefilled = now
-        self.counters.generation_tokens += len(token_ids)
         if finish is None and self.policy.prefill_only:
             finish = HANDED_OFF
         if finish is not None:
             self._end(request, finish)
-        spans = None if finish is None and request.reported else request.spans(now)
-        request.reported = True
-        logprobs = sampled.logprobs
-        if logprobs is not None:
-            logprobs = logprobs[: len(token_ids)]
-        return Output(request.source, request.key, index, token_ids, logprobs, finish, spans)
+        return finish, request.spans(now)
 
     def _end(self, request: Request, finish: Finish) -> None:
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._ended.append(request.key)
         else:
-            self._leave_queue(request)
+            self.waiting.remove(request)
         request.status = Status.FINISHED
         request.finish = finish
         in_flight = request.last_step > self._read

@@ -27,8 +27,8 @@ from penstock.common.bus import BusServer, Peers
 from penstock.common.messages import AnyMessage, Finish, Heartbeat, HeartbeatAck, Hello, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import RegistryWriter
 from penstock.engine.build import BuiltEngine
+from penstock.engine.outputs import StepOutput
 from penstock.engine.replies import Replies
-from penstock.engine.scheduler import StepOutput
 
 logger = logging.getLogger(__name__)
 IDLE_POLL_S = 0.1

@@ -25,9 +25,9 @@ from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine.build import build_engine
 from penstock.engine.core import Engine
+from penstock.engine.outputs import Output
 from penstock.engine.policy import THROUGHPUT
 from penstock.engine.request import request_key
-from penstock.engine.scheduler import Output
 from penstock.frozen_heap import FrozenHeap
 from penstock.interrupt import HeldInterrupt
 

@@ -28,9 +28,9 @@ from penstock.common.messages import (
     PrefillFailed,
     Spans,
 )
+from penstock.engine.outputs import HANDED_OFF, Output, StepOutput
 from penstock.engine.replies import to_delta
 from penstock.engine.request import request_key
-from penstock.engine.scheduler import HANDED_OFF, Output, StepOutput
 from penstock.engine.worker_loop import WorkerLoop
 from penstock.kv_transfer.leases import LoanBook
 from penstock.kv_transfer.mover import PageMover, Sealed, SealJob

@@ -15,9 +15,9 @@ from penstock.common.sampling import SamplingParams
 from penstock.engine import sampler
 from penstock.engine.build import DTYPES, BuiltEngine, build_engine
 from penstock.engine.kv_pool import KVLayout
+from penstock.engine.outputs import Output
 from penstock.engine.plan import Executor, StepHandle, StepPlan, StepResult
 from penstock.engine.policy import DecodePolicy
-from penstock.engine.scheduler import Output
 from penstock.models.spec import read_spec
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

@@ -16,11 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from penstock.common.messages import GenerateRequest
 from penstock.common.sampling import SamplingParams
 from penstock.engine.core import Engine
+from penstock.engine.outputs import HANDED_OFF, Output
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import SampledTokens, StepPlan, StepResult
 from penstock.engine.policy import DecodePolicy, PrefillPolicy
 from penstock.engine.request import request_key
-from penstock.engine.scheduler import HANDED_OFF, Output, Scheduler, step_holder
+from penstock.engine.scheduler import Scheduler, step_holder
 
 PAGE = 4
 BUDGET = 8  # of the engines below; the machine draws its own

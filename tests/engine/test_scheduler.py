@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from penstock.common.messages import GenerateRequest
 from penstock.common.sampling import SamplingParams
+from penstock.engine.outputs import HANDED_OFF, Output
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import SampledTokens, StepPlan, StepResult
 from penstock.engine.policy import BatchPolicy, DecodePolicy, PrefillPolicy
 from penstock.engine.request import Request
-from penstock.engine.scheduler import HANDED_OFF, Output, Scheduler
+from penstock.engine.scheduler import Scheduler
 
 PAGE = 4
 

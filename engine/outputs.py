@@ -1,0 +1,50 @@
+"""What a step changed, for the roles of the workers and for `LLM`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs
+
+HANDED_OFF = Finish(reason="handoff")
+"""End of a request on a prefill worker: its pages stay held by its key, for the hand-off to release."""
+
+
+class Output(msgspec.Struct, frozen=True, gc=False):
+    """New tokens of one request; `index` counts output tokens, those of earlier attempts included."""
+
+    request: GenerateRequest
+    key: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish: Finish | None
+    spans: Spans | None  # with the first and the last output
+
+
+class Progress(msgspec.Struct, frozen=True, gc=False):
+    """The K/V of the first `computed` tokens of a request are in its pages now."""
+
+    key: str
+    computed: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step changed, in plan order. Progress is told where pages are handed off: under a prefill-only policy."""
+
+    outputs: tuple[Output, ...] = ()
+    progress: tuple[Progress, ...] = ()
+
+
+@dataclass
+class SchedulerCounters:
+    """Since the start of the worker."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
