@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: prompts (whole or in chunks) and decode rows in one call, any page table.
 
-Models call `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer (indices, masks,
-workspaces) is worked out once and kept on it. On CUDA sequences with one new token go to decode_attention.py, the others
-to prefill_attention.py; the plain PyTorch form for CPU is here.
+Models call `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer (indices,
+masks, workspaces) is worked out once and kept on it. On CUDA sequences with one new token go to decode_attention.py,
+the others to prefill_attention.py; the plain PyTorch form for CPU is here.
 
 A page cache is a view [num_pages, num_kv_heads, page_size, head_dim] with any strides in which one head's page is
 contiguous and the first two dimensions can be flattened without a copy.
@@ -39,7 +39,7 @@ def paged_attention(
     sliding_window: int | None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-    backend: str = "auto",
+    backend: str = "AUTO",
 ) -> Tensor:
     """Causal attention of q [T, num_heads, head_dim] over each sequence's cached context; the same shape comes back.
 
@@ -58,7 +58,7 @@ def paged_attention(
             raise ValueError("soft caps and sinks are not supported on CPU")
         return paged_attention_reference(q, k_pages, v_pages, batch, scale=scale, sliding_window=sliding_window)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tokens, num_heads, head_dim = q.shape
+    num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_pages.shape[1]
     decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
     if decodes:

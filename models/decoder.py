@@ -30,7 +30,7 @@ class CausalLM:
     The weight dictionary is emptied on the way: each tensor may be repacked, and is freed before the next one.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], *, attention_backend: str = "auto") -> None:
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], *, attention_backend: str = "AUTO") -> None:
         self.spec = spec
         self._embedding = weights.pop("embedding.weight")
         self._norm = weights.pop("norm.weight")

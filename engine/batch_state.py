@@ -1,0 +1,162 @@
+"""What the device knows of the running sequences, and how the host changes it.
+
+Each running sequence has a slot. All that is kept for the slots is one int32 tensor, the state, seen through typed
+views: page tables, lengths, last tokens, sampling parameters, and which slot each row of a decode batch is. The host
+collects changes as (address, value) pairs; one copy and one launch apply those of a step, in the order of the device's
+stream. A step that changes nothing sends nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.engine.plan import SequenceStart
+from penstock.engine.sampler import noise_seed
+from penstock.kernels.sample import COUNT_MASK, ENDS, IN_PROMPT, SamplingColumns
+from penstock.kernels.step_state import apply_changes
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+_INTS = ("top_k", "min_position", "uses_tokens")
+_STAGING_INTS = 1 << 16
+
+
+class BatchState:
+    """State of up to `slots` sequences of up to `max_pages` pages each."""
+
+    def __init__(self, slots: int, max_pages: int, vocab_size: int, device: torch.device) -> None:
+        self.device = device
+        self.max_pages = max_pages
+        self._begin: dict[str, int] = {}
+        sizes = {"seeds": 2 * slots, "tables": slots * max_pages, "lengths": slots, "last_tokens": slots, "rows": slots}
+        sizes |= dict.fromkeys((*_FLOATS, *_INTS), slots)
+        total = 0
+        for name, size in sizes.items():  # seeds first: they are 64-bit
+            self._begin[name] = total
+            total += size + size % 2
+        self._state = torch.zeros(total, dtype=torch.int32, device=device)
+
+        def view(name: str, dtype: torch.dtype = torch.int32) -> Tensor:
+            return self._state[self._begin[name] : self._begin[name] + sizes[name]].view(dtype)
+
+        self.tables = view("tables").view(slots, max_pages)
+        self.lengths = view("lengths")
+        self.last_tokens = view("last_tokens")
+        self.rows = view("rows").fill_(-1)
+        self.columns = SamplingColumns(
+            **{name: view(name, torch.float32) for name in _FLOATS},
+            **{name: view(name) for name in _INTS},
+            seeds=view("seeds", torch.int64),
+            token_state=torch.zeros(slots, vocab_size, dtype=torch.int32, device=device),
+        )
+        self._addresses: list[int] = []
+        self._values: list[int] = []
+        self._num_rows = 0
+
+    # ------------------------------------------------------------ changes
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """The slot's page table continues with `pages` at index `first`."""
+        begin = self._begin["tables"] + slot * self.max_pages + first
+        self._addresses.extend(range(begin, begin + len(pages)))
+        self._values.extend(pages)
+
+    def set_last_token(self, slot: int, token: int, length: int) -> None:
+        """The slot's next token to compute, which stands at position `length`."""
+        self._addresses += (self._begin["last_tokens"] + slot, self._begin["lengths"] + slot)
+        self._values += (token, length)
+
+    def set_rows(self, slots: Sequence[int]) -> None:
+        """Which slots the next decode batches consist of."""
+        padding = max(0, self._num_rows - len(slots))
+        begin = self._begin["rows"]
+        self._addresses.extend(range(begin, begin + len(slots) + padding))
+        self._values.extend(slots)
+        self._values.extend([-1] * padding)
+        self._num_rows = len(slots)
+
+    def start(self, slot: int, sequence: SequenceStart) -> None:
+        """A sequence takes the slot: its sampling parameters, and what penalties and min_tokens have to know."""
+        s = sequence.sampling
+        ending = set(s.stop_token_ids) | (set() if s.ignore_eos else set(sequence.eos_token_ids))
+        forbids = bool(s.min_tokens and ending)
+        penalised = s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
+        values = {
+            "temperature": 0.0 if s.greedy else s.effective_temperature,
+            "top_p": s.top_p,
+            "min_p": s.min_p,
+            "repetition": s.repetition_penalty,
+            "frequency": s.frequency_penalty,
+            "presence": s.presence_penalty,
+        }
+        for name, value in values.items():
+            self._set(name, slot, struct.unpack("<i", struct.pack("<f", value))[0])
+        self._set("top_k", slot, max(0, min(s.top_k, 2**31 - 1)))
+        self._set("min_position", slot, sequence.prompt_len + s.min_tokens if forbids else 0)
+        self._set("uses_tokens", slot, int(forbids or penalised))
+        low, high = struct.unpack("<ii", struct.pack("<q", noise_seed(s.seed, sequence.choice)))
+        self._set("seeds", 2 * slot, low)
+        self._set("seeds", 2 * slot + 1, high)
+        if forbids or penalised:
+            self._start_tokens(slot, sequence, ending)
+
+    def _set(self, name: str, index: int, value: int) -> None:
+        self._addresses.append(self._begin[name] + index)
+        self._values.append(value)
+
+    def _start_tokens(self, slot: int, sequence: SequenceStart, ending: set[int]) -> None:
+        row = self.columns.token_state[slot].zero_()
+        tokens = torch.tensor(sequence.tokens, dtype=torch.int64).to(self.device)
+        output = tokens[sequence.prompt_len :]
+        row.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32)).clamp_(max=COUNT_MASK)
+        row[tokens[: sequence.prompt_len]] |= IN_PROMPT
+        known = [token for token in ending if token < len(row)]
+        if known:
+            row[torch.tensor(known).to(self.device)] |= ENDS
+
+    def take_changes(self) -> tuple[list[int], list[int]]:
+        """Addresses and values since the last call; of an address that was set twice only the last value counts."""
+        addresses, values = self._addresses, self._values
+        self._addresses, self._values = [], []
+        if len(set(addresses)) < len(addresses):
+            last = dict(zip(addresses, values, strict=True))
+            addresses, values = list(last), list(last.values())
+        return addresses, values
+
+    def apply(self, changes: Tensor, count: int) -> None:
+        """Apply what `take_changes` gave, from the device: int32 [2 * count], the addresses first."""
+        apply_changes(self._state, changes, count)
+
+
+class Staging:
+    """A step's integers on their way to the device: one pinned buffer, one copy, one buffer there.
+
+    A buffer may be used again when the step that used it has been read; the runner keeps as many as can be open.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._allocate(_STAGING_INTS)
+
+    def _allocate(self, size: int) -> None:
+        pinned = self._device.type == "cuda"
+        self._host = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
+        self._array = self._host.numpy()
+        self._on_device = torch.empty(size, dtype=torch.int32, device=self._device)
+
+    def send(self, parts: Sequence[Sequence[int] | np.ndarray]) -> list[Tensor]:
+        """The parts on the device, each int32 and aligned to 16 bytes; all arrive in one copy."""
+        bounds, total = [], 0
+        for part in parts:
+            bounds.append((total, total + len(part)))
+            total += -(-len(part) // 4) * 4
+        if total > len(self._array):
+            self._allocate(max(total, 2 * len(self._array)))
+        for part, (begin, end) in zip(parts, bounds, strict=True):
+            self._array[begin:end] = part
+        self._on_device[:total].copy_(self._host[:total], non_blocking=True)
+        return [self._on_device[begin:end] for begin, end in bounds]

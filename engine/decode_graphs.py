@@ -1,0 +1,132 @@
+"""Decode steps of fixed sizes on the device's own state: captured as CUDA graphs, one launch a step.
+
+A step of n sequences runs in the smallest size that holds them; the rows left over are padding. Sizes are close where
+a row costs time (the matrix products of large batches), and far apart where it does not (small ones read the same
+weights).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from penstock.engine.batch_state import BatchState
+from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.sample import SampleWorkspace, sample
+from penstock.kernels.step_state import begin_decode, end_step
+from penstock.models.decoder import CausalLM
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor  # of the latest replay
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """The sizes that are captured: the last one holds max_num_seqs, up to 512."""
+    return [size for size in _SIZES if size < max_num_seqs] + [min(max_num_seqs, _SIZES[-1])]
+
+
+class DecodeGraphs:
+    """One decode step for every size. Until `capture` has been called, steps run op by op."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: Sequence[tuple[Tensor, Tensor]],
+        state: BatchState,
+        workspace: SampleWorkspace,
+        page_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
+        self._sizes = batch_sizes(max_num_seqs)
+        self._captured: dict[int, _Captured] = {}
+        device = state.device
+        self._token_ids, positions, slots, self._tokens = torch.zeros(
+            4, max_num_seqs, dtype=torch.int64, device=device
+        ).unbind(0)
+        table_rows, contexts = torch.zeros(2, max_num_seqs, dtype=torch.int32, device=device).unbind(0)
+        self._batch = PagedBatch(
+            query_lens=(1,) * max_num_seqs,
+            context_lens=(),
+            page_tables=state.tables,
+            table_rows=table_rows,
+            contexts=contexts,
+            query_starts=torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device),
+            positions=positions,
+            slots=slots,
+            page_size=page_size,
+            num_decodes=max_num_seqs,
+            max_context=max_model_len,
+        )
+        self._batches: dict[int, PagedBatch] = {}
+
+    def run(self, count: int) -> tuple[Tensor, Tensor]:
+        """The step of the state's first `count` rows: tokens [>= count] int64 and logits [>= count, vocab].
+
+        Both are overwritten by the next step.
+        """
+        at = bisect_left(self._sizes, count)
+        size = self._sizes[at] if at < len(self._sizes) else count
+        captured = self._captured.get(size)
+        if captured is None:
+            return self._tokens, self._step(size)
+        captured.graph.replay()
+        return self._tokens, captured.logits
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture all sizes, largest first, so that the smaller ones find their memory there.
+
+        Must be called in a stream of its own, with no row in use.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for done, size in enumerate(reversed(self._sizes), start=1):
+            self._step(size)  # compiles, and allocates what outlives the step
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.current_stream().synchronize()
+            graph.capture_begin(pool=pool)
+            try:
+                logits = self._step(size)
+            finally:
+                graph.capture_end()
+            self._captured[size] = _Captured(graph, logits)
+            if progress is not None:
+                progress(done, len(self._sizes))
+
+    def _step(self, size: int) -> Tensor:
+        batch, state = self._batch_of(size), self._state
+        rows, token_ids, tokens = state.rows[:size], self._token_ids[:size], self._tokens[:size]
+        begin_decode(
+            rows, state.lengths, state.last_tokens, state.tables, batch.page_size,
+            token_ids=token_ids, positions=batch.positions, slots=batch.slots,
+            table_rows=batch.table_rows, contexts=batch.contexts,
+        )  # fmt: skip
+        logits = self._model.logits(self._model.forward(token_ids, batch, self._kv))
+        sample(logits, rows, batch.contexts, state.columns, self._workspace, out=tokens)
+        end_step(rows, batch.contexts, tokens, None, state.lengths, state.last_tokens)
+        return logits
+
+    def _batch_of(self, size: int) -> PagedBatch:
+        batch = self._batches.get(size)
+        if batch is None:
+            whole = self._batch
+            batch = self._batches[size] = replace(
+                whole,
+                query_lens=whole.query_lens[:size],
+                table_rows=whole.table_rows[:size],
+                contexts=whole.contexts[:size],
+                query_starts=whole.query_starts[: size + 1],
+                positions=whole.positions[:size],
+                slots=whole.slots[:size],
+                num_decodes=size,
+            )
+        return batch
