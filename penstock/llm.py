@@ -145,6 +145,11 @@ class LLM:
         """What computes: for benchmarks and tests."""
         return self._built.engine
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model is on a CUDA device."""
+        return self._built.pool.device.type == "cuda"
+
     def describe(self) -> str:
         """Device, dtype and KV pages in one line."""
         layout, pool = self._built.pool.layout, self._built.pool

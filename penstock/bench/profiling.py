@@ -103,7 +103,7 @@ def profile(llm: LLM, run: Callable[[], object]) -> RunProfile:
     finally:
         engine.executor = executor
     wall_us = (time.perf_counter() - begun) * 1e6
-    on_gpu = torch.cuda.is_available()
+    on_gpu = llm.on_gpu
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=activities) as recorded:
         run()

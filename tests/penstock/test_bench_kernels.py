@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import kernel_cases
 from benchmarks.kernel_cases import FULL, Case, Place, Sizes, all_cases, page_tables
-from benchmarks.kernels import chosen, copies_of, line, main, row
+from benchmarks.kernels import chosen, copies_of, line, main, row, time_us
 from benchmarks.shapes import H200, SHAPES, Card
 from penstock.kernels import launch
 
@@ -37,6 +37,16 @@ def test_every_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         *("decode_attention", "prefill_attention", "add_rms_norm", "rotary_store", "silu_mul"),
         *("linear", "linear.gated", "linear.add_to", "torch", "sample"),
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_case_is_timed_on_a_gpu() -> None:
+    place = Place(torch.device("cuda"), torch.bfloat16)
+    with torch.inference_mode():
+        for case in all_cases(SHAPES["tiny"], TINY, place):
+            if case.kernel != "torch cudnn attention":  # has shapes of its own that it refuses
+                assert time_us(case.build(2), 3) > 0, case.name
 
 
 def test_bytes_and_operations_are_those_of_the_shape() -> None:
