@@ -73,6 +73,7 @@ class Batch:
         workspace = SampleWorkspace.allocate(len(self.slots), self.vocab, self.device, capacity=capacity)
         for scratch in vars(workspace).values():
             scratch.fill_(7)  # what an earlier step left
+        self.workspace = workspace
         padded = torch.cat([logits, torch.full((self.padding, self.vocab), torch.nan).to(logits.dtype)])
         tokens = sample_triton(
             padded.to(self.device),
@@ -157,6 +158,13 @@ def test_long_rows_in_many_splits(device: str, capacity: int) -> None:
     expected, _ = sample_on_host(logits, rows)
     batch = Batch(rows, 1003, device)
     assert batch.draw(logits, tile=256, capacity=capacity, finish_tile=512) == expected
+    filtered = slice(2, None)
+    listed, above = batch.workspace.listed[filtered, 0], batch.workspace.num_above[filtered, 0]
+    if capacity == 4096:
+        assert not above.any()
+    else:
+        assert (listed > capacity).any()
+        assert ((listed <= capacity) & (above > 0)).any()
 
 
 def tied(device: str, params: dict[str, float], logits: Tensor, capacity: int = 64) -> set[int]:
