@@ -13,6 +13,7 @@ from penstock.common.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROLES = ("prefill", "decode")
+ATTENTION_BACKENDS = ("AUTO", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
 TRANSPORTS = ("auto", "nixl", "shm")
 CHECKSUMS = ("all", "sample", "off")
 
@@ -37,7 +38,9 @@ class EngineConfig:
         None, "longest prompt plus output, in tokens; default: the model's own", human=True
     )
     max_num_seqs: int = option(256, "most requests in one batch")
-    max_num_batched_tokens: int = option(2048, "most tokens in one step: longer prompts are computed in chunks")
+    max_num_batched_tokens: int | None = option(
+        None, "most tokens in one step: longer prompts are computed in chunks; default: 8192 on a GPU, 2048 on CPU"
+    )
     block_size: int = option(16, "tokens in a KV page")
     gpu_memory_utilization: float = option(
         0.9, "share of the GPU's memory this fleet may use", excludes="kv_cache_memory_bytes"
@@ -48,11 +51,20 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "keep pages of finished requests for prompts that begin alike")
     seed: int = option(0, "seeds the requests that bring no seed of their own")
     load_format: str = option("auto", "auto, or dummy: random weights, no files read", choices=("auto", "dummy"))
+    attention_backend: str = option(
+        "AUTO",
+        "what computes prompts' attention on a GPU; vLLM's names and VLLM_ATTENTION_BACKEND mean the nearest of these",
+        choices=ATTENTION_BACKENDS,
+    )
+    enforce_eager: bool = option(False, "no CUDA graphs: every step is launched op by op")
     cpu_threads: int = option(0, "OpenMP threads of an engine on CPU; 0: cores divided by workers")
 
     def __post_init__(self) -> None:
         _in(self, "dtype", DTYPES)
-        _positive(self, "max_num_seqs", "max_num_batched_tokens", "block_size")
+        _in(self, "attention_backend", ATTENTION_BACKENDS)
+        _positive(self, "max_num_seqs", "block_size")
+        if self.max_num_batched_tokens is not None:
+            _positive(self, "max_num_batched_tokens")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 

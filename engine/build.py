@@ -9,20 +9,24 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
-from penstock.common.config import EngineConfig
+from penstock.common.config import ATTENTION_BACKENDS, EngineConfig
 from penstock.common.errors import ConfigError
 from penstock.engine.core import Engine
+from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
-from penstock.engine.memory import pool_size_bytes
+from penstock.engine.memory import Limits, pool_size_bytes
 from penstock.engine.pages import PageManager
+from penstock.engine.plan import Executor
 from penstock.engine.policy import BatchPolicy
 from penstock.engine.runner import ModelRunner
 from penstock.engine.scheduler import Scheduler
+from penstock.models.decoder import CausalLM
 from penstock.models.registry import load_model, resolve_checkpoint
 from penstock.models.spec import ModelSpec, read_spec
 
@@ -50,9 +54,11 @@ def build_engine(
     *,
     name: str = "penstock",
     memory_share: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> BuiltEngine:
     """Load the model and make an engine around it. `name` ends in the pool's memfd name, for peers to check.
+
+    `progress` is told (stage, done, in all) while weights are loaded and decode steps are captured.
 
     Raises:
         ModelError: the checkpoint is unsupported, broken, or cannot be had.
@@ -64,9 +70,22 @@ def build_engine(
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     if device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
-    model = load_model(path, spec, dtype=dtype, device=device, load_format=config.load_format, progress=progress)
+    model = load_model(
+        path,
+        spec,
+        dtype=dtype,
+        device=device,
+        load_format=config.load_format,
+        attention_backend=attention_backend(config.attention_backend),
+        progress=progress and partial(progress, "loading weights"),
+    )
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)
-    num_pages = pool_size_bytes(config, model, layout, device, memory_share) // layout.page_bytes
+    limits = Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048),
+        max_model_len=config.max_model_len or spec.max_position,
+    )
+    num_pages = pool_size_bytes(config, model, layout, limits, device, memory_share) // layout.page_bytes
     max_model_len = _context(config, spec, num_pages)
     checkpoint = checkpoint_digest(path, config.load_format)
     pool = KVPool(layout, num_pages, device, name)
@@ -75,14 +94,46 @@ def build_engine(
         PageManager(num_pages, config.block_size, caching=config.enable_prefix_caching),
         policy,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len=max_model_len,
         hash_scope=hash_scope,
     )
     fingerprint = blake2b(f"{checkpoint}|{layout.describe()}|tp1|xxh3-64".encode(), digest_size=16).hexdigest()
     size_gib = num_pages * layout.page_bytes / 2**30
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, config.block_size, size_gib, max_model_len)
-    return BuiltEngine(Engine(scheduler, ModelRunner(model, pool)), spec, pool, max_model_len, hash_scope, fingerprint)
+    executor = _executor(config, model, pool, max_model_len, progress)
+    return BuiltEngine(Engine(scheduler, executor), spec, pool, max_model_len, hash_scope, fingerprint)
+
+
+def _executor(
+    config: EngineConfig,
+    model: CausalLM,
+    pool: KVPool,
+    max_model_len: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> Executor:
+    if pool.device.type != "cuda":
+        return ModelRunner(model, pool)
+    runner = DeviceRunner(model, pool, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    if not config.enforce_eager:
+        runner.capture(progress and partial(progress, "capturing decode steps"))
+    return runner
+
+
+def attention_backend(wanted: str) -> str:
+    """AUTO, CUDNN or TRITON: what is wanted, or what VLLM_ATTENTION_BACKEND asks for if that is left open.
+
+    vLLM's names stand for the nearest that is here: its FlashAttention for cuDNN's fused attention.
+
+    Raises:
+        ConfigError: the variable holds an unknown name.
+    """
+    if wanted == "AUTO":
+        wanted = os.environ.get("VLLM_ATTENTION_BACKEND") or "AUTO"
+    nearest = {"FLASH_ATTN": "CUDNN", "FLASHINFER": "AUTO", "TRITON_ATTN": "TRITON", "XFORMERS": "TRITON"}
+    if wanted not in ATTENTION_BACKENDS:
+        raise ConfigError(f"VLLM_ATTENTION_BACKEND {wanted} is not known: use {', '.join(ATTENTION_BACKENDS)}")
+    return nearest.get(wanted, wanted)
 
 
 def resolve_device(device: str) -> torch.device:

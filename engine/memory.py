@@ -1,20 +1,40 @@
-"""How large the KV pool may be: stated, or measured on a GPU by running the largest step once."""
+"""How large the KV pool may be: stated, or measured on a GPU: the largest step is run and every graph captured once."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from penstock.common.config import EngineConfig
 from penstock.common.errors import ConfigError
+from penstock.common.sampling import SamplingParams
+from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
-from penstock.kernels.paged_batch import PagedBatch
+from penstock.engine.plan import SequenceStart, SequenceWork, StepPlan
 from penstock.models.decoder import CausalLM
 
 CPU_DEFAULT_BYTES = 2**30
+_OTHERS_BYTES = 2**30  # a CUDA context and its libraries, where several workers share a device
+_SLACK_BYTES = 256 * 2**20  # the allocator's blocks do not fit as closely in every order of steps
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the options promise: a step never holds more."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
 
 
 def pool_size_bytes(
-    config: EngineConfig, model: CausalLM, layout: KVLayout, device: torch.device, memory_share: float
+    config: EngineConfig,
+    model: CausalLM,
+    layout: KVLayout,
+    limits: Limits,
+    device: torch.device,
+    memory_share: float,
 ) -> int:
     """Bytes for the pool.
 
@@ -25,32 +45,51 @@ def pool_size_bytes(
         return config.kv_cache_memory_bytes
     if device.type == "cpu":
         return CPU_DEFAULT_BYTES
-    return _measured(config, model, layout, device, memory_share)
-
-
-@torch.inference_mode()
-def _measured(
-    config: EngineConfig, model: CausalLM, layout: KVLayout, device: torch.device, memory_share: float
-) -> int:
-    """The device's budget, less weights and the peak of the largest step."""
-    num_tokens = config.max_num_batched_tokens
-    num_seqs = min(config.max_num_seqs, num_tokens)
-    pages = -(-num_tokens // layout.page_size)
-    scratch = KVPool(layout, pages, device)
-    torch.cuda.reset_peak_memory_stats(device)
-    batch = PagedBatch.build([num_tokens], [num_tokens], [list(range(pages))], layout.page_size, device)
-    hidden = model.forward(torch.zeros(num_tokens, dtype=torch.int64, device=device), batch, scratch.layers())
-    logits = model.logits(hidden[:num_seqs])
-    logits.softmax(dim=-1).sort(dim=-1)
-    torch.cuda.synchronize(device)
-    peak_bytes = torch.cuda.max_memory_allocated(device) - scratch.pages.nbytes
-    total_bytes = torch.cuda.mem_get_info(device)[1]
-    del scratch, batch, hidden, logits
-    torch.cuda.empty_cache()
-    room = int(total_bytes * config.gpu_memory_utilization * memory_share) - peak_bytes
-    if room < layout.page_bytes:
+    budget = int(torch.cuda.mem_get_info(device)[1] * config.gpu_memory_utilization * memory_share)
+    needed = _measure(config, model, layout, limits, device, alone=memory_share == 1.0)
+    if budget - needed < layout.page_bytes:
         raise ConfigError(
-            f"no memory is left for KV pages: budget {total_bytes * config.gpu_memory_utilization * memory_share:.3g} "
-            f"bytes, weights and activations {peak_bytes:.3g}; raise gpu_memory_utilization or use fewer workers here"
+            f"no memory is left for KV pages: the budget is {budget / 2**30:.1f} GiB, weights and the largest step "
+            f"take {needed / 2**30:.1f} GiB; raise gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
         )
-    return room
+    return budget - needed
+
+
+def _measure(
+    config: EngineConfig, model: CausalLM, layout: KVLayout, limits: Limits, device: torch.device, *, alone: bool
+) -> int:
+    """Bytes that everything but the pool takes at its largest.
+
+    alone: whatever else is on the device (other processes too) counts; else only what torch allocated here, and a
+    reserve for the rest.
+    """
+    scratch = KVPool(layout, -(-limits.max_num_batched_tokens // layout.page_size) + limits.max_num_seqs, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner = DeviceRunner(model, scratch, max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len)
+    runner.submit(largest_step(limits, layout.page_size)).result()
+    if not config.enforce_eager:
+        runner.capture()
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    peak = torch.cuda.max_memory_reserved(device) - scratch.pages.nbytes
+    runner.close()
+    del runner, scratch
+    torch.cuda.empty_cache()
+    return peak + (others if alone else min(others, _OTHERS_BYTES)) + _SLACK_BYTES
+
+
+def largest_step(limits: Limits, page_size: int) -> StepPlan:
+    """As many tokens and sampled sequences as a step may have; one chunk stands at the end of the longest context."""
+    others = min(limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len) - 1
+    chunk = min(limits.max_num_batched_tokens - others, limits.max_model_len - 1)
+    greedy = SamplingParams(temperature=0.0)
+    started, work = [], []
+    for i in range(others):
+        started.append(SequenceStart(str(i), (0,), 1, greedy, 0, ()))
+        work.append(SequenceWork(str(i), 0, 1, (0,), True))
+    long = limits.max_model_len - 1
+    pages = -(-long // page_size)
+    started.append(SequenceStart("long", (0,) * long, long, greedy, 0, ()))
+    work.append(SequenceWork("long", long - chunk, chunk, (0,) * pages, True))
+    return StepPlan(0, (), tuple(started), tuple(work))

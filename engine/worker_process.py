@@ -52,7 +52,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         joint.policy,
         name=f"penstock-{incarnation}",
         memory_share=config.memory_share,
-        progress=lambda done, total: report_progress("loading weights", done, total),
+        progress=report_progress,
     )
     transports = joint.open_transports(built.pool, incarnation)
     bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)

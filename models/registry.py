@@ -55,11 +55,13 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     load_format: str = "auto",
+    attention_backend: str = "AUTO",
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
     """The model with its weights on `device`; `progress` gets (bytes done, bytes in all) after every tensor.
 
     load_format: auto reads the checkpoint in `path`; dummy makes random weights and reads nothing.
+    attention_backend: what computes prompts on CUDA (kernels/prefill_attention.py).
 
     Raises:
         ModelError: the checkpoint is incomplete or broken.
@@ -72,4 +74,4 @@ def load_model(
         weights = load_weights(path, parameters, dtype, device, progress)
     else:
         raise ValueError(f"load_format must be auto or dummy, got {load_format!r}")
-    return model_class(spec, weights)
+    return model_class(spec, weights, attention_backend=attention_backend)

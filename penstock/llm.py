@@ -118,7 +118,10 @@ class LLM:
         # Silent where nobody looks: not a terminal.
         with tqdm(desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
-            def show(done: int, total: int) -> None:
+            def show(stage: str, done: int, total: int) -> None:
+                if bar.total != total:
+                    bar.reset(total)
+                    bar.set_description(stage)
                 bar.total = total
                 bar.update(done - bar.n)
 
