@@ -50,10 +50,12 @@ class _Reading:
         return self.handle.result()
 
 
-def make_engine(path: Path, *, pages: int = 512, run_ahead: int = 0, **options: object) -> BuiltEngine:
-    """A decode engine on CPU with a pool of `pages` pages."""
+def make_engine(
+    path: Path, *, pages: int = 512, run_ahead: int = 0, device: str = "cpu", **options: object
+) -> BuiltEngine:
+    """A decode engine with a pool of `pages` pages."""
     values: dict[str, object] = {"block_size": 4, "max_num_batched_tokens": 64, "max_num_seqs": 16, **options}
-    config = EngineConfig(model=str(path), device="cpu", cpu_threads=1, **values)  # type: ignore[arg-type]
+    config = EngineConfig(model=str(path), device=device, cpu_threads=1, **values)  # type: ignore[arg-type]
     spec = read_spec(path)
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)

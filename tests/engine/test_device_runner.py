@@ -1,0 +1,185 @@
+"""The GPU's executor against Hugging Face and against the CPU's: graphs, run-ahead, chunks, preemption, sampling.
+
+Without a GPU one small run goes through Triton's interpreter: the same code but for the capture.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.common.errors import ConfigError
+from penstock.common.sampling import SamplingParams
+from penstock.engine.batch_state import BatchState
+from penstock.engine.build import BuiltEngine, attention_backend
+from penstock.engine.decode_graphs import batch_sizes
+from penstock.engine.device_runner import DeviceRunner
+from penstock.engine.memory import Limits, largest_step
+from penstock.engine.plan import SequenceStart
+from penstock.kernels import launch
+from penstock.kernels.sample import ENDS, IN_PROMPT
+from tests.engine.engines import make_engine, request, run
+from tests.tiny_models import FAMILIES, random_prompts, reference_tokens
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")
+
+
+def _greedy(count: int, **fields: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    launch.interpret_ops = True
+    yield
+    launch.interpret_ops = False
+
+
+def _on_device(built: BuiltEngine, max_num_seqs: int) -> BuiltEngine:
+    """The same engine, but its steps go through the GPU's executor."""
+    model = built.engine.executor.model  # type: ignore[attr-defined]
+    built.engine.executor = DeviceRunner(
+        model, built.pool, max_num_seqs=max_num_seqs, max_model_len=built.max_model_len
+    )
+    return built
+
+
+@interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy says so where 32-bit products wrap, as they shall
+def test_equals_hugging_face_in_the_interpreter(checkpoints: dict[str, Path], interpreted: None) -> None:
+    path = checkpoints["llama"]
+    prompts = random_prompts([5, 17, 1])
+    expected = reference_tokens(path, prompts, 4)
+    built = _on_device(make_engine(path, max_num_batched_tokens=12, max_num_seqs=2), 2)
+    sampling = [_greedy(4), _greedy(4, logprobs=2), _greedy(4, min_tokens=2, stop_token_ids=[expected[2][0]])]
+    tokens, _ = run(built, [(i, request(str(i), p, sampling[i])) for i, p in enumerate(prompts)])
+    assert [tokens["0"], tokens["1"]] == expected[:2]
+    assert tokens["2"][0] != expected[2][0], "a token that would end the request was forbidden"
+    built.engine.close()
+
+
+MODES = [
+    {},
+    {"max_num_batched_tokens": 7, "block_size": 16},
+    {"enforce_eager": True},
+    {"pages": 40, "enable_prefix_caching": False},
+    {"max_num_seqs": 3},
+    {"attention_backend": "CUDNN"},
+]
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_greedy_equals_hugging_face(checkpoints: dict[str, Path], family: str, mode: dict[str, object]) -> None:
+    path = checkpoints[family]
+    prompts = random_prompts([random.Random(1).choice((1, 2, 3, 5, 8, 17, 31, 40, 64, 90)) for _ in range(24)])
+    expected = reference_tokens(path, prompts, 12)
+    built = make_engine(path, device="cuda", **mode)  # type: ignore[arg-type]
+    chooser = random.Random(2)
+    arrivals = [(chooser.randrange(40), request(str(i), p, _greedy(12))) for i, p in enumerate(prompts)]
+    for _ in range(2):  # the second time from the prefix cache
+        tokens, _ = run(built, arrivals)
+        assert [tokens[str(i)] for i in range(len(prompts))] == expected
+    if "pages" in mode:
+        assert built.engine.scheduler.counters.preemptions > 0
+    built.engine.close()
+
+
+@pytest.mark.gpu
+@gpu
+def test_sampling_equals_the_cpu(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["qwen3"]
+    prompts = random_prompts([5, 40, 17, 64, 33, 1, 28, 40])
+    sampling = [
+        SamplingParams(temperature=0.9, seed=1),
+        SamplingParams(temperature=0.7, top_k=20, seed=2),
+        SamplingParams(temperature=1.1, top_p=0.8, seed=3),
+        SamplingParams(temperature=1.0, min_p=0.05, seed=4),
+        SamplingParams(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, seed=5),
+        SamplingParams(temperature=0.0, logprobs=3),
+        SamplingParams(temperature=0.0, min_tokens=6, stop_token_ids=list(range(0, 400, 2))),
+        SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, logprobs=0, seed=6),
+    ]
+    arrivals = [(i, request(str(i), p, s)) for i, (p, s) in enumerate(zip(prompts, sampling, strict=True))]
+    results = []
+    for device in ("cpu", "cuda"):
+        built = make_engine(path, device=device)
+        results.append(run(built, arrivals))
+        built.engine.close()
+    assert results[0] == results[1]
+
+
+@pytest.mark.gpu
+@gpu
+def test_logits_in_bfloat16_are_within_its_error(checkpoints: dict[str, Path]) -> None:
+    """Tokens may differ by near-ties; logprobs of a prompt's next token may not differ by more than bf16's error."""
+    path = checkpoints["llama"]
+    prompt = random_prompts([64])[0]
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        built = make_engine(path, device="cuda", dtype=dtype)
+        built.engine.add(request("a", prompt, _greedy(1, logprobs=20)))
+        outputs = []
+        while built.engine.has_work():
+            outputs += built.engine.step().outputs
+        assert outputs[0].logprobs is not None
+        at = outputs[0].logprobs[0]
+        found.append(dict(zip(at.top_ids, at.top_logprobs, strict=True)))
+        built.engine.close()
+    exact, rough = found
+    common = exact.keys() & rough.keys()
+    assert len(common) >= 12
+    # Logits of these models spread over some 100; bf16 has 8 bits, through three layers.
+    assert max(abs(exact[token] - rough[token]) for token in common) < 2.0
+
+
+def test_sizes_hold_every_batch() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(100)[-2:] == [96, 100]
+    assert batch_sizes(256)[-1] == 256
+    assert batch_sizes(4096)[-1] == 512
+
+
+def test_of_an_address_set_twice_the_last_value_counts() -> None:
+    state = BatchState(2, 3, 10, torch.device("cpu"))
+    state.set_rows([1, 0])
+    state.set_rows([0])
+    addresses, values = state.take_changes()
+    assert len(set(addresses)) == len(addresses) == 2
+    assert sorted(zip(addresses, values, strict=True))[0][1] == 0
+    assert sorted(zip(addresses, values, strict=True))[1][1] == -1
+    assert state.take_changes() == ([], [])
+
+
+def test_penalised_sequences_start_with_their_tokens_counted() -> None:
+    state = BatchState(2, 3, 10, torch.device("cpu"))
+    sampling = SamplingParams(repetition_penalty=1.2, min_tokens=2, stop_token_ids=[9, 12])
+    state.start(1, SequenceStart("a", (3, 4, 4, 5, 5), 3, sampling, 0, (7,)))
+    row = state.columns.token_state[1].tolist()
+    assert row == [0, 0, 0, IN_PROMPT, IN_PROMPT, 2, 0, ENDS, 0, ENDS]
+    assert state.columns.token_state[0].count_nonzero() == 0
+
+
+def test_the_largest_step_is_within_its_limits() -> None:
+    plan = largest_step(Limits(max_num_seqs=8, max_num_batched_tokens=100, max_model_len=64), 16)
+    assert len(plan.work) == 8
+    assert plan.work[-1].start + plan.work[-1].num_tokens == 63
+    assert plan.num_tokens <= 100
+    plan = largest_step(Limits(max_num_seqs=256, max_num_batched_tokens=100, max_model_len=4096), 16)
+    assert plan.num_tokens == 100
+
+
+def test_vllm_names_of_attention_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "XFORMERS")
+    assert attention_backend("AUTO") == "TRITON"
+    assert attention_backend("FLASH_ATTN") == "CUDNN"
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "NONSENSE")
+    with pytest.raises(ConfigError, match="VLLM_ATTENTION_BACKEND NONSENSE is not known"):
+        attention_backend("AUTO")
