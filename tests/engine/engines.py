@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,38 +16,11 @@ from penstock.engine import sampler
 from penstock.engine.build import DTYPES, BuiltEngine, build_engine
 from penstock.engine.kv_pool import KVLayout
 from penstock.engine.outputs import Output
-from penstock.engine.plan import Executor, StepHandle, StepPlan, StepResult
 from penstock.engine.policy import DecodePolicy
 from penstock.models.spec import read_spec
+from tests.engine.late import Late
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-
-class Late:
-    """An executor whose results are read `run_ahead` steps late."""
-
-    def __init__(self, executor: Executor, run_ahead: int) -> None:
-        self.run_ahead = run_ahead
-        self.unread = 0
-        self._executor = executor
-
-    def submit(self, plan: StepPlan) -> StepHandle:
-        assert self.unread <= self.run_ahead
-        self.unread += 1
-        return _Reading(self, self._executor.submit(plan))
-
-    def close(self) -> None:
-        self._executor.close()
-
-
-@dataclass
-class _Reading:
-    late: Late
-    handle: StepHandle
-
-    def result(self) -> StepResult:
-        self.late.unread -= 1
-        return self.handle.result()
 
 
 def make_engine(

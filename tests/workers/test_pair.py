@@ -19,16 +19,18 @@ PAIR = {"prefill-0": "prefill", "decode-0": "decode"}
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
+@pytest.mark.parametrize(
+    ("transport", "module"), [("shm", "penstock"), ("nixl", "penstock"), ("shm", "tests.workers.late")]
+)
 def test_handed_off_tokens_equal_hugging_face(
-    checkpoints: dict[str, Path], redis_server: RedisServer, transport: str
+    checkpoints: dict[str, Path], redis_server: RedisServer, transport: str, module: str
 ) -> None:
     path = checkpoints["qwen3"]
     chooser = random.Random(3)
     prompts = random_prompts([chooser.choice((1, 3, 9, 17, 40, 64, 90)) for _ in range(24)])
     expected = reference_tokens(path, prompts, NEW_TOKENS)
     flags = {"block_size": 4, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": "8MiB"}
-    with workers(redis_server.url, path, PAIR, kv_transport=transport, **flags) as fleet:
+    with workers(redis_server.url, path, PAIR, module=module, kv_transport=transport, **flags) as fleet:
         prefill, decode = fleet["prefill-0"], fleet["decode-0"]
         assert prefill.info is not None and decode.info is not None
         with RouterDouble(decode.info, prefill.info) as router:
