@@ -1,0 +1,163 @@
+"""The loop's turns over an executor that is late: it sleeps only when nothing is due."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+
+from penstock.common.messages import Finish, Message
+from penstock.engine.core import Engine
+from penstock.engine.outputs import StepOutput
+from penstock.engine.pages import PageManager
+from penstock.engine.policy import DecodePolicy
+from penstock.engine.scheduler import Scheduler
+from penstock.engine.worker_loop import BLOCKED_POLL_S, IDLE_POLL_S, WorkerLoop
+from tests.engine.test_run_ahead import LateExecutor, expected_tokens, source
+
+PROMPT = [1, 2, 3]
+
+
+class Bus:
+    """Nobody writes to this worker."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = self.context.socket(zmq.PULL)
+
+    def receive(self) -> list[tuple[bytes, Message]]:
+        return []
+
+    def send(self, identity: bytes, message: Message) -> None:
+        raise AssertionError(f"{message} to nobody")
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+class OneRequest:
+    """A role with one request, from the first turn on; asks the loop to stop when that has ended."""
+
+    def __init__(self, loop: WorkerLoop, **sampling: object) -> None:
+        self.loop = loop
+        self.source = source("a", PROMPT, **sampling)
+        self.events: list[str] = []
+        self.tokens: list[int] = []
+        self.begun = False
+
+    def tick(self, now: float) -> None:
+        self.events.append("tick")
+        if not self.begun:
+            self.begun = True
+            self.loop.engine.add(self.source)
+
+    def stepped(self, output: StepOutput, now: float) -> None:
+        for item in output.outputs:
+            self.tokens += item.token_ids
+            if item.finish is not None:
+                self.loop.request_stop()
+        self.events.append(f"{len(output.outputs)} outputs")
+
+    def busy(self) -> bool:
+        return False
+
+    def load(self) -> dict[str, int]:
+        return {}
+
+    def give_up(self, finish: Finish) -> None:
+        raise AssertionError(finish)
+
+
+class Sleeps:
+    """Stands in for the poller: notes how long each turn would sleep at most, and never does."""
+
+    def __init__(self) -> None:
+        self.timeouts_ms: list[int] = []
+        self.each_time = lambda: None
+
+    def poll(self, timeout_ms: int) -> list[tuple[int, int]]:
+        self.timeouts_ms.append(timeout_ms)
+        self.each_time()
+        return []
+
+    def unregister(self, fd: int) -> None: ...
+
+
+def make_loop(run_ahead: int, num_pages: int = 16) -> tuple[WorkerLoop, Bus, Sleeps]:
+    scheduler = Scheduler(
+        PageManager(num_pages, 4),
+        DecodePolicy(),
+        max_num_seqs=4,
+        max_num_batched_tokens=8,
+        max_model_len=num_pages * 4,
+        hash_scope="test",
+    )
+    bus: Any = Bus()
+    built: Any = SimpleNamespace(engine=Engine(scheduler, LateExecutor(run_ahead)))
+    info: Any = SimpleNamespace(worker_id="decode-0", incarnation="x")
+    loop = WorkerLoop(built, bus, info, lease_s=10.0, drain_s=10.0)
+    sleeps: Any = Sleeps()
+    loop.poller = sleeps
+    return loop, bus, sleeps
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+def test_no_sleep_while_a_result_is_due(run_ahead: int) -> None:
+    loop, bus, sleeps = make_loop(run_ahead)
+    role: Any = OneRequest(loop, max_tokens=4)
+    loop.run(role, None)
+    assert role.tokens == expected_tokens(role.source, 64)
+    assert set(sleeps.timeouts_ms) == {0}
+    assert role.events == ["tick", "0 outputs"] * run_ahead + ["tick", "1 outputs"] * 4
+    loop.close()
+    bus.close()
+
+
+def test_the_turn_after_a_late_stop_still_comes() -> None:
+    """The step behind the stop is read before the loop ends: nothing is held then."""
+    loop, bus, sleeps = make_loop(1)
+    first = expected_tokens(source("a", PROMPT), 64)[0]
+    role: Any = OneRequest(loop, max_tokens=9, stop_token_ids=[first])
+    loop.run(role, None)
+    assert role.tokens == [first]
+    assert role.events == ["tick", "0 outputs", "tick", "1 outputs", "tick", "0 outputs"]
+    assert set(sleeps.timeouts_ms) == {0}
+    assert loop.engine.pages.num_held == 0
+    loop.close()
+    bus.close()
+
+
+def test_a_short_sleep_while_others_hold_the_pages_and_a_long_one_without_work() -> None:
+    loop, bus, sleeps = make_loop(1, num_pages=2)
+    loop.engine.pages.allocate("somebody", 2)
+    role: Any = OneRequest(loop, max_tokens=1)
+    turns = 0
+
+    def each_time() -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 4:
+            loop.engine.pages.release("somebody")
+
+    sleeps.each_time = each_time
+    loop.run(role, None)
+    blocked_ms = round(BLOCKED_POLL_S * 1e3)
+    assert sleeps.timeouts_ms[:4] == [0, blocked_ms, blocked_ms, blocked_ms]
+    assert set(sleeps.timeouts_ms[4:]) == {0}
+    idle, idle_bus, idle_sleeps = make_loop(1)
+
+    def stop_later() -> None:
+        if len(idle_sleeps.timeouts_ms) == 3:
+            idle.request_stop()
+
+    idle_sleeps.each_time = stop_later
+    idle_role: Any = OneRequest(idle)
+    idle_role.begun = True
+    idle.run(idle_role, None)
+    assert idle_sleeps.timeouts_ms == [0, round(IDLE_POLL_S * 1e3), round(IDLE_POLL_S * 1e3)]
+    for each, its_bus in ((loop, bus), (idle, idle_bus)):
+        each.close()
+        its_bus.close()
