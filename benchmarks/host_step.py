@@ -2,9 +2,10 @@
 
     python benchmarks/host_step.py [--sequences 256] [--prompt 512] [--steps 160]
 
-`decode`: microseconds a decode step of all sequences together, when each has produced 10 tokens, and 2000: the two must
-be alike. `plan` and `update` are the scheduler's (engine/scheduler.py); `answer` makes the deltas of a step and encodes
-them as a worker does for one router. Means, as the pages that fill up are not the same number every step.
+`decode`: microseconds a decode step of all sequences together (1, 64 and --sequences of them), when each has produced
+10 tokens, and 2000: the two must be alike. `plan` and `update` are the scheduler's (engine/scheduler.py); `answer`
+makes the deltas of a step and encodes them as a worker does for one router. Means, as the pages that fill up are not
+the same number every step.
 `offline`: all requests are there from the start, as in `LLM`; `Engine.step` with everything in it, requests that begin
 and end included. The executor's own time (it makes one `SampledTokens` a sequence) is not counted. All are CPU times of
 the thread.
@@ -52,10 +53,11 @@ class Done:
 
 
 class InstantExecutor:
-    """Has every result at once, and notes its own time."""
+    """Has every result at once, is asked for it a step late, and notes its own time."""
 
-    def __init__(self, run_ahead: int) -> None:
-        self.run_ahead = run_ahead
+    run_ahead = 1
+
+    def __init__(self) -> None:
         self.seconds = 0.0
         self.work = 0
 
@@ -89,16 +91,16 @@ class Timed:
         return round(sum(seconds) / len(seconds) * 1e6, 1)
 
 
-def make_engine(sequences: int, num_pages: int, policy: BatchPolicy, run_ahead: int) -> tuple[Engine, InstantExecutor]:
+def make_engine(sequences: int, num_pages: int, policy: BatchPolicy) -> tuple[Engine, InstantExecutor]:
     scheduler = Scheduler(
         PageManager(num_pages, PAGE_SIZE),
         policy,
         max_num_seqs=sequences,
         max_num_batched_tokens=8192,
-        max_model_len=32768,
+        max_model_len=num_pages * PAGE_SIZE,
         hash_scope="benchmark",
     )
-    executor = InstantExecutor(run_ahead)
+    executor = InstantExecutor()
     return Engine(scheduler, executor), executor
 
 
@@ -118,12 +120,12 @@ def encode_answer(output: StepOutput) -> bytes:
     return encode(TokenBatch(deltas=[to_delta(item) for item in output.outputs]))
 
 
-def measure_decode(sequences: int, prompt: int, steps: int, run_ahead: int) -> dict[str, Any]:
+def measure_decode(sequences: int, prompt: int, steps: int) -> dict[str, Any]:
     """Decode steps of a full batch, early and late in its outputs."""
     chooser = random.Random(1)
     last = 2000 + 2 * steps
     pages = sequences * ((prompt + last) // PAGE_SIZE + 2)
-    engine, _ = make_engine(sequences, pages, DecodePolicy(), run_ahead)
+    engine, _ = make_engine(sequences, pages, DecodePolicy())
     for number in range(sequences):
         add(engine, number, prompt + number % PAGE_SIZE, last, chooser)
     scheduler: Any = engine.scheduler
@@ -152,7 +154,7 @@ def measure_decode(sequences: int, prompt: int, steps: int, run_ahead: int) -> d
 def measure_offline(sequences: int, requests: int) -> dict[str, Any]:
     """A throughput run: prompts of 20 to 420 tokens, outputs of 20 to 380."""
     chooser = random.Random(2)
-    engine, executor = make_engine(sequences, 40_000, THROUGHPUT, 1)
+    engine, executor = make_engine(sequences, 40_000, THROUGHPUT)
     start = time.thread_time()
     for number in range(requests):
         add(engine, number, chooser.randrange(20, 420), chooser.randrange(20, 380), chooser)
@@ -167,6 +169,7 @@ def measure_offline(sequences: int, requests: int) -> dict[str, Any]:
         mixed += scheduler.counters.prompt_tokens > prompt_tokens
     seconds = time.thread_time() - start - executor.seconds
     return {
+        "sequences": sequences,
         "requests": requests,
         "output_tokens": tokens,
         "steps": engine.steps,
@@ -192,11 +195,10 @@ def main() -> None:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg(),
-        "sequences": options.sequences,
         "prompt_tokens": options.prompt,
         "decode": {
-            f"run_ahead_{ahead}": measure_decode(options.sequences, options.prompt, options.steps, ahead)
-            for ahead in (0, 1)
+            f"{count}_sequences": measure_decode(count, options.prompt, options.steps)
+            for count in sorted({1, 64, options.sequences})
         },
         "offline": measure_offline(options.sequences, 4 * options.sequences),
         "load_after": os.getloadavg(),
