@@ -113,13 +113,9 @@ class Scheduler:
                 return None
             self._preempt(self.running[-1])
         step = self._step + 1
-        work: list[SequenceWork] = []
         started: list[SequenceStart] = []
-        for request in decodes:
-            num_tokens = min(len(request.tokens) + request.pending - request.computed, budget)
-            end = request.computed + num_tokens
-            work.append(_work(request, num_tokens, () if end <= request.room else self._grow(request, end), step))
-            budget -= num_tokens
+        work = self._decode(decodes, budget, step)
+        budget -= sum([item.num_tokens for item in work])
         owners, total = decodes, self.max_num_batched_tokens
         gathered = prompts or not decodes or self._gathered(len(decodes))
         budget = min(budget, self.policy.prefill_budget(total, total - budget))
@@ -162,6 +158,22 @@ class Scheduler:
                     if end > request.room:
                         growth += self.pages.pages_for(end - request.room)
         return decodes, prompts, growth
+
+    def _decode(self, requests: list[Request], budget: int, step: int) -> list[SequenceWork]:
+        """The work of sequences that decode: `_work` written out, as most of a step's host time goes there."""
+        work: list[SequenceWork] = []
+        for request in requests:
+            start = request.computed
+            known = len(request.tokens) + request.pending
+            end = known if known - start <= budget else start + budget
+            budget -= end - start
+            new_pages = () if end <= request.room else self._grow(request, end)
+            request.computed = end
+            request.last_step = step
+            if end == known:
+                request.pending += 1
+            work.append(SequenceWork(request.key, start, end - start, new_pages, end == known))
+        return work
 
     def _grow(self, request: Request, num_tokens: int) -> tuple[int, ...]:
         """Allocate the pages that are missing for `num_tokens` tokens."""
@@ -216,6 +228,7 @@ class Scheduler:
         extra = needed - held - len(matched)
         if not pages.has_room(request.key, matched, extra):
             return False
+        pages.end_promise(request.key)  # first: pages found in the cache come out of it, too
         if held == 0:
             pages.hold(request.key, matched)
             request.computed = len(matched) * pages.page_size
@@ -223,7 +236,6 @@ class Scheduler:
             self.counters.prefix_hits += request.computed
         if extra > 0:
             pages.allocate(request.key, extra)
-        pages.end_promise(request.key)
         if request.first_planned is None:
             request.first_planned = now
             request.cached_tokens = request.computed

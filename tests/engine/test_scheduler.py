@@ -254,3 +254,16 @@ def test_a_promised_request_passes_a_preempted_one_that_waits_for_its_pages() ->
     tokens = {output.request.request_id: output.token_ids for output in drain(scheduler, executor)}
     assert tokens["new"] == (oracle([2] * 6, 2)[1],)
     assert not scheduler.has_work()
+
+
+def test_a_promise_also_covers_pages_that_turn_up_in_the_cache() -> None:
+    scheduler = make_scheduler(num_pages=2)
+    executor = FakeExecutor(2)
+    scheduler.add(Request(make_request("first", [1] * 4, 1), 0.0))
+    drain(scheduler, executor)
+    late = Request(make_request("late", [1] * 4 + [2], 2), 0.0)
+    scheduler.pages.promise(late.key, 2)  # all there is, before anybody looked into the cache
+    scheduler.add(late)
+    assert joined(drain(scheduler, executor)) == {"late": oracle([1] * 4 + [2], 2)}
+    assert scheduler.counters.prefix_hits == 4
+    assert scheduler.pages.num_held == scheduler.pages.num_promised == 0
