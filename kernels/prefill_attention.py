@@ -1,12 +1,13 @@
 """Attention of prompt chunks over the paged KV cache: sequences of any lengths, behind any cached past.
 
 `prefill_attention` is called once a layer with the step's batch. Long chunks go to cuDNN one by one (`LongPrompt`), all
-others to one Triton launch; what this needs is worked out for the first layer and kept on the batch. A captured step
-knows no lengths on the host and is Triton alone.
+others to one launch of a kernel of ours; what this needs is worked out for the first layer and kept on the batch. A
+captured step knows no lengths on the host and is one launch. `uses_cudnn` and `kernel_for` are the rules of choice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from penstock.kernels.cudnn_attention import HEAD_DIMS, UNIT, LongPrompt
 from penstock.kernels.launch import use_triton
 from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.prefill_hopper import BLOCK_M, prefill_attention_hopper, supports_hopper
 from penstock.kernels.prefill_triton import prefill_attention_triton
 
 
@@ -44,19 +46,18 @@ def prefill_attention(
         sliding_window: w: a token sees itself and the w - 1 tokens before it.
         soft_cap: c: scores become c * tanh(scores / c) (Gemma 2).
         sinks: [num_heads], a logit for each head that takes weight and gives no value (gpt-oss).
-        backend: AUTO, CUDNN (where it can do it, else Triton) or TRITON.
+        backend: AUTO, or where it can do it CUDNN or HOPPER, else and by name TRITON.
         out: [T, num_heads, head_dim].
     """
     plain = sliding_window is None and soft_cap is None and sinks is None
     key = ("prefill", first, q.shape[1:], k_pages.shape[1], q.dtype, plain, backend)
     plan = batch.plans.get(key)
     if plan is None:
-        plan = batch.plans[key] = _plan(q, k_pages.shape[1], batch, first, plain, backend)
+        plan = batch.plans[key] = _plan(q, k_pages, batch, first, plain, backend)
     for prompt in plan.long:
         prompt.attend(q, k_pages, v_pages, batch.page_tables, scale=scale, out=out)
-    if plan.table_rows.shape[0]:
-        attend = prefill_attention_triton if use_triton(q) else prefill_attention_reference
-        attend(
+    if plan.kernel is not None:
+        plan.kernel(
             q,
             k_pages,
             v_pages,
@@ -79,39 +80,43 @@ class _Plan:
     """Who computes what, for every layer of a step."""
 
     long: tuple[LongPrompt, ...]
-    table_rows: Tensor  # int32 [S] of the others' launch; none if all are long
+    kernel: Callable[..., None] | None  # for the others; none if all are long
+    table_rows: Tensor  # int32 [S]
     query_starts: Tensor  # int32 [S + 1]
     contexts: Tensor  # int32 [S], 0 for those that are long
     max_query_len: int
     max_context: int
 
 
-def _plan(q: Tensor, num_kv_heads: int, batch: PagedBatch, first: int, plain: bool, backend: str) -> _Plan:
+def _plan(q: Tensor, k_pages: Tensor, batch: PagedBatch, first: int, plain: bool, backend: str) -> _Plan:
     table_rows, contexts = batch.table_rows[first:], batch.contexts[first:]
     query_starts = batch.query_starts[first:]
     if not batch.context_lens:  # captured: the host knows bounds only
-        return _Plan((), table_rows, query_starts, contexts, q.shape[0], batch.max_context)
+        kernel = kernel_for(q, k_pages, q.shape[0], backend)
+        return _Plan((), kernel, table_rows, query_starts, contexts, q.shape[0], batch.max_context)
     long: dict[int, LongPrompt] = {}
     token = sum(batch.query_lens[:first])
     for i in range(first, len(batch.query_lens)):
         queries, past = batch.query_lens[i], batch.context_lens[i] - batch.query_lens[i]
         if plain and uses_cudnn(q, queries, backend):
             row, context = batch.table_rows[i : i + 1], batch.contexts[i : i + 1]
-            long[i] = LongPrompt.plan(token, queries, row, context, past, q, num_kv_heads)
+            long[i] = LongPrompt.plan(token, queries, row, context, past, q, k_pages.shape[1])
         token += queries
     others = [i for i in range(first, len(batch.query_lens)) if i not in long]
     if not others:
-        return _Plan(tuple(long.values()), table_rows[:0], query_starts[:1], contexts[:0], 0, 0)
+        return _Plan(tuple(long.values()), None, table_rows, query_starts, contexts, 0, 0)
     if long:
         contexts = contexts.clone()
         for i in long:
             contexts[i - first].zero_()
+    longest = max(batch.query_lens[i] for i in others)
     return _Plan(
         tuple(long.values()),
+        kernel_for(q, k_pages, longest, backend),
         table_rows,
         query_starts,
         contexts,
-        max(batch.query_lens[i] for i in others),
+        longest,
         max(batch.context_lens[i] for i in others),
     )
 
@@ -120,6 +125,16 @@ def uses_cudnn(q: Tensor, new_tokens: int, backend: str) -> bool:
     """Whether a chunk without window, cap or sinks goes to cuDNN: by measurement, long ones in half precision."""
     able = q.is_cuda and q.element_size() == 2 and q.shape[2] in HEAD_DIMS and torch.backends.cudnn.is_available()
     return able and (backend == "CUDNN" or (backend == "AUTO" and new_tokens >= UNIT))
+
+
+def kernel_for(q: Tensor, k_pages: Tensor, max_query_len: int, backend: str) -> Callable[..., None]:
+    """Which kernel takes the sequences that do not go to cuDNN: the Hopper one needs rows for both of its groups."""
+    if not use_triton(q):
+        return prefill_attention_reference
+    rows = max_query_len * (q.shape[1] // k_pages.shape[1])
+    if backend == "HOPPER" and rows >= BLOCK_M and supports_hopper(q, k_pages.shape[2]):
+        return prefill_attention_hopper
+    return prefill_attention_triton
 
 
 def prefill_attention_reference(

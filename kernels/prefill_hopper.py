@@ -315,7 +315,7 @@ def _fetch(
             for piece in gl.static_range(PIECES):
                 token = first_key + piece * PIECE
                 page = gl.load(table + gl.minimum(token // PAGE_SIZE, num_pages - 1))
-                pages += (page * page_rows + kv_head * head_rows + token % PAGE_SIZE,)
+                pages += (page * page_rows + kv_head * head_rows + token % PAGE_SIZE,)  # type: ignore[assignment]
             for kind in gl.static_range(2):  # keys, then values, which lie right behind them
                 smem = v_smem if kind else k_smem
                 ready = v_ready if kind else k_ready

@@ -178,7 +178,7 @@ def test_a_sequence_without_context_is_skipped(device: str) -> None:
     close(case.run(prefill_attention_reference, device), expected)
 
 
-def run_op(case: Case, first: int, device: str, window: int | None = None) -> Tensor:
+def run_op(case: Case, first: int, device: str, window: int | None = None, backend: str = "AUTO") -> Tensor:
     """The op over a batch of all the case's sequences, of which those before `first` are left alone."""
     tables = [case.tables[row, :-1].tolist() for row in case.table_rows]
     new = [new for _, new in case.sequences]
@@ -194,6 +194,7 @@ def run_op(case: Case, first: int, device: str, window: int | None = None) -> Te
             first,
             scale=0.3,
             sliding_window=window,
+            backend=backend,
             out=out,
         )
     return out.cpu()
@@ -223,14 +224,15 @@ def test_long_prompts_in_two_dense_parts(new: int, past: int, monkeypatch: pytes
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["AUTO", "CUDNN", "HOPPER", "TRITON"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
     "sequences", [[(0, 1024)], [(0, 1), (1030, 1100), (0, 50)], [(2048, 1024), (3000, 1500)]], ids=str
 )
-def test_long_prompts_on_a_gpu(sequences: Sequences, dim: int) -> None:
+def test_long_prompts_on_a_gpu(sequences: Sequences, dim: int, backend: str) -> None:
     case = Case(sequences, 16, 4, 2, dim, torch.bfloat16)
     expected = case.run(prefill_attention_reference, "cuda")[: case.starts[-1]].double()
-    close(run_op(case, 0, "cuda"), expected, 2e-2)
+    close(run_op(case, 0, "cuda", backend=backend), expected, 2e-2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
