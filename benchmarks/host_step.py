@@ -104,14 +104,12 @@ def make_engine(sequences: int, num_pages: int, policy: BatchPolicy) -> tuple[En
     return Engine(scheduler, executor), executor
 
 
-def add(engine: Engine, number: int, prompt_len: int, max_tokens: int, chooser: random.Random) -> None:
-    engine.add(
-        GenerateRequest(
-            request_id=f"cmpl-{chooser.getrandbits(128):032x}",
-            prompt_token_ids=[chooser.randrange(10, 32000) for _ in range(prompt_len)],
-            sampling=SamplingParams(max_tokens=max_tokens, seed=number),
-            eos_token_ids=[EOS],
-        )
+def make_request(number: int, prompt_len: int, max_tokens: int, chooser: random.Random) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=f"cmpl-{chooser.getrandbits(128):032x}",
+        prompt_token_ids=[chooser.randrange(10, 32000) for _ in range(prompt_len)],
+        sampling=SamplingParams(max_tokens=max_tokens, seed=number),
+        eos_token_ids=[EOS],
     )
 
 
@@ -127,7 +125,7 @@ def measure_decode(sequences: int, prompt: int, steps: int) -> dict[str, Any]:
     pages = sequences * ((prompt + last) // PAGE_SIZE + 2)
     engine, _ = make_engine(sequences, pages, DecodePolicy())
     for number in range(sequences):
-        add(engine, number, prompt + number % PAGE_SIZE, last, chooser)
+        engine.add(make_request(number, prompt + number % PAGE_SIZE, last, chooser))
     scheduler: Any = engine.scheduler
     plan, update, answer = Timed(scheduler.plan), Timed(scheduler.update), Timed(encode_answer)
     scheduler.plan, scheduler.update = plan, update
@@ -155,9 +153,13 @@ def measure_offline(sequences: int, requests: int) -> dict[str, Any]:
     """A throughput run: prompts of 20 to 420 tokens, outputs of 20 to 380."""
     chooser = random.Random(2)
     engine, executor = make_engine(sequences, 40_000, THROUGHPUT)
+    sources = [
+        make_request(number, chooser.randrange(20, 420), chooser.randrange(20, 380), chooser)
+        for number in range(requests)
+    ]
     start = time.thread_time()
-    for number in range(requests):
-        add(engine, number, chooser.randrange(20, 420), chooser.randrange(20, 380), chooser)
+    for source in sources:
+        engine.add(source)
     added_s = time.thread_time() - start
     tokens, mixed = 0, 0
     scheduler = engine.scheduler
