@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.experimental import gluon
+from triton.experimental import gluon as triton_gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -138,7 +138,7 @@ def prefill_attention_hopper(
     )
 
 
-@gluon.jit
+@triton_gluon.jit
 def _softmax(
     scores, top, total, first_key, positions, factors, MASKED: gl.constexpr, WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -163,7 +163,7 @@ def _softmax(
     return weights, fade, new_top, total
 
 
-@gluon.jit
+@triton_gluon.jit
 def _step(
     i, acc, weights, top, total, q_smem, ring, last_block, num_blocks, positions, factors, MASKED: gl.constexpr,
     WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -196,7 +196,7 @@ def _step(
     return acc, weights, top, total
 
 
-@gluon.jit
+@triton_gluon.jit
 def _compute(
     q_ptr, out_ptr, sinks_ptr, q_smem, ring, part, place, strides, factors, GROUP: gl.constexpr, WINDOW: gl.constexpr,
     SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -293,7 +293,7 @@ def _compute(
         gl.store(out_ptr + where, result, mask=(rows < num_queries * GROUP)[:, None])
 
 
-@gluon.jit
+@triton_gluon.jit
 def _fetch(
     kv_desc, tables_ptr, table_rows_ptr, table_stride, ring, sequence, kv_head, num_pages, last_block, num_blocks,
     page_rows, head_rows, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -328,7 +328,7 @@ def _fetch(
                     hopper.tma.async_copy_global_to_shared(kv_desc, [row, 0], ready.index(stage), target)
 
 
-@gluon.jit
+@triton_gluon.jit
 def _hopper_kernel(
     kv_desc, q_ptr, out_ptr, sinks_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, num_sequences,
     table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, page_rows, head_rows, scale,

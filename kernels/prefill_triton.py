@@ -40,7 +40,6 @@ def choose_tiles(
     block_dim: int,
     itemsize: int,
     num_tokens: int,
-    num_sequences: int,
     num_kv_heads: int,
     max_query_len: int,
     max_context: int,
@@ -58,9 +57,10 @@ def choose_tiles(
         rows, keys, num_warps, num_stages = 64, 64, 4, 3
     else:
         rows, keys, num_warps, num_stages = 16, 64, 4, 3
-    programs = num_kv_heads * (num_tokens * group // rows + min(num_sequences, num_tokens))
+    programs = num_kv_heads * max(1, -(-num_tokens * group // rows))
+    resident = num_multiprocessors * (1 if rows > 64 else 2)  # shared memory holds one large program, or two small
     # A split shall have at least four blocks of keys, or joining costs more than it saves.
-    splits = min(num_multiprocessors // max(1, programs), max_context // (4 * keys))
+    splits = min(resident // programs, max_context // (4 * keys))
     return Tiles(rows, keys, num_warps, num_stages, max(1, splits))
 
 
@@ -84,32 +84,23 @@ def prefill_attention_triton(
 ) -> None:
     """`prefill_attention` in Triton; `tiles` overrides the rule."""
     num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, page_size, _ = k_pages.shape
+    num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
     num_sequences = table_rows.shape[0]
     if num_tokens == 0 or num_sequences == 0:
         return
     group = num_heads // num_kv_heads
     block_dim = max(16, triton.next_power_of_2(head_dim))
     if tiles is None:
+        multiprocessors = num_multiprocessors(q.device)
         tiles = choose_tiles(
-            group,
-            block_dim,
-            q.element_size(),
-            num_tokens,
-            num_sequences,
-            num_kv_heads,
-            max_query_len,
-            max_context,
-            num_multiprocessors(q.device),
-        )
+            group, block_dim, q.element_size(), num_tokens, num_kv_heads, max_query_len, max_context, multiprocessors,
+       
+        )  # fmt: skip
     splits = tiles.splits
-    pdl = pdl_options(q)
+    partial, masses = out, out
     if splits > 1:
         partial = torch.empty((splits, num_tokens, num_heads, head_dim), dtype=torch.float32, device=q.device)
-        weights = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
-    else:
-        partial, weights = out, out
-    page_stride, head_stride = k_pages.stride(0), k_pages.stride(1)
+        masses = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
     _prefill_kernel[(num_kv_heads * splits, num_tokens * group // tiles.rows + num_sequences)](
         q,
         k_pages,
@@ -120,18 +111,18 @@ def prefill_attention_triton(
         contexts,
         sinks,
         partial,
-        weights,
+        masses,
         num_sequences,
         num_tokens,
         page_tables.stride(0),
         q.stride(0),
         q.stride(1),
-        page_stride,
-        head_stride,
+        k_pages.stride(0),
+        k_pages.stride(1),
         partial.stride(-3),
         partial.stride(-2),
         scale if soft_cap is not None else scale * LOG2_E,
-        0.0 if soft_cap is None else soft_cap,
+        soft_cap or 0.0,
         sliding_window or 0,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -148,30 +139,39 @@ def prefill_attention_triton(
         BLOCK_D=block_dim,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **pdl,
+        **pdl_options(q),
     )
     if splits > 1:
-        _join_kernel[(num_tokens, num_heads)](
-            partial,
-            weights,
-            sinks,
-            query_starts,
-            contexts,
-            out,
-            num_sequences,
-            num_tokens,
-            out.stride(0),
-            out.stride(1),
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SPLITS=splits,
-            SINKS=sinks is not None,
-            BLOCK_S=triton.next_power_of_2(num_sequences),
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            BLOCK_D=block_dim,
-            num_warps=2,
-            **pdl,
-        )
+        _join(partial, masses, sinks, query_starts, contexts, out)
+
+
+def _join(
+    partial: Tensor, masses: Tensor, sinks: Tensor | None, query_starts: Tensor, contexts: Tensor, out: Tensor
+) -> None:
+    """The splits' results, [splits, T, num_heads, head_dim], weighted into out [T, num_heads, head_dim]."""
+    splits, num_tokens, num_heads, head_dim = partial.shape
+    num_sequences = contexts.shape[0]
+    _join_kernel[(num_tokens, num_heads)](
+        partial,
+        masses,
+        sinks,
+        query_starts,
+        contexts,
+        out,
+        num_sequences,
+        num_tokens,
+        out.stride(0),
+        out.stride(1),
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        SPLITS=splits,
+        SINKS=sinks is not None,
+        BLOCK_S=triton.next_power_of_2(num_sequences),
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=2,
+        **pdl_options(out),
+    )
 
 
 @triton.jit
@@ -179,27 +179,11 @@ def _attend(
     acc,  # [BLOCK_M, BLOCK_D] float32
     total,  # [BLOCK_M] sum of weights
     top,  # [BLOCK_M] largest score, in powers of two
-    q,
-    k_base,
-    v_base,
-    table,
-    begin,
-    end,
-    context,
+    q, k_base, v_base, table, begin, end, context,
     positions,  # [BLOCK_M] the last token that a row sees
-    page_stride,
-    scale,
-    soft_cap,
-    window,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    IEEE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    page_stride, scale, soft_cap, window, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, IEEE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Take the keys from begin (a multiple of BLOCK_N) to end into a block of rows' running softmax."""
     column = tl.arange(0, BLOCK_D)
     offset = tl.arange(0, BLOCK_N)
@@ -258,43 +242,15 @@ def _attend(
 
 @triton.jit
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    tables_ptr,
-    table_rows_ptr,
-    query_starts_ptr,
-    contexts_ptr,
-    sinks_ptr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, sinks_ptr,
     out_ptr,  # [T, heads, dim], or partial results [SPLITS, T, heads, dim]
     weights_ptr,  # [SPLITS, T, heads] log2 of a split's sum of weights
-    num_sequences,
-    num_tokens,
-    table_stride,
-    q_token_stride,
-    q_head_stride,
-    page_stride,
-    kv_head_stride,
-    out_token_stride,
-    out_head_stride,
-    scale,
-    soft_cap,
-    window,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    IEEE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    num_sequences, num_tokens, table_stride, q_token_stride, q_head_stride, page_stride, kv_head_stride,
+    out_token_stride, out_head_stride, scale, soft_cap, window, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, IEEE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -367,7 +323,7 @@ def _prefill_kernel(
 
     out_rows = tokens * out_token_stride + heads * out_head_stride
     if SPLITS > 1:
-        out_rows += split * num_tokens.to(tl.int64) * out_token_stride
+        out_rows += split.to(tl.int64) * num_tokens * out_token_stride
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         mass = tl.where(empty, -1e30, top + tl.log2(total))
@@ -386,23 +342,10 @@ def _prefill_kernel(
 def _join_kernel(
     partial_ptr,  # [SPLITS, T, heads, dim] float32
     weights_ptr,  # [SPLITS, T, heads] float32
-    sinks_ptr,
-    query_starts_ptr,
-    contexts_ptr,
-    out_ptr,
-    num_sequences,
-    num_tokens,
-    out_token_stride,
-    out_head_stride,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SINKS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    sinks_ptr, query_starts_ptr, contexts_ptr, out_ptr, num_sequences, num_tokens, out_token_stride, out_head_stride,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Weighted mean of the splits' results, one row a program."""
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -295,9 +295,10 @@ def test_one_graph_serves_other_lengths() -> None:
 
 def test_short_chunks_over_long_contexts_are_split() -> None:
     def splits(tokens: int, sequences: int, context: int) -> int:
-        return choose_tiles(4, 128, 2, tokens, sequences, 8, tokens // sequences, context, 132).splits
+        return choose_tiles(4, 128, 2, tokens, 8, tokens // sequences, context, 132).splits
 
-    assert splits(16, 1, 8192) >= 8
+    assert splits(16, 1, 8192) == 32
+    assert splits(128, 1, 8192) == 4
     assert splits(8192, 1, 8192) == 1
     assert splits(16, 1, 64) == 1
     assert splits(4096, 256, 8192) == 1
