@@ -148,15 +148,24 @@ class Staging:
         self._array = self._host.numpy()
         self._on_device = torch.empty(size, dtype=torch.int32, device=self._device)
 
-    def send(self, parts: Sequence[Sequence[int] | np.ndarray]) -> list[Tensor]:
-        """The parts on the device, each int32 and aligned to 16 bytes; all arrive in one copy."""
-        bounds, total = [], 0
-        for part in parts:
-            bounds.append((total, total + len(part)))
-            total += -(-len(part) // 4) * 4
+    @staticmethod
+    def size_of(parts: Sequence[Sequence[int] | np.ndarray]) -> int:
+        """Integers that `send` copies."""
+        return sum(-(-len(part) // 4) * 4 for part in parts)
+
+    def send(self, parts: Sequence[Sequence[int] | np.ndarray], into: Tensor | None = None) -> list[Tensor]:
+        """The parts on the device, each int32 and aligned to 16 bytes in our own buffer or at the start of `into`.
+
+        All arrive in one copy, in the order of the current stream.
+        """
+        total = self.size_of(parts)
         if total > len(self._array):
             self._allocate(max(total, 2 * len(self._array)))
-        for part, (begin, end) in zip(parts, bounds, strict=True):
-            self._array[begin:end] = part
-        self._on_device[:total].copy_(self._host[:total], non_blocking=True)
-        return [self._on_device[begin:end] for begin, end in bounds]
+        target = self._on_device if into is None else into
+        views, begin = [], 0
+        for part in parts:
+            self._array[begin : begin + len(part)] = part
+            views.append(target[begin : begin + len(part)])
+            begin += -(-len(part) // 4) * 4
+        target[:total].copy_(self._host[:total], non_blocking=True)
+        return views

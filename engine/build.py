@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -101,7 +101,7 @@ def build_engine(
     fingerprint = blake2b(f"{checkpoint}|{layout.describe()}|tp1|xxh3-64".encode(), digest_size=16).hexdigest()
     size_gib = num_pages * layout.page_bytes / 2**30
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, config.block_size, size_gib, max_model_len)
-    executor = _executor(config, model, pool, max_model_len, progress)
+    executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
     return BuiltEngine(Engine(scheduler, executor), spec, pool, max_model_len, hash_scope, fingerprint)
 
 
@@ -109,14 +109,14 @@ def _executor(
     config: EngineConfig,
     model: CausalLM,
     pool: KVPool,
-    max_model_len: int,
+    limits: Limits,
     progress: Callable[[str, int, int], None] | None,
 ) -> Executor:
     if pool.device.type != "cuda":
         return ModelRunner(model, pool)
-    runner = DeviceRunner(model, pool, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    runner = DeviceRunner(model, pool, **asdict(limits))
     if not config.enforce_eager:
-        runner.capture(progress and partial(progress, "capturing decode steps"))
+        runner.capture(progress and partial(progress, "capturing steps"))
     return runner
 
 

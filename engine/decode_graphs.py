@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,13 +84,16 @@ class DecodeGraphs:
         captured.graph.replay()
         return self._tokens, captured.logits
 
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture all sizes, largest first, so that the smaller ones find their memory there.
+    @property
+    def num_sizes(self) -> int:
+        return len(self._sizes)
 
-        Must be called in a stream of its own, with no row in use.
+    def capture(self, pool: Any, captured: Callable[[], None]) -> None:
+        """Capture all sizes into the memory pool, largest first, so that the smaller ones find their memory there.
+
+        `captured` is called after each. Must be called in a stream of its own, with no row in use.
         """
-        pool = torch.cuda.graph_pool_handle()
-        for done, size in enumerate(reversed(self._sizes), start=1):
+        for size in reversed(self._sizes):
             self._step(size)  # compiles, and allocates what outlives the step
             graph = torch.cuda.CUDAGraph()
             torch.cuda.current_stream().synchronize()
@@ -99,8 +103,7 @@ class DecodeGraphs:
             finally:
                 graph.capture_end()
             self._captured[size] = _Captured(graph, logits)
-            if progress is not None:
-                progress(done, len(self._sizes))
+            captured()
 
     def _step(self, size: int) -> Tensor:
         batch, state = self._batch_of(size), self._state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -50,7 +50,7 @@ def pool_size_bytes(
     if budget - needed < layout.page_bytes:
         raise ConfigError(
             f"no memory is left for KV pages: the budget is {budget / 2**30:.1f} GiB, weights and the largest step "
-            f"take {needed / 2**30:.1f} GiB; raise gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
+            f"take {needed / 2**30:.1f} GiB; raise gpu_memory_utilization or lower max_num_batched_tokens"
         )
     return budget - needed
 
@@ -65,7 +65,7 @@ def _measure(
     """
     scratch = KVPool(layout, -(-limits.max_num_batched_tokens // layout.page_size) + limits.max_num_seqs, device)
     torch.cuda.reset_peak_memory_stats(device)
-    runner = DeviceRunner(model, scratch, max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len)
+    runner = DeviceRunner(model, scratch, **asdict(limits))
     runner.submit(largest_step(limits, layout.page_size)).result()
     if not config.enforce_eager:
         runner.capture()

@@ -19,6 +19,7 @@ from penstock.engine.build import BuiltEngine, attention_backend
 from penstock.engine.decode_graphs import batch_sizes
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.memory import Limits, largest_step
+from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, Shape, captured_shapes, lay_out
 from penstock.engine.plan import SequenceStart
 from penstock.kernels import launch
 from penstock.kernels.sample import ENDS, IN_PROMPT
@@ -44,7 +45,7 @@ def _on_device(built: BuiltEngine, max_num_seqs: int) -> BuiltEngine:
     """The same engine, but its steps go through the GPU's executor."""
     model = built.engine.executor.model  # type: ignore[attr-defined]
     built.engine.executor = DeviceRunner(
-        model, built.pool, max_num_seqs=max_num_seqs, max_model_len=built.max_model_len
+        model, built.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=12, max_model_len=built.max_model_len
     )
     return built
 
@@ -145,6 +146,43 @@ def test_sizes_hold_every_batch() -> None:
     assert batch_sizes(100)[-2:] == [96, 100]
     assert batch_sizes(256)[-1] == 256
     assert batch_sizes(4096)[-1] == 512
+
+
+def test_layout_of_a_step_with_room_to_spare() -> None:
+    chunks = [Chunk(7, (-1,), 30, True), Chunk(3, (11, 12, 13), 5, False), Chunk(9, (21, 22), 2, True)]
+    exact = [array.tolist() for array in lay_out(chunks, Shape(1, 5, 2))]
+    assert exact == [
+        [0, 1, 1, 1, 2, 2],  # owners
+        [-1, 11, 12, 13, 21, 22],
+        [7, 3, 9],  # slots
+        [7, 3, 9],
+        [30, 5, 2],  # contexts
+        [0, 1, 4, 6],  # first tokens
+        [0, -1, 2],  # whose token is sampled
+        [7, -1, 9],
+        [0, 3, 5],  # last tokens
+    ]
+    roomy = [array.tolist() for array in lay_out(chunks, Shape(2, 8, 4))]
+    assert roomy == [
+        [0, -1, 2, 2, 2, 3, 3, -1, -1, -1],
+        [-1, 0, 11, 12, 13, 21, 22, 0, 0, 0],
+        [7, -1, 3, 9, -1, -1],
+        [7, 0, 3, 9, 0, 0],
+        [30, 0, 5, 2, 0, 0],
+        [0, 1, 2, 5, 7, 7, 7],
+        [0, -1, -1, 3, -1, -1],
+        [7, -1, -1, 9, -1, -1],
+        [0, 0, 4, 6, 0, 0],
+    ]
+
+
+def test_captured_shapes_are_within_the_limits() -> None:
+    shapes = captured_shapes(256, 8192)
+    assert Shape(0, 16, 1) in shapes
+    assert Shape(256, 1024, MAX_PROMPTS) in shapes
+    assert all(shape.tokens <= 40 for shape in captured_shapes(8, 32))
+    assert Shape(64, 256, 16).holds(Shape(3, 200, 16))
+    assert not Shape(64, 256, 16).holds(Shape(3, 20, 17))
 
 
 def test_of_an_address_set_twice_the_last_value_counts() -> None:

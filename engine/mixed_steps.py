@@ -1,0 +1,212 @@
+"""Steps with prompts in them on the device: decoding sequences first, then the chunks of prompts.
+
+A step is laid out for a shape: so many decode rows, prompt tokens and prompts. Small shapes are captured as CUDA
+graphs, since launching a model op by op takes longer than computing a short prompt; a step runs in the smallest
+captured shape that holds it, the rest is padding. Larger steps are launched op by op in a shape that is exactly theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.engine.batch_state import BatchState, Staging
+from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.sample import SampleWorkspace, sample
+from penstock.kernels.step_state import begin_mixed, end_step
+from penstock.models.decoder import CausalLM
+
+MAX_PROMPTS = 16  # of a captured shape that also decodes
+_PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
+
+
+class Chunk(NamedTuple):
+    """What a step computes of one sequence."""
+
+    slot: int
+    tokens: Sequence[int]  # ids; -1 for the one that the device sampled last
+    context: int  # tokens in its pages afterwards
+    samples: bool
+
+
+class Shape(NamedTuple):
+    """Room of a step."""
+
+    decodes: int  # sequences with one token
+    prompt_tokens: int
+    prompts: int
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + self.prompt_tokens
+
+    @property
+    def sequences(self) -> int:
+        return self.decodes + self.prompts
+
+    def holds(self, other: Shape) -> bool:
+        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+
+
+class _Inputs(NamedTuple):
+    """A laid-out step; int32, T tokens, S sequences. What is not used says so: owner, row and sample index -1."""
+
+    owners: Tensor  # [T] which sequence a token is of
+    given: Tensor  # [T] token ids, -1: the sequence's last sampled one
+    rows: Tensor  # [S] slots
+    table_rows: Tensor  # [S] slots, 0 for padding
+    contexts: Tensor  # [S]
+    query_starts: Tensor  # [S + 1]
+    sample_index: Tensor  # [S] its own number, if a token is sampled
+    sample_slots: Tensor  # [S] slots, if a token is sampled
+    last_tokens: Tensor  # [S] which of the T tokens is a sequence's last
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    tokens: Tensor
+    logits: Tensor
+
+
+def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[Shape]:
+    """A prompt alone, and prompts beside few or many decodes."""
+    shapes = [Shape(0, count, 1) for count in _PROMPT_TOKENS]
+    for decodes in sorted({min(64, max_num_seqs), min(256, max_num_seqs)}):
+        shapes += [Shape(decodes, count, MAX_PROMPTS) for count in _PROMPT_TOKENS[1:]]
+    return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]
+
+
+def split(chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], Sequence[Chunk]]:
+    """Leading chunks of one token, which attend as decodes do; and the others."""
+    count = next((i for i, chunk in enumerate(chunks) if len(chunk.tokens) > 1), len(chunks))
+    return chunks[:count], chunks[count:]
+
+
+def lay_out(chunks: Sequence[Chunk], shape: Shape) -> list[np.ndarray]:
+    """The arrays of `_Inputs` for chunks that fit the shape."""
+    decodes, prompts = split(chunks)
+    numbers = [*range(len(decodes)), *range(shape.decodes, shape.decodes + len(prompts))]
+    lengths = [len(chunk.tokens) for chunk in prompts]
+    ends = shape.decodes + np.cumsum([0, *lengths])
+    owners, given = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
+    owners[: len(decodes)] = np.arange(len(decodes))
+    owners[shape.decodes : ends[-1]] = np.repeat(np.arange(shape.decodes, shape.decodes + len(prompts)), lengths)
+    given[: len(decodes)] = [chunk.tokens[0] for chunk in decodes]
+    for chunk, begin, end in zip(prompts, ends, ends[1:], strict=False):
+        given[begin:end] = chunk.tokens
+    rows, sample_index, sample_slots = np.full((3, shape.sequences), -1, np.int32)
+    contexts, last_tokens = np.zeros((2, shape.sequences), np.int32)
+    rows[numbers] = [chunk.slot for chunk in chunks]
+    contexts[numbers] = [chunk.context for chunk in chunks]
+    sampling = [number for number, chunk in zip(numbers, chunks, strict=True) if chunk.samples]
+    sample_index[sampling] = sampling
+    sample_slots[sampling] = rows[sampling]
+    query_starts = np.full(shape.sequences + 1, ends[-1], np.int32)
+    query_starts[: shape.decodes] = np.arange(shape.decodes)
+    query_starts[shape.decodes : shape.decodes + len(ends)] = ends
+    last_tokens[numbers] = query_starts[np.asarray(numbers, dtype=np.int64) + 1] - 1
+    last_tokens[: len(decodes)] = np.arange(len(decodes))
+    return [owners, given, rows, np.maximum(rows, 0), contexts, query_starts, sample_index, sample_slots, last_tokens]
+
+
+class MixedSteps:
+    """Runs steps with prompts. Until `capture` has been called, all op by op."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: Sequence[tuple[Tensor, Tensor]],
+        state: BatchState,
+        workspace: SampleWorkspace,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
+        self._page_size, self._max_model_len = page_size, max_model_len
+        self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens)
+        self._captured: dict[Shape, _Captured] = {}
+
+    @property
+    def num_shapes(self) -> int:
+        return len(self._shapes)
+
+    def run(self, chunks: Sequence[Chunk], staging: Staging) -> tuple[Tensor, Tensor, list[int]]:
+        """Compute the step: tokens [S] int64, logits [S, vocab], and which rows of both were sampled, in order."""
+        decodes, prompts = split(chunks)
+        exact = Shape(len(decodes), sum(len(chunk.tokens) for chunk in prompts), len(prompts))
+        fitting = [shape for shape in self._captured if shape.holds(exact)]
+        if fitting:
+            shape = min(fitting, key=lambda shape: shape.tokens)
+            captured = self._captured[shape]
+            staging.send(lay_out(chunks, shape), into=captured.inputs)
+            captured.graph.replay()
+            tokens, logits = captured.tokens, captured.logits
+        else:
+            shape = exact
+            inputs = _Inputs(*staging.send(lay_out(chunks, shape)))
+            batch = self._batch(inputs, shape, chunks)
+            tokens, logits = self._step(inputs, batch, any(chunk.samples for chunk in chunks))
+        numbers = [*range(len(decodes)), *range(shape.decodes, shape.decodes + len(prompts))]
+        return tokens, logits, [number for number, chunk in zip(numbers, chunks, strict=True) if chunk.samples]
+
+    def capture(self, pool: Any, captured: Callable[[], None]) -> None:
+        """Capture all shapes into the memory pool, largest first; `captured` is called after each.
+
+        Must be called in a stream of its own, with no sequence running.
+        """
+        for shape in sorted(self._shapes, key=lambda shape: -shape.tokens):
+            empty = lay_out((), shape)
+            buffer = torch.zeros(Staging.size_of(empty), dtype=torch.int32, device=self._state.device)
+            inputs = _Inputs(*Staging(self._state.device).send(empty, into=buffer))
+            batch = self._batch(inputs, shape, None)
+            self._step(inputs, batch, True)  # compiles
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.current_stream().synchronize()
+            graph.capture_begin(pool=pool)
+            try:
+                tokens, logits = self._step(inputs, batch, True)
+            finally:
+                graph.capture_end()
+            self._captured[shape] = _Captured(graph, buffer, tokens, logits)
+            captured()
+
+    def _batch(self, inputs: _Inputs, shape: Shape, chunks: Sequence[Chunk] | None) -> PagedBatch:
+        """The step as ops see it; without chunks, as one whose lengths only the device knows."""
+        positions, slots = torch.empty(2, shape.tokens, dtype=torch.int64, device=self._state.device).unbind(0)
+        return PagedBatch(
+            query_lens=tuple(len(chunk.tokens) for chunk in chunks or ()),
+            context_lens=tuple(chunk.context for chunk in chunks or ()),
+            page_tables=self._state.tables,
+            table_rows=inputs.table_rows,
+            contexts=inputs.contexts,
+            query_starts=inputs.query_starts,
+            positions=positions,
+            slots=slots,
+            page_size=self._page_size,
+            num_decodes=shape.decodes,
+            max_context=max(chunk.context for chunk in chunks) if chunks else self._max_model_len,
+        )
+
+    def _step(self, inputs: _Inputs, batch: PagedBatch, samples: bool) -> tuple[Tensor, Tensor]:
+        state = self._state
+        token_ids = torch.empty_like(batch.positions)
+        begin_mixed(
+            inputs.owners, inputs.given, inputs.rows, inputs.contexts, inputs.query_starts, state.last_tokens,
+            state.tables, self._page_size, token_ids=token_ids, positions=batch.positions, slots=batch.slots,
+        )  # fmt: skip
+        logits = self._model.forward(token_ids, batch, self._kv)
+        tokens = batch.slots[:0]
+        if samples:
+            logits = self._model.logits(logits.index_select(0, inputs.last_tokens))
+            tokens = sample(logits, inputs.sample_slots, inputs.contexts, state.columns, self._workspace)
+        end_step(inputs.rows, inputs.contexts, tokens, inputs.sample_index, state.lengths, state.last_tokens)
+        return tokens, logits
