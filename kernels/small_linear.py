@@ -4,6 +4,9 @@ A program computes a strip of outputs for all rows, over all or a part of the de
 (the product has too few strips to fill the card), the program that ends last adds them up, in a fixed order. The gated
 activation or the residual addition that follows a product is done in the same launch. While the kernel ahead still
 runs, a program already asks for its weights (see `launch.py`).
+
+A program may also take several strips one after the other, where a strip's tiles fill so much shared memory that few
+programs run at a time: the first tiles of its next strip are then under way before the last one is written.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class Tiles(NamedTuple):
     stages: int
     parts: int  # of a strip's depth
     prefetch: int  # 128-byte lines of each weight row that are asked for before the wait, a power of 2
+    strips: int = 1  # that a program takes one after the other; more than 1 only with one part
 
 
 @cache
@@ -66,10 +70,14 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
             return Tiles(16, 512, 2, 6, 1, 8)
         if outputs <= 8192:
             return Tiles(16, 256, 2, 6, 1, 8) if outputs <= 4096 else Tiles(32, 256, 2, 4, 1, 8)
-    elif rows <= MAX_ROWS and outputs >= 4096:
-        if gated and columns >= 4096:
-            return Tiles(64, 128, 4, 4, 1, 0)
-        if not gated and columns >= 8192 and outputs <= 8192:
+    elif rows <= MAX_ROWS:
+        if gated:
+            return Tiles(64, 128, 4, 4, 1, 0) if columns >= 4096 and outputs >= 4096 else None
+        if outputs <= 2048:
+            if columns >= 8192:
+                return Tiles(64, 128, 4, 6, 4, 0)
+            return Tiles(32, 256, 4, 4, 2, 8) if columns <= 2048 else None
+        if columns >= 8192 and 4096 <= outputs <= 8192:
             return Tiles(64, 128, 4, 6, 2, 8)
     return None
 
@@ -87,12 +95,40 @@ def small_linear(
     """x [M, K] @ weight [N, K].T + bias [N], accumulated in float32 -> [M, N].
 
     gated: the first half of the columns is the gate, the result is silu(gate) * up, [M, N / 2]. residual [M, N]: the
-    product is added to it in place, and it is returned.
+    product is added to it in place, and it is returned. Raises ValueError for tiles with several parts and strips.
     """
     rows, columns = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     out = residual if residual is not None else torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    _small_linear_kernel[(-(-outputs // tiles.outputs), tiles.parts)](
+    strips = -(-outputs // tiles.outputs)
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    if tiles.strips > 1:
+        if tiles.parts > 1:
+            raise ValueError("a program takes several strips only where they are not cut into parts")
+        _several_strips_kernel[(-(-strips // tiles.strips),)](
+            x,
+            weight,
+            bias,
+            out,
+            rows,
+            outputs,
+            columns,
+            x.stride(0),
+            HAS_BIAS=bias is not None,
+            GATED=gated,
+            RESIDUAL=residual is not None,
+            EVEN_K=columns % tiles.depth == 0,
+            TILES=-(-columns // tiles.depth),
+            BLOCK_M=block_m,
+            BLOCK_N=tiles.outputs,
+            BLOCK_K=tiles.depth,
+            PREFETCH=tiles.prefetch,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            **pdl_options(x),
+        )
+        return out
+    _small_linear_kernel[(strips, tiles.parts)](
         x,
         weight,
         bias,
@@ -108,7 +144,7 @@ def small_linear(
         RESIDUAL=residual is not None,
         EVEN_K=columns % (tiles.depth * tiles.parts) == 0,
         PARTS=tiles.parts,
-        BLOCK_M=max(16, 1 << (rows - 1).bit_length()),
+        BLOCK_M=block_m,
         BLOCK_N=tiles.outputs,
         BLOCK_K=tiles.depth,
         PREFETCH=tiles.prefetch,
@@ -146,6 +182,7 @@ def _small_linear_kernel(
     m = tl.arange(0, BLOCK_M)
     n = strip * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    x_row = x_ptr + m[:, None] * x_stride
     m_used = m < rows
     n_used = n < outputs
     depth = tl.cdiv(tl.cdiv(columns, BLOCK_K), PARTS) * BLOCK_K
@@ -157,27 +194,12 @@ def _small_linear_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
-            line = begin + tl.arange(0, PREFETCH)[None, :] * 64
-            line = tl.where(line < end, line, 0)
-            _prefetch(weight_row + line)
-            if GATED:
-                _prefetch(up_row + line)
+            _prefetch(weight_row, up_row, begin, end, GATED, PREFETCH)
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_K):
-        at = start + k
-        if EVEN_K:
-            x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None], other=0.0)
-            acc = tl.dot(x, tl.load(weight_row + at[None, :]).T, acc)
-            if GATED:
-                up = tl.dot(x, tl.load(up_row + at[None, :]).T, up)
-        else:
-            used = at[None, :] < end
-            x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=m_used[:, None] & used, other=0.0)
-            acc = tl.dot(x, tl.load(weight_row + at[None, :], mask=used, other=0.0).T, acc)
-            if GATED:
-                up = tl.dot(x, tl.load(up_row + at[None, :], mask=used, other=0.0).T, up)
+        acc, up = _add_tile(acc, up, x_row, m_used, weight_row, up_row, start + k, end, GATED, EVEN_K)
 
     if PARTS > 1:
         tile = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -197,6 +219,110 @@ def _small_linear_kernel(
             if GATED:
                 up += tl.load(base + other * size + BLOCK_M * BLOCK_N + tile, cache_modifier=".cg")
 
+    _write(acc, up, bias_ptr, out_ptr, m, m_used, n, n_used, outputs, HAS_BIAS, GATED, RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _several_strips_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,  # holds the residual, if there is one
+    rows,
+    outputs,
+    columns,
+    x_stride,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TILES: tl.constexpr,  # of a strip
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    x_row = x_ptr + m[:, None] * x_stride
+    m_used = m < rows
+    up_offset = outputs.to(tl.int64) * columns
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            n = first * BLOCK_N + tl.arange(0, BLOCK_N)
+            weight_row = weight_ptr + tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * columns
+            _prefetch(weight_row, weight_row + up_offset, 0, columns, GATED, PREFETCH)
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # One loop over the tiles of all strips: with a loop a strip, the pipeline of loads would run dry at a strip's end.
+    strips = tl.cdiv(tl.cdiv(outputs, BLOCK_N) - first, programs)
+    for tile in range(strips * TILES):
+        n = (first + tile // TILES * programs) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_used = n < outputs
+        weight_row = weight_ptr + tl.where(n_used, n, 0).to(tl.int64)[:, None] * columns
+        at = tile % TILES * BLOCK_K + k
+        up_row = weight_row + up_offset
+        acc, up = _add_tile(acc, up, x_row, m_used, weight_row, up_row, at, columns, GATED, EVEN_K)
+        if tile % TILES == TILES - 1:
+            _write(acc, up, bias_ptr, out_ptr, m, m_used, n, n_used, outputs, HAS_BIAS, GATED, RESIDUAL)
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+
+@triton.jit
+def _prefetch(weight_row, up_row, begin, end, GATED: tl.constexpr, LINES: tl.constexpr):
+    """Ask the level-2 cache for the first 128-byte lines, from column begin on, of a strip's weights."""
+    line = begin + tl.arange(0, LINES)[None, :] * 64
+    line = tl.where(line < end, line, 0)
+    _prefetch_lines(weight_row + line)
+    if GATED:
+        _prefetch_lines(up_row + line)
+
+
+@triton.jit
+def _prefetch_lines(lines):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _add_tile(acc, up, x_row, m_used, weight_row, up_row, at, end, GATED: tl.constexpr, EVEN_K: tl.constexpr):
+    """acc (and up) plus the products over the columns `at`, of which those from `end` on do not count."""
+    if EVEN_K:
+        x = tl.load(x_row + at[None, :], mask=m_used[:, None], other=0.0)
+        acc = tl.dot(x, tl.load(weight_row + at[None, :]).T, acc)
+        if GATED:
+            up = tl.dot(x, tl.load(up_row + at[None, :]).T, up)
+    else:
+        used = at[None, :] < end
+        x = tl.load(x_row + at[None, :], mask=m_used[:, None] & used, other=0.0)
+        acc = tl.dot(x, tl.load(weight_row + at[None, :], mask=used, other=0.0).T, acc)
+        if GATED:
+            up = tl.dot(x, tl.load(up_row + at[None, :], mask=used, other=0.0).T, up)
+    return acc, up
+
+
+@triton.jit
+def _write(
+    acc,
+    up,
+    bias_ptr,
+    out_ptr,
+    m,
+    m_used,
+    n,
+    n_used,
+    outputs,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Finish a strip: bias, activation, residual."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -208,14 +334,6 @@ def _small_linear_kernel(
     if RESIDUAL:
         acc += tl.load(where, mask=used, other=0.0).to(tl.float32)
     tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=used)
-
-
-@triton.jit
-def _prefetch(lines):
-    """Ask the level-2 cache for the 128-byte lines at these addresses."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 def small_linear_reference(
