@@ -184,12 +184,11 @@ def _small_linear_kernel(
     k = tl.arange(0, BLOCK_K)
     x_row = x_ptr + m[:, None] * x_stride
     m_used = m < rows
-    n_used = n < outputs
     depth = tl.cdiv(tl.cdiv(columns, BLOCK_K), PARTS) * BLOCK_K
     begin = part * depth
     end = tl.minimum(begin + depth, columns)
     # Rows past the end are the first one: they are computed and thrown away.
-    weight_row = weight_ptr + tl.where(n_used, n, 0).to(tl.int64)[:, None] * columns
+    weight_row = weight_ptr + tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * columns
     up_row = weight_row + outputs.to(tl.int64) * columns
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -219,7 +218,7 @@ def _small_linear_kernel(
             if GATED:
                 up += tl.load(base + other * size + BLOCK_M * BLOCK_N + tile, cache_modifier=".cg")
 
-    _write(acc, up, bias_ptr, out_ptr, m, m_used, n, n_used, outputs, HAS_BIAS, GATED, RESIDUAL)
+    _write(acc, up, bias_ptr, out_ptr, m, n, rows, outputs, HAS_BIAS, GATED, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -262,15 +261,15 @@ def _several_strips_kernel(
     strips = tl.cdiv(tl.cdiv(outputs, BLOCK_N) - first, programs)
     for tile in range(strips * TILES):
         n = (first + tile // TILES * programs) * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_used = n < outputs
-        weight_row = weight_ptr + tl.where(n_used, n, 0).to(tl.int64)[:, None] * columns
-        at = tile % TILES * BLOCK_K + k
+        weight_row = weight_ptr + tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * columns
         up_row = weight_row + up_offset
+        # Cleared here, not after writing, where it would be done while asynchronous products may still be under way.
+        acc = tl.where(tile % TILES != 0, acc, 0.0)
+        up = tl.where(tile % TILES != 0, up, 0.0)
+        at = tile % TILES * BLOCK_K + k
         acc, up = _add_tile(acc, up, x_row, m_used, weight_row, up_row, at, columns, GATED, EVEN_K)
         if tile % TILES == TILES - 1:
-            _write(acc, up, bias_ptr, out_ptr, m, m_used, n, n_used, outputs, HAS_BIAS, GATED, RESIDUAL)
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            _write(acc, up, bias_ptr, out_ptr, m, n, rows, outputs, HAS_BIAS, GATED, RESIDUAL)
 
 
 @triton.jit
@@ -314,15 +313,15 @@ def _write(
     bias_ptr,
     out_ptr,
     m,
-    m_used,
     n,
-    n_used,
+    rows,
     outputs,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
     """Finish a strip: bias, activation, residual."""
+    n_used = n < outputs
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_used, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -330,7 +329,7 @@ def _write(
     if GATED:
         acc = acc * tl.sigmoid(acc) * up
     where = out_ptr + m[:, None] * outputs + n[None, :]
-    used = m_used[:, None] & n_used[None, :]
+    used = (m < rows)[:, None] & n_used[None, :]
     if RESIDUAL:
         acc += tl.load(where, mask=used, other=0.0).to(tl.float32)
     tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=used)
