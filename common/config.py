@@ -13,7 +13,7 @@ from penstock.common.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROLES = ("prefill", "decode")
-ATTENTION_BACKENDS = ("AUTO", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
+ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
 TRANSPORTS = ("auto", "nixl", "shm")
 CHECKSUMS = ("all", "sample", "off")
 

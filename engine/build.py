@@ -121,16 +121,16 @@ def _executor(
 
 
 def attention_backend(wanted: str) -> str:
-    """AUTO, CUDNN or TRITON: what is wanted, or what VLLM_ATTENTION_BACKEND asks for if that is left open.
+    """AUTO, HOPPER, CUDNN or TRITON: what is wanted, or what VLLM_ATTENTION_BACKEND asks for if that is left open.
 
-    vLLM's names stand for the nearest that is here: its FlashAttention for cuDNN's fused attention.
+    vLLM's names stand for the nearest that is here: FlashAttention for our kernel of that design.
 
     Raises:
         ConfigError: the variable holds an unknown name.
     """
     if wanted == "AUTO":
         wanted = os.environ.get("VLLM_ATTENTION_BACKEND") or "AUTO"
-    nearest = {"FLASH_ATTN": "CUDNN", "FLASHINFER": "AUTO", "TRITON_ATTN": "TRITON", "XFORMERS": "TRITON"}
+    nearest = {"FLASH_ATTN": "HOPPER", "FLASHINFER": "AUTO", "TRITON_ATTN": "TRITON", "XFORMERS": "TRITON"}
     if wanted not in ATTENTION_BACKENDS:
         raise ConfigError(f"VLLM_ATTENTION_BACKEND {wanted} is not known: use {', '.join(ATTENTION_BACKENDS)}")
     return nearest.get(wanted, wanted)

@@ -223,8 +223,7 @@ class Scheduler:
         if held == 0:
             request.computed = 0
             # The last token is always computed, for its logits.
-            hashes = request.extend_hashes(self.hash_scope, pages.page_size, request.num_known - 1)
-            matched = pages.match(hashes[: (request.num_known - 1) // pages.page_size])
+            matched = pages.match(request.iter_hashes(self.hash_scope, pages.page_size, request.num_known - 1))
         extra = needed - held - len(matched)
         if not pages.has_room(request.key, matched, extra):
             return False

@@ -63,13 +63,13 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
     """
     if rows <= 16:
         if gated:
-            return Tiles(16, 512, 2, 3, 1, 0) if columns >= 4096 else None
+            return Tiles(32, 256, 4, 3, 1, 0, 2) if columns >= 4096 else Tiles(32, 256, 4, 4, 1, 8, 3)
         if columns >= 8192:
             return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
         if outputs <= 2048:
             return Tiles(16, 512, 2, 6, 1, 8)
         if outputs <= 8192:
-            return Tiles(16, 256, 2, 6, 1, 8) if outputs <= 4096 else Tiles(32, 256, 2, 4, 1, 8)
+            return Tiles(32, 256, 4, 7, 1, 8) if outputs <= 4096 else Tiles(32, 256, 2, 4, 1, 8)
     elif rows <= MAX_ROWS:
         if gated:
             return Tiles(64, 128, 4, 4, 1, 0) if columns >= 4096 and outputs >= 4096 else None
@@ -77,8 +77,8 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
             if columns >= 8192:
                 return Tiles(64, 128, 4, 6, 4, 0)
             return Tiles(32, 256, 4, 4, 2, 8) if columns <= 2048 else None
-        if columns >= 8192 and 4096 <= outputs <= 8192:
-            return Tiles(64, 128, 4, 6, 2, 8)
+        if 4096 <= outputs <= 8192:
+            return Tiles(32, 128, 4, 8, 1, 8) if columns >= 8192 or outputs == 4096 else Tiles(64, 128, 4, 4, 1, 8)
     return None
 
 

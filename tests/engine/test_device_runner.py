@@ -217,7 +217,7 @@ def test_the_largest_step_is_within_its_limits() -> None:
 def test_vllm_names_of_attention_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "XFORMERS")
     assert attention_backend("AUTO") == "TRITON"
-    assert attention_backend("FLASH_ATTN") == "CUDNN"
+    assert attention_backend("FLASH_ATTN") == "HOPPER"
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "NONSENSE")
     with pytest.raises(ConfigError, match="VLLM_ATTENTION_BACKEND NONSENSE is not known"):
         attention_backend("AUTO")

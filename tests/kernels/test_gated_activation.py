@@ -108,7 +108,9 @@ def test_rows_of_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_shapes_on_a_gpu(tokens: int, n: int, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
     x = torch.randn(tokens, 2 * n, device="cuda").to(dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 8e-3  # one bfloat16 step, where a value lies between two
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 1.6e-2
+    )  # two bfloat16 steps: it is rounded twice, before the product and after
     torch.testing.assert_close(silu_mul(x), silu_mul_reference(x), rtol=tolerance, atol=1e-6)
     torch.testing.assert_close(gelu_mul(x, "tanh"), gelu_mul_reference(x, "tanh"), rtol=tolerance, atol=1e-6)
     torch.testing.assert_close(gelu_mul(x, "none"), gelu_mul_reference(x, "none"), rtol=tolerance, atol=1e-6)

@@ -127,7 +127,9 @@ def test_models_shapes_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> N
     total = residual + x
     out = add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(residual, total)
-    tolerance = 1e-5 if dtype == torch.float32 else 8e-3  # one bfloat16 step, where a value lies between two
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 1.6e-2
+    )  # two bfloat16 steps: it is rounded twice, before the weight and after
     expected = rms_norm_reference(total, weight, 1e-5)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-5)
     torch.testing.assert_close(rms_norm(total, weight, 1e-5), expected, rtol=tolerance, atol=1e-5)

@@ -323,7 +323,7 @@ def test_messages_that_the_template_refuses(checkpoints: dict[str, Path], tmp_pa
 
 
 def test_options_that_do_not_exist_or_do_not_fit(model: Path) -> None:
-    with pytest.raises(ValueError, match="unknown options max_modle_len; known are block_size, "):
+    with pytest.raises(ValueError, match="unknown options max_modle_len; known are attention_backend, "):
         LLM(str(model), max_modle_len=3)
     with pytest.raises(ConfigError, match="max_model_len 9999 exceeds the model's context of 2048"):
         LLM(str(model), max_model_len=9999)
