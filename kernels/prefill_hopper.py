@@ -328,7 +328,10 @@ def _fetch(
                     hopper.tma.async_copy_global_to_shared(kv_desc, [row, 0], ready.index(stage), target)
 
 
-@triton_gluon.jit
+@triton_gluon.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=["table_rows_ptr", "query_starts_ptr", "contexts_ptr"],
+)
 def _hopper_kernel(
     kv_desc, q_ptr, out_ptr, sinks_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, num_sequences,
     table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, page_rows, head_rows, scale,

@@ -93,8 +93,7 @@ def prefill_attention_triton(
     if tiles is None:
         multiprocessors = num_multiprocessors(q.device)
         tiles = choose_tiles(
-            group, block_dim, q.element_size(), num_tokens, num_kv_heads, max_query_len, max_context, multiprocessors,
-       
+            group, block_dim, q.element_size(), num_tokens, num_kv_heads, max_query_len, max_context, multiprocessors
         )  # fmt: skip
     splits = tiles.splits
     partial, masses = out, out
@@ -124,16 +123,17 @@ def prefill_attention_triton(
         scale if soft_cap is not None else scale * LOG2_E,
         soft_cap or 0.0,
         sliding_window or 0,
+        splits,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         NUM_HEADS=num_heads,
-        SPLITS=splits,
+        MERGE=splits > 1,
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
         IEEE=q.element_size() == 4 or INTERPRETED,  # the interpreter has no bfloat16 products
-        BLOCK_S=triton.next_power_of_2(num_sequences),
+        BLOCK_S=max(128, triton.next_power_of_2(num_sequences)),
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.keys,
         BLOCK_D=block_dim,
@@ -162,12 +162,12 @@ def _join(
         num_tokens,
         out.stride(0),
         out.stride(1),
+        splits,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
-        SPLITS=splits,
         SINKS=sinks is not None,
-        BLOCK_S=triton.next_power_of_2(num_sequences),
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_S=max(128, triton.next_power_of_2(num_sequences)),
+        BLOCK_SPLITS=max(64, triton.next_power_of_2(splits)),
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         num_warps=2,
         **pdl_options(out),
@@ -240,22 +240,27 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit
+# What changes from step to step must not have a kernel of its own.
+_VARYING = ["num_sequences", "num_tokens", "splits"]
+_SLICES = ["table_rows_ptr", "query_starts_ptr", "contexts_ptr"]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, sinks_ptr,
-    out_ptr,  # [T, heads, dim], or partial results [SPLITS, T, heads, dim]
-    weights_ptr,  # [SPLITS, T, heads] log2 of a split's sum of weights
+    out_ptr,  # [T, heads, dim], or partial results [splits, T, heads, dim]
+    weights_ptr,  # [splits, T, heads] log2 of a split's sum of weights
     num_sequences, num_tokens, table_stride, q_token_stride, q_head_stride, page_stride, kv_head_stride,
-    out_token_stride, out_head_stride, scale, soft_cap, window, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    out_token_stride, out_head_stride, scale, soft_cap, window, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, MERGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, IEEE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    kv_head = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
+    kv_head = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     block = tl.program_id(1)
 
     # Sequence s has the blocks from starts[s] * GROUP // BLOCK_M + s on: room for all its rows, whatever they are.
@@ -293,8 +298,8 @@ def _prefill_kernel(
     if WINDOW:
         begin = tl.maximum(low - window + 1, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.maximum(high - window + 1, 0), BLOCK_N) * BLOCK_N
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), SPLITS) * BLOCK_N
+    if MERGE:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
         begin = begin + split * share
         end = tl.minimum(end, begin + share)
     full_begin = tl.maximum(full_begin, begin)
@@ -322,7 +327,7 @@ def _prefill_kernel(
     )  # fmt: skip
 
     out_rows = tokens * out_token_stride + heads * out_head_stride
-    if SPLITS > 1:
+    if MERGE:
         out_rows += split.to(tl.int64) * num_tokens * out_token_stride
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
@@ -338,12 +343,12 @@ def _prefill_kernel(
     tl.store(out_ptr + out_rows[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
 def _join_kernel(
-    partial_ptr,  # [SPLITS, T, heads, dim] float32
-    weights_ptr,  # [SPLITS, T, heads] float32
+    partial_ptr,  # [splits, T, heads, dim] float32
+    weights_ptr,  # [splits, T, heads] float32
     sinks_ptr, query_starts_ptr, contexts_ptr, out_ptr, num_sequences, num_tokens, out_token_stride, out_head_stride,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    splits, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the splits' results, one row a program."""
@@ -362,7 +367,7 @@ def _join_kernel(
     split = tl.arange(0, BLOCK_SPLITS)
     column = tl.arange(0, BLOCK_D)
     row = (split * num_tokens + token).to(tl.int64) * NUM_HEADS + head
-    mass = tl.load(weights_ptr + row, mask=split < SPLITS, other=-1e30)
+    mass = tl.load(weights_ptr + row, mask=split < splits, other=-1e30)
     top = tl.max(mass, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
@@ -371,7 +376,7 @@ def _join_kernel(
     total = tl.sum(weights, 0)
     if SINKS:
         total += tl.exp2(sink - top)
-    valid = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
+    valid = (split < splits)[:, None] & (column < HEAD_DIM)[None, :]
     parts = tl.load(partial_ptr + row[:, None] * HEAD_DIM + column[None, :], mask=valid, other=0.0)
     result = tl.sum(parts * weights[:, None], 0) / total
     where = token.to(tl.int64) * out_token_stride + head * out_head_stride + column

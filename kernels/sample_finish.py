@@ -77,7 +77,7 @@ def _amount(inside, z, maximum, by_mass):
     return tl.where(inside, tl.where(by_mass != 0, mass_of(z, maximum), 1), 0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def finish_kernel(
     logits_ptr,
     logits_stride,

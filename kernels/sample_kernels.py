@@ -41,7 +41,7 @@ from penstock.kernels.sample_row import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def stream_kernel(
     logits_ptr,
     logits_stride,
@@ -130,7 +130,7 @@ def stream_kernel(
         tl.store(listed_ptr + row, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles"])
 def count_kernel(
     logits_ptr,
     logits_stride,
@@ -236,7 +236,7 @@ def _cut_bins(counts_ptr, row, total, scale, top_k, top_p, vocab, CAPACITY: tl.c
     return first, last, tl.sum(tl.where(bins < first, counts, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles"])
 def gather_kernel(
     logits_ptr,
     logits_stride,
