@@ -16,15 +16,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COMMIT_ENV = "PENSTOCK_COMMIT"  # where there is no git history
+COMMIT_ENV = "PENSTOCK_COMMIT"  # for a copy of the tree whose git history is missing or another
 MEASURED = ("common", "engine", "kernels", "models", "penstock")
 
 
 def commit() -> str:
-    """Short hash of HEAD, with "+changes" if what is measured differs from it; without git, $PENSTOCK_COMMIT."""
+    """$PENSTOCK_COMMIT, else the short hash of HEAD, with "+changes" if what is measured differs from it."""
+    if named := os.environ.get(COMMIT_ENV):
+        return named
     head = _output("git", "rev-parse", "--short", "HEAD")
     if not head:
-        return os.environ.get(COMMIT_ENV) or "unknown"
+        return "unknown"
     return head + ("+changes" if _output("git", "status", "--porcelain", "--", *MEASURED) else "")
 
 
