@@ -63,7 +63,10 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
     """
     if rows <= 16:
         if gated:
-            return Tiles(32, 256, 4, 3, 1, 0, 2) if columns >= 4096 else Tiles(32, 256, 4, 4, 1, 8, 3)
+            many = outputs >= 8192  # with fewer, several strips a program would leave multiprocessors idle
+            if columns >= 4096:
+                return Tiles(32, 256, 4, 3, 1, 0, 2 if many else 1)
+            return Tiles(32, 256, 4, 4, 1, 8, 3 if many else 1)
         if columns >= 8192:
             return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
         if outputs <= 2048:

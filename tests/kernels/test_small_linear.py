@@ -137,3 +137,15 @@ def test_parts_fit_the_workspace(rows: int) -> None:
 
 def test_many_rows_are_left_to_the_library() -> None:
     assert tiles_for(module.MAX_ROWS + 1, 4096, 14336, False) is None
+
+
+def test_several_strips_leave_no_card_half_empty() -> None:
+    several = 0
+    for rows, outputs, columns, gated in itertools.product(
+        (1, 16, 40, 64), range(1024, 30000, 1024), (896, 1536, 4096, 8192), (False, True)
+    ):
+        tiles = tiles_for(rows, outputs, columns, gated)
+        if tiles is not None and tiles.strips > 1:
+            several += 1
+            assert -(-outputs // tiles.outputs) // tiles.strips >= 80  # programs; an H200 has 132 multiprocessors
+    assert several
