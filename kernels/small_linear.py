@@ -63,10 +63,10 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
     """
     if rows <= 16:
         if gated:
-            many = outputs >= 8192  # with fewer, several strips a program would leave multiprocessors idle
-            if columns >= 4096:
-                return Tiles(32, 256, 4, 3, 1, 0, 2 if many else 1)
-            return Tiles(32, 256, 4, 4, 1, 8, 3 if many else 1)
+            strips = (
+                1 if outputs < 8192 else 2 if columns >= 4096 else 3
+            )  # programs for most multiprocessors must remain
+            return Tiles(32, 256, 4, 3, 1, 0, strips) if columns >= 4096 else Tiles(32, 256, 4, 4, 1, 8, strips)
         if columns >= 8192:
             return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
         if outputs <= 2048:
@@ -265,12 +265,11 @@ def _several_strips_kernel(
     for tile in range(strips * TILES):
         n = (first + tile // TILES * programs) * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row = weight_ptr + tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * columns
-        up_row = weight_row + up_offset
         # Cleared here, not after writing, where it would be done while asynchronous products may still be under way.
         acc = tl.where(tile % TILES != 0, acc, 0.0)
         up = tl.where(tile % TILES != 0, up, 0.0)
         at = tile % TILES * BLOCK_K + k
-        acc, up = _add_tile(acc, up, x_row, m_used, weight_row, up_row, at, columns, GATED, EVEN_K)
+        acc, up = _add_tile(acc, up, x_row, m_used, weight_row, weight_row + up_offset, at, columns, GATED, EVEN_K)
         if tile % TILES == TILES - 1:
             _write(acc, up, bias_ptr, out_ptr, m, n, rows, outputs, HAS_BIAS, GATED, RESIDUAL)
 
