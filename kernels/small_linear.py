@@ -63,9 +63,8 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
     """
     if rows <= 16:
         if gated:
-            strips = (
-                1 if outputs < 8192 else 2 if columns >= 4096 else 3
-            )  # programs for most multiprocessors must remain
+            # Several strips a program only where most multiprocessors still have one.
+            strips = 1 if outputs < 8192 else 2 if columns >= 4096 else 3
             return Tiles(32, 256, 4, 3, 1, 0, strips) if columns >= 4096 else Tiles(32, 256, 4, 4, 1, 8, strips)
         if columns >= 8192:
             return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
