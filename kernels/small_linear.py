@@ -4,7 +4,6 @@ A program computes a strip of outputs for all rows, over all or a part of the de
 (the product has too few strips to fill the card), the program that ends last adds them up, in a fixed order. The gated
 activation or the residual addition that follows a product is done in the same launch. While the kernel ahead still
 runs, a program already asks for its weights (see `launch.py`).
-
 A program may also take several strips one after the other, where a strip's tiles fill so much shared memory that few
 programs run at a time: the first tiles of its next strip are then under way before the last one is written.
 """
