@@ -69,8 +69,11 @@ class _Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class _Captured:
+    """A graph, and everything it reads and writes that was allocated before its capture: it must live as long."""
+
     graph: torch.cuda.CUDAGraph
-    inputs: Tensor
+    inputs: Tensor  # all of `_Inputs`, one after the other
+    batch: PagedBatch
     tokens: Tensor
     logits: Tensor
 
@@ -176,7 +179,7 @@ class MixedSteps:
                 tokens, logits = self._step(inputs, batch, True)
             finally:
                 graph.capture_end()
-            self._captured[shape] = _Captured(graph, buffer, tokens, logits)
+            self._captured[shape] = _Captured(graph, buffer, batch, tokens, logits)
             captured()
 
     def _batch(self, inputs: _Inputs, shape: Shape, chunks: Sequence[Chunk] | None) -> PagedBatch:
