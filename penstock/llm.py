@@ -309,7 +309,8 @@ class LLM:
             HeldInterrupt() as ctrl_c,
         ):
             try:
-                for choice in running.values():
+                # What may take longest starts first, so that the batch does not end in a few long ones; else in order.
+                for choice in sorted(running.values(), key=lambda choice: -(choice.source.sampling.max_tokens or 0)):
                     engine.add(choice.source)
                 while running:
                     for output in engine.step().outputs:

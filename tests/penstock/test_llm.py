@@ -114,6 +114,24 @@ def test_a_list_of_parameters(llm: LLM) -> None:
     assert (len(first), len(second)) == (2, 5) and second[:2] == first
 
 
+def test_the_longest_start_first_and_answers_keep_their_order(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = random_prompts([3, 4, 5, 6])
+    lengths = [2, 9, 2, 12]
+    params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
+    added: list[int] = []
+    add = llm.engine.add
+
+    def noting(source: Any, **options: Any) -> str:
+        added.append(source.sampling.max_tokens)
+        return add(source, **options)
+
+    monkeypatch.setattr(llm.engine, "add", noting)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert added == [12, 9, 2, 2]
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+
+
 def test_choices_and_seeds(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=3, temperature=1.5, max_tokens=8, ignore_eos=True)
     [first], [second] = run(llm, TEXT, params), run(llm, TEXT, params)
