@@ -206,10 +206,10 @@ class MixedSteps:
             inputs.owners, inputs.given, inputs.rows, inputs.contexts, inputs.query_starts, state.last_tokens,
             state.tables, self._page_size, token_ids=token_ids, positions=batch.positions, slots=batch.slots,
         )  # fmt: skip
-        logits = self._model.forward(token_ids, batch, self._kv)
+        logits = self._model.forward(token_ids, batch, self._kv, inputs.last_tokens)
         tokens = batch.slots[:0]
         if samples:
-            logits = self._model.logits(logits.index_select(0, inputs.last_tokens))
+            logits = self._model.logits(logits)
             tokens = sample(logits, inputs.sample_slots, inputs.contexts, state.columns, self._workspace)
         end_step(inputs.rows, inputs.contexts, tokens, inputs.sample_index, state.lengths, state.last_tokens)
         return tokens, logits

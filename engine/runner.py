@@ -63,13 +63,11 @@ class ModelRunner:
             return ()
         sequences = [self._sequences[work.key] for work in plan.work]
         token_ids: list[int] = []
-        last_rows: list[int] = []
         sampling: list[_Sequence] = []
         for sequence, work in zip(sequences, plan.work, strict=True):
             sequence.table.extend(work.new_pages)
             token_ids += sequence.tokens[work.start : work.start + work.num_tokens]
             if work.samples:
-                last_rows.append(len(token_ids) - 1)
                 sampling.append(sequence)
         device = self.pool.device
         batch = PagedBatch.build(
@@ -79,10 +77,15 @@ class ModelRunner:
             self.pool.layout.page_size,
             device,
         )
-        hidden = self.model.forward(torch.tensor(token_ids, device=device), batch, self._kv)
+        # A decode step has no other tokens than the last ones.
+        prompts = len(token_ids) > len(plan.work)
+        last_tokens = batch.last_rows if prompts else None
+        hidden = self.model.forward(torch.tensor(token_ids, device=device), batch, self._kv, last_tokens)
         if not sampling:
             return ()
-        logits = self.model.logits(hidden[torch.tensor(last_rows, device=device)]).float()
+        if len(sampling) < len(sequences):
+            hidden = hidden[[i for i, work in enumerate(plan.work) if work.samples]]
+        logits = self.model.logits(hidden).float()
         tokens, logprobs = sample(logits, [sequence.row for sequence in sampling])
         keys = [work.key for work in plan.work if work.samples]
         results = []

@@ -8,7 +8,7 @@ replayed after the tensors have changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,18 @@ class PagedBatch:
             page_size=page_size,
             num_decodes=next((i for i, query in enumerate(query_lens) if query > 1), len(query_lens)),
             max_context=max(context_lens),
+        )
+
+    def at_ends(self, last_tokens: Tensor) -> PagedBatch:
+        """The same sequences with their last token each; `last_tokens` [S] says which of the T tokens those are."""
+        sequences = self.contexts.shape[0]
+        return replace(
+            self,
+            query_lens=(1,) * sequences,
+            query_starts=torch.arange(sequences + 1, dtype=torch.int32, device=self.contexts.device),
+            positions=self.positions.index_select(0, last_tokens),
+            slots=self.slots.index_select(0, last_tokens),
+            num_decodes=sequences,
         )
 
     @cached_property

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from penstock.kernels.paged_batch import PagedBatch
 from tests.models.paged_loop import PagedLoop, load
 from tests.tiny_models import FAMILIES, make_checkpoint, random_prompts, reference_tokens
 
@@ -41,6 +42,26 @@ def test_logits_of_whole_prompts_equal_hugging_face(checkpoints: dict[str, Path]
         model = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32)
         expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_asked_of_last_tokens_only_is_the_same(checkpoints: dict[str, Path], family: str) -> None:
+    model = load(checkpoints[family])
+    prompts = random_prompts([5, 30, 1])
+    lengths = [len(prompt) for prompt in prompts]
+    results, pools = [], []
+    for only in (False, True):
+        loop = PagedLoop(model, 16)
+        for keys, values in loop.kv:
+            keys.zero_(), values.zero_()
+        batch = PagedBatch.build(lengths, lengths, [[0], [1, 2], [3]], 16, "cpu")
+        token_ids = torch.tensor([token for prompt in prompts for token in prompt])
+        with torch.inference_mode():
+            hidden = model.forward(token_ids, batch, loop.kv, batch.last_rows if only else None)
+        results.append(hidden if only else hidden[batch.last_rows])
+        pools.append(torch.stack([torch.stack(layer) for layer in loop.kv]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(pools[1], pools[0]), "later tokens need the keys and values of all"
 
 
 def test_prompts_may_share_pages(checkpoints: dict[str, Path]) -> None:
