@@ -175,6 +175,7 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     context = tl.load(contexts_ptr + sequence)
+    table_row = tl.load(rows_ptr + sequence)  # here, so that both loads are under way together
     first = 0
     if WINDOW:
         first = tl.maximum(context - QUERY_LEN + 1 - window, 0) // BLOCK_N * BLOCK_N
@@ -198,7 +199,7 @@ def _decode_kernel(
     )
     last_seen = context - QUERY_LEN + token  # position of the row's own token
 
-    table_ptr = tables_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * table_stride
+    table_ptr = tables_ptr + table_row.to(tl.int64) * table_stride
     k_ptr += head.to(tl.int64) * head_stride
     v_ptr += head.to(tl.int64) * head_stride
     maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
