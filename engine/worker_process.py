@@ -6,6 +6,7 @@ comes in as a `Joint`, since engine and kv_transfer do not know each other.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -80,6 +81,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         "+".join(transports) or "none",
         announced,
     )
+    gc.freeze()  # what the start made stays: a full collection that looked at it all would hold up a step
     try:
         loop.run(role, registry)
     finally:
