@@ -25,6 +25,33 @@ _COPY_TOKENS = 32
 _JOIN_HEADS = 8
 
 
+class Scratch:
+    """Buffers for one prompt at a time, as large as the largest of a step: its prompts and layers come one by one."""
+
+    def __init__(self, like: Tensor, num_kv_heads: int) -> None:
+        """like: the step's q [T, num_heads, head_dim]."""
+        self._empty = like.new_empty(0)
+        _, self._num_heads, self._head_dim = like.shape
+        self._num_kv_heads = num_kv_heads
+        self._rows = self._num_keys = 0
+        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def reserve(self, rows: int, num_keys: int) -> None:
+        """One of the prompts will take so much."""
+        self._rows, self._num_keys = max(self._rows, rows), max(self._num_keys, num_keys)
+
+    def take(self, rows: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [rows, num_heads, head_dim], keys and values [num_keys, num_kv_heads, head_dim].
+
+        The queries are what was last written, or zeros: finite, so that rows of padding are.
+        """
+        if self._buffers is None:
+            keys, values = self._empty.new_empty(2, self._num_keys, self._num_kv_heads, self._head_dim)
+            self._buffers = self._empty.new_zeros(self._rows, self._num_heads, self._head_dim), keys, values
+        queries, keys, values = self._buffers
+        return queries[:rows], keys[:num_keys], values[:num_keys]
+
+
 @dataclass(frozen=True)
 class LongPrompt:
     """Shapes of one sequence's parts, and what its layers share."""
@@ -37,9 +64,9 @@ class LongPrompt:
     wide: int  # rows of the part without a mask
     table_row: Tensor  # int32 [1]
     context: Tensor  # int32 [1]
-    padded: Tensor | None  # [rows, num_heads, head_dim], where q is not aligned by itself
-    keys: Tensor  # [split + square, num_kv_heads, head_dim]
-    values: Tensor  # the same
+    padded: int  # rows of the queries with padding; 0 where q is aligned by itself
+    num_keys: int  # split + square
+    scratch: Scratch
 
     @classmethod
     def plan(
@@ -49,31 +76,19 @@ class LongPrompt:
         table_row: Tensor,
         context: Tensor,
         past: int,
-        like: Tensor,
-        num_kv_heads: int,
+        scratch: Scratch,
     ) -> LongPrompt:
-        """For `num_tokens` new tokens behind `past` cached ones; `like` is the step's q [T, num_heads, head_dim]."""
-        num_heads, head_dim = like.shape[1], like.shape[2]
+        """For `num_tokens` new tokens behind `past` cached ones; `scratch` is shared by the prompts of a step."""
         step = _granularity(past)
         split = past // step * step
         lead = past - split
         square = _round_up(lead + num_tokens)
         wide = _round_up(num_tokens)
         aligned = lead == 0 and square == num_tokens
-        padded = None if aligned else like.new_zeros(max(square, lead + wide), num_heads, head_dim)
-        shape = (split + square, num_kv_heads, head_dim)
+        padded = 0 if aligned else max(square, lead + wide)
+        scratch.reserve(padded, split + square)
         return cls(
-            first_token,
-            num_tokens,
-            lead,
-            split,
-            square,
-            wide,
-            table_row,
-            context,
-            padded,
-            like.new_empty(shape),
-            like.new_empty(shape),
+            first_token, num_tokens, lead, split, square, wide, table_row, context, padded, split + square, scratch
         )
 
     def attend(
@@ -82,19 +97,18 @@ class LongPrompt:
         """Causal attention of the chunk's rows of q [T, num_heads, head_dim] into the same rows of out."""
         rows = slice(self.first_token, self.first_token + self.num_tokens)
         queries = q[rows]
-        if self.padded is not None:
-            self.padded[self.lead : self.lead + self.num_tokens] = queries
-            queries = self.padded
-        gather_pages(k_pages, v_pages, page_tables, self.table_row, self.context, self.keys, self.values)
-        near, near_mass = _dense(
-            queries[: self.square], self.keys[self.split :], self.values[self.split :], True, scale
-        )
+        padded, keys, values = self.scratch.take(self.padded, self.num_keys)
+        if self.padded:
+            padded[self.lead : self.lead + self.num_tokens] = queries
+            queries = padded
+        gather_pages(k_pages, v_pages, page_tables, self.table_row, self.context, keys, values)
+        near, near_mass = _dense(queries[: self.square], keys[self.split :], values[self.split :], True, scale)
         if self.split == 0:
             out[rows] = near[self.lead : self.lead + self.num_tokens]
             return
-        if self.padded is not None:
+        if self.padded:
             queries = queries[self.lead : self.lead + self.wide]
-        far, far_mass = _dense(queries, self.keys[: self.split], self.values[: self.split], False, scale)
+        far, far_mass = _dense(queries, keys[: self.split], values[: self.split], False, scale)
         join_parts(near[self.lead :], near_mass[self.lead :], far, far_mass, out[rows])
 
 
@@ -161,7 +175,7 @@ def gather_pages(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_row_ptr", "context_ptr"])
 def _gather_kernel(
     k_ptr,
     v_ptr,
@@ -232,7 +246,7 @@ def join_parts(a: Tensor, a_mass: Tensor, b: Tensor, b_mass: Tensor, out: Tensor
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["a_mass_ptr", "b_mass_ptr"])
 def _join_kernel(
     a_ptr,
     a_mass_ptr,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.kernels.cudnn_attention import HEAD_DIMS, UNIT, LongPrompt
+from penstock.kernels.cudnn_attention import HEAD_DIMS, UNIT, LongPrompt, Scratch
 from penstock.kernels.launch import use_triton
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.prefill_hopper import BLOCK_M, prefill_attention_hopper, supports_hopper
@@ -96,12 +96,13 @@ def _plan(q: Tensor, k_pages: Tensor, batch: PagedBatch, first: int, plain: bool
         kernel = kernel_for(q, k_pages, tokens, tokens, backend)
         return _Plan((), kernel, table_rows, query_starts, contexts, tokens, batch.max_context)
     long: dict[int, LongPrompt] = {}
+    scratch = Scratch(q, k_pages.shape[1])
     token = sum(batch.query_lens[:first])
     for i in range(first, len(batch.query_lens)):
         queries, past = batch.query_lens[i], batch.context_lens[i] - batch.query_lens[i]
         if plain and uses_cudnn(q, k_pages.shape[2], queries, backend):
             row, context = batch.table_rows[i : i + 1], batch.contexts[i : i + 1]
-            long[i] = LongPrompt.plan(token, queries, row, context, past, q, k_pages.shape[1])
+            long[i] = LongPrompt.plan(token, queries, row, context, past, scratch)
         token += queries
     others = [i for i in range(first, len(batch.query_lens)) if i not in long]
     if not others:

@@ -216,7 +216,7 @@ def test_long_prompts_in_two_dense_parts(new: int, past: int, monkeypatch: pytes
     monkeypatch.setattr(launch, "interpret_ops", True)
     monkeypatch.setattr(cudnn_attention, "UNIT", 16)
     monkeypatch.setattr(prefill_attention, "uses_cudnn", lambda _q, _page_size, tokens, _backend: tokens >= 16)
-    case = Case([(5, 1), (9, 3), (past, new), (2, 4)], 4, 4, 2, 16, torch.float32)
+    case = Case([(5, 1), (40, 17), (past, new), (2, 4)], 4, 4, 2, 16, torch.float32)
     expected = case.expected()[: case.starts[-1]]
     expected[:1] = -7.0
     close(run_op(case, 1, "cpu"), expected)
