@@ -96,7 +96,7 @@ class BatchState:
         for name, value in values.items():
             self._set(name, slot, struct.unpack("<i", struct.pack("<f", value))[0])
         self._set("top_k", slot, max(0, min(s.top_k, 2**31 - 1)))
-        self._set("min_position", slot, sequence.prompt_len + s.min_tokens if forbids else 0)
+        self._set("min_position", slot, min(sequence.prompt_len + s.min_tokens, 2**31 - 1) if forbids else 0)
         self._set("uses_tokens", slot, int(forbids or penalised))
         low, high = struct.unpack("<ii", struct.pack("<q", noise_seed(s.seed, sequence.choice)))
         self._set("seeds", 2 * slot, low)
@@ -110,13 +110,18 @@ class BatchState:
 
     def _start_tokens(self, slot: int, sequence: SequenceStart, ending: set[int]) -> None:
         row = self.columns.token_state[slot].zero_()
-        tokens = torch.tensor(sequence.tokens, dtype=torch.int64).to(self.device)
+        tokens = self._send(sequence.tokens)
         output = tokens[sequence.prompt_len :]
         row.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32)).clamp_(max=COUNT_MASK)
         row[tokens[: sequence.prompt_len]] |= IN_PROMPT
         known = [token for token in ending if token < len(row)]
         if known:
-            row[torch.tensor(known).to(self.device)] |= ENDS
+            row[self._send(known)] |= ENDS
+
+    def _send(self, numbers: Sequence[int]) -> Tensor:
+        """int64 on the device, without waiting for the steps before."""
+        pinned = self.device.type == "cuda"
+        return torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned).to(self.device, non_blocking=True)
 
     def take_changes(self) -> tuple[list[int], list[int]]:
         """Addresses and values since the last call; of an address that was set twice only the last value counts."""

@@ -42,7 +42,7 @@ def token_logprobs_reference(logits: Tensor, tokens: Tensor, top: int) -> Logpro
     return chosen[:, 0], ranks, ids, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _split_kernel(
     logits_ptr,
     logits_stride,
@@ -86,7 +86,7 @@ def _split_kernel(
     tl.store(above_ptr + at, tl.sum(above))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top", "splits"])
 def _join_kernel(
     logits_ptr,
     logits_stride,
