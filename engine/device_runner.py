@@ -127,6 +127,8 @@ class DeviceRunner:
         shared = (model, pool.layers(), self._state, workspace, self._page_size, max_num_seqs)
         self._decode_steps = DecodeGraphs(*shared, max_model_len)
         self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len)
+        if self._stream is not None:  # weights, pages and state are still being filled in another stream
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> StepHandle:
@@ -165,6 +167,9 @@ class DeviceRunner:
 
     def _submit(self, plan: StepPlan) -> StepHandle:
         self._turn = (self._turn + 1) % len(self._stagings)
+        self._events[self._turn].synchronize()  # has passed, unless steps were given up unread
+        if plan.ended:
+            self._decoding = []  # the same keys may come back in other slots
         for key in plan.ended:
             ended = self._sequences.pop(key, None)
             if ended is not None:
@@ -247,7 +252,7 @@ class DeviceRunner:
 
     def _logprobs(self, asked: list[tuple[int, int]], tokens: Tensor, logits: Tensor) -> _Logprobs:
         rows, tops = [i for i, _ in asked], [top for _, top in asked]
-        index = torch.tensor(rows).to(self.pool.device)
+        index = torch.tensor(rows, pin_memory=self._cuda).to(self.pool.device, non_blocking=True)
         found = token_logprobs(logits[index], tokens[index], min(max(tops), self._vocab_size))
         chosen, ranks, ids, values = (
             torch.empty_like(tensor, device="cpu", pin_memory=self._cuda).copy_(tensor, non_blocking=True)
