@@ -184,7 +184,8 @@ class MixedSteps:
 
     def _batch(self, inputs: _Inputs, shape: Shape, chunks: Sequence[Chunk] | None) -> PagedBatch:
         """The step as ops see it; without chunks, as one whose lengths only the device knows."""
-        positions, slots = torch.empty(2, shape.tokens, dtype=torch.int64, device=self._state.device).unbind(0)
+        even = shape.tokens + shape.tokens % 2  # both rows aligned to 16 bytes: one compiled kernel for any number
+        positions, slots = torch.empty(2, even, dtype=torch.int64, device=self._state.device)[:, : shape.tokens]
         return PagedBatch(
             query_lens=tuple(len(chunk.tokens) for chunk in chunks or ()),
             context_lens=tuple(chunk.context for chunk in chunks or ()),
