@@ -16,6 +16,7 @@ from penstock.models.decoder import CausalLM
 
 CPU_DEFAULT_BYTES = 2**30
 _OTHERS_BYTES = 2**30  # a CUDA context and its libraries, where several workers share a device
+_MOST_LOGPROBS = 20  # of a token, through the API
 _SLACK_BYTES = 256 * 2**20  # the allocator's blocks do not fit as closely in every order of steps
 
 
@@ -63,6 +64,7 @@ def _measure(
     alone: whatever else is on the device (other processes too) counts; else only what torch allocated here, and a
     reserve for the rest.
     """
+    torch.cuda.empty_cache()  # what loading the weights left behind
     scratch = KVPool(layout, -(-limits.max_num_batched_tokens // layout.page_size) + limits.max_num_seqs, device)
     torch.cuda.reset_peak_memory_stats(device)
     runner = DeviceRunner(model, scratch, **asdict(limits))
@@ -83,7 +85,7 @@ def largest_step(limits: Limits, page_size: int) -> StepPlan:
     """As many tokens and sampled sequences as a step may have; one chunk stands at the end of the longest context."""
     others = min(limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len) - 1
     chunk = min(limits.max_num_batched_tokens - others, limits.max_model_len - 1)
-    greedy = SamplingParams(temperature=0.0)
+    greedy = SamplingParams(temperature=0.0, logprobs=_MOST_LOGPROBS)
     started, work = [], []
     for i in range(others):
         started.append(SequenceStart(str(i), (0,), 1, greedy, 0, ()))
