@@ -6,17 +6,21 @@ what is). It advances here: a decode step that the host did not change needs not
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from penstock.kernels.launch import pdl_options
+from penstock.kernels.launch import pdl_options, use_triton
 
 _BLOCK = 256
 
 
 def apply_changes(state: Tensor, changes: Tensor, count: int) -> None:
     """state[changes[i]] = changes[count + i] for i < count; both int32, no address twice."""
+    if not use_triton(state):
+        state[changes[:count].long()] = changes[count : 2 * count]
+        return
     _apply_kernel[(-(-count // _BLOCK),)](state, changes, count, BLOCK=_BLOCK, **pdl_options(state))
 
 
@@ -38,6 +42,16 @@ def begin_decode(
     rows: int32 [B], a sequence's row in lengths [N], last_tokens [N] and page_tables [N, W]; -1 is padding: slot -1,
     context 0. token_ids, positions and slots are int64, table_rows and contexts int32.
     """
+    if not use_triton(rows):
+        live = rows >= 0
+        row = rows.clamp(min=0).long()
+        position = torch.where(live, lengths[row], 0).long()
+        token_ids.copy_(torch.where(live, last_tokens[row], 0))
+        positions.copy_(position)
+        slots.copy_(torch.where(live, _slot(page_tables, row, position, page_size), -1))
+        table_rows.copy_(row)
+        contexts.copy_(torch.where(live, position + 1, 0))
+        return
     _begin_decode_kernel[(-(-len(rows) // _BLOCK),)](
         rows,
         lengths,
@@ -75,6 +89,16 @@ def begin_mixed(
     owners: int32 [T], which sequence a token is of; -1: padding (slot -1). given: int32 [T], the token's id, or -1 for
     the sequence's last sampled one. rows, contexts: int32 [S]; query_starts: int32 [S + 1], as in `PagedBatch`.
     """
+    if not use_triton(owners):
+        live = owners >= 0
+        owner = owners.clamp(min=0).long()
+        row = torch.where(live, rows[owner], 0).long()
+        behind = query_starts[owner + 1] - torch.arange(len(owners), device=owners.device)
+        position = torch.where(live, contexts[owner] - behind, 0)
+        token_ids.copy_(torch.where(live, torch.where(given < 0, last_tokens[row], given), 0))
+        positions.copy_(position)
+        slots.copy_(torch.where(live, _slot(page_tables, row, position, page_size), -1))
+        return
     _begin_mixed_kernel[(-(-len(owners) // _BLOCK),)](
         owners,
         given,
@@ -102,6 +126,13 @@ def end_step(
     rows: int32 [S], -1 is padding. sampled: int64 [n]; sample_index: int32 [S], whose token is a sequence's, -1: none
     was sampled; None: each sequence has its own.
     """
+    if not use_triton(rows):
+        live = rows >= 0
+        lengths[rows[live].long()] = contexts[live]
+        index = torch.arange(len(rows), device=rows.device) if sample_index is None else sample_index.long()
+        chosen = live & (index >= 0)
+        last_tokens[rows[chosen].long()] = sampled[index[chosen]].int()
+        return
     _end_step_kernel[(-(-len(rows) // _BLOCK),)](
         rows,
         contexts,
@@ -114,6 +145,10 @@ def end_step(
         BLOCK=_BLOCK,
         **pdl_options(rows),
     )
+
+
+def _slot(page_tables: Tensor, row: Tensor, position: Tensor, page_size: int) -> Tensor:
+    return page_tables[row, position // page_size].long() * page_size + position % page_size
 
 
 @triton.jit(do_not_specialize=["count"])
