@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape
+from benchmarks.shapes import BYTES, Shape
 from penstock.engine.batch_state import BatchState
 from penstock.engine.decode_graphs import DecodeGraphs
 from penstock.engine.kv_pool import KVLayout
@@ -29,11 +29,10 @@ from penstock.models.decoder import CausalLM
 from penstock.models.spec import parse_spec
 from penstock.models.weights import dummy_weights
 
-DTYPE = torch.bfloat16
 MAX_CONTEXT = 32768  # what a captured step allows for, whatever the contexts are
 MOST_STEPS = 32  # of a window; the contexts grow by so many tokens in it, and start anew with the next
 LEAST_STEPS = 8
-WINDOW_US = 30_000.0  # about so long is a window of steps
+WINDOW_US = 20_000.0  # about so long is a window of steps
 
 Change = Callable[[], AbstractContextManager[object]]
 """Makes what is in force while a form of a step is captured. What its `__enter__` gives is kept as long as the form."""
@@ -63,14 +62,19 @@ class Batch:
         return -(-(self.context + MOST_STEPS) // page_size)
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    """bfloat16, but for Triton's interpreter, which multiplies matrices of it wrongly: numpy has no such type."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
 def make_model(shape: Shape, device: torch.device) -> CausalLM:
-    """A model of a shape with random weights in bfloat16."""
+    """A model of a shape with random weights."""
     spec = parse_spec(shape.config())
-    return CausalLM(spec, dummy_weights(CausalLM.parameters(spec), DTYPE, device, None))
+    return CausalLM(spec, dummy_weights(CausalLM.parameters(spec), dtype_on(device), device, None))
 
 
-def page_layout(shape: Shape, page_size: int) -> KVLayout:
-    return KVLayout(shape.layers, shape.kv_heads, shape.head_dim, page_size, DTYPE)
+def page_layout(shape: Shape, page_size: int, device: torch.device) -> KVLayout:
+    return KVLayout(shape.layers, shape.kv_heads, shape.head_dim, page_size, dtype_on(device))
 
 
 def page_memory(shape: Shape, batch: Batch, page_sizes: Sequence[int], size_bytes: int, device: torch.device) -> Tensor:
@@ -78,8 +82,9 @@ def page_memory(shape: Shape, batch: Batch, page_sizes: Sequence[int], size_byte
 
     Pages of every size can be laid over it, so that sizes are compared over the same bytes.
     """
-    needed = [batch.sequences * batch.pages(size) * page_layout(shape, size).page_bytes for size in page_sizes]
-    return torch.empty(max(size_bytes, *needed) // DTYPE.itemsize, dtype=DTYPE, device=device).normal_()
+    page_bytes = {size: page_layout(shape, size, device).page_bytes for size in page_sizes}
+    needed = max(batch.sequences * batch.pages(size) * page_bytes[size] for size in page_sizes)
+    return torch.empty(max(size_bytes, needed) // BYTES, dtype=dtype_on(device), device=device).normal_()
 
 
 class Form:
@@ -131,11 +136,11 @@ class Form:
         """Mean time of a call in one window, in microseconds on the device."""
         self._rewind()
         with self._change():
-            self._replay()  # while it runs, launches get ahead
             if self._device.type != "cuda":
                 begin_s = time.perf_counter()
                 self._replay()
                 return (time.perf_counter() - begin_s) * 1e6
+            self._replay()  # while it runs, launches get ahead
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(self._calls):
@@ -154,9 +159,9 @@ class DecodeStep:
         self._batch, self._device = batch, memory.device
         self._model, self._page_size = model, page_size
         self._max_context = min(MAX_CONTEXT, shape.max_position)
-        layout = page_layout(shape, page_size)
+        layout = page_layout(shape, page_size, self._device)
         num_pages = memory.nbytes // layout.page_bytes
-        pages = memory[: num_pages * layout.page_bytes // DTYPE.itemsize].view(num_pages, *layout.page_shape)
+        pages = memory[: num_pages * layout.page_bytes // BYTES].view(num_pages, *layout.page_shape)
         self._kv = [(pages[:, :, layer, 0], pages[:, :, layer, 1]) for layer in range(shape.layers)]
         count, each = batch.sequences, batch.pages(page_size)
         state = self._state = BatchState(count, -(-self._max_context // page_size), shape.vocab, self._device)
