@@ -86,6 +86,19 @@ def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[Shap
     return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]
 
 
+def crowds(max_num_seqs: int, max_num_batched_tokens: int) -> list[Shape]:
+    """Steps of so many prompts that attention has kernels of their own for them: compiled at the start, not captured.
+
+    Prompts are looked up in a block of 128, or the next power of two (kernels/prefill_*.py).
+    """
+    tokens = min(_PROMPT_TOKENS[-1], max_num_batched_tokens)
+    counts, count = [], 128
+    while count < min(max_num_seqs, tokens):
+        count *= 2
+        counts.append(min(count, max_num_seqs, tokens))
+    return [Shape(0, tokens, prompts) for prompts in counts]
+
+
 def split(chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], Sequence[Chunk]]:
     """Leading chunks of one token, which attend as decodes do; and the others."""
     count = next((i for i, chunk in enumerate(chunks) if len(chunk.tokens) > 1), len(chunks))
@@ -136,6 +149,7 @@ class MixedSteps:
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
         self._page_size, self._max_model_len = page_size, max_model_len
         self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens)
+        self._crowds = crowds(max_num_seqs, max_num_batched_tokens)
         self._captured: dict[Shape, _Captured] = {}
 
     @property
@@ -166,11 +180,11 @@ class MixedSteps:
 
         Must be called in a stream of its own, with no sequence running.
         """
+        for shape in self._crowds:
+            _, inputs, batch = self._empty(shape)
+            self._step(inputs, batch, True)
         for shape in sorted(self._shapes, key=lambda shape: -shape.tokens):
-            empty = lay_out((), shape)
-            buffer = torch.zeros(Staging.size_of(empty), dtype=torch.int32, device=self._state.device)
-            inputs = _Inputs(*Staging(self._state.device).send(empty, into=buffer))
-            batch = self._batch(inputs, shape, None)
+            buffer, inputs, batch = self._empty(shape)
             self._step(inputs, batch, True)  # compiles
             graph = torch.cuda.CUDAGraph()
             torch.cuda.current_stream().synchronize()
@@ -181,6 +195,13 @@ class MixedSteps:
                 graph.capture_end()
             self._captured[shape] = _Captured(graph, buffer, batch, tokens, logits)
             captured()
+
+    def _empty(self, shape: Shape) -> tuple[Tensor, _Inputs, PagedBatch]:
+        """A step of padding only: its inputs in one buffer, the same one by one, and as ops see it."""
+        empty = lay_out((), shape)
+        buffer = torch.zeros(Staging.size_of(empty), dtype=torch.int32, device=self._state.device)
+        inputs = _Inputs(*Staging(self._state.device).send(empty, into=buffer))
+        return buffer, inputs, self._batch(inputs, shape, None)
 
     def _batch(self, inputs: _Inputs, shape: Shape, chunks: Sequence[Chunk] | None) -> PagedBatch:
         """The step as ops see it; without chunks, as one whose lengths only the device knows."""

@@ -19,7 +19,7 @@ from penstock.engine.build import BuiltEngine, attention_backend
 from penstock.engine.decode_graphs import batch_sizes
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.memory import Limits, largest_step
-from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, Shape, captured_shapes, lay_out
+from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, Shape, captured_shapes, crowds, lay_out
 from penstock.engine.plan import SequenceStart
 from penstock.kernels import launch
 from penstock.kernels.sample import ENDS, IN_PROMPT
@@ -183,6 +183,13 @@ def test_captured_shapes_are_within_the_limits() -> None:
     assert all(shape.tokens <= 40 for shape in captured_shapes(8, 32))
     assert Shape(64, 256, 16).holds(Shape(3, 200, 16))
     assert not Shape(64, 256, 16).holds(Shape(3, 20, 17))
+
+
+def test_crowds_are_one_for_each_block_of_prompts() -> None:
+    assert crowds(128, 8192) == []
+    assert crowds(256, 8192) == [Shape(0, 1024, 256)]
+    assert crowds(300, 8192) == [Shape(0, 1024, 256), Shape(0, 1024, 300)]
+    assert crowds(300, 200) == [Shape(0, 200, 200)]
 
 
 def test_of_an_address_set_twice_the_last_value_counts() -> None:

@@ -22,11 +22,9 @@ from torch import Tensor
 from penstock.common.messages import GenerateRequest, TokenLogprobs
 from penstock.common.sampling import SamplingParams
 from penstock.engine import decode_graphs, mixed_steps
-from penstock.engine.batch_state import Staging
 from penstock.engine.core import Engine
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
-from penstock.engine.mixed_steps import lay_out
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import SequenceStart, SequenceWork, StepPlan
 from penstock.engine.policy import THROUGHPUT, DecodePolicy
@@ -109,10 +107,7 @@ def capture(runner: DeviceRunner) -> None:
 
     mixed: Any = runner._mixed_steps
     for shape in mixed._shapes:
-        empty = lay_out((), shape)
-        buffer = torch.zeros(Staging.size_of(empty), dtype=torch.int32)
-        inputs = mixed_steps._Inputs(*Staging(torch.device("cpu")).send(empty, into=buffer))
-        batch = mixed._batch(inputs, shape, None)
+        buffer, inputs, batch = mixed._empty(shape)
         graph, results = record(lambda i=inputs, b=batch: mixed._step(i, b, True))  # type: ignore[misc]
         mixed._captured[shape] = mixed_steps._Captured(graph, buffer, batch, *results)
     decode: Any = runner._decode_steps
