@@ -80,7 +80,7 @@ MODES = [
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_greedy_equals_hugging_face(checkpoints: dict[str, Path], family: str, mode: dict[str, object]) -> None:
     path = checkpoints[family]
-    prompts = random_prompts(random.Random(1).choices((1, 2, 3, 5, 8, 17, 31, 40, 64, 90), k=24))
+    prompts = random_prompts(random.Random(2).choices((1, 2, 3, 5, 8, 17, 31, 40, 64, 90), k=24))
     expected = reference_tokens(path, prompts, 12)
     built = make_engine(path, device="cuda", **mode)  # type: ignore[arg-type]
     chooser = random.Random(2)
