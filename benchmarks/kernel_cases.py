@@ -152,7 +152,7 @@ def prefill_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
                 yield Case(f"torch {label} attention", text, size_bytes, flops, dense)
 
 
-PREFILL_BACKENDS = ("AUTO", "TRITON", "CUDNN")
+PREFILL_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON")
 
 
 def _paged_prefill(

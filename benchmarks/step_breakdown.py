@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode_step import (
-    DTYPE,
     MOST_STEPS,
     Batch,
     Compared,
@@ -41,6 +40,7 @@ from benchmarks.decode_step import (
     Form,
     compare,
     cut,
+    dtype_on,
     layers,
     make_model,
     measuring,
@@ -128,7 +128,8 @@ def left_out(stage: str, model: CausalLM, shape: Shape, rows: int) -> Iterator[o
 
 def _noise(model: CausalLM, rows: int, columns: int) -> Tensor:
     """As large as what a norm or a product gives: never zeros, which let a card clock higher."""
-    return torch.randn(rows, columns, dtype=DTYPE, device=model._embedding.device)
+    device = model._embedding.device
+    return torch.randn(rows, columns, dtype=dtype_on(device), device=device)
 
 
 def _functions(model: CausalLM, rows: int, shape: Shape) -> dict[str, Callable[..., Tensor]]:

@@ -1,0 +1,315 @@
+"""benchmarks/step_breakdown.py and tune_linear.py without a GPU: what is replaced, compared, tried and written.
+
+Whole runs go through Triton's interpreter on a shape smaller than tiny, and compiled where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import decode_step, step_breakdown, tune_linear
+from benchmarks.decode_step import Batch, DecodeStep, Form, compare, cut, make_model, measuring, page_memory
+from benchmarks.linear_cases import FEW_ROWS, PRODUCTS, Product, candidates, fits, parse_tiles
+from benchmarks.shapes import SHAPES, Shape, floor, parse_work
+from penstock.engine import decode_graphs
+from penstock.kernels import decode_attention, linear
+from penstock.kernels.small_linear import Tiles, small_linear, tiles_for
+from penstock.models import decoder
+from penstock.models.decoder import CausalLM
+
+CPU = torch.device("cpu")
+SMALL = replace(SHAPES["tiny"], hidden=32, mlp=24, heads=2, kv_heads=1, vocab=50, layers=1, max_position=64)
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")
+# numpy says so where 32-bit products wrap, as they shall
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
+
+
+@pytest.fixture
+def model() -> Iterator[CausalLM]:
+    with measuring(CPU):
+        yield make_model(SMALL, CPU)
+
+
+def make_step(model: CausalLM, page_size: int = 4, extra_bytes: int = 0) -> DecodeStep:
+    batch = Batch(2, 5)
+    return DecodeStep(model, SMALL, batch, page_size, page_memory(SMALL, batch, [page_size], extra_bytes, CPU))
+
+
+# ------------------------------------------------------------ comparing
+
+
+class Played(Form):
+    """Its windows take what they are told."""
+
+    def __init__(self, windows: list[float], order: list[str], name: str) -> None:
+        self._windows, self._order, self._name = windows, order, name
+
+    def mean_us(self) -> float:
+        self._order.append(self._name)
+        return self._windows.pop(0)
+
+
+def test_a_form_is_compared_with_the_unchanged_one_before_and_after_it() -> None:
+    """The card slows down by 10 a window; that must not count."""
+    order: list[str] = []
+    base = Played([999.0, 100.0, 120.0, 140.0, 160.0, 180.0], order, "base")
+    less, more = Played([110.0 - 7, 150.0 - 9], order, "less"), Played([130.0 + 4, 170.0 + 6], order, "more")
+    found = compare(base, {"less": less, "more": more}, 2)
+    assert order == ["base", "base", "less", "base", "more", "base", "less", "base", "more", "base"]
+    assert found.saved_us == {"less": [7.0, 9.0], "more": [-4.0, -6.0]}
+    assert (found.saved("less"), found.spread("less"), found.saved("more")) == (8.0, 2.0, -5.0)
+    assert (found.base, found.base_spread) == (140.0, 80.0)
+    alone = compare(Played([1.0, 5.0, 7.0, 6.0], [], "base"), {}, 2)
+    assert alone.windows_us == [5.0, 7.0, 6.0] and alone.base == 6.0
+
+
+def test_batches_and_layers_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Batch.parse("32x8192") == Batch(32, 8192) and str(Batch(32, 8192)) == "32x8192"
+    assert Batch(1, 1024).pages(16) == 66, "two pages for a window's tokens"
+    llama = SHAPES["llama8b"]
+    assert cut(llama, decode_step.layers("all")).layers == 32
+    assert cut(llama, decode_step.layers("8")).layers == 8 and cut(SMALL, 8).layers == 1
+    options = step_breakdown.parse(["--splits", "8x128", "--layers", "all", "--page-size", "16", "64"])
+    assert (options.splits, options.layers, options.page_size) == ([(8, 128)], None, [16, 64])
+    wrong: tuple[list[str], ...]
+    wrong = (["--batches", "32"], ["--batches", "0x8"], ["--splits", "2x48"], ["--layers", "0"], ["--stages", "mlp"])
+    for arguments in wrong:
+        with pytest.raises(SystemExit):
+            step_breakdown.parse(arguments)
+    for arguments in (["--rows", "65"], ["--tiles", "16,64"]):
+        with pytest.raises(SystemExit):
+            tune_linear.parse(arguments)
+    assert "--rows: 1 to 64" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ the step
+
+
+@interpreted
+def test_pages_are_scattered_over_the_pool_and_used_once(model: CausalLM) -> None:
+    """Ten pages each (5 tokens and 32 of a window) of 4 tokens; the pool has room for 100."""
+    page_bytes = 1 * 1 * 2 * 4 * 16 * 2
+    step = make_step(model, extra_bytes=100 * page_bytes)
+    used = step._state.tables[:, :10].flatten().tolist()
+    assert len(set(used)) == 20 and all(0 <= page < 100 for page in used) and max(used) >= 20
+    assert [k.shape for k, _ in step._kv] == [(100, 1, 4, 16)]
+
+
+def count_calls(ran: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count what runs of a step, below what is replaced by a form of it."""
+
+    def count(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            ran[name] += 1
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(linear, "small_linear")
+    count(decode_graphs, "sample")
+    for name in ("paged_attention", "_norm", "rotary_store"):
+        count(decoder, name)
+
+
+@interpreted
+@pytest.mark.parametrize("stage", step_breakdown.STAGES)
+def test_a_stage_is_left_out_and_put_back(model: CausalLM, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = Counter[str]()
+    count_calls(ran, monkeypatch)
+    originals = [dict(vars(owner)) for owner in (model, model._layers[0], decoder, decode_graphs)]
+    make_step(model).form(lambda: step_breakdown.left_out(stage, model, SMALL, 2)).mean_us()
+    # To know whether it adds to the residual itself, the product that is left out was asked once before.
+    asked = Counter({"small_linear": int(stage in ("o", "down"))})
+    name, times = LEFT_OUT.get(stage, ("small_linear", 1))
+    assert ran == WHOLE - Counter({name: times}) + asked
+    assert [dict(vars(owner)) for owner in (model, model._layers[0], decoder, decode_graphs)] == originals
+
+
+WHOLE = Counter(small_linear=5, paged_attention=1, _norm=3, rotary_store=1, sample=1)  # calls of a step of one layer
+LEFT_OUT = {
+    "attention": ("paged_attention", 1),
+    "norms": ("_norm", 3),
+    "rotary_store": ("rotary_store", 1),
+    "sampling": ("sample", 1),
+}
+
+
+@interpreted
+def test_a_whole_step_is_compared_with(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above subtracts from."""
+    ran = Counter[str]()
+    count_calls(ran, monkeypatch)
+    make_step(model).form().mean_us()
+    assert ran == WHOLE
+
+
+@pytest.mark.parametrize("stage", ["attention", "down"])
+def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str) -> None:
+    with (
+        pytest.raises(RuntimeError, match=f"no {stage} to leave out"),
+        step_breakdown.left_out(stage, model, SMALL, 2),
+    ):
+        pass
+
+
+def test_a_product_that_the_step_does_not_have_is_said() -> None:
+    product = Product.of(SHAPES["llama8b"], "qkv", 1)
+    rules = vars(linear)
+    with (
+        pytest.raises(RuntimeError, match="no product of the step is a qkv 1x4096x6144"),
+        tune_linear.taking(None, product),
+    ):
+        assert rules["tiles_for"](1, 4096, 4096, False) == tiles_for(1, 4096, 4096, False)
+    with tune_linear.taking(None, product):
+        assert rules["tiles_for"](1, 6144, 4096, False) is None
+    assert rules["tiles_for"] is tiles_for
+
+
+@pytest.mark.parametrize("key", ["decode_b1_c1024_ms", "decode_b64_c1024_ms", "decode_b256_c1024_ms"])
+@pytest.mark.parametrize("name", ["llama8b", "qwen1b5"])
+def test_floors_of_the_stages_add_up_to_the_steps(name: str, key: str) -> None:
+    """That of shapes.py grows by 128 tokens, ours by 32."""
+    shape, work = SHAPES[name], parse_work(key)
+    assert work is not None
+    whole_ms = floor(shape, work, ())
+    batch = Batch(work.requests, 1024)
+    found = {stage: step_breakdown.floor_us(stage, shape, batch) for stage in step_breakdown.STAGES}
+    step_us = sum(us * (1 if stage == "head" else shape.layers) for stage, us in found.items() if us is not None)
+    assert whole_ms == pytest.approx(step_us / 1e3, rel=0.03)
+    assert [stage for stage, us in found.items() if us is None] == ["norms", "rotary_store", "sampling"]
+
+
+# ------------------------------------------------------------ candidates
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("name", ["llama8b", "qwen1b5"])
+def test_candidates_fit_and_so_does_what_is_taken_today(name: str, rows: int) -> None:
+    for product in (Product.of(SHAPES[name], part, rows) for part in PRODUCTS):
+        tried = candidates(product)
+        assert len(tried) >= 4 and len(set(tried)) == len(tried), product
+        assert all(tiles.strips == 1 or tiles.parts == 1 for tiles in tried)
+        today = tiles_for(rows, product.outputs, product.columns, product.gated)
+        assert today is None or fits(today, product), product
+
+
+def test_what_does_not_fit_is_not_tried() -> None:
+    down, o = (Product.of(SHAPES["qwen1b5"], name, 1) for name in ("down", "o"))
+    assert (down.outputs, down.columns, down.adds, o.columns) == (1536, 8960, True, 1536)
+    deep, wide = Tiles(16, 512, 2, 3, 4, 8), Tiles(32, 256, 4, 7, 1, 8)
+    assert fits(deep, down) and not fits(deep, o), "a part would have less than a tile"
+    assert not fits(wide, o), "48 programs"
+    assert not fits(Tiles(16, 1024, 4, 5, 1, 8), down), "four tiles of 64 KiB"
+    gate_up = Product.of(SHAPES["qwen1b5"], "gate_up", 1)
+    assert (gate_up.weight_rows, gate_up.outputs, gate_up.gated) == (17920, 8960, True)
+    assert gate_up.floor_us == pytest.approx(12.8, abs=0.05)
+    assert not fits(Tiles(16, 256, 2, 4, 1, 0, 10), gate_up), "56 programs"
+    assert parse_tiles(FEW_ROWS.split()[0]) == Tiles(16, 256, 2, 4, 1, 8, 1)
+
+
+@interpreted
+def test_a_wrong_tiling_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = Product("qkv", 3, 40, 48, False, False, True)
+    with measuring(CPU):
+        bench = tune_linear.Bench(product, CPU)
+        good, refused = Tiles(16, 16, 1, 2, 1, 0), Tiles(16, 16, 1, 2, 2, 0, 2)
+        assert bench.reject_all([good, refused]).keys() == {refused}
+
+        def unwritten(x: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+            """Writes nothing: what lies there is another call's right result."""
+            return small_linear(torch.ones_like(x), *rest, **named)
+
+        monkeypatch.setattr(tune_linear, "small_linear", unwritten)
+        why = bench.reject_all([good])[good]
+        assert why.startswith("relative error")
+
+
+# ------------------------------------------------------------ the whole of both
+
+
+@pytest.fixture
+def shape(monkeypatch: pytest.MonkeyPatch) -> Shape:
+    monkeypatch.setitem(SHAPES, "tiny", SMALL)
+    monkeypatch.setattr(tune_linear, "CONTEXT", 5)
+    monkeypatch.setattr(tune_linear, "MAX_COPIES", 2)
+    return SMALL
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_is_taken_apart(device: str, shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    stages = ["--stages", "attention", "down"] if device == "cpu" else []
+    command = ["--models", "tiny", "--batches", "2x5", "--page-size", "4", "8", "--rounds", "1", "--splits", "2x16"]
+    before = decode_attention._splits
+    assert step_breakdown.main([*command, *stages, "--device", device, "--out", str(path)]) == 0
+    assert decode_attention._splits is before
+    found = json.loads(path.read_text())["tiny"]
+    assert found.keys() == {"b2_c5_l1_p4", "b2_c5_l1_p8", "b2_c5_l1_page_sizes"}
+    for page_size in (4, 8):
+        taken = found[f"b2_c5_l1_p{page_size}"]
+        assert taken["layers"] == 1 and taken["step_us"] > 0
+        assert taken["down_us"].keys() == {"saved", "plus_minus", "floor"}
+        assert {"attention_us", "splits_2x16_us"} <= taken.keys()
+        assert ("rest_us" in taken) == (device != "cpu"), "only where all stages were left out"
+    assert found["b2_c5_l1_page_sizes"].keys() == {"p4_step_us", "p8_step_us", "spread_us"}
+    out = capsys.readouterr().out
+    assert "tiny 2x5, pages of 8: step of 1 layers" in out and "step with pages of 4 tokens" in out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tilings_are_compared(
+    device: str, shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(tune_linear, "PREFETCHES", (0,))
+    command = ["--models", "tiny", "--rows", "2", "--products", "down", "--rounds", "1", "--prefetch"]
+    tiles = ["--tiles", "16,16,1,2,1,0", "16,16,1,2,2,0,2"]
+    assert tune_linear.main([*command, *tiles, "--device", device, "--out", str(path)]) == 0
+    found = json.loads(path.read_text())["tiny"]["down 2x24x32"]
+    today = tiles_for(2, 32, 24, False)
+    assert found["today"] == tune_linear.text(today) and today is not None
+    other = tune_linear.text(today._replace(prefetch=0))
+    assert found["tilings_us"].keys() == {"library", "16,16,1,2,1,0,1", found["today"], other}
+    assert {name for name, figures in found["tilings_us"].items() if "alone" in figures} == {
+        *("library", "16,16,1,2,1,0,1", found["today"])
+    }
+    assert "several strips" in found["rejected"]["16,16,1,2,2,0,2"]
+    assert "today" in capsys.readouterr().out
+
+
+def test_what_fails_is_said_and_the_others_go_on(
+    shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tune(product: Product, *rest: Any) -> dict[str, Any]:
+        if product.name == "o":
+            raise RuntimeError("no such luck")
+        return {"floor_us": 1.0, "today": "library", "saved_within_us": 0.0, "tilings_us": {}, "rejected": {}}
+
+    monkeypatch.setattr(tune_linear, "tune", tune)
+    path = tmp_path / "out.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(tune_linear, "measuring", lambda device: torch.inference_mode())
+        patched.setattr(tune_linear, "DecodeStep", lambda *arguments: None)
+        arguments = ["--models", "tiny", "--rows", "1", "--device", "cpu", "--out", str(path)]
+        assert tune_linear.main(arguments) == 1
+        assert tune_linear.main([*arguments, "--seconds", "-1"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny o 1x32x32 failed" in out and "no such luck" in out
+    assert out.count("left out") == 4
+    assert set(json.loads(path.read_text())["tiny"]) == {"qkv 1x32x64", "gate_up 1x32x48", "down 1x24x32"}
