@@ -18,6 +18,7 @@ import torch
 from penstock.common.config import ATTENTION_BACKENDS, EngineConfig
 from penstock.common.errors import ConfigError
 from penstock.engine.core import Engine
+from penstock.engine.decode_graphs import batch_sizes
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
 from penstock.engine.memory import Limits, pool_size_bytes
@@ -116,6 +117,9 @@ def _executor(
         return ModelRunner(model, pool)
     runner = DeviceRunner(model, pool, **asdict(limits))
     if not config.enforce_eager:
+        largest = batch_sizes(limits.max_num_seqs)[-1]
+        if largest < limits.max_num_seqs:
+            logger.info("decode steps of more than %d sequences are launched op by op", largest)
         runner.capture(progress and partial(progress, "capturing steps"))
     return runner
 
