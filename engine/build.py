@@ -89,7 +89,7 @@ def build_engine(
     num_pages = pool_size_bytes(config, model, layout, limits, device, memory_share) // layout.page_bytes
     max_model_len = _context(config, spec, num_pages)
     checkpoint = checkpoint_digest(path, config.load_format)
-    pool = KVPool(layout, num_pages, device, name)
+    pool = _pool(layout, num_pages, device, name)
     hash_scope = f"{checkpoint}|{dtype}|{config.block_size}"
     scheduler = Scheduler(
         PageManager(num_pages, config.block_size, caching=config.enable_prefix_caching),
@@ -104,6 +104,14 @@ def build_engine(
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, config.block_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
     return BuiltEngine(Engine(scheduler, executor), spec, pool, max_model_len, hash_scope, fingerprint)
+
+
+def _pool(layout: KVLayout, num_pages: int, device: torch.device, name: str) -> KVPool:
+    try:
+        return KVPool(layout, num_pages, device, name)
+    except torch.OutOfMemoryError as error:
+        size_gib = num_pages * layout.page_bytes / 2**30
+        raise ConfigError(f"{device} has no {size_gib:.1f} GiB left for KV pages: ask for fewer") from error
 
 
 def _executor(

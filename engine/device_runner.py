@@ -158,6 +158,9 @@ class DeviceRunner:
                 progress(done, total)
 
         with torch.cuda.stream(self._stream):
+            self._state.set_rows([])  # what is run to compile it must not go on with sequences
+            self._decoding = []
+            self._apply_changes()
             pool = torch.cuda.graph_pool_handle()
             self._mixed_steps.capture(pool, captured)
             self._decode_steps.capture(pool, captured)

@@ -40,14 +40,19 @@ def pool_size_bytes(
     """Bytes for the pool.
 
     Raises:
-        ConfigError: nothing is left for it.
+        ConfigError: nothing is left for it, or not even the largest step fits.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cpu":
         return CPU_DEFAULT_BYTES
     budget = int(torch.cuda.mem_get_info(device)[1] * config.gpu_memory_utilization * memory_share)
-    needed = _measure(config, model, layout, limits, device, alone=memory_share == 1.0)
+    try:
+        needed = _measure(config, model, layout, limits, device, alone=memory_share == 1.0)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{device} has no room for weights and the largest step: lower max_num_batched_tokens or max_num_seqs"
+        ) from error
     if budget - needed < layout.page_bytes:
         raise ConfigError(
             f"no memory is left for KV pages: the budget is {budget / 2**30:.1f} GiB, weights and the largest step "

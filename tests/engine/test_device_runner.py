@@ -14,6 +14,7 @@ import torch
 
 from penstock.common.errors import ConfigError
 from penstock.common.sampling import SamplingParams
+from penstock.engine import build
 from penstock.engine.batch_state import BatchState
 from penstock.engine.build import BuiltEngine, attention_backend
 from penstock.engine.decode_graphs import batch_sizes
@@ -219,6 +220,17 @@ def test_the_largest_step_is_within_its_limits() -> None:
     assert plan.num_tokens <= 100
     plan = largest_step(Limits(max_num_seqs=256, max_num_batched_tokens=100, max_model_len=4096), 16)
     assert plan.num_tokens == 100
+
+
+def test_a_pool_that_does_not_fit_is_an_error_of_configuration(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build, "KVPool", full)
+    with pytest.raises(ConfigError, match=r"no 0\.0 GiB left for KV pages"):
+        make_engine(checkpoints["llama"])
 
 
 def test_vllm_names_of_attention_backends(monkeypatch: pytest.MonkeyPatch) -> None:
