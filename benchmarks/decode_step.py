@@ -152,10 +152,10 @@ class Form:
 
 
 class DecodeStep:
-    """The step of one batch: its state and its pages."""
+    """The step of one batch: its state and its pages. `base` is its unchanged form."""
 
     def __init__(self, model: CausalLM, shape: Shape, batch: Batch, page_size: int, memory: Tensor) -> None:
-        """memory: of `page_memory`; the batch's pages are scattered over all of it."""
+        """memory: of `page_memory`; the batch's pages are scattered over all of it. Raises what a launch raises."""
         self._batch, self._device = batch, memory.device
         self._model, self._page_size = model, page_size
         self._max_context = min(MAX_CONTEXT, shape.max_position)
@@ -170,6 +170,8 @@ class DecodeStep:
         state.rows.copy_(torch.arange(count))
         self._workspace = SampleWorkspace.allocate(count, shape.vocab, self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        # Kept, not only for comparisons: a pool of graphs cannot be used again after the last graph in it has gone.
+        self.base = self.form()
 
     def form(self, change: Change = nullcontext) -> Form:
         """The step as it is while what `change` makes is in force. Raises what a launch raises."""

@@ -89,10 +89,10 @@ class Ready(Linear):
 class StandIn:
     """Stands in for a function, and knows whether it was called."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self._function, self.used = function, False
 
-    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+    def __call__(self, *arguments: Any, **named: Any) -> object:
         self.used = True
         return self._function(*arguments, **named)
 
@@ -124,6 +124,20 @@ def left_out(stage: str, model: CausalLM, shape: Shape, rows: int) -> Iterator[o
         yield stand_in
     if not stand_in.used:
         raise RuntimeError(f"the step has no {stage} to leave out")
+
+
+@contextmanager
+def split_so(splits: int, tile: int) -> Iterator[None]:
+    """While this is in force, attention takes each sequence in so many splits, and these in tiles of so many tokens.
+
+    Raises:
+        RuntimeError: on leaving, if nothing asked for the splits.
+    """
+    rule = StandIn(lambda *sizes: (splits, tile))
+    with patch.object(decode_attention, "_splits", rule):
+        yield
+    if not rule.used:
+        raise RuntimeError("the step's attention has no splits")
 
 
 def _noise(model: CausalLM, rows: int, columns: int) -> Tensor:
@@ -209,12 +223,11 @@ def measure(
     bases: dict[int, Form] = {}
     for page_size in options.page_size:
         step = DecodeStep(model, shape, batch, page_size, memory)
-        bases[page_size] = step.form()
+        bases[page_size] = step.base
         changes = {name: partial(left_out, name, model, shape, batch.sequences) for name in options.stages}
         forms = {name: step.form(change) for name, change in changes.items()}
         for splits, tile in options.splits:
-            rule = partial(patch.object, decode_attention, "_splits", lambda *sizes, as_told=(splits, tile): as_told)
-            forms[f"splits_{splits}x{tile}"] = step.form(rule)
+            forms[f"splits_{splits}x{tile}"] = step.form(partial(split_so, splits, tile))
         record = figures(shape, batch, compare(bases[page_size], forms, options.rounds), options.stages)
         show(f"{shape.name} {batch}, pages of {page_size}", record)
         take(f"b{batch.sequences}_c{batch.context}_l{shape.layers}_p{page_size}", record)

@@ -91,7 +91,7 @@ class Bench:
         try:
             out = small_linear(x, weight, self._bias, self._workspace, tiles, gated=p.gated, residual=residual)
         except Exception as error:  # the compiler's, the driver's, or our own
-            return f"{type(error).__name__}: {error}"[:120]
+            return " ".join(f"{type(error).__name__}: {error}".split())[:120]
         wrong = ((out.float() - expected).norm() / expected.norm()).item()
         return None if wrong < MAX_ERROR else f"relative error {wrong:.1e}"
 
@@ -172,13 +172,13 @@ def tune(
         raise RuntimeError(f"{product}: what tiles_for takes, {today}, is no good: {rejected[today]}")
     tilings = [tiles for tiles in dict.fromkeys(wanted) if tiles not in rejected]
     alone_us = bench.alone_us(tilings, options.rounds)
-    base, spread_us = step.form(), 0.0
     saved_us: dict[Tiles | None, float] = {}
+    spread_us = 0.0
 
     def in_layer(tried: Sequence[Tiles | None]) -> None:
         nonlocal spread_us
         for tiles in tried:
-            found = compare(base, {"": step.form(partial(taking, tiles, product))}, options.rounds)
+            found = compare(step.base, {"": step.form(partial(taking, tiles, product))}, options.rounds)
             saved_us[tiles] = found.saved("") / num_layers
             spread_us = max(spread_us, found.spread("") / num_layers)
 

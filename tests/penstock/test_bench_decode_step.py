@@ -155,16 +155,19 @@ def test_a_whole_step_is_compared_with(model: CausalLM, monkeypatch: pytest.Monk
     """What the test above subtracts from."""
     ran = Counter[str]()
     count_calls(ran, monkeypatch)
-    make_step(model).form().mean_us()
+    make_step(model).base.mean_us()
     assert ran == WHOLE
 
 
+@interpreted
 @pytest.mark.parametrize("stage", ["attention", "down"])
 def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str) -> None:
     with (
         pytest.raises(RuntimeError, match=f"no {stage} to leave out"),
         step_breakdown.left_out(stage, model, SMALL, 2),
     ):
+        pass
+    with pytest.raises(RuntimeError, match="no splits"), step_breakdown.split_so(2, 16):
         pass
 
 
