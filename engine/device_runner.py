@@ -7,6 +7,7 @@ are steps with short prompts, others are launched op by op (engine/mixed_steps.p
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -149,6 +150,7 @@ class DeviceRunner:
         """Compile the steps of common shapes and capture them as graphs; `progress` gets (done, in all)."""
         if self._stream is None:
             return
+        gc.collect()  # nothing of a runner before this one may be freed during a capture
         done, total = 0, self._mixed_steps.num_shapes + self._decode_steps.num_sizes
 
         def captured() -> None:
