@@ -23,12 +23,6 @@ from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.prefill_attention import prefill_attention
 
 
-def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch) -> None:
-    """Write the new tokens' keys and values, [T, num_kv_heads, head_dim], into their slots."""
-    k_pages[batch.slot_pages, :, batch.slot_offsets] = k
-    v_pages[batch.slot_pages, :, batch.slot_offsets] = v
-
-
 def paged_attention(
     q: Tensor,
     k_pages: Tensor,

@@ -81,10 +81,14 @@ def rotary_store_reference(
         q, k = turning.split_with_sizes((num_heads, num_kv_heads), 1)
         turning = torch.cat((rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)), 1)
     q, k = rotary(turning, *factors).split_with_sizes((num_heads, num_kv_heads), 1)
-    pages, offsets = batch.slot_pages, batch.slot_offsets
-    k_pages[pages, :, offsets] = k
-    v_pages[pages, :, offsets] = v
+    store_kv(k, v, k_pages, v_pages, batch)
     return q
+
+
+def store_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch) -> None:
+    """Write the new tokens' keys and values, [T, num_kv_heads, head_dim], into their slots."""
+    k_pages[batch.slot_pages, :, batch.slot_offsets] = k
+    v_pages[batch.slot_pages, :, batch.slot_offsets] = v
 
 
 def rotary_store_triton(

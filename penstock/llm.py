@@ -116,12 +116,11 @@ class LLM:
         self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
         self._defaults = GenerationDefaults.load(model, generation_config)
         # Silent where nobody looks: not a terminal.
-        with tqdm(desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        with tqdm(desc="loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
             def show(stage: str, done: int, total: int) -> None:
-                if bar.total != total:
-                    bar.reset(total)
-                    bar.set_description(stage)
+                if getattr(bar, "desc", None) != stage:  # a silent bar has none
+                    bar.desc, bar.unit, bar.n = stage, "B" if stage == "loading weights" else "step", 0
                 bar.total = total
                 bar.update(done - bar.n)
 

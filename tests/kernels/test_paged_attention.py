@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from penstock.kernels.paged_attention import paged_attention, store_kv
+from penstock.kernels.paged_attention import paged_attention
 from penstock.kernels.paged_batch import PagedBatch
+from penstock.kernels.rotary_store import store_kv
 
 Sequences = list[tuple[int, int]]  # (cached before, new)
 
