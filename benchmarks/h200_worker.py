@@ -183,7 +183,7 @@ class Measuring:
             if len(answer.outputs[0].token_ids) != asked.max_tokens:
                 raise RuntimeError(f"asked for {asked.max_tokens} tokens, got {len(answer.outputs[0].token_ids)}")
             missing = len(answer.prompt_token_ids) - answer.num_cached_tokens
-            if cached and missing > self.llm.config.block_size:
+            if cached and missing > self.llm.engine.pages.page_size:
                 raise RuntimeError(f"{missing} of {len(answer.prompt_token_ids)} prompt tokens were not in the cache")
         return elapsed_s
 

@@ -41,7 +41,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, "most tokens in one step: longer prompts are computed in chunks; default: 8192 on a GPU, 2048 on CPU"
     )
-    block_size: int = option(16, "tokens in a KV page")
+    block_size: int | None = option(None, "tokens in a KV page; default: 64 on a GPU, 16 on CPU")
     gpu_memory_utilization: float = option(
         0.9, "share of the GPU's memory this fleet may use", excludes="kv_cache_memory_bytes"
     )
@@ -62,9 +62,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _in(self, "dtype", DTYPES)
         _in(self, "attention_backend", ATTENTION_BACKENDS)
-        _positive(self, "max_num_seqs", "block_size")
-        if self.max_num_batched_tokens is not None:
-            _positive(self, "max_num_batched_tokens")
+        _positive(self, "max_num_seqs")
+        for name in ("max_num_batched_tokens", "block_size"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 

@@ -33,6 +33,8 @@ from penstock.models.spec import ModelSpec, read_spec
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GPU_PAGE_SIZE, CPU_PAGE_SIZE = 64, 16
+"""By measurement (docs/performance.md): fewer address translations, and half a page a sequence is wasted."""
 DIGEST_BLOCKS = 16
 DIGEST_BLOCK_BYTES = 64 << 10
 
@@ -80,19 +82,20 @@ def build_engine(
         attention_backend=attention_backend(config.attention_backend),
         progress=progress and partial(progress, "loading weights"),
     )
-    layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, config.block_size, dtype)
+    page_size = config.block_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, page_size, dtype)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048),
         max_model_len=config.max_model_len or spec.max_position,
     )
     num_pages = pool_size_bytes(config, model, layout, limits, device, memory_share) // layout.page_bytes
-    max_model_len = _context(config, spec, num_pages)
+    max_model_len = _context(config, spec, num_pages, page_size)
     checkpoint = checkpoint_digest(path, config.load_format)
     pool = _pool(layout, num_pages, device, name)
-    hash_scope = f"{checkpoint}|{dtype}|{config.block_size}"
+    hash_scope = f"{checkpoint}|{dtype}|{page_size}"
     scheduler = Scheduler(
-        PageManager(num_pages, config.block_size, caching=config.enable_prefix_caching),
+        PageManager(num_pages, page_size, caching=config.enable_prefix_caching),
         policy,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
@@ -101,7 +104,7 @@ def build_engine(
     )
     fingerprint = blake2b(f"{checkpoint}|{layout.describe()}|tp1|xxh3-64".encode(), digest_size=16).hexdigest()
     size_gib = num_pages * layout.page_bytes / 2**30
-    logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, config.block_size, size_gib, max_model_len)
+    logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, page_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
     return BuiltEngine(Engine(scheduler, executor), spec, pool, max_model_len, hash_scope, fingerprint)
 
@@ -189,9 +192,9 @@ def checkpoint_digest(path: Path, load_format: str = "auto") -> str:
     return digest.hexdigest()
 
 
-def _context(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
+def _context(config: EngineConfig, spec: ModelSpec, num_pages: int, page_size: int) -> int:
     """Longest request, in tokens: what was asked for, else what model and pool allow."""
-    room = num_pages * config.block_size
+    room = num_pages * page_size
     if config.max_model_len is not None:
         if config.max_model_len > spec.max_position:
             raise ConfigError(
@@ -200,7 +203,7 @@ def _context(config: EngineConfig, spec: ModelSpec, num_pages: int) -> int:
         if config.max_model_len > room:
             raise ConfigError(
                 f"max_model_len {config.max_model_len} does not fit the KV pool: {num_pages} pages of "
-                f"{config.block_size} tokens hold {room}; give it more memory or a shorter context"
+                f"{page_size} tokens hold {room}; give it more memory or a shorter context"
             )
         return config.max_model_len
     if room < spec.max_position:

@@ -155,7 +155,9 @@ def _softmax(
         if WINDOW:
             seen &= token[None, :] > positions[:, None] - window
         # Finite, so that a row that sees nothing yet has no NaN; its first real score takes all weight from it.
-        scores = gl.where(seen, scores, -1e30)
+        # Scaled before: fused with the subtraction below, rounding would make it 2**(error of 1e30), 0 or infinite.
+        scores = gl.where(seen, scores * scale, -1e30)
+        scale = 1.0
     new_top = gl.maximum(top, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new_top[:, None])
     fade = gl.exp2(top - new_top)

@@ -226,7 +226,9 @@ def _attend(
             if WINDOW:
                 seen &= token[None, :] > positions[:, None] - window
             # Finite, so that a row that sees nothing yet has no NaN; its first real score takes all weight from it.
-            scores = tl.where(seen, scores, -1e30)
+            # Scaled before: fused with the subtraction below, rounding would make it 2**(error of 1e30), 0 or infinite.
+            scores = tl.where(seen, scores * factor, -1e30)
+            factor = 1.0
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)
         weights = tl.exp2(scores * factor - new_top[:, None])
         fade = tl.exp2(top - new_top)

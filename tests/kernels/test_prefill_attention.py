@@ -69,6 +69,7 @@ class Case:
         op: Callable[..., None],
         device: str = "cpu",
         *,
+        scale: float = 0.3,
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: bool = False,
@@ -84,7 +85,7 @@ class Case:
             torch.tensor(self.table_rows, dtype=torch.int32, device=device),
             torch.tensor(self.starts, dtype=torch.int32, device=device),
             torch.tensor(self.contexts, dtype=torch.int32, device=device),
-            scale=0.3,
+            scale=scale,
             sliding_window=window,
             soft_cap=soft_cap,
             sinks=self.sinks.to(device) if sinks else None,
@@ -252,6 +253,20 @@ def test_any_batch(
     case = Case(sequences, page_size, *heads, 16, torch.float32)
     tiles = Tiles(16, 16, 4, 1, splits)
     close(case.run(prefill_attention_triton, window=window, tiles=tiles), case.expected(window))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [16, 24, 32, 80, 128])
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_that_see_nothing_of_a_split_count_for_nothing(dim: int, window: int | None) -> None:
+    """With any scale: a fused multiply and add rounds the mark of what is unseen up for one and down for another."""
+    case = Case([(31, 16), (90, 40), (0, 33)], 16, 4, 2, dim, torch.float32)
+    for scale in (dim**-0.5, *(0.05 + 0.013 * i for i in range(12))):
+        expected = case.run(prefill_attention_reference, "cuda", scale=scale, window=window)
+        for tiles in (Tiles(32, 32, 4, 1, splits=3), Tiles(32, 32, 4, 1, splits=1)):
+            got = case.run(prefill_attention_triton, "cuda", scale=scale, window=window, tiles=tiles)
+            close(got, expected.double(), 1e-4)
 
 
 @pytest.mark.gpu

@@ -75,6 +75,10 @@ class TestOnAGPU:
     def test_sliding_window(self, window: int, dtype: torch.dtype) -> None:
         both(Case(MIXTURE, 16, 4, 2, 128, dtype), window=window)
 
+    @pytest.mark.parametrize("scale", [0.05, 0.0625, 64**-0.5, 0.11, 128**-0.5, 0.17, 0.25])
+    def test_rows_that_see_nothing_at_first_count_for_nothing(self, scale: float) -> None:
+        both(Case(MIXTURE, 16, 4, 2, 128, torch.bfloat16), scale=scale, window=130)
+
     @pytest.mark.parametrize(
         ("window", "soft_cap", "sinks"), [(None, 1.5, False), (None, None, True), (70, None, True), (90, 0.8, True)]
     )
