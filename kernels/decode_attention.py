@@ -121,7 +121,8 @@ def decode_attention(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         MERGE=workspace.splits > 1,
-        BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
+        BLOCK_R=max(16, triton.next_power_of_2(query_len * group)),
+        MERGED_R=triton.next_power_of_2(query_len * group),
         BLOCK_N=workspace.tile,
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         WINDOW=sliding_window is not None,
@@ -161,7 +162,8 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     MERGE: tl.constexpr,  # whether there are several splits
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows of the products, at least 16
+    MERGED_R: tl.constexpr,  # rows of the merged parts
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -241,22 +243,13 @@ def _decode_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") != present - 1:
             return
         tl.store(counter, 0)  # for the next layer
-        maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_R], tl.float32)
-        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        for other in range(present):
-            flat = (unit + other) * (QUERY_LEN * GROUP) + row
-            theirs = tl.load(maxima_ptr + flat, mask=row_used, other=float("-inf"), cache_modifier=".cg")
-            their_sum = tl.load(sums_ptr + flat, mask=row_used, other=0.0, cache_modifier=".cg")
-            where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-            used_2d = row_used[:, None] & dim_used[None, :]
-            part = tl.load(partial_ptr + where, mask=used_2d, other=0.0, cache_modifier=".cg")
-            highest = tl.maximum(maximum, theirs)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            mine, its = tl.exp2(maximum - base), tl.exp2(theirs - base)
-            total = total * mine + their_sum * its
-            acc = acc * mine[:, None] + part * its[:, None]
-            maximum = highest
+        row = tl.arange(0, MERGED_R)
+        row_used = row < QUERY_LEN * GROUP
+        q_heads = head * GROUP + row % GROUP
+        q_tokens = sequence * QUERY_LEN + row // GROUP
+        maximum, total, acc = _merge(
+            partial_ptr, maxima_ptr, sums_ptr, unit, present, QUERY_LEN * GROUP, HEAD_DIM, MERGED_R, BLOCK_D
+        )
 
     if SINKS:
         sink = tl.load(sinks_ptr + q_heads, mask=row_used, other=0.0) * LOG2E
@@ -267,6 +260,47 @@ def _decode_kernel(
     result = acc / tl.where(row_used, total, 1.0)[:, None]
     out_where = (q_tokens[:, None] * tl.num_programs(1) * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + out_where, result.to(out_ptr.dtype.element_ty), mask=row_used[:, None] & dim_used[None, :])
+
+
+@triton.jit
+def _merge(
+    partial_ptr,
+    maxima_ptr,
+    sums_ptr,
+    unit,  # number of the first part
+    present,  # parts
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All parts of some rows: maximum [BLOCK_R], total [BLOCK_R] and acc [BLOCK_R, BLOCK_D].
+
+    Several parts are loaded at once: each load waits for the level-2 cache, and one after the other they took most of
+    the time that a short context takes.
+    """
+    AT_ONCE: tl.constexpr = 8
+    row = tl.arange(0, BLOCK_R)
+    dim = tl.arange(0, BLOCK_D)
+    maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for begin in range(0, present, AT_ONCE):
+        part = begin + tl.arange(0, AT_ONCE)
+        used = (part < present)[:, None] & (row < ROWS)[None, :]
+        flat = (unit + part)[:, None] * ROWS + row[None, :]
+        where = flat.to(tl.int64)[:, :, None] * HEAD_DIM + dim[None, None, :]
+        used_3d = used[:, :, None] & (dim < HEAD_DIM)[None, None, :]
+        parts = tl.load(partial_ptr + where, mask=used_3d, other=0.0, cache_modifier=".cg")
+        maxima = tl.load(maxima_ptr + flat, mask=used, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(sums_ptr + flat, mask=used, other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(maximum, tl.max(maxima, 0))
+        base = tl.where(highest == float("-inf"), 0.0, highest)  # rows that have seen nothing yet
+        mine, its = tl.exp2(maximum - base), tl.exp2(maxima - base[None, :])
+        total = total * mine + tl.sum(sums * its, 0)
+        acc = acc * mine[:, None] + tl.sum(parts * its[:, :, None], 0)
+        maximum = highest
+    return maximum, total, acc
 
 
 def decode_attention_reference(
