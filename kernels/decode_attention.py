@@ -52,11 +52,11 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, in
     """Programs a (sequence, head), at most four a multiprocessor in all and none shorter than a tile; and the tile.
 
     Measured on an H200: a few programs more than fit at once cost a fifth (batch 32 at 8192 tokens: 253 us in two
-    splits, 299 in three). 64 tokens a tile reach the memory's rate; few heads are faster with longer tiles and fewer
-    partial results.
+    splits, 299 in three). 64 tokens a tile reach the memory's rate; few heads are faster with longer tiles (by 4 us for
+    64 sequences of 2 heads at 1024 tokens) and fewer partial results.
     """
     wanted = max(1, 4 * multiprocessors // heads)
-    tile = _SHORT_TILE if wanted <= 8 else 2 * _SHORT_TILE
+    tile = _SHORT_TILE if wanted < 4 else 2 * _SHORT_TILE
     return max(1, min(wanted, _MOST_SPLITS, -(-max_context // tile))), tile
 
 
@@ -121,13 +121,13 @@ def decode_attention(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         MERGE=workspace.splits > 1,
-        BLOCK_R=max(16, triton.next_power_of_2(query_len * group)),
-        MERGED_R=triton.next_power_of_2(query_len * group),
+        BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
         BLOCK_N=workspace.tile,
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
+        PREFETCH=workspace.tile > _SHORT_TILE and q.is_cuda,
         num_warps=4,
         num_stages=3 if head_dim <= 128 else 2,
         **pdl_options(q),
@@ -162,28 +162,39 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     MERGE: tl.constexpr,  # whether there are several splits
-    BLOCK_R: tl.constexpr,  # rows of the products, at least 16
-    MERGED_R: tl.constexpr,  # rows of the merged parts
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    PREFETCH: tl.constexpr,  # whether the first tile is asked for before the wait
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    # Lengths and page tables are as old as the step: they are read while the kernel ahead still runs (launch.py).
     context = tl.load(contexts_ptr + sequence)
-    table_row = tl.load(rows_ptr + sequence)  # here, so that both loads are under way together
+    table_row = tl.load(rows_ptr + sequence)
     first = 0
     if WINDOW:
         first = tl.maximum(context - QUERY_LEN + 1 - window, 0) // BLOCK_N * BLOCK_N
     length = tl.cdiv(tl.cdiv(context - first, splits), BLOCK_N) * BLOCK_N
     begin = first + split * length
     end = tl.minimum(begin + length, context)
+    table_ptr = tables_ptr + table_row.to(tl.int64) * table_stride
+    k_ptr += head.to(tl.int64) * head_stride
+    v_ptr += head.to(tl.int64) * head_stride
+    if PDL:
+        if PREFETCH:
+            position = begin + tl.arange(0, BLOCK_N)
+            used = position < end
+            page = tl.load(table_ptr + position // PAGE_SIZE, mask=used, other=0).to(tl.int64)
+            offset = page * page_stride + (position % PAGE_SIZE) * HEAD_DIM
+            _prefetch(k_ptr + tl.where(used, offset, 0), HEAD_DIM)
+            _prefetch(v_ptr + tl.where(used, offset, 0), HEAD_DIM)
+        tl.extra.cuda.gdc_wait()  # in every program, or a kernel of padding only would end before the one ahead
+        tl.extra.cuda.gdc_launch_dependents()
     if begin >= end:
         return
 
@@ -201,9 +212,6 @@ def _decode_kernel(
     )
     last_seen = context - QUERY_LEN + token  # position of the row's own token
 
-    table_ptr = tables_ptr + table_row.to(tl.int64) * table_stride
-    k_ptr += head.to(tl.int64) * head_stride
-    v_ptr += head.to(tl.int64) * head_stride
     maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -243,13 +251,22 @@ def _decode_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") != present - 1:
             return
         tl.store(counter, 0)  # for the next layer
-        row = tl.arange(0, MERGED_R)
-        row_used = row < QUERY_LEN * GROUP
-        q_heads = head * GROUP + row % GROUP
-        q_tokens = sequence * QUERY_LEN + row // GROUP
-        maximum, total, acc = _merge(
-            partial_ptr, maxima_ptr, sums_ptr, unit, present, QUERY_LEN * GROUP, HEAD_DIM, MERGED_R, BLOCK_D
-        )
+        maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for other in range(present):
+            flat = (unit + other) * (QUERY_LEN * GROUP) + row
+            theirs = tl.load(maxima_ptr + flat, mask=row_used, other=float("-inf"), cache_modifier=".cg")
+            their_sum = tl.load(sums_ptr + flat, mask=row_used, other=0.0, cache_modifier=".cg")
+            where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+            used_2d = row_used[:, None] & dim_used[None, :]
+            part = tl.load(partial_ptr + where, mask=used_2d, other=0.0, cache_modifier=".cg")
+            highest = tl.maximum(maximum, theirs)
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            mine, its = tl.exp2(maximum - base), tl.exp2(theirs - base)
+            total = total * mine + their_sum * its
+            acc = acc * mine[:, None] + part * its[:, None]
+            maximum = highest
 
     if SINKS:
         sink = tl.load(sinks_ptr + q_heads, mask=row_used, other=0.0) * LOG2E
@@ -263,44 +280,13 @@ def _decode_kernel(
 
 
 @triton.jit
-def _merge(
-    partial_ptr,
-    maxima_ptr,
-    sums_ptr,
-    unit,  # number of the first part
-    present,  # parts
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """All parts of some rows: maximum [BLOCK_R], total [BLOCK_R] and acc [BLOCK_R, BLOCK_D].
-
-    Several parts are loaded at once: each load waits for the level-2 cache, and one after the other they took most of
-    the time that a short context takes.
-    """
-    AT_ONCE: tl.constexpr = 8
-    row = tl.arange(0, BLOCK_R)
-    dim = tl.arange(0, BLOCK_D)
-    maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for begin in range(0, present, AT_ONCE):
-        part = begin + tl.arange(0, AT_ONCE)
-        used = (part < present)[:, None] & (row < ROWS)[None, :]
-        flat = (unit + part)[:, None] * ROWS + row[None, :]
-        where = flat.to(tl.int64)[:, :, None] * HEAD_DIM + dim[None, None, :]
-        used_3d = used[:, :, None] & (dim < HEAD_DIM)[None, None, :]
-        parts = tl.load(partial_ptr + where, mask=used_3d, other=0.0, cache_modifier=".cg")
-        maxima = tl.load(maxima_ptr + flat, mask=used, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(sums_ptr + flat, mask=used, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(maximum, tl.max(maxima, 0))
-        base = tl.where(highest == float("-inf"), 0.0, highest)  # rows that have seen nothing yet
-        mine, its = tl.exp2(maximum - base), tl.exp2(maxima - base[None, :])
-        total = total * mine + tl.sum(sums * its, 0)
-        acc = acc * mine[:, None] + tl.sum(parts * its[:, :, None], 0)
-        maximum = highest
-    return maximum, total, acc
+def _prefetch(rows, HEAD_DIM: tl.constexpr):
+    """Ask the level-2 cache for rows of HEAD_DIM elements."""
+    LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    for at in tl.static_range(0, HEAD_DIM, LINE):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows + at], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 def decode_attention_reference(

@@ -5,8 +5,13 @@ An op dispatches with `use_triton(x)`: Triton on CUDA, its plain PyTorch referen
 
 Programmatic dependent launch (CUDA C++ Programming Guide): a kernel started with `**pdl_options(x)` may begin while its
 predecessor still runs. The rule for every such kernel, with `PDL: tl.constexpr`: before its `gdc_wait` it reads weights
-only, nothing that an earlier kernel of the step writes, and writes nothing. After the wait everything before it is
+only, nothing that an earlier kernel of the layer writes, and writes nothing. After the wait everything before it is
 complete, its predecessors' predecessors included.
+
+What the step wrote at its beginning (lengths, page tables, slots, rotary factors) may be read before the wait, too. A
+kernel starts when the one ahead lets it: most do so after their own wait, when all before them is complete; products
+(small_linear.py) do so at once, and at most two of them follow each other. So no more than the three kernels ahead can
+still be running, and a layer's norm and product always stand between its other kernels and the step's beginning.
 """
 
 from __future__ import annotations

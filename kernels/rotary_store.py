@@ -212,11 +212,7 @@ def _rotary_store_kernel(
         q_scale_2 = tl.load(q_norm + HALF + column, real, other=0.0).to(tl.float32)
         k_scale_1 = tl.load(k_norm + column, real, other=0.0).to(tl.float32)
         k_scale_2 = tl.load(k_norm + HALF + column, real, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-    # All loads before the first store, to be in flight together: the compiler may not move them past a store.
+    # Slots and factors are older than the product ahead: they are read while it still runs (launch.py).
     slot = tl.load(slots + token).to(tl.int64)
     # The factors are loaded in the shape of what they multiply: then no thread needs another's.
     q_factor = tl.broadcast_to(token * HALF + column, Q_BLOCK, BLOCK)
@@ -225,6 +221,11 @@ def _rotary_store_kernel(
     q_sin = tl.load(sin + q_factor, q_mask, other=0.0)
     k_cos = tl.load(cos + k_factor, kv_mask, other=0.0)
     k_sin = tl.load(sin + k_factor, kv_mask, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    # All loads before the first store, to be in flight together: the compiler may not move them past a store.
     q_from = qkv + token * token_stride + q_head * (2 * HALF) + column
     k_from = qkv + token * token_stride + (HEADS + kv_head) * (2 * HALF) + column
     v_from = k_from + KV_HEADS * (2 * HALF)

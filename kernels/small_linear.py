@@ -68,7 +68,7 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
         if columns >= 8192:
             return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
         if outputs <= 2048:
-            return Tiles(16, 512, 2, 6, 1, 8)
+            return Tiles(16, 256, 2, 4, 4, 4)
         if outputs <= 8192:
             return Tiles(32, 256, 4, 7, 1, 8) if outputs <= 4096 else Tiles(32, 256, 2, 4, 1, 8)
     elif rows <= MAX_ROWS:
