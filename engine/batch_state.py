@@ -2,8 +2,8 @@
 
 Each running sequence has a slot. All that is kept for the slots is one int32 tensor, the state, seen through typed
 views: page tables, lengths, last tokens, sampling parameters, and which slot each row of a decode batch is. The host
-collects changes as (address, value) pairs; one copy and one launch apply those of a step, in the order of the device's
-stream. A step that changes nothing sends nothing.
+collects changes as (address, value) pairs; one launch applies those of a step, in the order of the device's stream. A
+step that changes nothing sends nothing.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ class BatchState:
         return addresses, values
 
     def apply(self, changes: Tensor, count: int) -> None:
-        """Apply what `take_changes` gave, from the device: int32 [2 * count], the addresses first."""
+        """Apply what `take_changes` gave: int32 [2 * count], the addresses first, where the device can read it."""
         apply_changes(self._state, changes, count)
 
 
 class Staging:
-    """A step's integers on their way to the device: one pinned buffer, one copy, one buffer there.
+    """A step's integers on their way to the device: one pinned buffer, and one there.
 
     A buffer may be used again when the step that used it has been read; the runner keeps as many as can be open.
     """
@@ -158,19 +158,29 @@ class Staging:
         """Integers that `send` copies."""
         return sum(-(-len(part) // 4) * 4 for part in parts)
 
+    def show(self, part: Sequence[int]) -> Tensor:
+        """The part in pinned memory, int32, for a kernel that reads it from there: for few numbers, and once."""
+        self._pack([part])
+        return self._host[: len(part)]
+
     def send(self, parts: Sequence[Sequence[int] | np.ndarray], into: Tensor | None = None) -> list[Tensor]:
         """The parts on the device, each int32 and aligned to 16 bytes in our own buffer or at the start of `into`.
 
         All arrive in one copy, in the order of the current stream.
         """
+        begins, total = self._pack(parts)
+        target = self._on_device if into is None else into
+        target[:total].copy_(self._host[:total], non_blocking=True)
+        return [target[begin : begin + len(part)] for begin, part in zip(begins, parts, strict=True)]
+
+    def _pack(self, parts: Sequence[Sequence[int] | np.ndarray]) -> tuple[list[int], int]:
+        """Put the parts into the pinned buffer: where each begins, and how many integers that are in all."""
         total = self.size_of(parts)
         if total > len(self._array):
             self._allocate(max(total, 2 * len(self._array)))
-        target = self._on_device if into is None else into
-        views, begin = [], 0
+        begins, begin = [], 0
         for part in parts:
             self._array[begin : begin + len(part)] = part
-            views.append(target[begin : begin + len(part)])
+            begins.append(begin)
             begin += -(-len(part) // 4) * 4
-        target[:total].copy_(self._host[:total], non_blocking=True)
-        return views
+        return begins, total

@@ -22,6 +22,7 @@ from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, MixedSteps
 from penstock.engine.plan import SampledTokens, SequenceStart, SequenceWork, StepHandle, StepPlan, StepResult
 from penstock.kernels.logprobs import token_logprobs
 from penstock.kernels.sample import SampleWorkspace
+from penstock.kernels.step_state import copy_to_host
 from penstock.models.decoder import CausalLM
 
 RUN_AHEAD = 1
@@ -234,7 +235,7 @@ class DeviceRunner:
     def _apply_changes(self) -> None:
         addresses, values = self._state.take_changes()
         if addresses:
-            self._state.apply(self._stagings[self._turn].send([[*addresses, *values]])[0], len(addresses))
+            self._state.apply(self._stagings[self._turn].show([*addresses, *values]), len(addresses))
 
     def _hand_over(
         self, step: int, keys: list[str], tokens: Tensor, logits: Tensor, sampled: Sequence[int]
@@ -242,7 +243,8 @@ class DeviceRunner:
         """Send the tokens to the host; those of `keys` are the rows `sampled` of tokens and logits."""
         used = sampled[-1] + 1 if sampled else 0
         out = self._tokens_out[self._turn][:used]
-        out.copy_(tokens[:used], non_blocking=True)
+        if used:
+            copy_to_host(tokens, out)
         logprobs = None
         if self._num_with_logprobs:
             asked = [

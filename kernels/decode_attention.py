@@ -52,11 +52,11 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, in
     """Programs a (sequence, head), at most four a multiprocessor in all and none shorter than a tile; and the tile.
 
     Measured on an H200: a few programs more than fit at once cost a fifth (batch 32 at 8192 tokens: 253 us in two
-    splits, 299 in three). 64 tokens a tile reach the memory's rate; few heads are faster with longer tiles (by 4 us for
-    64 sequences of 2 heads at 1024 tokens) and fewer partial results.
+    splits, 299 in three). 64 tokens a tile reach the memory's rate; few heads are faster with longer tiles and fewer
+    partial results.
     """
     wanted = max(1, 4 * multiprocessors // heads)
-    tile = _SHORT_TILE if wanted < 4 else 2 * _SHORT_TILE
+    tile = _SHORT_TILE if wanted <= 8 else 2 * _SHORT_TILE
     return max(1, min(wanted, _MOST_SPLITS, -(-max_context // tile))), tile
 
 
@@ -127,7 +127,6 @@ def decode_attention(
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
-        PREFETCH=workspace.tile > _SHORT_TILE and q.is_cuda,
         num_warps=4,
         num_stages=3 if head_dim <= 128 else 2,
         **pdl_options(q),
@@ -168,7 +167,6 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
-    PREFETCH: tl.constexpr,  # whether the first tile is asked for before the wait
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -186,13 +184,12 @@ def _decode_kernel(
     k_ptr += head.to(tl.int64) * head_stride
     v_ptr += head.to(tl.int64) * head_stride
     if PDL:
-        if PREFETCH:
-            position = begin + tl.arange(0, BLOCK_N)
-            used = position < end
-            page = tl.load(table_ptr + position // PAGE_SIZE, mask=used, other=0).to(tl.int64)
-            offset = page * page_stride + (position % PAGE_SIZE) * HEAD_DIM
-            _prefetch(k_ptr + tl.where(used, offset, 0), HEAD_DIM)
-            _prefetch(v_ptr + tl.where(used, offset, 0), HEAD_DIM)
+        position = begin + tl.arange(0, BLOCK_N)
+        used = position < end
+        page = tl.load(table_ptr + position // PAGE_SIZE, mask=used, other=0).to(tl.int64)
+        offset = page * page_stride + (position % PAGE_SIZE) * HEAD_DIM
+        _prefetch(k_ptr + tl.where(used, offset, 0), HEAD_DIM)
+        _prefetch(v_ptr + tl.where(used, offset, 0), HEAD_DIM)
         tl.extra.cuda.gdc_wait()  # in every program, or a kernel of padding only would end before the one ahead
         tl.extra.cuda.gdc_launch_dependents()
     if begin >= end:

@@ -145,6 +145,5 @@ def test_half_precision_is_accumulated_in_float32(device: str, dtype: torch.dtyp
 def test_splits_fill_the_card_and_are_never_shorter_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._splits(8, 32768, 132) == (64, 32)  # batch 1: 64 splits of 8 heads
     assert module._splits(8, 40, 132) == (2, 32)
-    assert module._splits(128, 32768, 132) == (4, 32)
-    assert module._splits(256, 32768, 132) == (2, 16)
+    assert module._splits(128, 32768, 132) == (4, 16)
     assert module._splits(2048, 32768, 132) == (1, 16)

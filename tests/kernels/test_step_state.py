@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.kernels import launch
 from penstock.kernels.launch import INTERPRETED
-from penstock.kernels.step_state import apply_changes, begin_decode, begin_mixed, end_step
+from penstock.kernels.step_state import apply_changes, begin_decode, begin_mixed, copy_to_host, end_step
 
 PAGE_SIZE, SLOTS, PAGES = 3, 7, 5
 DEVICES = [
@@ -53,6 +53,21 @@ class State:
             name: torch.full((count,), -7, dtype=torch.int64, device=self.device)
             for name in ("token_ids", "positions", "slots")
         }
+
+
+@pytest.mark.parametrize("count", [1, 16, 300])
+def test_tokens_and_changes_pass_through_pinned_memory(device: str, count: int) -> None:
+    pinned = device == "cuda"
+    tokens = torch.randint(1 << 40, (400,), device=device)
+    out = torch.full((count + 3,), -7, dtype=torch.int64, pin_memory=pinned)
+    copy_to_host(tokens, out[:count])
+    changes = torch.tensor([*range(count), *range(1000, 1000 + count)], dtype=torch.int32, pin_memory=pinned)
+    state = torch.zeros(count + 3, dtype=torch.int32, device=device)
+    apply_changes(state, changes, count)
+    if pinned:
+        torch.cuda.synchronize()
+    assert out.tolist() == [*tokens[:count].tolist(), -7, -7, -7]
+    assert state.tolist() == [*range(1000, 1000 + count), 0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [1, 5, 300])
