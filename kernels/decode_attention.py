@@ -127,6 +127,7 @@ def decode_attention(
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
+        PREFETCH=workspace.tile > _SHORT_TILE,  # where latency counts; many programs are slower with it (1 us of 26)
         num_warps=4,
         num_stages=3 if head_dim <= 128 else 2,
         **pdl_options(q),
@@ -167,6 +168,7 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    PREFETCH: tl.constexpr,  # whether the first tile is asked for before the wait
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -184,12 +186,13 @@ def _decode_kernel(
     k_ptr += head.to(tl.int64) * head_stride
     v_ptr += head.to(tl.int64) * head_stride
     if PDL:
-        position = begin + tl.arange(0, BLOCK_N)
-        used = position < end
-        page = tl.load(table_ptr + position // PAGE_SIZE, mask=used, other=0).to(tl.int64)
-        offset = page * page_stride + (position % PAGE_SIZE) * HEAD_DIM
-        _prefetch(k_ptr + tl.where(used, offset, 0), HEAD_DIM)
-        _prefetch(v_ptr + tl.where(used, offset, 0), HEAD_DIM)
+        if PREFETCH:
+            position = begin + tl.arange(0, BLOCK_N)
+            used = position < end
+            page = tl.load(table_ptr + position // PAGE_SIZE, mask=used, other=0).to(tl.int64)
+            offset = page * page_stride + (position % PAGE_SIZE) * HEAD_DIM
+            _prefetch(k_ptr + tl.where(used, offset, 0), HEAD_DIM)
+            _prefetch(v_ptr + tl.where(used, offset, 0), HEAD_DIM)
         tl.extra.cuda.gdc_wait()  # in every program, or a kernel of padding only would end before the one ahead
         tl.extra.cuda.gdc_launch_dependents()
     if begin >= end:
