@@ -87,9 +87,10 @@ def _captured(calls: Sequence[Call], rounds: int) -> Callable[[], None]:
 
 def measured_card(repeats: int) -> Card:
     """This card's copy rate (1 GiB there and back) and bfloat16 product rate (8192 cubed, random data)."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(1 << 28, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
-    copy_us = time_us([lambda: target.copy_(source)], repeats)
+    # By a kernel: in a graph `copy_` goes to a copy engine, which reached 2.77 TB/s on an H200 where kernels reach 4.3.
+    copy_us = time_us([lambda: torch.bitwise_not(source, out=target)], repeats)
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     product_us = time_us([lambda: a @ b], repeats)
     return Card(bytes_s=2 * source.nbytes / copy_us * 1e6, flops=2 * 8192**3 / product_us * 1e6)
