@@ -60,7 +60,7 @@ class Sizes:
     rows: tuple[int, ...]  # of matrix products
     tokens: tuple[int, ...]  # of elementwise kernels
     batches: tuple[int, ...]  # of sampling
-    page_size: int = 16
+    page_size: int = 64
 
 
 FULL = Sizes(
