@@ -1,4 +1,4 @@
-"""The `penstock` command: serve, router, prefill, decode, bench. Reads the configuration and starts the one asked for.
+"""The `penstock` command: serve, router, prefill, decode, top, bench. Reads the configuration and starts what was asked.
 
 Nothing heavy is imported before it is needed, so that --help and mistakes are answered at once. A mistake in the
 set-up (ConfigError, ModelError) is one line on stderr and exit status 2.
@@ -27,6 +27,7 @@ commands:
   router MODEL   one router: the OpenAI API in front of the workers it finds in Redis
   prefill MODEL  one prefill worker
   decode MODEL   one decode worker (it also runs whole requests by itself)
+  top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
   bench NAME     an offline benchmark, latency or throughput (also: penstock benchmark)
 
 options:
@@ -99,11 +100,18 @@ def _bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _top(arguments: list[str]) -> int:
+    from penstock.top import main as run
+
+    return run(arguments)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "router": _router,
     "prefill": _prefill,
     "decode": _decode,
+    "top": _top,
     "bench": _bench,
     "benchmark": _bench,
 }

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -35,6 +36,7 @@ from penstock.common.version import __version__
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
 from penstock.router.error_bodies import Send, error_body, send_error
+from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
 from penstock.router.metrics import RouterMetrics
 from penstock.router.reply import Plan, Receive, StreamReply, WholeReply
@@ -47,6 +49,12 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 32 << 20  # below what the bus carries: what is taken can be sent on
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
+# The page brings all it needs: nothing is loaded from elsewhere, and nobody may frame it.
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+}
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 Scope = MutableMapping[str, Any]
 Planner = Callable[[bytes, RequestHead, Front], Awaitable[Plan]]
@@ -84,13 +92,13 @@ class Generation:
 
 
 class KeyGate:
-    """ASGI middleware: paths under /v1 need one of the keys."""
+    """ASGI middleware: paths under /v1, and the fleet's addresses, need one of the keys."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], keys: tuple[str, ...]) -> None:
         self._app, self._keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and (scope["path"] + "/").startswith("/v1/")
+        guarded = scope["type"] == "http" and (scope["path"] + "/").startswith(("/v1/", "/fleet/"))
         if guarded and not self._known(dict(scope["headers"]).get(b"authorization", b"")):
             await send_error(send, Unauthorized("the API key is missing or wrong"), [])
             return
@@ -218,6 +226,17 @@ def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(front.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/fleet")
+    async def fleet() -> dict[str, Any]:
+        service = front.service
+        return fleet_view(front.models, service.counters(), service.loads(), time.monotonic())
+
+    page = (Path(__file__).parent / "ui.html").read_bytes()
+
+    @app.get("/ui", include_in_schema=False)
+    async def ui() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

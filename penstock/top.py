@@ -1,0 +1,125 @@
+"""`penstock top`: a fleet in the terminal, renewed every second from a router's `GET /fleet`.
+
+`render` is pure: two answers in, lines out; the rest asks the router and paints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from penstock.common.errors import ConfigError
+
+_CLEAR = "\x1b[H\x1b[J"
+_HEAD = ("WORKER", "ROLE", "RUN", "WAIT", "QUEUED", "PAGES", "HELD", "HITS", "PROMPT/S", "OUT/S", "MOVED/S", "STATE")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Show the fleet until Ctrl-C, or --once; 1 if the router cannot be asked."""
+    parser = argparse.ArgumentParser(prog="penstock top", description="A fleet in the terminal.", allow_abbrev=False)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a router of the fleet")
+    parser.add_argument("--api-key", default=os.environ.get("PENSTOCK_API_KEY", ""), help="if the router wants one")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
+    parser.add_argument("--once", action="store_true", help="two looks, one picture, and leave")
+    options = parser.parse_args(arguments)
+    if not options.url.startswith(("http://", "https://")) or options.interval <= 0:
+        raise ConfigError("--url must begin with http:// or https://, --interval must be above 0")
+    before: Mapping[str, Any] | None = None
+    try:
+        while True:
+            found = _ask(options.url, options.api_key)
+            if before is not None or not options.once:
+                if not options.once:
+                    print(_CLEAR, end="")
+                print("\n".join(render(found, before)), flush=True)
+            if options.once and before is not None:
+                return 0
+            before = found
+            time.sleep(options.interval)
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"penstock top: {options.url} does not tell of its fleet: {_reason(error)}", file=sys.stderr)
+        return 1
+
+
+def render(found: Mapping[str, Any], before: Mapping[str, Any] | None) -> list[str]:
+    """The picture of an answer; rates need an earlier one, and are "-" for workers that it does not have."""
+    seconds = found["time_s"] - before["time_s"] if before else 0.0
+    earlier = {worker["incarnation"]: worker["totals"] for worker in before["workers"]} if before else {}
+    rows = [_HEAD, *(_row(worker, earlier.get(worker["incarnation"]), seconds) for worker in found["workers"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in (0, 1, len(_HEAD) - 1) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    router = found["router"]
+    summary = ", ".join(
+        f"{router.get(name, 0)} {words}"
+        for name, words in (
+            ("in_flight", "in flight"),
+            ("finished", "finished"),
+            ("failed", "failed"),
+            ("retries", "moved to another worker"),
+            ("workers_lost", "workers lost"),
+        )
+    )
+    return [f"{', '.join(found['models'])}: {summary}", *lines]
+
+
+def _row(worker: Mapping[str, Any], earlier: Mapping[str, int] | None, seconds: float) -> tuple[str, ...]:
+    pages, totals = worker["pages"], worker["totals"]
+    queries = totals["prefix_queries"]
+
+    def rate(name: str) -> float | None:
+        return (totals[name] - earlier[name]) / seconds if earlier is not None and seconds > 0 else None
+
+    moved = rate("transfer_bytes")
+    return (
+        worker["worker_id"],
+        worker["role"],
+        str(worker["running"]),
+        str(worker["waiting"]),
+        str(worker["queued_tokens"]),
+        f"{pages['held']}/{pages['total']}",
+        f"{100 * pages['held'] // max(1, pages['total'])} %",
+        f"{100 * totals['prefix_hits'] // queries} %" if queries else "-",
+        _whole(rate("prompt_tokens")),
+        _whole(rate("generation_tokens")),
+        "-" if moved is None else f"{moved / 2**20:.1f} MiB",
+        "draining" if worker["draining"] else "",
+    )
+
+
+def _whole(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.0f}"
+
+
+def _ask(url: str, key: str) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/fleet", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        found: dict[str, Any] = json.load(answer)
+    if found.get("object") != "fleet":
+        raise ValueError("the answer is not a fleet's")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """What the router said, or what kept it from saying anything."""
+    if isinstance(error, urllib.error.HTTPError):
+        try:
+            return str(json.load(error)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            return f"{error.code} {error.reason}"
+    return str(error.reason if isinstance(error, urllib.error.URLError) else error)
