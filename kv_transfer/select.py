@@ -21,6 +21,12 @@ logger = logging.getLogger("penstock.kv_transfer")
 _SAME_HOST = ("shm", "nixl")
 _ANY_HOST = ("nixl",)
 
+OPENERS: dict[str, Callable[[MemoryRegion, str], Transport]] = {
+    "shm": lambda region, _: ShmTransport(region),
+    "nixl": NixlTransport,
+}
+"""How a transport is opened over a pool; the text is its name in the fleet (a worker's incarnation)."""
+
 _PROBE_TIMEOUT_S = 10.0
 
 
@@ -32,18 +38,14 @@ def open_transports(setting: str, region: MemoryRegion, incarnation: str) -> lis
     Raises:
         TransportError: a transport asked for by name does not work, or none does.
     """
-    openers: dict[str, Callable[[MemoryRegion, str], Transport]] = {
-        "shm": lambda memory, _: ShmTransport(memory),
-        "nixl": NixlTransport,
-    }
     wanted = list(_SAME_HOST) if setting == "auto" else [setting]
     opened: list[Transport] = []
     for name in wanted:
         try:
             started = time.monotonic()
-            transport = openers[name](region, incarnation)
+            transport = OPENERS[name](region, incarnation)
             try:
-                _probe(transport, openers[name], region, f"{incarnation}-probe")
+                _probe(transport, OPENERS[name], region, f"{incarnation}-probe")
             except TransportError:
                 transport.close()
                 raise
