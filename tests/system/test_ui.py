@@ -1,6 +1,6 @@
 """The page at /ui in a real browser, over a real fleet: a message typed, tokens streamed, the waterfall drawn.
 
-Needs Chromium (Debian's `chromium`, which .ci/run installs). The last picture is kept as an artefact: test-artifacts/ui.png.
+Needs Chromium (Debian's `chromium`, which .ci/run installs). The last picture is kept: test-artifacts/ui.png.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_a_conversation(page: Page) -> None:
         for name in ("prefill", "transfer", "decode"):
             expect(page.locator(f".waterfall .lane .{name}")).to_have_count(1)
         boxes = page.locator(".waterfall .lane i").all()
-        assert all(0 < (box.bounding_box() or {"width": 0})["width"] for box in boxes)
+        assert all((box.bounding_box() or {"width": 0})["width"] > 0 for box in boxes)
         expect(page.locator("#totals")).to_contain_text("2 finished")
 
         page.fill("#prompt", "And a mill?")
