@@ -6,6 +6,7 @@ after protocol and fingerprint have been compared.
 
 Protocol versions:
 1  first version
+2  sampling has logit_bias, allowed_token_ids and bad_words_token_ids, which a worker must not overlook
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):

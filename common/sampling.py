@@ -1,18 +1,24 @@
 """What a client may ask of sampling. Used by `LLM`, by the router, and sent to the workers as it is.
 
 Field names, defaults and rules follow vLLM's `SamplingParams`. Workers ignore the text-level fields (`stop`,
-`include_stop_str_in_output`, `skip_special_tokens`, `detokenize`): they know tokens only.
+`include_stop_str_in_output`, `skip_special_tokens`, `detokenize`, `bad_words`): they know tokens only.
 """
 
 from __future__ import annotations
 
+import math
+
 import msgspec
+
+from penstock.common.bad_words import MAX_BAD_WORD_TOKENS
 
 GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 100.0  # beyond, every token is equally likely, and float32 overflows
 MAX_REPETITION_PENALTY = 100.0
 MIN_TEMPERATURE = 0.01
 MAX_N = 16384
+MAX_BIAS = 100.0  # larger ones are cut to it, as in vLLM
+MAX_BAD_WORDS = 128
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -40,6 +46,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    allowed_token_ids: list[int] | None = None  # all others are never drawn
+    bad_words: list[str] = []
+    bad_words_token_ids: list[list[int]] = []  # set from `bad_words` by whoever has the tokenizer
 
     def __post_init__(self) -> None:
         _check(1 <= self.n <= MAX_N, "n", f"from 1 to {MAX_N}", self.n)
@@ -67,6 +77,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0", self.logprobs)
         _check(all(self.stop), "stop", "without empty strings", self.stop)
         _check(not self.stop or self.detokenize, "stop", "used with detokenize=True only", self.stop)
+        self._check_token_rules()
+
+    def _check_token_rules(self) -> None:
+        for token, bias in (self.logit_bias or {}).items():
+            _check(token >= 0, "logit_bias", "of token ids", token)
+            _check(math.isfinite(bias), "logit_bias", "of finite numbers", bias)
+        if self.allowed_token_ids is not None:
+            ids = self.allowed_token_ids
+            _check(bool(ids) and min(ids) >= 0, "allowed_token_ids", "a list of at least one token id", ids)
+        _check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS}", len(self.bad_words))
+        _check(all(word.strip() for word in self.bad_words), "bad_words", "without empty strings", self.bad_words)
+        sequences = self.bad_words_token_ids
+        in_range = all(0 < len(s) <= MAX_BAD_WORD_TOKENS and min(s) >= 0 for s in sequences)
+        rule = f"at most {2 * MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids"
+        _check(len(sequences) <= 2 * MAX_BAD_WORDS and in_range, "bad_words_token_ids", rule, len(sequences))
 
     @property
     def greedy(self) -> bool:
@@ -77,6 +102,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def effective_temperature(self) -> float:
         """Temperature to divide by; tiny values are raised so that float32 does not overflow."""
         return max(self.temperature, MIN_TEMPERATURE)
+
+    @property
+    def has_token_rules(self) -> bool:
+        """Whether tokens are favoured or ruled out beyond penalties and min_tokens."""
+        return bool(self.logit_bias or self.allowed_token_ids is not None or self.bad_words_token_ids)
+
+    @property
+    def clamped_bias(self) -> dict[int, float]:
+        """`logit_bias` within what OpenAI's API allows."""
+        return {token: max(-MAX_BIAS, min(MAX_BIAS, bias)) for token, bias in (self.logit_bias or {}).items()}
+
+    def largest_rule_id(self) -> tuple[str, int]:
+        """(field, id) of the largest token id that these rules name, to compare with a vocabulary; -1 without any."""
+        named = [("logit_bias", token) for token in self.logit_bias or ()]
+        named += [("allowed_token_ids", token) for token in self.allowed_token_ids or ()]
+        named += [("bad_words", token) for word in self.bad_words_token_ids for token in word]
+        return max(named, key=lambda item: item[1], default=("", -1))
 
 
 def _check(ok: bool, field: str, rule: str, value: object) -> None:

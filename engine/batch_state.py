@@ -17,11 +17,22 @@ from torch import Tensor
 
 from penstock.engine.plan import SequenceStart
 from penstock.engine.sampler import noise_seed
-from penstock.kernels.sample import COUNT_MASK, ENDS, IN_PROMPT, SamplingColumns
+from penstock.engine.token_rules import TokenRules
+from penstock.kernels.sample import (
+    BAN_LENGTH,
+    BANNED,
+    COUNT_MASK,
+    ENDS,
+    IN_PROMPT,
+    USES_BANS,
+    USES_BIAS,
+    USES_STATE,
+    SamplingColumns,
+)
 from penstock.kernels.step_state import apply_changes
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
-_INTS = ("top_k", "min_position", "uses_tokens")
+_INTS = ("top_k", "min_position", "uses_tokens", "ban_length")
 _STAGING_INTS = 1 << 16
 
 
@@ -51,7 +62,7 @@ class BatchState:
             **{name: view(name, torch.float32) for name in _FLOATS},
             **{name: view(name) for name in _INTS},
             seeds=view("seeds", torch.int64),
-            token_state=torch.zeros(slots, vocab_size, dtype=torch.int32, device=device),
+            **SamplingColumns.allocate_tables(slots, vocab_size, device),
         )
         self._addresses: list[int] = []
         self._values: list[int] = []
@@ -80,7 +91,7 @@ class BatchState:
         self._num_rows = len(slots)
 
     def start(self, slot: int, sequence: SequenceStart) -> None:
-        """A sequence takes the slot: its sampling parameters, and what penalties and min_tokens have to know."""
+        """A sequence takes the slot: its sampling parameters, and what penalties, bans and min_tokens have to know."""
         s = sequence.sampling
         ending = set(s.stop_token_ids) | (set() if s.ignore_eos else set(sequence.eos_token_ids))
         forbids = bool(s.min_tokens and ending)
@@ -97,12 +108,20 @@ class BatchState:
             self._set(name, slot, struct.unpack("<i", struct.pack("<f", value))[0])
         self._set("top_k", slot, max(0, min(s.top_k, 2**31 - 1)))
         self._set("min_position", slot, min(sequence.prompt_len + s.min_tokens, 2**31 - 1) if forbids else 0)
-        self._set("uses_tokens", slot, int(forbids or penalised))
+        rules = TokenRules.of(s)
+        words = rules.words if rules is not None else ()
+        uses = USES_STATE if forbids or penalised or rules is not None else 0
+        uses += USES_BIAS if rules is not None and rules.has_bias else 0
+        uses += USES_BANS if words else 0
+        self._set("uses_tokens", slot, uses)
+        self._set("ban_length", slot, max(map(len, words), default=0))
         low, high = struct.unpack("<ii", struct.pack("<q", noise_seed(s.seed, sequence.choice)))
         self._set("seeds", 2 * slot, low)
         self._set("seeds", 2 * slot + 1, high)
-        if forbids or penalised:
+        if uses:
             self._start_tokens(slot, sequence, ending)
+        if rules is not None:
+            self._start_rules(slot, sequence, rules)
 
     def _set(self, name: str, index: int, value: int) -> None:
         self._addresses.append(self._begin[name] + index)
@@ -117,6 +136,30 @@ class BatchState:
         known = [token for token in ending if token < len(row)]
         if known:
             row[self._send(known)] |= ENDS
+
+    def _start_rules(self, slot: int, sequence: SequenceStart, rules: TokenRules) -> None:
+        """Fill what only slots with such rules read, all in the order of the stream."""
+        vocab = self.columns.bias.shape[1]
+        if rules.has_bias:
+            row = rules.bias_row(vocab)
+            row = row.pin_memory() if self.device.type == "cuda" else row
+            self.columns.bias[slot].copy_(row, non_blocking=True)
+        words = [word for word in rules.words if max(word) < vocab]
+        if not words:
+            return
+        length = max(map(len, words))
+        table = self.columns.ban_words[slot].fill_(-1)
+        backwards = [[word[-1 - back] if back < len(word) else -1 for word in words] for back in range(length)]
+        table[:length, : len(words)] = self._send([token for row in backwards for token in row]).view(length, -1).int()
+        recent = self.columns.recent[slot].fill_(-1)
+        known = len(sequence.tokens)
+        last = range(max(sequence.prompt_len, known - BAN_LENGTH + 1), known)
+        if last:
+            output = self._send(sequence.tokens[last.start : known])
+            recent[self._send([position % BAN_LENGTH for position in last])] = output.int()
+        completing = [t for t in rules.completing(sequence.tokens, sequence.prompt_len) if t < vocab]
+        if completing:
+            self.columns.token_state[slot][self._send(completing)] |= BANNED
 
     def _send(self, numbers: Sequence[int]) -> Tensor:
         """int64 on the device, without waiting for the steps before."""

@@ -1,6 +1,7 @@
 """From logits to tokens. One call a step for all sequences that sample; every row's result depends on that row only.
 
-Order, as vLLM's: raw logprobs, min_tokens, penalties, then greedy, or temperature, min-p, top-k, top-p and the draw.
+Order, as vLLM's: raw logprobs, bias and bans, min_tokens, penalties, then greedy, or temperature, min-p, top-k, top-p
+and the draw.
 The noise of a draw is a pure function of (request seed, choice) and (token position, purpose, token id): it does not
 depend on batch, worker, chunking or preemption, so a request can move or be replayed and still draw the same tokens.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from penstock.common.messages import TokenLogprobs
 from penstock.common.sampling import SamplingParams
+from penstock.engine.token_rules import TokenRules
 from penstock.kernels.filters import NEVER, apply_penalties, filter_min_p, filter_top_k_top_p
 from penstock.kernels.philox import exponential_noise
 
@@ -40,7 +43,12 @@ class SamplingRow:
             or s.frequency_penalty != 0.0
             or s.presence_penalty != 0.0
             or self.below_min_tokens
+            or self.rules is not None
         )
+
+    @cached_property
+    def rules(self) -> TokenRules | None:
+        return TokenRules.of(self.sampling)
 
     @property
     def below_min_tokens(self) -> bool:
@@ -81,6 +89,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list
 
 
 def _change_logits(logits: Tensor, row: SamplingRow) -> None:
+    rules = row.rules
+    if rules is not None:
+        if rules.has_bias:
+            logits += rules.bias_row(len(logits)).to(logits.device)
+        for token in rules.completing(row.tokens, row.prompt_len):
+            if token < len(logits):
+                logits[token] = NEVER
     if row.below_min_tokens:
         logits[list(row.forbidden_until_min)] = NEVER
     s = row.sampling

@@ -1,9 +1,10 @@
 """From logits to tokens on the device, for every row of a batch at once, without a sort; fit for a CUDA graph.
 
-engine/sampler.py is the same for the CPU and says what is computed: min_tokens, penalties, then greedy, or temperature,
-min-p, top-k, top-p and the largest logit plus seeded Gumbel noise. Here what it must know of a sequence lies on the
-device, an entry of `SamplingColumns` a slot; the host writes a slot when a sequence joins, and never again: `sample`
-counts the tokens that it draws. Rows do not influence each other, and a row draws the same in every batch.
+engine/sampler.py is the same for the CPU and says what is computed: bias, bans, min_tokens, penalties, then greedy,
+or temperature, min-p, top-k, top-p and the largest logit plus seeded Gumbel noise. Here what it must know of a sequence
+lies on the device, an entry of `SamplingColumns` a slot; the host writes a slot when a sequence joins, and never again:
+`sample` counts the tokens that it draws, and notes which ones banned words forbid next. Rows do not influence each
+other, and a row draws the same in every batch.
 
 Against the reference: equal, but for rounding. Its top-p adds sorted float32 probabilities, the kernels add integers
 of 2^-40 of the likeliest token, which is closer to the true sum; a token whose place in the sum is within about 1e-6 of
@@ -23,12 +24,29 @@ from penstock.kernels.launch import num_multiprocessors, pdl_options, use_triton
 from penstock.kernels.philox import exponential_noise
 from penstock.kernels.sample_finish import finish_kernel
 from penstock.kernels.sample_kernels import count_kernel, gather_kernel, stream_kernel
-from penstock.kernels.sample_row import BINS, COUNT_MASK, ENDS, IN_PROMPT
+from penstock.kernels.sample_row import (
+    BAN_LENGTH,
+    BAN_WORDS,
+    BANNED,
+    BINS,
+    COUNT_MASK,
+    ENDS,
+    IN_PROMPT,
+    USES_BANS,
+    USES_BIAS,
+    USES_STATE,
+)
 
 __all__ = [
+    "BANNED",
+    "BAN_LENGTH",
+    "BAN_WORDS",
     "COUNT_MASK",
     "ENDS",
     "IN_PROMPT",
+    "USES_BANS",
+    "USES_BIAS",
+    "USES_STATE",
     "SampleWorkspace",
     "SamplingColumns",
     "sample",
@@ -55,12 +73,16 @@ class SamplingColumns:
     presence: Tensor  # [N] float32; 0: off
     seeds: Tensor  # [N] int64: engine.sampler.noise_seed
     min_position: Tensor  # [N] int32: tokens flagged ENDS are forbidden at positions below
-    uses_tokens: Tensor  # [N] int32; 1: penalties or min_tokens, token_state is read and counted up
-    token_state: Tensor  # [N, vocab] int32: times the token was output (COUNT_MASK), IN_PROMPT, ENDS
+    uses_tokens: Tensor  # [N] int32; 0: none of what follows is read. USES_STATE, plus USES_BIAS, plus USES_BANS
+    token_state: Tensor  # [N, vocab] int32: times the token was output (COUNT_MASK), IN_PROMPT, ENDS, BANNED (now)
+    bias: Tensor  # [N, vocab] float32: added first; -inf: never to be drawn
+    ban_length: Tensor  # [N] int32: tokens of the longest banned word
+    ban_words: Tensor  # [N, BAN_LENGTH, BAN_WORDS] int32: words' tokens from the last one back, -1 where there is none
+    recent: Tensor  # [N, BAN_LENGTH] int32: the output token of position p at p % BAN_LENGTH, -1: none yet
 
     @classmethod
     def allocate(cls, slots: int, vocab: int, device: torch.device | str) -> SamplingColumns:
-        """Slots of greedy sequences without penalties."""
+        """Slots of greedy sequences without penalties, bias or bans."""
 
         def column(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((slots,), value, dtype=dtype, device=device)
@@ -76,8 +98,19 @@ class SamplingColumns:
             seeds=column(0, torch.int64),
             min_position=column(0, torch.int32),
             uses_tokens=column(0, torch.int32),
-            token_state=torch.zeros(slots, vocab, dtype=torch.int32, device=device),
+            ban_length=column(0, torch.int32),
+            **cls.allocate_tables(slots, vocab, device),
         )
+
+    @staticmethod
+    def allocate_tables(slots: int, vocab: int, device: torch.device | str) -> dict[str, Tensor]:
+        """What has more than one number a slot; read only where `uses_tokens` says so."""
+        return {
+            "token_state": torch.zeros(slots, vocab, dtype=torch.int32, device=device),
+            "bias": torch.zeros(slots, vocab, dtype=torch.float32, device=device),
+            "ban_words": torch.full((slots, BAN_LENGTH, BAN_WORDS), -1, dtype=torch.int32, device=device),
+            "recent": torch.full((slots, BAN_LENGTH), -1, dtype=torch.int32, device=device),
+        }
 
 
 @dataclass(frozen=True)
@@ -157,15 +190,16 @@ def sample_reference(logits: Tensor, slots: Tensor, positions: Tensor, columns: 
     def column(values: Tensor) -> Tensor:
         return values[index][:, None]
 
-    x = logits.float()
-    uses_tokens = column(columns.uses_tokens) != 0
+    uses = column(columns.uses_tokens)
+    uses_tokens = uses != 0
+    x = logits.float() + torch.where((uses & USES_BIAS) != 0, columns.bias[index], 0.0)
     state = torch.where(uses_tokens, columns.token_state[index], 0)
     output = state & COUNT_MASK
     repetition = torch.where((state & (COUNT_MASK | IN_PROMPT)) != 0, column(columns.repetition), 1.0)
     x = torch.where(x > 0, x / repetition, x * repetition)
     x = torch.where(output > 0, x - (column(columns.frequency) * output + column(columns.presence)), x)
     banned = ((state & ENDS) != 0) & (positions[:, None] < column(columns.min_position))
-    x = x.masked_fill(banned, NEVER)
+    x = x.masked_fill(banned | ((state & BANNED) != 0), NEVER)
 
     temperature = columns.temperature[index]
     z = filter_min_p(x / temperature.clamp(min=_MIN_TEMPERATURE)[:, None], columns.min_p[index])
@@ -177,7 +211,21 @@ def sample_reference(logits: Tensor, slots: Tensor, positions: Tensor, columns: 
     tokens = torch.where(slots < 0, 0, tokens)
     counted = uses_tokens[:, 0] & (slots >= 0)
     columns.token_state[index[counted], tokens[counted]] += 1
+    for row in ((uses[:, 0] & USES_BANS) != 0).logical_and(slots >= 0).nonzero()[:, 0].tolist():
+        _ban_next_reference(columns, int(slots[row]), int(positions[row]), int(tokens[row]))
     return tokens
+
+
+def _ban_next_reference(columns: SamplingColumns, slot: int, position: int, token: int) -> None:
+    """`sample_row.ban_next` in plain PyTorch."""
+    state, words, recent = columns.token_state[slot], columns.ban_words[slot], columns.recent[slot]
+    recent[position % BAN_LENGTH] = token
+    last = words[0][words[0] >= 0].long()
+    before = words[1 : int(columns.ban_length[slot]), words[0] >= 0]  # [longest - 1, words]
+    past = recent[(position - torch.arange(len(before), device=recent.device)) % BAN_LENGTH]
+    completes = ((before < 0) | (before == past[:, None])).all(dim=0)
+    state[last] &= ~BANNED
+    state[last[completes]] |= BANNED
 
 
 def _tiling(rows: int, vocab: int, tile: int, multiprocessors: int) -> tuple[int, int]:
@@ -212,7 +260,7 @@ def sample_triton(
     stride, state_stride = logits.stride(0), c.token_state.stride(0)
     filter_columns = (c.temperature, c.top_k, c.top_p, c.min_p)
     penalty_columns = (c.repetition, c.frequency, c.presence)
-    token_columns = (c.min_position, c.uses_tokens, c.token_state, state_stride)
+    token_columns = (c.min_position, c.uses_tokens, c.token_state, c.bias, state_stride)
     row = (logits, stride, slots, positions, *filter_columns, *penalty_columns)
     stream_kernel[(rows, splits)](
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.listed, vocab, tiles,
@@ -229,7 +277,7 @@ def sample_triton(
         )  # fmt: skip
     finish_kernel[(rows,)](
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z,
-        w.list_id, tokens, vocab, splits,
+        w.list_id, tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,
         SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=finish_tile, FILTERS=filters, num_warps=8 if filters else 4,
         **options,
     )  # fmt: skip

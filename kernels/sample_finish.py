@@ -16,6 +16,10 @@ from penstock.kernels.sample_row import (
     NEVER,
     NO_ID,
     NUM_BINS,
+    RECENT_INTS,
+    TABLE_INTS,
+    TRACKS_BANS,
+    ban_next,
     best_of,
     has_filter,
     id_bits,
@@ -42,6 +46,7 @@ def _tokens(
     list_id,
     logits,
     state,
+    bias,
     uses_tokens,
     banned,
     repetition,
@@ -58,7 +63,7 @@ def _tokens(
         ids = tl.load(list_id + lanes, mask=lanes < size, other=0)
     else:
         raw = tl.load(logits + lanes, mask=lanes < size, other=NEVER)
-        x = row_logits(raw, state, lanes, lanes < size, uses_tokens, banned, repetition, frequency, presence)
+        x = row_logits(raw, state, bias, lanes, lanes < size, uses_tokens, banned, repetition, frequency, presence)
         z = tl.div_rn(x, scale)
         z = tl.where(z >= floor, z, NEVER)
         ids = lanes
@@ -94,6 +99,7 @@ def finish_kernel(
     min_position_ptr,
     uses_tokens_ptr,
     state_ptr,
+    bias_ptr,
     state_stride,
     best_ptr,
     best_id_ptr,
@@ -105,6 +111,9 @@ def finish_kernel(
     list_z_ptr,
     list_id_ptr,
     tokens_ptr,
+    ban_length_ptr,
+    ban_words_ptr,
+    recent_ptr,
     vocab,
     splits,
     SPLITS: tl.constexpr,
@@ -124,6 +133,7 @@ def finish_kernel(
         return
     uses_tokens = tl.load(uses_tokens_ptr + slot)
     state = state_ptr + slot * state_stride
+    bias = bias_ptr + slot * state_stride
     lanes = tl.arange(0, SPLITS)
     value = tl.load(best_ptr + row * SPLITS + lanes, mask=lanes < splits, other=NEVER)
     _, token = best_of(value, tl.load(best_id_ptr + row * SPLITS + lanes, mask=lanes < splits, other=NO_ID))
@@ -167,7 +177,7 @@ def finish_kernel(
                     up_to_low = base
                     for start in range(0, size, TILE):
                         z, ids = _tokens(
-                            start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
+                            start, size, listed, list_z, list_id, logits, state, bias, uses_tokens, banned,
                             repetition, frequency, presence, scale, floor, TILE,
                         )  # fmt: skip
                         key = order_key(z)
@@ -189,7 +199,7 @@ def finish_kernel(
                         lower_high = tl.full([], _LOWEST, tl.int32)
                         for start in range(0, size, TILE):
                             z, ids = _tokens(
-                                start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
+                                start, size, listed, list_z, list_id, logits, state, bias, uses_tokens, banned,
                                 repetition, frequency, presence, scale, floor, TILE,
                             )  # fmt: skip
                             key = order_key(z)
@@ -210,7 +220,7 @@ def finish_kernel(
                     last_id = tl.full([], 0, tl.int32)
                     for start in range(0, size, TILE):
                         z, ids = _tokens(
-                            start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
+                            start, size, listed, list_z, list_id, logits, state, bias, uses_tokens, banned,
                             repetition, frequency, presence, scale, floor, TILE,
                         )  # fmt: skip
                         key = order_key(z)
@@ -227,7 +237,7 @@ def finish_kernel(
                         lower_last = tl.full([], 0, tl.int32)
                         for start in range(0, size, TILE):
                             z, ids = _tokens(
-                                start, size, listed, list_z, list_id, logits, state, uses_tokens, banned,
+                                start, size, listed, list_z, list_id, logits, state, bias, uses_tokens, banned,
                                 repetition, frequency, presence, scale, floor, TILE,
                             )  # fmt: skip
                             key = order_key(z)
@@ -263,7 +273,9 @@ def finish_kernel(
                 for start in range(0, vocab, TILE):
                     ids = start + tl.arange(0, TILE)
                     raw = tl.load(logits + ids, mask=ids < vocab, other=NEVER)
-                    x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+                    x = row_logits(
+                        raw, state, bias, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence
+                    )
                     z = tl.div_rn(x, scale)
                     key = order_key(z)
                     kept = _stays(key, ids, k_cut, k_id) & _stays(key, ids, p_cut, p_id)
@@ -283,3 +295,7 @@ def finish_kernel(
     if uses_tokens != 0:
         counter = state + token
         tl.store(counter, tl.load(counter) + 1)
+        if (uses_tokens & TRACKS_BANS) != 0:
+            words = ban_words_ptr + slot * TABLE_INTS
+            recent = recent_ptr + slot * RECENT_INTS
+            ban_next(state, words, recent, tl.load(ban_length_ptr + slot), tl.load(positions_ptr + row), token)

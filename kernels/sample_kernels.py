@@ -58,6 +58,7 @@ def stream_kernel(
     min_position_ptr,
     uses_tokens_ptr,
     state_ptr,
+    bias_ptr,
     state_stride,
     best_ptr,
     best_id_ptr,
@@ -93,13 +94,14 @@ def stream_kernel(
     top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
     filtered = has_filter(temperature, top_k, top_p, min_p, vocab)
     state = state_ptr + slot * state_stride
+    bias = bias_ptr + slot * state_stride
     best = tl.full([TILE], NEVER, tl.float32)
     best_id = first + tl.arange(0, TILE)
     if filtered | (temperature < GREEDY_BELOW):
         for start in range(first, last, TILE):
             ids = start + tl.arange(0, TILE)
             following = tl.load(logits + TILE + ids, mask=TILE + ids < last, other=NEVER)
-            x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+            x = row_logits(raw, state, bias, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
             raw = following
             better = x > best
             best = tl.where(better, x, best)
@@ -112,7 +114,7 @@ def stream_kernel(
         for start in range(first, last, TILE):
             ids = start + tl.arange(0, TILE)
             following = tl.load(logits + TILE + ids, mask=TILE + ids < last, other=NEVER)
-            x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+            x = row_logits(raw, state, bias, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
             raw = following
             bits = tile_bits(seed, position, start, TILE)
             # The further the pass, the rarer a tile that holds a better token: logarithms for those only.
@@ -146,6 +148,7 @@ def count_kernel(
     min_position_ptr,
     uses_tokens_ptr,
     state_ptr,
+    bias_ptr,
     state_stride,
     best_ptr,
     counts_ptr,
@@ -182,6 +185,7 @@ def count_kernel(
     presence = tl.load(presence_ptr + slot)
     logits = logits_ptr + row.to(tl.int64) * logits_stride
     state = state_ptr + slot * state_stride
+    bias = bias_ptr + slot * state_stride
 
     counts = tl.zeros([NUM_BINS], tl.int32)
     mass = tl.zeros([TILE], tl.int64)
@@ -190,7 +194,7 @@ def count_kernel(
     for start in range(first, last, TILE):
         ids = start + tl.arange(0, TILE)
         raw = tl.load(logits + ids, mask=ids < last, other=NEVER)
-        x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+        x = row_logits(raw, state, bias, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
         z = tl.div_rn(x, scale)
         alive = (z >= floor) & (z > NEVER)
         counts += tl.histogram(bin_of(z, maximum, scale), NUM_BINS, mask=alive)
@@ -252,6 +256,7 @@ def gather_kernel(
     min_position_ptr,
     uses_tokens_ptr,
     state_ptr,
+    bias_ptr,
     state_stride,
     best_ptr,
     counts_ptr,
@@ -300,6 +305,7 @@ def gather_kernel(
     presence = tl.load(presence_ptr + slot)
     logits = logits_ptr + row.to(tl.int64) * logits_stride
     state = state_ptr + slot * state_stride
+    bias = bias_ptr + slot * state_stride
     list_at = row.to(tl.int64) * CAPACITY
 
     mass = tl.zeros([TILE], tl.int64)
@@ -308,7 +314,7 @@ def gather_kernel(
     for start in range(first, last, TILE):
         ids = start + tl.arange(0, TILE)
         raw = tl.load(logits + ids, mask=ids < last, other=NEVER)
-        x = row_logits(raw, state, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
+        x = row_logits(raw, state, bias, ids, ids < vocab, uses_tokens, banned, repetition, frequency, presence)
         z = tl.div_rn(x, scale)
         alive = (z >= floor) & (z > NEVER)
         bins = bin_of(z, maximum, scale)

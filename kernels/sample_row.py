@@ -8,9 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COUNT_MASK = 2**29 - 1
+COUNT_MASK = 2**28 - 1
+BANNED = 2**28
 IN_PROMPT = 2**29
 ENDS = 2**30
+
+USES_STATE = 1  # what `uses_tokens` of a slot may hold, added up
+USES_BIAS = 2
+USES_BANS = 4
+BAN_WORDS = 256  # words of several tokens that a slot may ban
+BAN_LENGTH = 32  # tokens of such a word; a power of 2
 
 BINS = 256
 BINS_PER_LOGIT = 8  # the last bin holds everything from 32 below the maximum down
@@ -18,6 +25,14 @@ BINS_PER_LOGIT = 8  # the last bin holds everything from 32 below the maximum do
 _COUNT_MASK = tl.constexpr(COUNT_MASK)
 _SEEN_MASK = tl.constexpr(COUNT_MASK | IN_PROMPT)
 _ENDS = tl.constexpr(ENDS)
+_BANNED = tl.constexpr(BANNED)
+_NOT_BANNED = tl.constexpr(~BANNED)
+_USES_BIAS = tl.constexpr(USES_BIAS)
+TRACKS_BANS = tl.constexpr(USES_BANS)
+_BAN_WORDS = tl.constexpr(BAN_WORDS)
+_BAN_LENGTH = tl.constexpr(BAN_LENGTH)
+TABLE_INTS = tl.constexpr(BAN_LENGTH * BAN_WORDS)
+RECENT_INTS = tl.constexpr(BAN_LENGTH)
 NUM_BINS = tl.constexpr(BINS)
 LOGIT_BINS = tl.constexpr(float(BINS_PER_LOGIT))
 GREEDY_BELOW = tl.constexpr(1e-5)  # both as common/sampling.py
@@ -36,17 +51,44 @@ def has_filter(temperature, top_k, top_p, min_p, vocab):
 
 
 @triton.jit
-def row_logits(raw, state, ids, valid, uses_tokens, banned, repetition, frequency, presence):
-    """Raw logits of some ids of a row in float32, with penalties and bans. `state`: where the slot's tokens begin."""
+def row_logits(raw, state, bias, ids, valid, uses_tokens, banned, repetition, frequency, presence):
+    """Raw logits of some ids of a row in float32, with bias, penalties and bans.
+
+    `state`, `bias`: where the slot's rows of both begin; `banned`: tokens flagged ENDS are.
+    """
     x = raw.to(tl.float32)
     if uses_tokens != 0:
         flags = tl.load(state + ids, mask=valid, other=0)
+        if (uses_tokens & _USES_BIAS) != 0:
+            x += tl.load(bias + ids, mask=valid, other=0.0)
         output = flags & _COUNT_MASK
         repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         x = tl.where((flags & _SEEN_MASK) != 0, repeated, x)
         x = tl.where(output > 0, x - (frequency * output.to(tl.float32) + presence), x)
-        x = tl.where(banned & ((flags & _ENDS) != 0), NEVER, x)
+        x = tl.where((banned & ((flags & _ENDS) != 0)) | ((flags & _BANNED) != 0), NEVER, x)
     return x
+
+
+@triton.jit
+def ban_next(state, words, recent, length, position, token):
+    """Flags the tokens that would complete a banned word behind `token`, drawn for `position`; clears older flags.
+
+    words: the slot's [BAN_LENGTH, BAN_WORDS]: each word's last token, the one before it, ...; -1 where a word has none.
+    recent: the slot's [BAN_LENGTH]: the output token at position p lies at p % BAN_LENGTH. length: of the longest word.
+    """
+    lanes = tl.arange(0, _BAN_WORDS)
+    last = tl.load(words + lanes)
+    completes = last >= 0
+    for back in range(1, length):
+        wanted = tl.load(words + back * _BAN_WORDS + lanes)
+        past = tl.load(recent + (position + 1 - back + _BAN_LENGTH) % _BAN_LENGTH)
+        past = tl.where(back == 1, token, past)
+        completes = completes & ((wanted < 0) | (wanted == past))
+    tl.store(recent + position % _BAN_LENGTH, token)
+    tl.debug_barrier()  # other threads may have changed the same tokens' entries just now
+    tl.atomic_and(state + last, _NOT_BANNED, mask=last >= 0)
+    tl.debug_barrier()  # of words that end alike, one may complete
+    tl.atomic_or(state + last, _BANNED, mask=completes)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
+from penstock.common.bad_words import bad_word_ids
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import EngineConfig
 from penstock.common.errors import BadRequest
@@ -249,10 +250,13 @@ class LLM:
             )
         self._check_ids(ids, "a prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
+        words = self._bad_word_ids(params)
         number = next(self._ids)
         seed = params.seed if params.seed is not None else self._fresh_seed(number)
         wanted = room if params.max_tokens is None else min(room, params.max_tokens)
-        sampling = _one_choice(params, seed, wanted)
+        sampling = _one_choice(params, seed, wanted, words)
+        field, largest = sampling.largest_rule_id()
+        self._check_ids([largest] if field else [], field)
         request = RequestOutput(str(number), text, ids, [CompletionOutput(index=i) for i in range(params.n)])
         return [
             _Choice(
@@ -271,6 +275,14 @@ class LLM:
             )
             for output in request.outputs
         ]
+
+    def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
+        """The banned words as tokens, those that were given as tokens included."""
+        if not params.bad_words:
+            return params.bad_words_token_ids
+        tokenizer = self.get_tokenizer()
+        words = bad_word_ids(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        return [*params.bad_words_token_ids, *words]
 
     def _output_text(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> OutputText | None:
         """What makes the text of a choice; None where no text is wanted (stop strings want it, see SamplingParams)."""
@@ -367,11 +379,12 @@ class LLM:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
 
-def _one_choice(params: SamplingParams, seed: int, max_tokens: int) -> SamplingParams:
+def _one_choice(params: SamplingParams, seed: int, max_tokens: int, bad_words: list[list[int]]) -> SamplingParams:
     """The parameters of one choice. They are within the bounds that `params` was checked for: not checked again."""
     sampling = copy(params)
     msgspec.structs.force_setattr(sampling, "seed", seed)
     msgspec.structs.force_setattr(sampling, "n", 1)
+    msgspec.structs.force_setattr(sampling, "bad_words_token_ids", bad_words)
     msgspec.structs.force_setattr(sampling, "max_tokens", max_tokens)
     msgspec.structs.force_setattr(sampling, "min_tokens", min(params.min_tokens, max_tokens))
     return sampling

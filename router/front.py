@@ -69,6 +69,9 @@ class Front:
             raise NotFound(f"The model `{asked}` does not exist.", param="model")
         return asked
 
+    def _encode_word(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     def check_length(self, prompt: str | list[int], param: str) -> None:
         """Raise PromptTooLong for a prompt that cannot fit whatever its tokens are, before any work is done on it."""
         context, length = self.model_info().max_model_len, len(prompt)
@@ -114,7 +117,8 @@ class Front:
             raise BadRequest(f"{field} must be at least 1, got {asked}", param=field)
         default, blamed = max_tokens
         budget = min(output_budget(len(ids), asked, default, info.max_model_len, blamed) for ids in prompts)
-        sampling = request.sampling(self.defaults, budget, logprobs, self.seeds.getrandbits(63), info.vocab_size)
+        seed = self.seeds.getrandbits(63)
+        sampling = request.sampling(self.defaults, budget, logprobs, seed, info.vocab_size, self._encode_word)
         self.metrics.request(n, budget)
         at_end, in_chunks = request.usage_in_stream
         requests = [

@@ -8,10 +8,12 @@ ignored. Known fields that nothing implements yet must be absent or neutral (`_N
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 
+from penstock.common.bad_words import bad_word_ids
 from penstock.common.errors import BadRequest, PromptTooLong
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.sampling import SamplingParams
@@ -23,17 +25,18 @@ MAX_STOP_LENGTH = 1024  # characters
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SALT_LENGTH = 256  # characters
 MAX_CHOICES = 1024  # of one HTTP request: prompts times n
+MAX_BAD_WORD_LENGTH = 1024  # characters
+MAX_RULE_IDS = 1 << 20  # ids of logit_bias and allowed_token_ids, times choices: each choice has its own
 
-_AT_PATH = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
+_AT_PATH = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 _SAMPLED_AS_GIVEN = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+    "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 # Field -> the values that ask for nothing. None asks for nothing everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
@@ -42,7 +45,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "kv_transfer_params": (),
-    "logit_bias": ({},),
     "logits_processors": ([],),
     "modalities": (["text"], []),
     "prediction": (),
@@ -96,6 +98,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
     cache_salt: str | None = None
@@ -118,12 +123,21 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
                 raise BadRequest(f"stop_token_ids must be at most {MAX_STOP_TOKEN_IDS} ids", param="stop_token_ids")
 
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = list(dict.fromkeys(self.allowed_token_ids))
+        if any(len(word) > MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
+            raise BadRequest(f"bad_words must be of at most {MAX_BAD_WORD_LENGTH} characters", param="bad_words")
+
     def check_choices(self, prompts: int) -> None:
         """Raise BadRequest for no choice, or more than one request may have."""
         n = self.choices_per_prompt
         if n < 1 or n * prompts > MAX_CHOICES:
             limit = f"n must be at least 1, and prompts times n at most {MAX_CHOICES}"
             raise BadRequest(f"{limit}, got {prompts} prompts and n={n}", param="n" if n != 1 else "prompt")
+        ids = len(self.logit_bias or ()) + len(self.allowed_token_ids or ())
+        if ids * n * prompts > MAX_RULE_IDS:
+            field = "allowed_token_ids" if self.allowed_token_ids else "logit_bias"
+            raise BadRequest(f"{field}: ids times choices must be at most {MAX_RULE_IDS}", param=field)
 
     @property
     def choices_per_prompt(self) -> int:
@@ -144,9 +158,17 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         )
 
     def sampling(
-        self, defaults: GenerationDefaults, max_tokens: int, logprobs: int | None, seed: int, vocab_size: int
+        self,
+        defaults: GenerationDefaults,
+        max_tokens: int,
+        logprobs: int | None,
+        seed: int,
+        vocab_size: int,
+        encode: Callable[[str], list[int]],
     ) -> SamplingParams:
         """Sampling parameters of one choice (`n` is 1); `seed` is used if the request has none.
+
+        `encode` makes token ids of banned words, without special tokens.
 
         Raises:
             BadRequest: a value out of its range.
@@ -161,8 +183,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         own_seed = self.seed is not None and self.seed != -1  # -1 means none, as in vLLM
         try:
             SamplingParams(n=self.choices_per_prompt)
-            return SamplingParams(
+            sampling = SamplingParams(
                 **values,
+                bad_words_token_ids=bad_word_ids(self.bad_words or (), encode),
                 seed=self.seed if own_seed else seed,
                 stop=self._stops(),
                 max_tokens=max_tokens,
@@ -170,6 +193,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             )
         except ValueError as error:
             raise BadRequest(str(error), param=str(error).partition(" ")[0]) from error
+        field, largest = sampling.largest_rule_id()
+        check_ids([largest] if field else [], vocab_size, field)
+        return sampling
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Stop token ids must be ids of this model."""

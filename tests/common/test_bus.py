@@ -62,7 +62,9 @@ WORKER = WorkerInfo(
 WELCOME = Welcome(protocol=PROTOCOL_VERSION, fingerprint="f", worker=encode(WORKER))
 
 
-def hello(peer: str = "r", session: int = 1, role: str = "router", fingerprint: str = "", protocol: int = 1) -> Hello:
+def hello(
+    peer: str = "r", session: int = 1, role: str = "router", fingerprint: str = "", protocol: int = PROTOCOL_VERSION
+) -> Hello:
     return Hello(protocol=protocol, peer_id=peer, session=session, role=role, fingerprint=fingerprint)
 
 
@@ -180,10 +182,10 @@ def test_only_long_silence_counts():
 @pytest.mark.parametrize(
     "answer",
     [
-        Refused(protocol=1, code="draining", message=""),
-        Welcome(protocol=2, fingerprint="f", worker=b"anything"),
-        Welcome(protocol=1, fingerprint="other", worker=b"anything"),
-        Welcome(protocol=1, fingerprint="f", worker=b"\xc1"),
+        Refused(protocol=PROTOCOL_VERSION, code="draining", message=""),
+        Welcome(protocol=PROTOCOL_VERSION + 1, fingerprint="f", worker=b"anything"),
+        Welcome(protocol=PROTOCOL_VERSION, fingerprint="other", worker=b"anything"),
+        Welcome(protocol=PROTOCOL_VERSION, fingerprint="f", worker=b"\xc1"),
     ],
 )
 def test_a_bad_answer_ends_the_session(answer: Any):

@@ -209,6 +209,27 @@ def test_golden(message: m.Message, as_map: dict[str, Any]):
     assert m.decode(msgpack.packb(as_map)) == message
 
 
+def test_golden_token_rules():
+    sampling = SamplingParams(
+        logit_bias={70000: -1.5, 3: 100.0}, allowed_token_ids=[3, 9], bad_words_token_ids=[[1, 2]]
+    )
+    request = m.GenerateRequest(request_id="r", prompt_token_ids=[1], sampling=sampling)
+    as_map = {
+        "type": "submit",
+        "request": {
+            "request_id": "r",
+            "prompt_token_ids": [1],
+            "sampling": {
+                "logit_bias": {70000: -1.5, 3: 100.0},
+                "allowed_token_ids": [3, 9],
+                "bad_words_token_ids": [[1, 2]],
+            },
+        },
+    }
+    assert msgpack.unpackb(m.encode(m.Submit(request=request)), strict_map_key=False) == as_map
+    assert m.decode(msgpack.packb(as_map)) == m.Submit(request=request)
+
+
 def test_golden_worker_record():
     assert msgpack.unpackb(m.encode(WORKER)) == WORKER_MAP
     assert m.decode_worker_info(msgpack.packb(WORKER_MAP)) == WORKER

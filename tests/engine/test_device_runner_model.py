@@ -155,8 +155,23 @@ def random_sampling(pick: random.Random) -> SamplingParams:
         presence_penalty=pick.choice((0.0, 0.7)),
         min_tokens=pick.randrange(count + 1),
         stop_token_ids=pick.sample(range(VOCAB), 2),
+        **random_rules(pick),
         **fields,
     )
+
+
+def random_rules(pick: random.Random) -> dict[str, Any]:
+    """Bias, allowed tokens and banned words that come up among so few tokens."""
+    rules: dict[str, Any] = {}
+    if pick.random() < 0.3:
+        rules["logit_bias"] = {pick.randrange(VOCAB): pick.choice((-3.0, 0.7, 500.0)) for _ in range(3)}
+    if pick.random() < 0.3:
+        rules["allowed_token_ids"] = pick.sample(range(VOCAB), 6)
+    if pick.random() < 0.5:
+        rules["bad_words_token_ids"] = [
+            [pick.randrange(VOCAB) for _ in range(pick.choice((1, 2, 2, 2, 3)))] for _ in range(60)
+        ]
+    return rules
 
 
 class Run:

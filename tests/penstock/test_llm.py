@@ -132,6 +132,26 @@ def test_the_longest_start_first_and_answers_keep_their_order(llm: LLM, monkeypa
     assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
 
 
+def test_tokens_favoured_and_ruled_out(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    [plain] = tokens(run(llm, TEXT))
+    favoured = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logit_bias={33: 100.0})
+    allowed = SamplingParams(temperature=1.0, seed=1, max_tokens=20, ignore_eos=True, allowed_token_ids=[40, 50, 60])
+    word = next(text for token in plain if (text := tokenizer.decode([token]).strip()).isalpha())
+    banned = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, bad_words=[word])
+    found = tokens(run(llm, [TEXT] * 3, [favoured, allowed, banned]))
+    assert found[0] == [33] * 6
+    assert set(found[1]) == {40, 50, 60}
+    assert word not in tokenizer.decode(found[2]) and found[2] != plain
+    for fields, name in (
+        ({"logit_bias": {400: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": [2, 999]}, "allowed_token_ids"),
+        ({"bad_words_token_ids": [[400]]}, "bad_words"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must hold token ids from 0 to 399"):
+            run(llm, TEXT, SamplingParams(**fields))  # type: ignore[arg-type]
+
+
 def test_choices_and_seeds(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=3, temperature=1.5, max_tokens=8, ignore_eos=True)
     [first], [second] = run(llm, TEXT, params), run(llm, TEXT, params)

@@ -24,12 +24,15 @@ WRONG = [
     ("stop", "x" * 2000), ("stop", 5), ("stop_token_ids", [VOCAB]), ("stop_token_ids", [-1]), ("ignore_eos", 1),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("cache_salt", ""), ("cache_salt", 1),
     ("cache_salt", "x" * 257), ("stop_token_ids", list(range(1025))),
-    ("best_of", 0), ("model", 5),
+    ("best_of", 0), ("model", 5), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {str(VOCAB): 1}),
+    ("logit_bias", [1]), ("logit_bias", {"1": "x"}), ("allowed_token_ids", []), ("allowed_token_ids", [VOCAB]),
+    ("allowed_token_ids", [-1]), ("bad_words", "a"), ("bad_words", [""]), ("bad_words", [" "]),
+    ("bad_words", ["a"] * 129), ("bad_words", ["x" * 1025]), ("bad_words", ["0 1 2 3 4 5 6 7 8 9" * 4]),
 ]  # fmt: skip
 UNSUPPORTED: list[tuple[str, Any]] = [
-    ("logit_bias", {"1": 5}), ("response_format", {"type": "json_object"}), ("prompt_logprobs", 1),
+    ("response_format", {"type": "json_object"}), ("prompt_logprobs", 1),
     ("structured_outputs", {"regex": "a"}), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
-    ("use_beam_search", True), ("bad_words", ["a"]), ("allowed_token_ids", [1]), ("prompt_embeds", "x"),
+    ("use_beam_search", True), ("prompt_embeds", "x"),
     ("best_of", 2), ("truncate_prompt_tokens", 5), ("priority", 1), ("kv_transfer_params", {"a": 1}),
     ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("suffix", "x"),
     ("modalities", ["audio"]), ("audio", {"voice": "x"}), ("functions", [{}]),

@@ -42,7 +42,7 @@ class Server:
     def ask(self, *, stream: bool = False, chat: bool = False, **fields: Any) -> list[Text]:
         """The choices of an answer. Fields that the client does not know go into `extra_body`; eos is ignored."""
         ours = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "cache_salt")
-        ours += ("include_stop_str_in_output", "skip_special_tokens")
+        ours += ("include_stop_str_in_output", "skip_special_tokens", "allowed_token_ids", "bad_words")
         extra = {"return_token_ids": True, "ignore_eos": True}
         extra |= {name: fields.pop(name) for name in ours if name in fields}
         values = {"model": "tiny", "extra_body": extra, "stream": stream, **fields}

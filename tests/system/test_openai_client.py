@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from tests.system.fleets import fleet
 from tests.system.openai_servers import MESSAGES, MESSAGES_AS_TEXT, TEXT, Change, Reference, Server, Text
@@ -108,6 +108,44 @@ def test_generation_ends_where_hugging_faces_does(server: Server, reference: Ref
             [least] = server.ask(prompt=prompt, temperature=0, max_tokens=40, min_tokens=39, ignore_eos=False)
             assert len(least.ids) >= 39 and not set(least.ids[:38]) & set(END_IDS)
     assert ended >= 2
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_favoured_and_ruled_out(
+    server: Server, tokenizer: tokenizers.Tokenizer, reference: Reference, chat: bool
+) -> None:
+    """From the first token, which a prefill worker draws, on; a banned word may span both workers."""
+    prompt = tuple(tokenizer.encode(MESSAGES_AS_TEXT if chat else TEXT, add_special_tokens=False).ids)
+    plain = reference.greedy(prompt, 8)
+    bias = {plain[0]: -100.0, plain[3]: 2.0}
+
+    def biased(logits: torch.Tensor, _: list[int], __: list[int]) -> torch.Tensor:
+        for token, value in bias.items():
+            logits[token] += value
+        return logits
+
+    [answer] = server.ask(chat=chat, temperature=0, max_tokens=8, logit_bias={str(t): v for t, v in bias.items()})
+    assert answer.ids == reference.greedy(prompt, 8, biased) and plain[0] not in answer.ids
+    allowed = [token for token in range(5, 400) if tokenizer.decode([token]).isascii() and token not in plain]
+    others = torch.tensor([token for token in range(400) if token not in allowed])
+
+    def only_allowed(logits: torch.Tensor, _: list[int], __: list[int]) -> torch.Tensor:
+        return logits.index_fill(0, others, float("-inf"))
+
+    [answer] = server.ask(chat=chat, temperature=0, max_tokens=8, allowed_token_ids=allowed)
+    letters = reference.greedy(prompt, 8, only_allowed)
+    assert answer.ids == letters
+    pairs = [letters[at : at + 2] for at in range(7)]
+    pair = next(p for p in pairs if tokenizer.encode((tokenizer.decode(p)).lstrip(), add_special_tokens=False).ids == p)
+    word = tokenizer.decode(pair)
+    spaced = tokenizer.encode(" " + word, add_special_tokens=False).ids
+    banned = NoBadWordsLogitsProcessor([pair, spaced])
+
+    def without_word(logits: torch.Tensor, _: list[int], output: list[int]) -> torch.Tensor:
+        return banned(torch.tensor([output], dtype=torch.long), only_allowed(logits, [], [])[None])[0]
+
+    [answer] = server.ask(chat=chat, temperature=0, max_tokens=8, allowed_token_ids=allowed, bad_words=[word])
+    assert answer.ids == reference.greedy(prompt, 8, without_word) != letters
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -525,7 +563,9 @@ def test_a_prompt_too_long_gives_both_numbers(server: Server, stream: bool) -> N
         ({"stop_token_ids": [400]}, "stop_token_ids"),
         ({"seed": 2**70}, "seed"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"400": 1}}, "logit_bias"),
+        ({"allowed_token_ids": [400]}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
