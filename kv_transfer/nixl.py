@@ -62,7 +62,7 @@ class NixlTransport(Transport):
 
     def __init__(self, region: MemoryRegion, agent: str) -> None:
         """Raises TransportError when NIXL or its UCX plug-in is missing or refuses the memory."""
-        self._nixl, bindings = _import()
+        self._nixl, bindings = import_nixl()
         self._errors = _error_types(bindings)
         self._disconnected: type[Exception] = bindings.nixlRemoteDisconnectError
         self._region = region
@@ -198,7 +198,7 @@ class NixlTransport(Transport):
         return self._agent.prep_xfer_dlist(agent, rows, memory, backends=["UCX"])
 
 
-def _import() -> tuple[Any, Any]:
+def import_nixl() -> tuple[Any, Any]:
     """NIXL's Python module and its bindings, which hold the exceptions; imported when first needed (0.3 s)."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # read at import; INFO writes two lines an agent
     missing = []

