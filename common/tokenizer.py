@@ -134,6 +134,10 @@ class Tokenizer:
         """Text of `token_ids` on their own (nothing before them)."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def vocabulary_entry(self, token_id: int) -> str:
+        """A token as the vocabulary writes it ("Ġwater"); "" for an id that it does not have."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands in running text: its leading space is kept, broken UTF-8 becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")

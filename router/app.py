@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -35,11 +36,13 @@ from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
-from penstock.router.error_bodies import Send, error_body, send_error
+from penstock.router.error_bodies import Send, error_body, send_error, send_json
 from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
 from penstock.router.metrics import RouterMetrics
+from penstock.router.protocol import fields_of
 from penstock.router.reply import Plan, Receive, StreamReply, WholeReply
+from penstock.router.token_routes import detokenize, tokenize
 
 if TYPE_CHECKING:
     from penstock.router.service import RouterService
@@ -88,6 +91,26 @@ class Generation:
             log.exception("request %s", head.request_id)
             if reply is not None and reply.started:
                 raise  # the server cuts the connection, so that nobody takes the answer for whole
+            await send_error(send, InternalError("internal error; the router's log has the cause"), headers)
+
+
+class Answering:
+    """ASGI endpoint of a route that makes one JSON answer of its body at once."""
+
+    def __init__(self, front: Front, answer: Callable[[bytes, Front], Awaitable[bytes]]) -> None:
+        self._front, self._answer = front, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head, headers = _head(scope)
+        try:
+            body = await _read_body(receive)
+            if body is not None:
+                await send_json(send, await self._answer(body, self._front), headers)
+        except PenstockError as error:
+            self._front.metrics.failed(error.code)
+            await send_error(send, error, headers)
+        except Exception:
+            log.exception("request %s", head.request_id)
             await send_error(send, InternalError("internal error; the router's log has the cause"), headers)
 
 
@@ -149,6 +172,9 @@ def create_app(
     app.router.routes += [
         Route("/v1/completions", Generation(front, plan_completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(front, plan_chat), methods=["POST"]),
+        Route("/invocations", Generation(front, _plan_invocation), methods=["POST"]),
+        Route("/tokenize", Answering(front, tokenize), methods=["POST"]),
+        Route("/detokenize", Answering(front, detokenize), methods=["POST"]),
     ]
     return app
 
@@ -210,6 +236,7 @@ def serve(config: RouterConfig) -> None:
 
 def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/health")
+    @app.api_route("/ping", methods=["GET", "POST"])  # SageMaker's name for it
     async def health() -> Response:
         if front.service.ready():
             roles = Counter(worker.role for worker, _ in front.service.loads())
@@ -222,6 +249,10 @@ def _add_information(app: FastAPI, front: Front) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        return {"server_load": front.service.counters()["in_flight"]}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -238,10 +269,10 @@ def _add_information(app: FastAPI, front: Front) -> None:
     async def ui() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    def card(name: str) -> dict[str, Any]:
         info = front.service.model_info()
-        card = {
+        return {
+            "id": name,
             "object": "model",
             "created": front.created,
             "owned_by": "penstock",
@@ -249,7 +280,23 @@ def _add_information(app: FastAPI, front: Front) -> None:
             "parent": None,
             "max_model_len": None if info is None else info.max_model_len,
         }
-        return {"object": "list", "data": [{"id": name} | card for name in front.models]}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in front.models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        try:
+            return JSONResponse(card(front.model_name(name)))
+        except NotFound as error:
+            return Response(error_body(error), error.status, media_type="application/json")
+
+
+async def _plan_invocation(body: bytes, head: RequestHead, front: Front) -> Plan:
+    """SageMaker's one route for everything: a body with `messages` is a chat's, any other a completion's."""
+    plan = plan_chat if b'"messages"' in body and "messages" in fields_of(body) else plan_completion
+    return await plan(body, head, front)
 
 
 def _head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:

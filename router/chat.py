@@ -26,7 +26,7 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
     request = decode_request(_decoder, body)
     model = front.model_name(request.model)
     request.check_choices(1)
-    ids = await front.in_thread(lambda: _token_ids(request, front), len(body))
+    ids = await front.in_thread(lambda: chat_token_ids(request, front), len(body))
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     answer_id, usage, show_ids = (
         f"chatcmpl-{head.answer_id}",
@@ -38,7 +38,8 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
     return front.plan(request, head, format, [ids], [""], max_tokens, logprobs)
 
 
-def _token_ids(request: ChatRequest, front: Front) -> list[int]:
+def chat_token_ids(request: ChatRequest, front: Front) -> list[int]:
+    """The messages as the template writes them, tokenised; raises BadRequest, or PromptTooLong."""
     if front.template is None:
         raise BadRequest("this model has no chat template; give one with --chat-template", param="messages")
     continues = bool(request.continue_final_message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -316,7 +316,17 @@ _PROMPT_DECODERS: tuple[msgspec.json.Decoder[Any], ...] = (
 )
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_Request = TypeVar("_Request", bound=GenerationRequest)
+
+
+class _Checked(Protocol):
+    """A body that knows its own rules."""
+
+    def check(self) -> None:
+        """Raise BadRequest for what the types alone cannot tell."""
+        ...
+
+
+_Request = TypeVar("_Request", bound=_Checked)
 
 
 def decode_request(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
@@ -337,6 +347,14 @@ def decode_request(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Req
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     request.check()
     return request
+
+
+def fields_of(body: bytes) -> frozenset[str]:
+    """Names of a body's top-level fields; none if it is no JSON object."""
+    try:
+        return frozenset(_FIELDS.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return frozenset()
 
 
 def _refuse_unsupported(fields: dict[str, msgspec.Raw]) -> None:

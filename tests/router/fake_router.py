@@ -135,7 +135,7 @@ class FakeService:
         return [(info, load)]
 
     def counters(self) -> dict[str, int]:
-        return {"retries": 4, "worker_losses": 1}
+        return {"retries": 4, "worker_losses": 1, "in_flight": len(self._tasks)}
 
 
 class Router:
