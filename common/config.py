@@ -16,6 +16,7 @@ ROLES = ("prefill", "decode")
 ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
 TRANSPORTS = ("auto", "nixl", "shm")
 CHECKSUMS = ("all", "sample", "off")
+ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
@@ -123,10 +124,12 @@ class RouterConfig(FleetConfig):
     queue_timeout_s: float = option(60.0, "how long a request may wait for room")
     progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
+    routing_policy: str = option("cost", "how workers are chosen (docs/routing.md)", choices=ROUTING_POLICIES)
     min_remote_prefill_tokens: int = option(0, "uncached prompt tokens from which a prefill worker is used")
 
     def __post_init__(self) -> None:
         _positive(self, "max_inflight")
+        _in(self, "routing_policy", ROUTING_POLICIES)
 
 
 @dataclass(frozen=True, kw_only=True)

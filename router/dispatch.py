@@ -89,7 +89,8 @@ class Choice:
     early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
     placement: Placement | None = None
     prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
-    reserved: list[Release] = field(default_factory=list)
+    reserved: Release | None = None  # at the decode worker, until the attempt is over
+    prompt_reserved: Release | None = None  # at the worker that computes the prompt, until a token comes
     failed: set[str] = field(default_factory=set)  # incarnations that lost this choice
     history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
 
@@ -172,7 +173,7 @@ class Dispatcher:
                 self._apply(choice, _Lost("its worker was lost"), now)
             elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
                 choice.prefill_cut = True
-                self._release(choice, event.incarnation)  # if the worker is dead the decode worker computes the prompt
+                self._release_prompt(choice)  # if the worker is dead the decode worker computes the prompt
                 self._check_gap(choice, now)
 
     def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
@@ -218,9 +219,9 @@ class Dispatcher:
         choice.state = State.RUNNING
         choice.placement = placement
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        self._reserve(choice, placement.decode.incarnation, placement.decode_tokens)
-        if placement.prefill is not None:
-            self._reserve(choice, placement.prefill.incarnation, placement.prefill_tokens)
+        choice.reserved = self._reserve(placement.decode.incarnation, placement.decode_tokens)
+        computing = placement.prefill or placement.decode
+        choice.prompt_reserved = self._reserve(computing.incarnation, placement.prefill_tokens)
         submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill)
         self._commands.append(SendSubmit(placement.decode.incarnation, submit))
 
@@ -307,8 +308,7 @@ class Dispatcher:
             return False
         choice.deadline = now + self._progress_timeout_s
         choice.delivered += delta.token_ids
-        if choice.placement is not None and choice.placement.prefill is not None:
-            self._release(choice, choice.placement.prefill.incarnation)  # a token came: the prompt is computed
+        self._release_prompt(choice)  # a token came: the prompt is computed
         self._commands.append(Deliver(choice.sink, delta))
         if delta.finish is None:
             return False
@@ -346,21 +346,26 @@ class Dispatcher:
 
     def _let_go(self, choice: Choice) -> None:
         """The attempt is over: give back its load and forget its workers and early tokens."""
-        self._commands += choice.reserved
-        choice.reserved.clear()
+        if choice.reserved is not None:
+            self._commands.append(choice.reserved)
+            choice.reserved = None
+        self._release_prompt(choice)
         choice.early.clear()
         choice.steady = False
         choice.prefill_cut = False
         choice.placement = None
 
-    def _reserve(self, choice: Choice, incarnation: str, tokens: int) -> None:
+    def _reserve(self, incarnation: str, tokens: int) -> Release | None:
+        """Count load; returns what takes it back."""
+        if not tokens:
+            return None
         self._commands.append(Reserve(incarnation, tokens))
-        choice.reserved.append(Release(incarnation, tokens))
+        return Release(incarnation, tokens)
 
-    def _release(self, choice: Choice, incarnation: str) -> None:
-        mine = [r for r in choice.reserved if r.incarnation == incarnation]
-        choice.reserved = [r for r in choice.reserved if r.incarnation != incarnation]
-        self._commands += mine
+    def _release_prompt(self, choice: Choice) -> None:
+        if choice.prompt_reserved is not None:
+            self._commands.append(choice.prompt_reserved)
+            choice.prompt_reserved = None
 
 
 def _without(delta: TokenDelta, known: int) -> TokenDelta:

@@ -15,7 +15,8 @@ from pathlib import PurePath
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.dispatch import WAIT_FOR_WORKER_S
-from penstock.router.policy import Candidate
+from penstock.router.policy import Candidate, Placement
+from penstock.router.shares import WorkShares
 
 # A request waits for WAIT_FOR_WORKER_S at most, so none begins on one model and goes on with another.
 FINGERPRINT_KEPT_S = WAIT_FOR_WORKER_S + 5.0
@@ -52,6 +53,7 @@ class Fleet:
         self._members: dict[str, Member] = {}  # by address, while the link is up
         self._refused: dict[str, WorkerInfo] = {}  # by address, while the link is up
         self._reserved: dict[str, int] = {}  # incarnation -> tokens; never 0
+        self._shares = WorkShares()
 
     def discovered(self, workers: Iterable[WorkerInfo]) -> Discovery:
         """Take a listing from Redis. An address is forgotten only when its link is down as well."""
@@ -73,6 +75,8 @@ class Fleet:
         self._refused.pop(address, None)
         self._fingerprint = worker.fingerprint
         self._members[address] = Member(worker, WorkerLoad(), address)
+        self._shares.join(worker.incarnation)
+        self._shares.keep({member.worker.incarnation for member in self._members.values()})
         return ""
 
     def disconnected(self, address: str, now: float) -> WorkerInfo | None:
@@ -81,6 +85,7 @@ class Fleet:
         member = self._members.pop(address, None)
         if member is None:
             return None
+        self._shares.keep({other.worker.incarnation for other in self._members.values()})
         if not self._members:
             self._left_at = now
         return member.worker
@@ -118,6 +123,11 @@ class Fleet:
         """Take back what `reserve` added (also after the worker is gone); returns the total."""
         return self.reserve(incarnation, -tokens)
 
+    def give(self, placement: Placement) -> None:
+        """The work of a placement counts as given; what its output turns out to be is not corrected."""
+        self._shares.give((placement.prefill or placement.decode).incarnation, placement.prefill_ms)
+        self._shares.give(placement.decode.incarnation, placement.decode_ms)
+
     @property
     def reservations(self) -> Mapping[str, int]:
         """Tokens this router has reserved, by incarnation."""
@@ -143,10 +153,11 @@ class Fleet:
     def _candidate(self, member: Member, found: Lookup | None) -> Candidate:
         worker = member.worker
         own = self._reserved.get(worker.incarnation, 0)
+        given_ms = self._shares.of(worker.incarnation)
         if found is None:
-            return Candidate(worker, member.load, reserved_tokens=own)
+            return Candidate(worker, member.load, reserved_tokens=own, given_ms=given_ms)
         held_tokens = found.held_pages * worker.page_size
-        return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens)
+        return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens, given_ms=given_ms)
 
 
 def _short(names: Iterable[str]) -> frozenset[str]:

@@ -1,19 +1,25 @@
-"""Which workers serve a request: the longest cached prefix weighed against load. Pure; called by the service.
+"""Which workers serve a request. Pure; called by the service for every request, and by the fleet simulator.
 
-Everything is counted in prompt tokens, the unit in which workers report what they still have to compute. The cost of a
-choice is what stands between the request and its first token: tokens to compute for it, tokens queued before it, and
-(cheaper by `TRANSFER_PER_TOKEN`) tokens whose pages have to move.
+A `Policy` sees the request's facts and every worker whose link is up (`Candidate`), and answers with a `Placement`:
+the decode worker, the prefill worker if one is worth it, and the load this reserves. What all policies guarantee is in
+`by_role` and `worth_a_handoff`: a draining worker gets nothing new, a retry goes to who has not failed it if there is
+another, a prompt of which the decode worker lacks few tokens stays there; and a hand-off joins only workers of one
+fingerprint. The policy to use, with costs in milliseconds, is in cost.py; those that look at one thing only, to compare
+it with, are in simple_policies.py.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
+from penstock.router.rates import H200_LLAMA8B, WorkerRates
 
+EXPECTED_OUTPUT_TOKENS = 256  # of a request: nobody knows it when it is placed
 DECODE_TOKENS = 32  # what a request that is being decoded weighs on its worker, beside tokens it has to compute there
-TRANSFER_PER_TOKEN = 0.05  # moving a token's KV against computing it
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Candidate:
     load: WorkerLoad
     held_tokens: int = 0  # leading tokens of this request in the worker's prefix cache (whole pages)
     reserved_tokens: int = 0  # by all routers
+    rates: WorkerRates = H200_LLAMA8B
+    given_ms: float = 0.0  # work this router has given it (`WorkShares`)
 
     @property
     def queued_tokens(self) -> int:
@@ -39,57 +47,103 @@ class Candidate:
         reservations may miss what other routers have (Redis away), so the larger one counts."""
         return max(self.load.queued_tokens, self.reserved_tokens)
 
+    def lacks(self, facts: RequestFacts) -> int:
+        """Tokens of the prompt that it does not hold."""
+        return max(0, facts.num_tokens - self.held_tokens)
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a request goes, and the load it reserves: until it ends, at the prefill worker until a token comes."""
+    """Where a request goes, and the load it reserves.
+
+    `decode_tokens` count at the decode worker until the request ends; `prefill_tokens`, what has to be computed, at
+    the worker that computes the prompt until a token comes. `source` is another worker whose pages the prompt's worker
+    should read rather than compute, so that it begins with `source_tokens` of the prompt.
+    """
 
     decode: WorkerInfo
     prefill: WorkerInfo | None
     decode_tokens: int
     prefill_tokens: int = 0
+    source: WorkerInfo | None = None
+    source_tokens: int = 0
+    prefill_ms: float = 0.0  # work for the worker that computes the prompt
+    decode_ms: float = 0.0  # work for the decode worker, beside that; how long the output gets is a guess
 
 
-def choose(
-    facts: RequestFacts, candidates: Sequence[Candidate], min_remote_prefill_tokens: int = 0
-) -> Placement | None:
-    """The cheapest decode worker, with a prefill worker of the same fingerprint when the prompt is worth it.
+class Policy(ABC):
+    """One way to choose. Policies may remember what they chose; they know no clock and no network."""
 
-    A prompt of which the decode worker lacks fewer than `min_remote_prefill_tokens` is computed there, and so is every
-    prompt while no prefill worker is up. None: no decode worker takes new requests.
-    """
-    usable = [c for c in candidates if not c.load.draining]
-    decoders = _prefer_others(usable, "decode", facts.avoid)
-    prefillers = _prefer_others(usable, "prefill", facts.avoid)
-    best: tuple[tuple[float, int, str], Placement] | None = None
-    for decoder in decoders:
-        uncached = max(0, facts.num_tokens - decoder.held_tokens)
+    name: ClassVar[str]
+    sees_all: ClassVar[bool] = False  # True: the choice depends on more than what is held and `load_ms`
+
+    @abstractmethod
+    def choose(
+        self, facts: RequestFacts, candidates: Sequence[Candidate], min_remote_prefill_tokens: int = 0
+    ) -> Placement | None:
+        """A decode worker, with a prefill worker of the same fingerprint when the prompt is worth it.
+
+        A prompt of which the decode worker lacks fewer than `min_remote_prefill_tokens` is computed there, and so is
+        every prompt while no prefill worker is up. None: no decode worker takes new requests.
+        """
+
+    def load_ms(self, candidate: Candidate) -> float:
+        """Order of the workers that hold equally much of a prompt: of those the policy takes the one with the least."""
+        return candidate.rates.prefill_ms(candidate.queued_tokens)
+
+
+class PickingPolicy(Policy):
+    """A policy that picks the decode worker first, and then the prefill worker in the same way."""
+
+    def choose(
+        self, facts: RequestFacts, candidates: Sequence[Candidate], min_remote_prefill_tokens: int = 0
+    ) -> Placement | None:
+        decoders, prefillers = by_role(facts, candidates)
+        if not decoders:
+            return None
+        decoder = self.pick(facts, decoders)
         prefiller = None
-        if uncached >= max(1, min_remote_prefill_tokens):
-            prefiller = _cheapest_prefiller(facts, decoder, prefillers)
-        if prefiller is None:
-            cost = float(uncached)
-            placement = Placement(decoder.worker, None, decode_tokens=uncached + DECODE_TOKENS)
-        else:
-            cost = _prefill_cost(facts, prefiller) + TRANSFER_PER_TOKEN * uncached
-            to_compute = max(0, facts.num_tokens - prefiller.held_tokens)
-            placement = Placement(decoder.worker, prefiller.worker, DECODE_TOKENS, to_compute)
-        rank = (cost + decoder.queued_tokens, decoder.load.running, decoder.worker.worker_id)
-        if best is None or rank < best[0]:
-            best = rank, placement
-    return best[1] if best else None
+        if worth_a_handoff(facts, decoder, min_remote_prefill_tokens):
+            fitting = [p for p in prefillers if p.worker.fingerprint == decoder.worker.fingerprint]
+            prefiller = self.pick(facts, fitting) if fitting else None
+        return placement(facts, decoder, prefiller)
+
+    @abstractmethod
+    def pick(self, facts: RequestFacts, workers: Sequence[Candidate]) -> Candidate:
+        """One of `workers`, which are not empty and all of one role."""
 
 
-def _prefer_others(candidates: Sequence[Candidate], role: str, avoid: frozenset[str]) -> list[Candidate]:
-    """Candidates of a role without those to avoid, unless nobody else is left."""
-    of_role = [c for c in candidates if c.worker.role == role]
-    return [c for c in of_role if c.worker.incarnation not in avoid] or of_role
+def by_role(facts: RequestFacts, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """(decode workers, prefill workers) that take new requests, without those to avoid unless nobody else is left."""
+    decoders: list[Candidate] = []
+    prefillers: list[Candidate] = []
+    for candidate in candidates:
+        if not candidate.load.draining:
+            (decoders if candidate.worker.role == "decode" else prefillers).append(candidate)
+    if facts.avoid:
+        decoders = [c for c in decoders if c.worker.incarnation not in facts.avoid] or decoders
+        prefillers = [c for c in prefillers if c.worker.incarnation not in facts.avoid] or prefillers
+    return decoders, prefillers
 
 
-def _prefill_cost(facts: RequestFacts, prefiller: Candidate) -> float:
-    return max(0, facts.num_tokens - prefiller.held_tokens) + prefiller.queued_tokens
+def worth_a_handoff(facts: RequestFacts, decoder: Candidate, min_remote_prefill_tokens: int) -> bool:
+    """The decode worker lacks enough of the prompt for another worker to compute it."""
+    return decoder.lacks(facts) >= max(1, min_remote_prefill_tokens)
 
 
-def _cheapest_prefiller(facts: RequestFacts, decoder: Candidate, prefillers: Sequence[Candidate]) -> Candidate | None:
-    fitting = [p for p in prefillers if p.worker.fingerprint == decoder.worker.fingerprint]
-    return min(fitting, key=lambda p: (_prefill_cost(facts, p), p.worker.worker_id), default=None)
+def placement(
+    facts: RequestFacts, decoder: Candidate, prefiller: Candidate | None, source: Candidate | None = None
+) -> Placement:
+    """The choice with its load; `source` holds more of the prompt than the worker that computes it."""
+    computing = prefiller or decoder
+    tokens = computing.lacks(facts) if source is None else source.lacks(facts)
+    return Placement(
+        decoder.worker,
+        prefiller.worker if prefiller else None,
+        DECODE_TOKENS,
+        tokens,
+        source.worker if source else None,
+        min(source.held_tokens, facts.num_tokens) if source else 0,
+        computing.rates.prefill_ms(tokens),
+        EXPECTED_OUTPUT_TOKENS * decoder.rates.sequences_ms(1, facts.num_tokens),
+    )

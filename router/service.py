@@ -45,7 +45,8 @@ from penstock.router.dispatch_events import (
     WorkerUp,
 )
 from penstock.router.fleet import Fleet
-from penstock.router.policy import RequestFacts, choose
+from penstock.router.policies import make_policy
+from penstock.router.policy import RequestFacts
 
 TICK_S = 0.1
 DISCOVER_S = 1.0
@@ -86,6 +87,7 @@ class RouterService:
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._config = config
         self._fleet = Fleet((*config.served_model_name, config.model))
+        self._policy = make_policy(config.routing_policy)
         self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s)
         self._reader = FleetReader(config.redis_url, config.namespace, self.router_id)
         self._reservations = Reservations(config.redis_url, config.namespace, self.router_id, config.lease_s)
@@ -217,11 +219,14 @@ class RouterService:
         try:
             found = await self._look_up(request) if self._fleet.has_choice() else {}
             facts = RequestFacts(len(request.prompt_token_ids) + len(request.output_token_ids), command.avoid)
-            placement = choose(facts, self._fleet.candidates(found), self._config.min_remote_prefill_tokens)
+            minimum = self._config.min_remote_prefill_tokens
+            placement = self._policy.choose(facts, self._fleet.candidates(found), minimum)
         except Exception:  # a bug, but one that must not leave the client waiting
             log.exception("request %s could not be placed", request.request_id)
             self._handle(PlaceFailed(request.request_id, request.choice, request.attempt))
             return
+        if placement is not None:
+            self._fleet.give(placement)
         self._handle(Placed(request.request_id, request.choice, request.attempt, placement))
 
     async def _look_up(self, request: GenerateRequest) -> dict[str, Lookup]:

@@ -128,6 +128,16 @@ def test_the_plain_way():
     assert h.tokens(delta(5, 10)) == [] and h.core.stale_deltas == 1
 
 
+def test_a_prompt_computed_by_the_decode_worker_weighs_until_a_token_comes():
+    h = Harness()
+    h.do(WorkerUp("d1"), Submitted(request(), "sink"), Placed("a", 0, 0, Placement(worker("d1"), None, 10, 500)))
+    assert h.reserved() == {"d1": 510}
+    assert h.tokens(delta(0, 5)) == [Release("d1", 500), Deliver("sink", delta(0, 5))]
+    assert h.reserved() == {"d1": 10}
+    h.do(Cancelled("a", 0))
+    assert h.reserved() == {}
+
+
 def test_two_senders_are_put_in_order_and_repeats_dropped():
     h = Harness()
     h.run(prefill="p1")
@@ -482,8 +492,9 @@ class Faults(RuleBasedStateMachine):
         assert {name for name, _ in self.core.choices} == set(self.oracle) - set(self.ended)
         held = Counter[str]()
         for choice in self.core.choices.values():
-            for release in choice.reserved:
-                held[release.incarnation] += release.tokens
+            for release in (choice.reserved, choice.prompt_reserved):
+                if release is not None:
+                    held[release.incarnation] += release.tokens
         assert +held == +self.reserved
 
     def teardown(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
+from penstock.router.policy import Placement
 
 
 def worker(incarnation: str, address: str = "tcp://127.0.0.1:1", role: str = "decode") -> WorkerInfo:
@@ -142,3 +143,16 @@ def test_candidates_join_links_reports_reservations_and_redis():
     one, two = fleet.candidates({"1": Lookup(held_pages=5, reserved_tokens=50), "9": Lookup(1, 1)})
     assert (one.worker, one.load.running, one.held_tokens, one.reserved_tokens) == (ONE, 3, 20, 150)
     assert (two.worker, two.held_tokens, two.reserved_tokens) == (TWO, 0, 0)
+
+
+def test_work_given_counts_for_live_workers_only():
+    fleet = Fleet()
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.connected(TWO.address, TWO, 0.0)
+    fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0, decode_ms=5.0))
+    fleet.give(Placement(ONE, TWO, 32, 100, prefill_ms=10.0, decode_ms=5.0))
+    assert [c.given_ms for c in fleet.candidates({})] == [20.0, 10.0]
+    fleet.disconnected(ONE.address, 1.0)
+    fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0))  # lost while it was chosen
+    fleet.connected(ONE.address, msgspec.structs.replace(ONE, incarnation="1b"), 2.0)
+    assert {c.worker.incarnation: c.given_ms for c in fleet.candidates({})} == {"2": 10.0, "1b": 10.0}

@@ -1,14 +1,22 @@
-"""Routing policy: each rule with the smallest fleet that shows it."""
+"""Routing policies: each rule with the smallest fleet that shows it."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.common.config import ROUTING_POLICIES
+from penstock.common.errors import ConfigError
 from penstock.common.messages import WorkerInfo, WorkerLoad
-from penstock.router.policy import DECODE_TOKENS, Candidate, Placement, RequestFacts, choose
+from penstock.router.cost import CostPolicy
+from penstock.router.policies import POLICIES, make_policy
+from penstock.router.policy import DECODE_TOKENS, Candidate, Placement, Policy, RequestFacts
+from penstock.router.rates import WorkerRates
+from penstock.router.shares import MOST_OWED_MS, WorkShares
 
 
 def candidate(
@@ -41,6 +49,14 @@ def names(placement: Placement | None) -> tuple[str, str | None] | None:
 FACTS = RequestFacts(1000)
 
 
+def choose(facts: RequestFacts, fleet: list[Candidate], minimum: int = 0) -> Placement | None:
+    return CostPolicy().choose(facts, fleet, minimum)
+
+
+def but(one: Candidate, **changes: Any) -> Candidate:
+    return dataclasses.replace(one, **changes)
+
+
 def test_nobody_there():
     assert choose(FACTS, []) is None
     assert choose(FACTS, [candidate("p", "prefill")]) is None, "every request ends on a decode worker"
@@ -50,7 +66,7 @@ def test_nobody_there():
 def test_without_a_prefill_worker_the_decode_worker_computes_the_prompt():
     placement = choose(FACTS, [candidate("d", held=400)])
     assert names(placement) == ("d", None) and placement is not None
-    assert (placement.decode_tokens, placement.prefill_tokens) == (600 + DECODE_TOKENS, 0)
+    assert (placement.decode_tokens, placement.prefill_tokens) == (DECODE_TOKENS, 600)
 
 
 def test_with_one_the_prefill_worker_does():
@@ -102,13 +118,16 @@ def test_a_retry_avoids_who_failed_it_if_there_is_another():
     assert names(choose(retry, [candidate("a"), candidate("p", "prefill")])) == ("a", "p")
 
 
-def test_equal_workers_share_a_burst():
+@pytest.mark.parametrize("name", ["round-robin", "least-load", "longest-prefix", "cost"])
+def test_equal_workers_share_a_burst(name: str):
+    policy = make_policy(name)
     reserved = {"a": 0, "b": 0, "c": 0}
     counts = dict.fromkeys(reserved, 0)
     for _ in range(30):
-        placement = choose(RequestFacts(100), [candidate(name, reserved=tokens) for name, tokens in reserved.items()])
+        fleet = [candidate(worker, reserved=tokens) for worker, tokens in reserved.items()]
+        placement = policy.choose(RequestFacts(100), fleet)
         assert placement is not None
-        reserved[placement.decode.worker_id] += placement.decode_tokens
+        reserved[placement.decode.worker_id] += placement.decode_tokens + placement.prefill_tokens
         counts[placement.decode.worker_id] += 1
     assert counts == {"a": 10, "b": 10, "c": 10}
 
@@ -131,16 +150,105 @@ fleets = st.lists(
 )
 
 
+@pytest.mark.parametrize("name", POLICIES)
 @given(fleets, st.integers(1, 1500), st.integers(0, 500))
-def test_whatever_the_fleet(fleet: list[Candidate], tokens: int, minimum: int):
-    placement = choose(RequestFacts(tokens), fleet, minimum)
+def test_whatever_the_fleet(name: str, fleet: list[Candidate], tokens: int, minimum: int):
+    placement = make_policy(name, seed=1).choose(RequestFacts(tokens), fleet, minimum)
     fit = {c.worker.incarnation: c for c in fleet if not c.load.draining}
     if placement is None:
         assert not [c for c in fit.values() if c.worker.role == "decode"]
         return
     decode = fit[placement.decode.incarnation]
-    assert decode.worker.role == "decode" and placement.decode_tokens >= DECODE_TOKENS
+    assert decode.worker.role == "decode" and placement.decode_tokens == DECODE_TOKENS and placement.source is None
+    computing = decode
     if placement.prefill is not None:
-        prefill = fit[placement.prefill.incarnation]
-        assert prefill.worker.role == "prefill" and prefill.worker.fingerprint == decode.worker.fingerprint
+        computing = fit[placement.prefill.incarnation]
+        assert computing.worker.role == "prefill" and computing.worker.fingerprint == decode.worker.fingerprint
         assert tokens - decode.held_tokens >= max(1, minimum)
+    assert placement.prefill_tokens == max(0, tokens - computing.held_tokens)
+
+
+@given(fleets, st.integers(1, 1500))
+def test_the_choice_is_one_of_the_fleets_pairs_taken_alone(fleet: list[Candidate], tokens: int):
+    """Leaving out everybody else changes nothing: no choice depends on workers that are not chosen."""
+    placement = CostPolicy().choose(RequestFacts(tokens), fleet)
+    if placement is not None:
+        chosen = {placement.decode.incarnation, placement.prefill and placement.prefill.incarnation}
+        assert (
+            CostPolicy().choose(RequestFacts(tokens), [c for c in fleet if c.worker.incarnation in chosen]) == placement
+        )
+
+
+def test_every_policy_has_a_name_that_the_configuration_takes():
+    assert set(POLICIES) == set(ROUTING_POLICIES)
+    assert all(make_policy(name).name == name and isinstance(make_policy(name), Policy) for name in POLICIES)
+    with pytest.raises(ConfigError, match="'costs'; there are random, round-robin"):
+        make_policy("costs")
+
+
+def test_what_sets_the_simple_policies_apart():
+    fleet = [candidate("a", queued_tokens=10), candidate("b", held=500, queued_tokens=5000), candidate("c", held=100)]
+    assert names(make_policy("least-load").choose(FACTS, fleet)) == ("c", None)
+    assert names(make_policy("longest-prefix").choose(FACTS, fleet)) == ("b", None)
+    turns = make_policy("round-robin")
+    assert [names(turns.choose(FACTS, fleet)) for _ in range(4)] == [("a", None), ("b", None), ("c", None), ("a", None)]
+    drawn = [names(make_policy("random", seed).choose(FACTS, fleet)) for seed in range(20)]
+    assert len(set(drawn)) == 3 and drawn == [
+        names(make_policy("random", seed).choose(FACTS, fleet)) for seed in range(20)
+    ]
+
+
+def test_a_prefix_is_read_where_that_is_cheaper_than_computing_or_waiting():
+    holder, idle = candidate("a", held=800, queued_tokens=2000), candidate("b")
+    read = CostPolicy(fetch=True).choose(FACTS, [holder, idle])
+    assert names(read) == ("b", None) and read is not None and read.source == holder.worker
+    assert (read.source_tokens, read.prefill_tokens) == (800, 200)
+    slow = dataclasses.replace(WorkerRates(), link_bytes_per_s=1.0)
+    over_a_slow_link = CostPolicy(fetch=True).choose(FACTS, [but(holder, rates=slow), idle])
+    assert over_a_slow_link is not None and over_a_slow_link.source is None, "the slower end counts"
+    elsewhere = CostPolicy(fetch=True).choose(FACTS, [candidate("a", "prefill", 800, fingerprint="x"), idle])
+    assert elsewhere is not None and elsewhere.source is None, "another model's pages"
+
+
+def test_each_term_decides_between_workers_that_are_alike_else():
+    a, b = candidate("a"), candidate("b")
+    assert names(choose(FACTS, [a, b])) == ("a", None)
+    long_contexts = dict(num_pages=100_000, running=1)
+    terms = {
+        "decode": but(a, load=WorkerLoad(free_pages=0, **long_contexts)),
+        "slots": but(
+            a, load=WorkerLoad(running=8, num_pages=1000, free_pages=1000), rates=WorkerRates(decode_sequence_ms=0.0)
+        ),
+        "pages": but(a, load=WorkerLoad(running=1, num_pages=300, free_pages=200)),
+        "eviction": but(a, load=WorkerLoad(prefix_queries=100, prefix_hits=50)),
+        "share": but(a, given_ms=1000.0),
+        "rate": but(a, rates=WorkerRates(prefill_tokens_per_s=1000.0)),
+    }
+    for term, dearer in terms.items():
+        assert names(choose(FACTS, [dearer, b])) == ("b", None), term
+
+
+def test_rates_are_numbers_that_end():
+    rates = WorkerRates(prefill_tokens_per_s=2000.0, link_bytes_per_s=1e9, link_setup_ms=1.0)
+    assert rates.prefill_ms(500) == 250.0 and rates.move_ms(2e6) == 3.0
+    for wrong in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"prefill_tokens_per_s|above 0"):
+            WorkerRates(prefill_tokens_per_s=wrong)
+
+
+def test_shares_only_compare_and_nobody_is_owed_for_ever():
+    shares = WorkShares()
+    shares.join("a")
+    shares.join("b")
+    shares.give("a", 100.0)
+    shares.join("c")
+    assert (shares.of("a"), shares.of("b"), shares.of("c")) == (100.0, 0.0, 50.0), "who joins starts at the mean"
+    shares.give("a", 10 * MOST_OWED_MS)
+    mean_ms = (100.0 + 10 * MOST_OWED_MS + 50.0) / 3
+    assert shares.of("b") == pytest.approx(mean_ms - MOST_OWED_MS)
+    shares.give("gone", 5.0)
+    shares.keep({"b", "c"})
+    assert (shares.of("b"), shares.of("c")) == (0.0, 50.0), "what is owed counts against those that are there"
+    shares.keep(())
+    shares.join("b")
+    assert shares.of("b") == 0.0

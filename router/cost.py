@@ -1,0 +1,170 @@
+"""The cost policy: one cost in milliseconds for every way to serve a request, and the cheapest way taken. Pure.
+
+    cost =  what is queued ahead / prefill rate                  queue_ms
+          + tokens to compute / prefill rate                     prefill_ms
+          + bytes to move / link rate                            move_ms
+          + what a longer decode step costs, here and to others  decode_ms
+          + waiting for a slot or for pages, if there are none   room_ms
+          + what the pages it displaces are worth                evict_ms
+          + what it was given beyond its share                   share_ms
+
+A prompt's missing prefix is computed, read together with the hand-off, or (where workers can do so) read from a worker
+that holds it; the cheapest counts. So a prefix that many ask for is computed once, and copied wherever a queue in front
+of its holder costs more than the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from penstock.router.policy import (
+    EXPECTED_OUTPUT_TOKENS,
+    Candidate,
+    Placement,
+    Policy,
+    RequestFacts,
+    by_role,
+    placement,
+    worth_a_handoff,
+)
+
+
+@dataclass(frozen=True)
+class CostWeights:
+    """What cannot be measured but has to be chosen; docs/routing.md has the sweep behind each."""
+
+    decode: float = 0.05  # a millisecond between tokens, times expected tokens, against one before the first token
+    evict: float = 4.0  # how often a page is asked for again, against the share of tokens that hit now
+    share: float = 0.1  # a millisecond of work that a worker was given more than others
+
+
+DEFAULT_WEIGHTS = CostWeights()
+
+
+class CostPolicy(Policy):
+    """The cheapest pair; ties go to who runs fewer sequences, then by name."""
+
+    name: ClassVar[str] = "cost"
+
+    def __init__(self, *, fetch: bool = False, weights: CostWeights = DEFAULT_WEIGHTS) -> None:
+        """`fetch`: workers can read a prefix from any other worker of their fingerprint."""
+        self._fetch = fetch
+        self._weights = weights
+
+    def choose(
+        self, facts: RequestFacts, candidates: Sequence[Candidate], min_remote_prefill_tokens: int = 0
+    ) -> Placement | None:
+        decoders, prefillers = by_role(facts, candidates)
+        sources = self._sources(candidates)
+        remote: dict[str, _Priced | None] = {}  # fingerprint -> the cheapest prefill worker
+        best: tuple[tuple[float, int, str], Candidate, _Priced] | None = None
+        for decoder in decoders:
+            fingerprint = decoder.worker.fingerprint
+            if fingerprint not in remote:
+                remote[fingerprint] = self._cheapest(facts, fingerprint, prefillers, sources)
+            priced = remote[fingerprint] if worth_a_handoff(facts, decoder, min_remote_prefill_tokens) else None
+            if priced is None:
+                priced = self._price(facts, decoder, sources.get(fingerprint))
+                cost = priced.cost_ms
+            else:
+                lacking = decoder.lacks(facts)
+                cost = priced.cost_ms + _queue_ms(decoder) + self._evict_ms(decoder, lacking)
+                cost += decoder.rates.move_ms(lacking * _token_bytes(decoder))
+            cost += self._decode_ms(facts, decoder) + self._room_ms(facts, decoder)
+            rank = (cost, decoder.load.running, decoder.worker.worker_id)
+            if best is None or rank < best[0]:
+                best = rank, decoder, priced
+        if best is None:
+            return None
+        _, decoder, priced = best
+        return placement(facts, decoder, None if priced.at is decoder else priced.at, priced.source)
+
+    def pick(self, facts: RequestFacts, workers: Sequence[Candidate]) -> Candidate:
+        return min(workers, key=lambda c: (self._price(facts, c, None).cost_ms, c.load.running, c.worker.worker_id))
+
+    def load_ms(self, candidate: Candidate) -> float:
+        """The part of the cost that every request would pay at this worker, whatever its prompt."""
+        return self._base_ms(candidate) + (self._step_ms(candidate, 1, 0) if candidate.worker.role == "decode" else 0.0)
+
+    def _sources(self, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+        """For each fingerprint who holds most of the prompt, if prefixes can be read from others."""
+        found: dict[str, Candidate] = {}
+        if not self._fetch:
+            return found
+        for candidate in candidates:
+            best = found.get(candidate.worker.fingerprint)
+            if candidate.held_tokens and (best is None or candidate.held_tokens > best.held_tokens):
+                found[candidate.worker.fingerprint] = candidate
+        return found
+
+    def _cheapest(
+        self, facts: RequestFacts, fingerprint: str, prefillers: Sequence[Candidate], sources: dict[str, Candidate]
+    ) -> _Priced | None:
+        fitting = [p for p in prefillers if p.worker.fingerprint == fingerprint]
+        if not fitting:
+            return None
+        priced = [self._price(facts, p, sources.get(fingerprint)) for p in fitting]
+        return min(priced, key=lambda p: (p.cost_ms, p.at.worker.worker_id))
+
+    def _price(self, facts: RequestFacts, worker: Candidate, source: Candidate | None) -> _Priced:
+        """Computing the prompt at `worker`, reading from `source` what that makes cheaper."""
+        lacking = worker.lacks(facts)
+        cost = worker.rates.prefill_ms(lacking)
+        use = None
+        if source is not None and source is not worker and source.held_tokens > worker.held_tokens:
+            rest = source.lacks(facts)
+            rate = min(worker.rates.link_bytes_per_s, source.rates.link_bytes_per_s)
+            moved_ms = worker.rates.link_setup_ms + (lacking - rest) * _token_bytes(worker) * 1e3 / rate
+            if (read := moved_ms + worker.rates.prefill_ms(rest)) < cost:
+                cost, use = read, source
+        return _Priced(worker, use, self._base_ms(worker) + cost + self._evict_ms(worker, lacking))
+
+    def _base_ms(self, worker: Candidate) -> float:
+        return _queue_ms(worker) + self._weights.share * worker.given_ms
+
+    def _decode_ms(self, facts: RequestFacts, worker: Candidate) -> float:
+        return self._step_ms(worker, 1, facts.num_tokens)
+
+    def _step_ms(self, worker: Candidate, sequences: int, tokens: int) -> float:
+        context = max(0, worker.load.num_pages - worker.load.free_pages) * worker.worker.page_size
+        step = worker.rates.sequences_ms(worker.load.running + sequences, context + tokens)
+        return self._weights.decode * EXPECTED_OUTPUT_TOKENS * step
+
+    def _room_ms(self, facts: RequestFacts, worker: Candidate) -> float:
+        """Until enough of the running sequences end, if there is no slot or there are too few pages for this one."""
+        load = worker.load
+        if not load.num_pages or not load.running:  # it has not reported yet, or nothing is in the way
+            return 0.0
+        pages = -(-facts.num_tokens // worker.worker.page_size)
+        lacking = max(load.running + 1 - worker.worker.max_num_seqs, 0) / load.running
+        lacking = max(lacking, max(pages - load.free_pages, 0) / load.num_pages)
+        context = (load.num_pages - load.free_pages) * worker.worker.page_size
+        return lacking * EXPECTED_OUTPUT_TOKENS * worker.rates.step_ms(load.running, context)
+
+    def _evict_ms(self, worker: Candidate, tokens: int) -> float:
+        """Computing again what these tokens displace, as likely as tokens are found in this worker's cache today."""
+        load = worker.load
+        if not load.prefix_queries:
+            return 0.0
+        reuse = load.prefix_hits / load.prefix_queries
+        return self._weights.evict * reuse * worker.rates.prefill_ms(tokens)
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """One way to get the prompt computed: where, with whose pages, and what stands before the first token."""
+
+    at: Candidate
+    source: Candidate | None
+    cost_ms: float
+
+
+def _queue_ms(worker: Candidate) -> float:
+    return worker.rates.prefill_ms(worker.queued_tokens)
+
+
+def _token_bytes(worker: Candidate) -> float:
+    """KV of one token."""
+    return worker.worker.page_bytes / worker.worker.page_size
