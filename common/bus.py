@@ -20,6 +20,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from penstock.common.bus_access import ClusterMembers, curve_keys, resolve_bind
+from penstock.common.bus_tap import Taps
 from penstock.common.errors import ConfigError
 from penstock.common.link_state import Connected, Disconnected, LinkState, Phase
 from penstock.common.messages import PROTOCOL_VERSION, AnyMessage, Message, Refused, decode, encode
@@ -83,6 +84,7 @@ class BusServer:
         bind, announced = resolve_bind(host, cluster_key)
         self.dropped_sends = 0  # to peers that are gone
         self.undecodable = 0
+        self._taps = Taps()
         self._own_context = context is None
         self._context = context or zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
@@ -108,6 +110,10 @@ class BusServer:
                 identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            if self._taps.asked(identity, frames, time.monotonic()):
+                continue
+            if self._taps:
+                self._copy_to_taps(b"in", identity, frames[0])
             message = _read(frames[0]) if len(frames) == 1 else f"{len(frames)} frames instead of one"
             if isinstance(message, str):
                 self._refuse(identity, message)
@@ -117,12 +123,15 @@ class BusServer:
 
     def send(self, identity: bytes, message: Message) -> None:
         """Queue a message; one to a peer that is gone is dropped and counted."""
+        payload = encode(message)
         try:
-            self.socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
+            self.socket.send_multipart((identity, payload), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             self.dropped_sends += 1
+        if self._taps:
+            self._copy_to_taps(b"out", identity, payload)
 
     def close(self) -> None:
         """Close the socket at once; what is still queued is dropped. Closing twice does no harm."""
@@ -142,6 +151,15 @@ class BusServer:
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self.socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN.encode())
+
+    def _copy_to_taps(self, direction: bytes, peer: bytes, payload: bytes) -> None:
+        for identity, *frames in self._taps.copies(direction, peer, payload, time.monotonic()):
+            try:
+                self.socket.send_multipart((identity, *frames), zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                    raise
+                self._taps.gone(identity)
 
     def _refuse(self, identity: bytes, reason: str) -> None:
         self.undecodable += 1

@@ -28,6 +28,7 @@ commands:
   prefill MODEL  one prefill worker
   decode MODEL   one decode worker (it also runs whole requests by itself)
   doctor         what this machine has and lacks for serving: software, devices, links, Redis, ports, limits
+  tap            what passes on the bus of a running fleet, a line a message
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
   bench NAME     an offline benchmark, latency or throughput (also: penstock benchmark)
 
@@ -107,6 +108,12 @@ def _doctor(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _tap(arguments: list[str]) -> int:
+    from penstock.tap import main as run
+
+    return run(arguments)
+
+
 def _top(arguments: list[str]) -> int:
     from penstock.top import main as run
 
@@ -122,6 +129,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "benchmark": _bench,
     "doctor": _doctor,
+    "tap": _tap,
 }
 
 
