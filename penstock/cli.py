@@ -30,7 +30,7 @@ commands:
   doctor         what this machine has and lacks for serving: software, devices, links, Redis, ports, limits
   tap            what passes on the bus of a running fleet, a line a message
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
-  bench NAME     an offline benchmark, latency or throughput (also: penstock benchmark)
+  bench NAME     a benchmark: latency, throughput or serve (also: penstock benchmark)
 
 options:
   -h, --help     this text; `penstock COMMAND --help` lists the options of a command
@@ -120,6 +120,12 @@ def _top(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _simulate(arguments: list[str]) -> int:
+    from penstock.simulate.command import run
+
+    return run(arguments)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "router": _router,
@@ -128,6 +134,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "top": _top,
     "bench": _bench,
     "benchmark": _bench,
+    "simulate": _simulate,
     "doctor": _doctor,
     "tap": _tap,
 }

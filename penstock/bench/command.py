@@ -1,4 +1,4 @@
-"""`penstock bench latency|throughput`: reads the options and runs one benchmark."""
+"""`penstock bench latency|throughput|serve`: reads the options and runs one benchmark."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from penstock.common.config_loader import Config, load_config
 from penstock.common.errors import ConfigError
 
 USAGE = """\
-usage: penstock bench BENCHMARK MODEL [options]
+usage: penstock bench BENCHMARK [MODEL] [options]
 
-Offline benchmarks: the engine in this process, no server. Flags and result keys are vLLM's.
+Flags and result keys are vLLM's.
 
 benchmarks:
-  latency     time of one batch of equal requests, again and again
-  throughput  requests and tokens a second when all requests come at once
+  latency MODEL     time of one batch of equal requests, again and again: the engine in this process
+  throughput MODEL  requests and tokens a second when all requests come at once, likewise
+  serve             what the clients of a running server see: first token, gaps, rates, goodput
 
 `penstock bench BENCHMARK --help` lists the options.
 """
@@ -34,6 +35,10 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     benchmark, rest = arguments[0], arguments[1:]
+    if benchmark == "serve":
+        from penstock.bench.serve import run_serve
+
+        return run_serve(rest)
     refuse_vllm_only(rest)
     if benchmark == "latency":
         latency = _load(LatencyConfig, "latency", "Time one batch of equal requests.", rest)
@@ -46,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
         run_throughput(throughput)
     else:
-        raise ConfigError(f"unknown benchmark {benchmark!r}; there are latency, throughput")
+        raise ConfigError(f"unknown benchmark {benchmark!r}; there are latency, throughput, serve")
     return 0
 
 

@@ -6,12 +6,14 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.bench.config import ThroughputConfig
 from penstock.common.errors import ConfigError
 from penstock.common.tokenizer import Tokenizer
-from penstock.llm import LLM
+
+if TYPE_CHECKING:
+    from penstock.llm import LLM
 
 # vLLM's rules of which conversations count.
 MIN_TOKENS = 4

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock.bench.config import BenchConfig
+from penstock.bench.serving_metrics import percentile
 from penstock.common.errors import ConfigError
 from penstock.common.sampling import SamplingParams
 from penstock.llm import LLM
@@ -45,14 +45,7 @@ def check_length(llm: LLM, input_len: int, output_len: int) -> None:
 
 def percentiles(values: Sequence[float]) -> dict[int, float]:
     """The usual percentiles, linear between the two nearest values."""
-    ordered = sorted(values)
-    found = {}
-    for percentage in PERCENTAGES:
-        place = (len(ordered) - 1) * percentage / 100
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        found[percentage] = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-    return found
+    return {percentage: percentile(values, percentage) for percentage in PERCENTAGES}
 
 
 def write_json(path: str, result: Mapping[str, Any]) -> None:

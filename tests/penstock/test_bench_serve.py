@@ -1,0 +1,219 @@
+"""`penstock bench serve` against a server that notes when it sent what, and its pure parts against plain arithmetic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from penstock.bench.arrivals import arrivals
+from penstock.bench.serving_metrics import RequestRecord, percentile, summarise
+from penstock.cli import main
+from penstock.common.errors import ConfigError
+
+FIRST_S, GAP_S = 0.3, 0.1
+
+
+class Server:
+    """Streams as many tokens as it is asked for, the first after FIRST_S, the others every GAP_S; notes when."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.ids: list[str] = []
+        self.sent: list[list[float]] = []  # of each request: when it came, and when its tokens left
+        self.url = ""
+        self.fails = False
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"data": [{"id": "m"}]})
+
+    async def generate(self, request: Request) -> Response:
+        came = time.perf_counter()
+        body = await request.json()
+        self.bodies.append(body)
+        self.ids.append(request.headers["x-request-id"])
+        if self.fails:
+            return JSONResponse({"error": {"message": "no room"}}, 429)
+        times = [came]
+        self.sent.append(times)
+        return StreamingResponse(self.stream(body, times), media_type="text/event-stream")
+
+    async def stream(self, body: dict[str, Any], times: list[float]) -> Any:
+        chat = "messages" in body
+        number = body["max_completion_tokens"] if chat else body["max_tokens"]
+
+        def event(fields: dict[str, Any]) -> str:
+            return f"data: {json.dumps(fields)}\n\n"
+
+        if chat:
+            yield event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        for at in range(number):
+            await asyncio.sleep(GAP_S if at else FIRST_S)
+            times.append(time.perf_counter())
+            text = {"delta": {"content": "a"}} if chat else {"text": "a"}
+            yield event({"choices": [text]})
+        yield event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": number}})
+        yield "data: [DONE]\n\n"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    found = Server()
+    routes = [Route("/v1/models", found.models)]
+    routes += [Route(path, found.generate, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
+    running = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error", lifespan="off"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        found.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield found
+        running.should_exit = True
+        thread.join()
+
+
+def bench(server: Server, tmp_path: Path, *flags: str) -> dict[str, Any]:
+    out = ["--result-dir", str(tmp_path), "--result-filename", "r.json", "--save-detailed", "--disable-tqdm"]
+    assert main(["bench", "serve", "--base-url", server.url, *out, *flags]) == 0
+    result: dict[str, Any] = json.loads((tmp_path / "r.json").read_text())
+    return result
+
+
+def test_it_measures_what_the_server_did(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--num-prompts",
+        "6",
+        "--output-len",
+        "5",
+        "--request-rate",
+        "10",
+        "--percentile-metrics",
+        "ttft,tpot,itl,e2el",
+    ]
+    result = bench(server, tmp_path, *flags, "--goodput", "ttft:2000", "tpot:2000")
+    firsts = [times[1] - times[0] for times in server.sent]
+    gaps = [later - earlier for times in server.sent for earlier, later in pairwise(times[1:])]
+    assert result["mean_ttft_ms"] == pytest.approx(statistics.fmean(firsts) * 1e3, rel=0.03)
+    assert result["mean_itl_ms"] == pytest.approx(statistics.fmean(gaps) * 1e3, rel=0.03)
+    assert result["mean_tpot_ms"] == pytest.approx(statistics.fmean(gaps) * 1e3, rel=0.03)
+    assert (result["completed"], result["failed"]) == (6, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (42, 30)
+    assert result["request_goodput"] == result["request_throughput"] == 6 / result["duration"]
+    assert [len(gaps) for gaps in result["itls"]] == [4] * 6 and result["generated_texts"] == ["aaaaa"] * 6
+    assert server.ids[0].startswith("bench-") and len(set(server.ids)) == 6
+    shown = capsys.readouterr().out
+    assert "goodput" in shown and "ttft" in shown
+
+
+def test_objectives_that_are_missed_count_against_goodput(server: Server, tmp_path: Path) -> None:
+    result = bench(server, tmp_path, "--num-prompts", "2", "--output-len", "2", "--goodput", "ttft:1")
+    assert result["request_goodput"] == 0.0 and result["completed"] == 2
+
+
+def test_a_chat(server: Server, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    chat = ("--backend", "openai-chat", "--tokenizer", str(checkpoints["llama"]), "--temperature", "0")
+    result = bench(
+        server, tmp_path, "--num-prompts", "1", "--output-len", "3", "--input-len", "20", *chat, "--ignore-eos"
+    )
+    body = server.bodies[0]
+    assert body["messages"][0]["content"] and body["temperature"] == 0 and body["ignore_eos"] is True
+    assert result["ttfts"][0] > FIRST_S * 0.99, "the role's chunk is no token"
+    assert len(result["itls"][0]) == 2 and result["backend"] == "openai-chat"
+
+
+def test_prefixes_are_shared(server: Server, tmp_path: Path) -> None:
+    flags = ["--dataset-name", "prefix_repetition", "--prefix-repetition-num-prefixes", "2", "--output-len", "1"]
+    bench(server, tmp_path, "--num-prompts", "6", *flags, "--max-concurrency", "6")
+    assert len({tuple(body["prompt"][:256]) for body in server.bodies}) == 2
+    assert len({tuple(body["prompt"]) for body in server.bodies}) == 6
+
+
+def test_a_file_of_prompts(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n\n{"prompt": "two", "output_tokens": 2}\n')
+    bench(server, tmp_path, "--dataset-name", "custom", "--dataset-path", str(path), "--output-len", "1")
+    assert sorted(body["prompt"] for body in server.bodies) == ["one", "two"]
+
+
+def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.fails = True
+    assert main(["bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--disable-tqdm"]) == 1
+    said = capsys.readouterr()
+    assert "429 Too Many Requests: no room" in said.err and "requests that failed" in said.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--base-url", "http://127.0.0.1:9"], "no server at"),
+        (["--goodput", "itl:5"], "itl is none of ttft, tpot, e2el"),
+        (["--goodput", "ttft:fast"], "a number is wrong"),
+        (["--percentile-metrics", "ttft,x"], "x is none of"),
+        (["--metric-percentiles", "0"], "percentiles must be in"),
+        (["--request-rate", "0"], "must be above 0"),
+        (["--num-prompts", "0"], "--num-prompts must be at least 1"),
+        (["--lora-modules", "a"], "LoRA adapters are not supported"),
+        (["--nonsense"], "unrecognized arguments"),
+        (["--extra-body", "[]"], "must be a JSON object"),
+    ],
+)
+def test_mistakes(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+@given(st.integers(1, 200), st.floats(0.1, 1000), st.sampled_from([0.2, 1.0, 4.0, float("inf")]), st.integers(0, 9))
+def test_arrivals_keep_the_rate(number: int, rate: float, burstiness: float, seed: int) -> None:
+    times = arrivals(number, rate, burstiness, random.Random(seed))
+    assert times == sorted(times) and len(times) == number
+    assert times[-1] == pytest.approx(number / rate)
+
+
+def test_arrivals_all_at_once_and_wrong_ones() -> None:
+    assert arrivals(3, float("inf"), 1.0, random.Random(0)) == [0.0, 0.0, 0.0]
+    assert arrivals(0, 5.0, 1.0, random.Random(0)) == []
+    for rate, burstiness in ((0.0, 1.0), (1.0, 0.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="must be above 0"):
+            arrivals(3, rate, burstiness, random.Random(0))
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30), st.floats(0.1, 100))
+def test_percentiles_are_numpys(values: list[float], percentage: float) -> None:
+    np = pytest.importorskip("numpy")
+    assert percentile(values, percentage) == pytest.approx(float(np.percentile(values, percentage)), abs=1e-9)
+
+
+def test_nothing_done_is_zeros_and_a_failure_is_no_latency() -> None:
+    lost = RequestRecord(5, error="gone")
+    result = summarise([lost], 2.0, [99], ["ttft", "itl"], {"ttft": 5})
+    assert result["failed"] == 1 and result["mean_ttft_ms"] == 0.0 and result["request_goodput"] == 0.0
+    one = RequestRecord(5, start=1.0, ttft=0.5, latency=1.5, itl=[0.25, 0.75], output_len=3)
+    result = summarise([one, lost], 2.0, [50], ["tpot"], {"tpot": 500, "e2el": 1500})
+    assert result["mean_tpot_ms"] == 500 and result["request_goodput"] == 0.5
+    assert (result["max_concurrent_requests"], result["max_output_tokens_per_s"]) == (1, 2.0)
+
+
+def test_without_a_tokenizer_a_chat_cannot_be_made(server: Server) -> None:
+    from penstock.bench.serve import run_serve
+
+    with pytest.raises(ConfigError, match="give --tokenizer"):
+        run_serve(["--base-url", server.url, "--backend", "openai-chat"])
