@@ -28,6 +28,11 @@ def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
+def chained(hashes: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """Each of a sequence's page hashes with its parent, b"" for the first: what page events say."""
+    return list(zip(hashes, (b"", *hashes), strict=False))
+
+
 def page_hashes(root: bytes, tokens: Sequence[int], page_size: int) -> Iterator[bytes]:
     """Hashes of the full pages of `tokens`, in order; a partial last page has none."""
     packed = array("i", tokens).tobytes()  # once: half the time of packing page by page (0.4 ms for 8000 tokens)

@@ -3,20 +3,25 @@
 key                     type    holds                                        lives      bounded by
 NS:workers              set     incarnations of workers                      10 leases  workers (dead ones removed)
 NS:worker:INCARNATION   string  `WorkerInfo`, MessagePack                    1 lease    one a worker
-NS:pages:INCARNATION    set     16-byte hashes of pages the worker caches    1 lease    num_pages of the worker
+NS:index:INCARNATION    string  the worker's slot in the prefix index        1 lease    one a worker
+NS:slots                hash    slot -> incarnation                          2 hours    workers, and the dead till swept
+NS:pages:GEN:BUCKET     hash    page hash -> slots of its holders            1 hour     num_pages of all workers
+NS:sweeper              string  the worker that sweeps dead slots out        1 lease    one
 NS:routers              set     router ids                                   10 leases  routers (dead ones removed)
 NS:load:ROUTER          hash    incarnation -> tokens this router reserved   1 lease    workers
 
-All of it is a view that its writer can rebuild: losing Redis costs cache hits and news, never a request.
+All of it is a view that its writer can rebuild: losing Redis costs cache hits and news, never a request. The prefix
+index (slots, pages) is described in prefix_index.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,65 +33,31 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from penstock.common.announcements import Announcements
+from penstock.common.index_writer import IndexWriter, Sweeper
 from penstock.common.messages import WorkerInfo, decode_worker_info, encode
-from penstock.common.page_hash import DIGEST_BYTES
+from penstock.common.prefix_index import LOOK_UP, REANNOUNCE_S, pack
 
 BATCH_S = 0.05  # changes of pages and loads within this time travel together
 WRITER_TIMEOUT_S = 2.0
 READER_TIMEOUT_S = 0.5  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
 CONNECT_TIMEOUT_S = 1.0  # longer: a burst can hold the event loop for that long while connections are made
 AWAY_S = 1.0
-MEMBERS_PER_COMMAND = 1000
+SWEEP_PAUSE_S = 0.01  # between two pieces of a sweep, each about a millisecond of Redis
+LEAVE_S = 1.0  # the most that taking one's pages out of Redis may hold up the end of a worker; a sweep does the rest
 MAX_PENDING = 100_000  # page changes kept for a Redis that is away; beyond, all pages are announced anew
-MAX_PAGES_LOOKED_UP = 4096
+MAX_PAGES_LOOKED_UP = 8192  # 131,000 tokens in pages of 16
 MAX_CONNECTIONS = 16
 
-# KEYS: page sets. ARGV: NS, this router, hashes back to back, then the incarnation of each page set.
-# Answers [pages held from the start, tokens reserved by other routers] for each page set.
-_LOOK_UP = f"""
-local prefix, me, hashes = ARGV[1], ARGV[2], ARGV[3]
-local count = #hashes / {DIGEST_BYTES}
-local reserved = {{}}
-for _, router in ipairs(redis.call('SMEMBERS', prefix .. ':routers')) do
-  if router ~= me then
-    local load = redis.call('HGETALL', prefix .. ':load:' .. router)
-    if #load == 0 then redis.call('SREM', prefix .. ':routers', router) end
-    for i = 1, #load, 2 do reserved[load[i]] = (reserved[load[i]] or 0) + tonumber(load[i + 1]) end
-  end
-end
-local answer = {{}}
-for i, key in ipairs(KEYS) do
-  local run, at, whole = 0, 0, true
-  while whole and at < count do
-    local chunk = {{}}
-    for j = at, math.min(at + 64, count) - 1 do
-      chunk[#chunk + 1] = string.sub(hashes, j * {DIGEST_BYTES} + 1, (j + 1) * {DIGEST_BYTES})
-    end
-    for _, held in ipairs(redis.call('SMISMEMBER', key, unpack(chunk))) do
-      whole = whole and held == 1
-      if whole then run = run + 1 end
-    end
-    at = at + #chunk
-  end
-  answer[2 * i - 1], answer[2 * i] = run, reserved[ARGV[3 + i]] or 0
-end
-return answer
-"""
-
 log = logging.getLogger(__name__)
-
-
-def _chunks(members: Iterable[bytes]) -> Iterator[list[bytes]]:
-    rest = list(members)
-    for start in range(0, len(rest), MEMBERS_PER_COMMAND):
-        yield rest[start : start + MEMBERS_PER_COMMAND]
 
 
 class RegistryWriter:
     """Announces one worker and the pages it caches, from a thread of its own: Redis never holds up the engine.
 
     `publish` is cheap and may be called from any thread. While Redis is away the newest state is kept; when it is back
-    (even empty) the worker registers and announces all its pages again.
+    (even empty) the worker registers and announces all its pages again. The thread also takes workers that have gone
+    out of the index, when no other worker does.
     """
 
     def __init__(self, url: str, namespace: str, worker: WorkerInfo) -> None:
@@ -96,35 +67,25 @@ class RegistryWriter:
         self._namespace = namespace
         self._ttl_ms = int(worker.lease_s * 1000)
         self._worker_key = f"{namespace}:worker:{worker.incarnation}"
-        self._pages_key = f"{namespace}:pages:{worker.incarnation}"
         self._redis: redis.Redis = redis.Redis.from_url(
             url,
             socket_timeout=WRITER_TIMEOUT_S,
             socket_connect_timeout=WRITER_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         )
-        self._lock = threading.Lock()  # guards the three below
-        self._held: set[bytes] = set()
-        self._pending: dict[bytes, bool] = {}  # page hash -> it is held now
-        self._announce_all = True
-        self._written = 0  # pages in Redis, if it kept them all; the thread's own
+        self._index = IndexWriter(self._redis, namespace, worker.incarnation, worker.lease_s)
+        self._sweeper = Sweeper(self._redis, namespace, worker.incarnation, worker.lease_s)
+        self._lock = threading.Lock()  # guards the announcements
+        self._announcements = Announcements(MAX_PENDING)
         self._changed = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
         self._thread.start()
 
-    def publish(self, added: Iterable[bytes], removed: Iterable[bytes]) -> None:
-        """Page hashes that the worker caches from now on, and those it does not any more."""
+    def publish(self, added: Iterable[tuple[bytes, bytes]], removed: Iterable[bytes]) -> None:
+        """Pages that the worker caches from now on, as (page hash, parent), and those that it does not any more."""
         with self._lock:
-            for page in removed:
-                self._held.discard(page)
-                self._pending[page] = False
-            for page in added:
-                self._held.add(page)
-                self._pending[page] = True
-            if len(self._pending) > MAX_PENDING:
-                self._pending.clear()
-                self._announce_all = True
+            self._announcements.publish(added, removed)
         self._changed.set()
 
     def close(self, deregister: bool = True) -> None:
@@ -134,8 +95,12 @@ class RegistryWriter:
         self._thread.join()
         if deregister:
             try:
-                self._redis.delete(self._worker_key, self._pages_key)
+                self._redis.delete(self._worker_key)
                 self._redis.srem(f"{self._namespace}:workers", self._worker.incarnation)
+                if self.connected:
+                    self._announcements.leave()
+                    self._write_pages(time.monotonic() + LEAVE_S)
+                self._index.leave(self._announcements)
             except redis.RedisError as error:
                 log.info("could not deregister (the lease will run out): %s", error)
         self._redis.close()
@@ -148,53 +113,52 @@ class RegistryWriter:
                 if now >= refresh_at or not self.connected:
                     self._register()
                     refresh_at = now + self._worker.lease_s / 3
-                self._write_pages()
+                self._write_pages(refresh_at)
+                sweeping = self._sweeper.step()
                 self._note(True)
             except redis.RedisError as error:
                 self._note(False, error)
                 self._closing.wait(min(AWAY_S, self._worker.lease_s / 3))
                 continue
-            self._changed.wait(max(0.0, refresh_at - time.monotonic()))
-            self._changed.clear()
-            self._closing.wait(BATCH_S)
+            if sweeping:
+                self._closing.wait(SWEEP_PAUSE_S)
+            else:
+                self._changed.wait(max(0.0, refresh_at - time.monotonic()))
+                self._changed.clear()
+                self._closing.wait(BATCH_S)
 
     def _register(self) -> None:
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(self._worker_key, encode(self._worker), px=self._ttl_ms)
         pipe.sadd(f"{self._namespace}:workers", self._worker.incarnation)
         pipe.pexpire(f"{self._namespace}:workers", 10 * self._ttl_ms)
-        pipe.pexpire(self._pages_key, self._ttl_ms)
-        pipe.scard(self._pages_key)
-        if pipe.execute()[-1] != self._written:  # Redis was emptied, or lost a write
-            with self._lock:
-                self._announce_all = True
-
-    def _write_pages(self) -> None:
+        pipe.execute()
+        self._enter_index()
         with self._lock:
-            everything, self._announce_all = self._announce_all, False
-            changes, self._pending = self._pending, {}
-            held = list(self._held) if everything else [page for page, is_held in changes.items() if is_held]
-        gone = [] if everything else [page for page, is_held in changes.items() if not is_held]
-        if not (everything or held or gone):
-            return
-        pipe = self._redis.pipeline(transaction=False)
-        if everything:
-            pipe.delete(self._pages_key)
-        for chunk in _chunks(gone):
-            pipe.srem(self._pages_key, *chunk)
-        removals = len(pipe)
-        for chunk in _chunks(held):
-            pipe.sadd(self._pages_key, *chunk)
-        additions = len(pipe) - removals
-        pipe.pexpire(self._pages_key, self._ttl_ms)
-        try:
-            counts: list[int] = pipe.execute()
-        except redis.RedisError:
+            share = self._worker.lease_s / 3 / REANNOUNCE_S
+            self._announcements.repeat(math.ceil(self._announcements.num_held * share))
+        self._sweeper.begin()
+
+    def _enter_index(self) -> None:
+        with self._lock:
+            seq, known = self._announcements.seq, not self._announcements.overflowed
+        if self._index.enter(seq, known):
             with self._lock:
-                self._announce_all = True
-            raise
-        before = 0 if everything else self._written - sum(counts[:removals])
-        self._written = before + sum(counts[removals : removals + additions])
+                self._announcements.restart()
+
+    def _write_pages(self, until: float) -> None:
+        """Write batches until none is left, or it is time to do something else."""
+        while time.monotonic() < until:
+            with self._lock:
+                batch = self._announcements.next()
+                overflowed = self._announcements.overflowed
+            if overflowed or (batch is not None and not self._index.write(batch)):
+                self._enter_index()
+            elif batch is None:
+                return
+            else:
+                with self._lock:
+                    self._announcements.acknowledged()
 
     def _note(self, connected: bool, error: Exception | None = None) -> None:
         if connected and not self.connected:
@@ -248,7 +212,7 @@ class FleetReader:
         self._namespace = namespace
         self._router_id = router_id
         self._turn = asyncio.Semaphore(MAX_CONNECTIONS)  # a burst waits for connections; that is no failure
-        self._look_up = self._redis.client.register_script(_LOOK_UP)
+        self._look_up = self._redis.client.register_script(LOOK_UP)
 
     @property
     def failures(self) -> int:
@@ -276,18 +240,18 @@ class FleetReader:
     async def look_up(self, incarnations: Sequence[str], hashes: Sequence[bytes]) -> dict[str, Lookup] | None:
         """For each worker how much of the prompt's prefix it holds, and what others reserved, in one round trip.
 
-        `hashes` are the prompt's page hashes in order, all of these workers' hash scope. Page sets belong to an
-        incarnation, so what a restarted worker held before does not count.
+        `hashes` are the prompt's page hashes in order, all of these workers' hash scope. What is in the index belongs
+        to an incarnation, so what a restarted worker held before does not count.
         """
         if self._redis.is_away() or not incarnations:
             return None
-        keys = [f"{self._namespace}:pages:{incarnation}" for incarnation in incarnations]
-        joined = b"".join(hashes[:MAX_PAGES_LOOKED_UP])
+        keys = [f"{self._namespace}:index:{incarnation}" for incarnation in incarnations]
+        pages = pack(hashes[:MAX_PAGES_LOOKED_UP])
         async with self._turn:
             if self._redis.is_away():  # it went while we waited
                 return None
             try:
-                answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, joined, *incarnations])
+                answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, pages, *incarnations])
             except (redis.RedisError, OSError) as error:
                 self._redis.failed(error)
                 return None

@@ -304,7 +304,8 @@ class HandOffIn:
         self.counters.transfer_pages += len(outcome.landed)
         table = self.pages.table(key)
         for index in range(handoff.entry.held_tokens // size, min(tokens // size, len(handoff.entry.hashes))):
-            self.pages.name(table[index], handoff.entry.hashes[index])
+            hashes = handoff.entry.hashes
+            self.pages.name(table[index], hashes[index], hashes[index - 1] if index else b"")
         return tokens
 
     def _spans(self, handoff: _HandOff) -> Spans:

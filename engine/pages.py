@@ -36,7 +36,7 @@ class PageManager:
         self._tables: dict[str, list[int]] = {}
         self._promises: dict[str, int] = {}
         self._promised = 0
-        self._added: list[bytes] = []
+        self._added: list[tuple[bytes, bytes]] = []
         self._removed: list[bytes] = []
 
     # ------------------------------------------------------------ questions
@@ -156,15 +156,18 @@ class PageManager:
         """The holder will not allocate the rest of what it was promised."""
         self._set_promise(holder, 0)
 
-    def name(self, page: int, page_hash: bytes) -> None:
-        """The page is complete and its content is what `page_hash` says: others may find it. First come, first kept."""
+    def name(self, page: int, page_hash: bytes, parent: bytes = b"") -> None:
+        """The page is complete and its content is what `page_hash` says: others may find it. First come, first kept.
+
+        `parent` is the hash of the page before it, b"" at the beginning of a sequence.
+        """
         if self.caching and page_hash not in self._page_of and self._hash_of[page] is None:
             self._hash_of[page] = page_hash
             self._page_of[page_hash] = page
-            self._added.append(page_hash)
+            self._added.append((page_hash, parent))
 
-    def drain_events(self) -> tuple[list[bytes], list[bytes]]:
-        """Page hashes (added, removed) since the last call, for the prefix index."""
+    def drain_events(self) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+        """What was named, as (page hash, parent), and which page hashes went, since the last call: for the index."""
         added, removed = self._added, self._removed
         if added or removed:
             self._added, self._removed = [], []

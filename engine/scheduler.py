@@ -307,7 +307,7 @@ class Scheduler:
         table = self.pages.table(request.key)
         hashes = request.extend_hashes(self.hash_scope, size, done)
         for index in range(start // size, done // size):
-            self.pages.name(table[index], hashes[index])
+            self.pages.name(table[index], hashes[index], hashes[index - 1] if index else b"")
 
     def _append(self, request: Request, sampled: SampledTokens | None, now: float) -> Output | None:
         """Add what one step sampled for a request; None if that was nothing."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
 
 from penstock.common import redis_state
 from penstock.common.messages import WorkerInfo, encode
-from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.page_hash import chained, page_hashes, root_hash
+from penstock.common.prefix_index import pack
 from penstock.common.redis_state import FleetReader, RegistryWriter, Reservations
+from tests.index_view import index_view, pages_held
 
 HASHES = list(page_hashes(root_hash("scope"), list(range(4 * 200)), 4))
+PAGES = chained(HASHES)
 
 
 def worker(incarnation: str = "i1", lease_s: float = 10.0) -> WorkerInfo:
@@ -65,6 +68,10 @@ def with_reader(url: str, use: Callable[[FleetReader], Awaitable[Any]], router_i
     return asyncio.run(run())
 
 
+def packed(hashes: Iterable[bytes]) -> set[bytes]:
+    return {pack([page]) for page in hashes}
+
+
 def held(url: str, incarnations: list[str], hashes: list[bytes]) -> dict[str, int]:
     found = with_reader(url, lambda reader: reader.look_up(incarnations, hashes))
     return {incarnation: one.held_pages for incarnation, one in found.items()}
@@ -73,15 +80,16 @@ def held(url: str, incarnations: list[str], hashes: list[bytes]) -> dict[str, in
 def test_a_worker_registers_announces_its_pages_and_takes_both_back(redis_server):
     writer = RegistryWriter(redis_server.url, "ns", worker())
     with contextlib.closing(redis_server.client()) as client:
-        writer.publish(HASHES[:5], [])
-        eventually(lambda: client.scard("ns:pages:i1") == 5)
+        writer.publish(PAGES[:5], [])
+        eventually(lambda: pages_held(client, "ns", "i1") == 5)
         assert with_reader(redis_server.url, lambda reader: reader.workers()) == [worker()]
         assert 0 < client.pttl("ns:worker:i1") <= 10_000
-        assert 0 < client.pttl("ns:pages:i1") <= 10_000
+        assert 0 < client.pttl("ns:index:i1") <= 10_000
+        assert all(client.pttl(key) > 0 for key in client.keys("*")), "whoever stops refreshing leaves nothing for ever"
         assert held(redis_server.url, ["i1", "nobody"], HASHES) == {"i1": 5, "nobody": 0}
 
-        writer.publish([HASHES[7]], [HASHES[2]])
-        eventually(lambda: client.smembers("ns:pages:i1") == {HASHES[i] for i in (0, 1, 3, 4, 7)})
+        writer.publish([(HASHES[7], b"")], [HASHES[2]])
+        eventually(lambda: index_view(client, "ns")["i1"] == packed(HASHES[i] for i in (0, 1, 7)))
         assert held(redis_server.url, ["i1"], HASHES) == {"i1": 2}, "a run ends at the first page that is missing"
         writer.close()
         assert client.keys("*") == []
@@ -90,34 +98,34 @@ def test_a_worker_registers_announces_its_pages_and_takes_both_back(redis_server
 def test_a_page_that_leaves_and_returns_within_one_batch_is_held(redis_server):
     writer = RegistryWriter(redis_server.url, "ns", worker())
     with contextlib.closing(redis_server.client()) as client:
-        writer.publish(HASHES[:3], [])
-        writer.publish([], HASHES[:3])
-        writer.publish(HASHES[1:3], [])
-        writer.publish(HASHES[10:11], [])
-        eventually(lambda: client.sismember("ns:pages:i1", HASHES[10]))
-        assert client.smembers("ns:pages:i1") == {*HASHES[1:3], HASHES[10]}
+        writer.publish(PAGES[:6], [])
+        writer.publish([], HASHES[:6])
+        writer.publish(PAGES[:3], [])
+        eventually(lambda: index_view(client, "ns").get("i1") == packed(HASHES[:3]))
     writer.close()
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 128, 200])
 def test_look_up_counts_runs_of_any_length(redis_server, length):
+    writer = RegistryWriter(redis_server.url, "ns", worker())
+    writer.publish(PAGES[:length], [])
     with contextlib.closing(redis_server.client()) as client:
-        if length:
-            client.sadd("ns:pages:i1", *HASHES[:length])
+        eventually(lambda: writer.connected and pages_held(client, "ns", "i1") == length)
     assert held(redis_server.url, ["i1"], HASHES) == {"i1": length}
     assert held(redis_server.url, ["i1"], HASHES[:70]) == {"i1": min(length, 70)}
     assert held(redis_server.url, ["i1"], []) == {"i1": 0}
+    writer.close()
 
 
 def test_a_lease_that_is_not_renewed_ends(redis_server):
     writer = RegistryWriter(redis_server.url, "ns", worker(lease_s=0.3))
-    writer.publish(HASHES[:2], [])
+    writer.publish(PAGES[:2], [])
     with contextlib.closing(redis_server.client()) as client:
-        eventually(lambda: client.exists("ns:pages:i1") == 1)
+        eventually(lambda: client.exists("ns:index:i1") == 1)
         time.sleep(0.6)  # two leases: the writer renews
-        assert client.exists("ns:worker:i1", "ns:pages:i1") == 2
+        assert client.exists("ns:worker:i1", "ns:index:i1") == 2
         writer.close(deregister=False)
-        eventually(lambda: client.exists("ns:worker:i1", "ns:pages:i1") == 0)
+        eventually(lambda: client.exists("ns:worker:i1", "ns:index:i1") == 0)
         assert with_reader(redis_server.url, lambda reader: reader.workers()) == []
         assert client.smembers("ns:workers") == set()
 
@@ -132,18 +140,17 @@ def test_records_of_another_version_are_left_out(redis_server):
 
 def test_a_redis_that_comes_back_empty_hears_everything_again(own_redis):
     writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
-    writer.publish(HASHES[:100], [])
+    writer.publish(PAGES[:100], [])
     with contextlib.closing(own_redis.client()) as client:
-        eventually(lambda: client.scard("ns:pages:i1") == 100)
-        client.flushall()  # nothing shows on the connection: the count of pages does
-        eventually(lambda: client.scard("ns:pages:i1") == 100)
+        eventually(lambda: pages_held(client, "ns", "i1") == 100)
+        client.flushall()  # nothing shows on the connection: that the slot is gone does
+        eventually(lambda: pages_held(client, "ns", "i1") == 100)
     own_redis.stop()
     eventually(lambda: not writer.connected)
-    writer.publish(HASHES[100:102], HASHES[:1])
+    writer.publish(PAGES[100:102], HASHES[101:102])
     own_redis.start()
     with contextlib.closing(own_redis.client()) as client:
-        eventually(lambda: client.scard("ns:pages:i1") == 101)
-        assert client.smembers("ns:pages:i1") == set(HASHES[1:102])
+        eventually(lambda: pages_held(client, "ns", "i1") == 102)
         assert client.exists("ns:worker:i1")
     writer.close()
 
@@ -153,18 +160,18 @@ def test_changes_kept_for_a_redis_that_is_away_are_bounded(own_redis, monkeypatc
     own_redis.stop()
     writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
     for i in range(0, 150):
-        writer.publish(HASHES[i : i + 1], HASHES[i - 10 : i - 9] if i >= 10 else [])
-        assert len(writer._pending) <= 50
+        writer.publish([(HASHES[i], b"")], HASHES[i - 10 : i - 9] if i >= 10 else [])
+        assert writer._announcements.num_pending <= 50
     own_redis.start()
     with contextlib.closing(own_redis.client()) as client:
-        eventually(lambda: client.smembers("ns:pages:i1") == set(HASHES[140:150]))
+        eventually(lambda: index_view(client, "ns").get("i1") == packed(HASHES[140:150]))
     writer.close()
 
 
 def test_closing_while_redis_is_away_does_not_hang(own_redis):
     own_redis.stop()
     writer = RegistryWriter(own_redis.url, "ns", worker())
-    writer.publish(HASHES, [])
+    writer.publish(PAGES, [])
     writer.close()
     assert not writer._thread.is_alive()
 

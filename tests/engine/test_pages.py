@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.engine.pages import NoRoom, PageManager
 
 
@@ -18,9 +18,9 @@ def test_released_pages_are_found_again_and_evicted_oldest_end_first() -> None:
     pages = PageManager(4, 4)
     names = _names(4)
     table = pages.allocate("a", 3)
-    for page, name in zip(table, names, strict=False):
-        pages.name(page, name)
-    assert pages.drain_events() == (names[:3], [])
+    for page, (name, parent) in zip(table, chained(names), strict=False):
+        pages.name(page, name, parent)
+    assert pages.drain_events() == (chained(names[:3]), [])
     pages.release("a")
     assert pages.match(names) == table
     assert pages.num_available == 4

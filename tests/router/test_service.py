@@ -14,10 +14,11 @@ import pytest
 from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.messages import GenerateRequest, TokenDelta
-from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
 from penstock.router import fleet
 from penstock.router.service import ModelInfo, RouterService
+from tests.index_view import pages_held
 from tests.router.fake_worker import FakeWorker, oracle
 
 LIMIT_S = 20.0
@@ -223,12 +224,12 @@ def test_a_prompt_goes_where_its_prefix_is(redis_server, start_worker):
     start_worker("d1")
     holder = start_worker("d2")
     prompt = list(range(400))
-    holder.registry.publish(list(page_hashes(root_hash("scope"), prompt[:200], 4)), [])
+    holder.registry.publish(chained(list(page_hashes(root_hash("scope"), prompt[:200], 4))), [])
 
     async def scenario() -> None:
         async with running(redis_server.url, 2) as service:
             with contextlib.closing(redis_server.client()) as client:
-                await until(lambda: client.scard(f"penstock:pages:{holder.info.incarnation}") == 50)
+                await until(lambda: pages_held(client, "penstock", holder.info.incarnation) == 50)
             for i in range(3):
                 await ended(await send(service, request(f"r{i}", prompt=prompt)))
             assert len(holder.submitted) == 3

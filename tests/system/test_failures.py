@@ -18,6 +18,7 @@ from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, Ba
 
 from penstock.fleet import Fleet
 from tests.conftest import RedisServer
+from tests.index_view import index_view
 from tests.system.fleets import (
     assert_idle,
     complete,
@@ -139,8 +140,8 @@ def _wait_announced(running: Fleet, server: RedisServer) -> None:
     deadline = time.monotonic() + 10
     with contextlib.closing(server.client()) as client:
         while True:
-            workers = running.workers().values()
-            pages = [client.scard(f"{running.config.namespace}:pages:{worker.incarnation}") for worker in workers]
+            view = index_view(client, running.config.namespace)
+            pages = [len(view.get(worker.incarnation, ())) for worker in running.workers().values()]
             if len(pages) == 2 and all(pages):
                 return
             assert time.monotonic() < deadline, f"announced pages: {pages}"
