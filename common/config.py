@@ -14,7 +14,7 @@ from penstock.common.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROLES = ("prefill", "decode")
 ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
-TRANSPORTS = ("auto", "nixl", "shm")
+TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
 CHECKSUMS = ("all", "sample", "off")
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 

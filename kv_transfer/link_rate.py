@@ -151,22 +151,22 @@ class CudaPages(Pages):
         import torch
 
         self._torch = torch
-        self._words = torch.empty(num_pages, page_bytes // 8, dtype=torch.int64, device=device)
+        self.words = torch.empty(num_pages, page_bytes // 8, dtype=torch.int64, device=device)  # [page, word]
         self._numbers = torch.arange(first, first + num_pages, device=device)[:, None]
-        self.region = MemoryRegion(self._words.data_ptr(), page_bytes, num_pages, device)
+        self.region = MemoryRegion(self.words.data_ptr(), page_bytes, num_pages, device)
         self.fill()
 
     def fill(self) -> None:
-        self._words[:] = self._numbers
-        self._torch.cuda.synchronize(self._words.device)
+        self.words[:] = self._numbers
+        self._torch.cuda.synchronize(self.words.device)
 
     def ends(self) -> NDArray[np.int64]:
-        self._torch.cuda.synchronize(self._words.device)
-        found: NDArray[np.int64] = self._words[:, [0, -1]].cpu().numpy()
+        self._torch.cuda.synchronize(self.words.device)
+        found: NDArray[np.int64] = self.words[:, [0, -1]].cpu().numpy()
         return found
 
     def close(self) -> None:
-        del self._words
+        del self.words
 
 
 def make_pages(device: str, page_bytes: int, num_pages: int, first: int) -> Pages:
@@ -181,7 +181,7 @@ def scattered(number: int, num_pages: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_pages), number)
 
 
-class _Lender:
+class LenderProcess:
     """The reader's handle of the lender process."""
 
     def __init__(self, spec: LinkSpec) -> None:
@@ -245,7 +245,7 @@ def _lend(spec: LinkSpec) -> None:
 
 def _read(spec: LinkSpec) -> list[PassTime]:
     """The reader process."""
-    lender = _Lender(spec)
+    lender = LenderProcess(spec)
     try:
         description = lender.description()
         pages = make_pages(spec.reader_device, spec.page_bytes, spec.num_pages, first=spec.num_pages)
@@ -259,7 +259,7 @@ def _read(spec: LinkSpec) -> list[PassTime]:
         lender.close()
 
 
-def _measure_pass(spec: LinkSpec, number: int, transport: Transport, pages: Pages, lender: _Lender) -> PassTime:
+def _measure_pass(spec: LinkSpec, number: int, transport: Transport, pages: Pages, lender: LenderProcess) -> PassTime:
     theirs = scattered(number, spec.num_pages, seed=2 * number)
     ours = scattered(number, spec.num_pages, seed=2 * number + 1)
     pages.fill()

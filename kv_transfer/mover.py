@@ -46,6 +46,7 @@ __all__ = [
 
 _POLL_MIN_S, _POLL_MAX_S = 50e-6, 5e-3  # between two looks at copies in flight: 1/32 of the time nothing has moved
 _IDLE_FACTOR = 10  # an idle mover calls `progress` this much less often
+_CPU_BATCH_BYTES, _GPU_BATCH_BYTES = 8 << 20, 256 << 20  # a GPU's: a launch and two looks at it take 0.1 ms
 _QUICK_S = 2.0  # for how long after a command the mover does not count as idle
 
 
@@ -60,7 +61,7 @@ class PageMover:
         wake: Callable[[], None] = lambda: None,
         *,
         stall_s: float = 5.0,
-        batch_bytes: int = 8 << 20,
+        batch_bytes: int | None = None,
         checksum: Callable[[Sequence[int]], list[int]] | None = None,
     ) -> None:
         """Starts the thread.
@@ -68,13 +69,14 @@ class PageMover:
         Args:
             wake: called in the mover's thread when completions are ready; must not block.
             stall_s: a read without any progress for this long is reported as stalled.
-            batch_bytes: how much of a job is posted, or hashed, at once.
-            checksum: xxh3-64 of our pages; needed for pools that are not on CPU.
+            batch_bytes: how much of a job is posted, or hashed, at once; default: by where the pool is.
+            checksum: of our pages, as the lender seals them; needed for pools that are not on CPU.
         """
         self._transports = {transport.name: transport for transport in transports}
         self._wake = wake
         self._stall_s = stall_s
-        self._batch_pages = max(1, batch_bytes // region.page_bytes)
+        default_bytes = _CPU_BATCH_BYTES if region.device == "cpu" else _GPU_BATCH_BYTES
+        self._batch_pages = max(1, (batch_bytes or default_bytes) // region.page_bytes)
         self._checksum = checksum or (lambda pages: checksums(region, pages))
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._done: deque[Completion] = deque()

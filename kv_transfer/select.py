@@ -11,17 +11,19 @@ import numpy as np
 
 from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer.base import CopyState, Transport, TransportError
+from penstock.kv_transfer.cuda_ipc import CudaIpcTransport, is_same_host
 from penstock.kv_transfer.nixl import NixlTransport
 from penstock.kv_transfer.region import page_array
 from penstock.kv_transfer.shm import ShmTransport, is_local
 
 logger = logging.getLogger("penstock.kv_transfer")
 
-# Fastest first: shared memory reads faster than NIXL on one host (docs/performance.md).
-_SAME_HOST = ("shm", "nixl")
+# Fastest first: on one host both read faster than NIXL does (docs/performance.md).
+_SAME_HOST = ("cuda_ipc", "shm", "nixl")
 _ANY_HOST = ("nixl",)
 
 OPENERS: dict[str, Callable[[MemoryRegion, str], Transport]] = {
+    "cuda_ipc": lambda region, _: CudaIpcTransport(region),
     "shm": lambda region, _: ShmTransport(region),
     "nixl": NixlTransport,
 }
@@ -31,21 +33,26 @@ _PROBE_TIMEOUT_S = 10.0
 
 
 def open_transports(setting: str, region: MemoryRegion, incarnation: str) -> list[Transport]:
-    """Open what `setting` ("auto", "nixl" or "shm") names and works here, best for one host first; logs a line each.
+    """Open what `setting` ("auto", or a transport's name) names and works here, best for one host first; logs a line
+    each. "auto" is CUDA IPC and NIXL for a pool on a GPU, shared memory and NIXL for one on CPU.
 
     To be tried, a transport has to read page 0 of our pool into a page of its own, as a peer would.
 
     Raises:
         TransportError: a transport asked for by name does not work, or none does.
     """
-    wanted = list(_SAME_HOST) if setting == "auto" else [setting]
+    own = "shm" if region.device == "cpu" else "cuda_ipc"
+    wanted = [own, "nixl"] if setting == "auto" else [setting]
     opened: list[Transport] = []
     for name in wanted:
         try:
             started = time.monotonic()
             transport = OPENERS[name](region, incarnation)
             try:
-                _probe(transport, OPENERS[name], region, f"{incarnation}-probe")
+                if isinstance(transport, CudaIpcTransport):
+                    transport.self_test()
+                else:
+                    _probe(transport, OPENERS[name], region, f"{incarnation}-probe")
             except TransportError:
                 transport.close()
                 raise
@@ -62,8 +69,10 @@ def open_transports(setting: str, region: MemoryRegion, incarnation: str) -> lis
 
 
 def same_host(peer_transports: Mapping[str, bytes]) -> bool:
-    """Whether the peer's memory can be mapped here: same boot of the same kernel, same process namespace. False for a
-    peer that does not offer shared memory."""
+    """Whether the peer's memory may be mapped here: same boot of the same kernel and, on CPU, same process namespace.
+    False for a peer that offers neither shared memory nor CUDA IPC."""
+    if "cuda_ipc" in peer_transports:
+        return is_same_host(peer_transports["cuda_ipc"])
     return "shm" in peer_transports and is_local(peer_transports["shm"])
 
 
