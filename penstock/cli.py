@@ -30,6 +30,7 @@ commands:
   doctor         what this machine has and lacks for serving: software, devices, links, Redis, ports, limits
   tap            what passes on the bus of a running fleet, a line a message
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
+  simulate TRACE routing policies on virtual workers: hit ratios, balance, latency, how many workers
   bench NAME     a benchmark: latency, throughput or serve (also: penstock benchmark)
 
 options:

@@ -1,0 +1,1 @@
+"""`penstock simulate`: the router's own policies on virtual workers. `command.run` is where it starts."""

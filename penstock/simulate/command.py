@@ -1,0 +1,120 @@
+"""`penstock simulate TRACE`: which policy, how many workers, one phase or two. Reads options, prints a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import NoReturn
+
+from penstock.common.config import ROUTING_POLICIES
+from penstock.common.errors import ConfigError
+from penstock.router.rates import WorkerRates
+from penstock.simulate.plot import draw, need_matplotlib
+from penstock.simulate.result import PolicyResult, Slo
+from penstock.simulate.runs import compare, scaled
+from penstock.simulate.simulator import LLAMA8B_TOKEN_BYTES, FleetShape
+from penstock.simulate.trace import read_trace, repeated
+
+_DESCRIPTION = """\
+The router's own policies on virtual workers and a virtual clock.
+
+TRACE is a Mooncake trace (JSON lines), an Azure trace (CSV), or generated:NUMBER. Rates are those of
+Llama-3.1-8B on one H200 unless the options below say otherwise. docs/routing.md tells what is modelled.
+"""
+_HEAD = "policy            hit  oracle  max/mean    TTFT p50      p99   ITL p99  within SLO  goodput/s"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Simulate and return the exit status.
+
+    Raises:
+        ConfigError: an option or the trace is wrong, or a file cannot be written.
+    """
+    options = _parser().parse_args(list(arguments))
+    if options.plot is not None:
+        need_matplotlib()
+    shape = FleetShape(
+        workers=options.workers,
+        pages_per_worker=options.pages_per_worker,
+        page_tokens=options.page_tokens,
+        prefill_workers=options.prefill_workers,
+        max_num_seqs=options.max_num_seqs,
+        token_bytes=options.kv_bytes_per_token,
+        rates=_rates(options),
+    )
+    if options.repeat < 1:
+        raise ConfigError(f"--repeat must be at least 1, got {options.repeat}")
+    slo = Slo(options.slo_ttft, options.slo_tpot)
+    requests = read_trace(options.trace, options.page_tokens, options.seed)
+    requests = scaled(repeated(requests, options.repeat), shape, options.utilisation)
+    policies = ROUTING_POLICIES if options.policy == "all" else (options.policy,)
+    print(_HEAD)
+    results = []
+    for policy in policies:
+        results += compare(requests, shape, [policy], slo, options.fetch, options.seed)
+        print(_line(results[-1]), flush=True)
+    if options.json is not None:
+        _write(options.json, results)
+    if options.plot is not None:
+        draw({f"{Path(options.trace).stem}\n{shape.workers} x {shape.pages_per_worker}": results}, options.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="penstock simulate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("trace", metavar="TRACE")
+    parser.add_argument("--workers", type=int, required=True, help="all workers, of both roles")
+    parser.add_argument("--pages-per-worker", type=int, required=True)
+    parser.add_argument("--policy", default="all", choices=("all", *ROUTING_POLICIES))
+    parser.add_argument("--page-tokens", type=int, default=512, help="tokens in a page (default: 512)")
+    parser.add_argument("--prefill-workers", type=int, default=0, help="0: one phase, decode workers compute prompts")
+    parser.add_argument("--fetch", action="store_true", help="workers can read prefixes from each other")
+    parser.add_argument("--utilisation", type=float, help="stretch arrivals so that the oracle's work fills this share")
+    parser.add_argument("--repeat", type=int, default=1, help="play the trace so often, each time with new prefixes")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences a worker decodes at once")
+    parser.add_argument("--slo-ttft", type=float, default=Slo.ttft_ms, help="milliseconds (default: %(default)s)")
+    parser.add_argument("--slo-tpot", type=float, default=Slo.tpot_ms, help="milliseconds (default: %(default)s)")
+    parser.add_argument("--kv-bytes-per-token", type=int, default=LLAMA8B_TOKEN_BYTES, help="(default: %(default)s)")
+    for rate in fields(WorkerRates):
+        parser.add_argument(_flag(rate.name), type=float, default=rate.default, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random policy and of generated traces")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results: one object a policy")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (PNG); needs penstock[plot]")
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _rates(options: argparse.Namespace) -> WorkerRates:
+    try:
+        return WorkerRates(**{rate.name: getattr(options, rate.name) for rate in fields(WorkerRates)})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _line(result: PolicyResult) -> str:
+    return (
+        f"{result.policy:15} {result.hit_ratio:5.3f}   {result.oracle_hit_ratio:5.3f}   "
+        f"{result.max_over_mean_load:7.3f}   {result.ttft_p50_ms:7.0f} {result.ttft_p99_ms:8.0f} ms "
+        f"{result.itl_p99_ms:6.1f}       {result.slo_attainment:6.3f} {result.goodput:10.2f}"
+    )
+
+
+def _write(path: Path, results: Sequence[PolicyResult]) -> None:
+    objects = {result.policy: asdict(result) for result in results}
+    try:
+        path.write_text(json.dumps(objects, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error

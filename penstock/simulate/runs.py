@@ -1,0 +1,70 @@
+"""Runs over one trace: arrivals scaled to a utilisation, then each policy on the same requests. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from penstock.common.errors import ConfigError
+from penstock.router.policies import make_policy
+from penstock.simulate.result import PolicyResult, Slo, oracle_hits, with_oracle
+from penstock.simulate.simulator import FleetShape, Simulator
+from penstock.simulate.trace import TracedRequest, time_scaled
+from penstock.simulate.worker import decode_work_ms
+
+
+def scaled(requests: Sequence[TracedRequest], shape: FleetShape, utilisation: float | None) -> list[TracedRequest]:
+    """Requests whose work fills `utilisation` of the fleet's time if all hits of the oracle are hits; None: as traced.
+
+    Work is what computing prompts takes, and what sequences add to the steps that they are part of. With prefill
+    workers the busier role counts.
+
+    Raises:
+        ConfigError: `utilisation` is not above 0, or all requests arrive at once.
+    """
+    if utilisation is None:
+        return list(requests)
+    span_ms = requests[-1].arrival_ms
+    if utilisation <= 0 or span_ms <= 0:
+        raise ConfigError("a utilisation needs to be above 0, and requests that do not all arrive at once")
+    hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
+    prompts_ms = sum(shape.rates.prefill_ms(r.prompt_tokens - hit) for r, hit in zip(requests, hits, strict=True))
+    outputs_ms = sum(decode_work_ms(request, shape.rates) for request in requests)
+    if shape.prefill_workers:
+        needed_ms = max(prompts_ms / shape.prefill_workers, outputs_ms / shape.decode_workers)
+    else:
+        needed_ms = (prompts_ms + outputs_ms) / shape.workers
+    return time_scaled(requests, needed_ms / utilisation / span_ms)
+
+
+def balance_bound(requests: Sequence[TracedRequest], shape: FleetShape) -> float:
+    """max/mean load if each request went to whoever had least, its work known and every hit of the oracle had anywhere.
+
+    No policy can be expected below: one that knows less, and has prefixes and queues to think of. One phase only.
+    """
+    hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
+    loads = [0.0] * shape.workers
+    for request, hit in zip(requests, hits, strict=True):
+        work_ms = shape.rates.prefill_ms(request.prompt_tokens - hit) + decode_work_ms(request, shape.rates)
+        heapq.heapreplace(loads, loads[0] + work_ms)
+    return max(loads) * len(loads) / sum(loads)
+
+
+def compare(
+    requests: Sequence[TracedRequest],
+    shape: FleetShape,
+    policies: Sequence[str],
+    slo: Slo,
+    fetch: bool = False,
+    seed: int = 0,
+) -> list[PolicyResult]:
+    """One result a policy, all on the same requests.
+
+    Raises:
+        ConfigError: there is no such policy, or a request does not fit a worker.
+    """
+    prompt = sum(request.prompt_tokens for request in requests)
+    ratio = sum(oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)) / prompt
+    return [
+        with_oracle(Simulator(shape, make_policy(name, seed, fetch)).run(requests, slo), ratio) for name in policies
+    ]
