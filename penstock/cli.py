@@ -31,6 +31,7 @@ commands:
   tap            what passes on the bus of a running fleet, a line a message
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
   simulate TRACE routing policies on virtual workers: hit ratios, balance, latency, how many workers
+  run-batch      answers the requests of an OpenAI batch file
   bench NAME     a benchmark: latency, throughput or serve (also: penstock benchmark)
 
 options:
@@ -103,6 +104,17 @@ def _bench(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _run_batch(arguments: list[str]) -> int:
+    from penstock.process_group import LaunchError
+    from penstock.run_batch import main as run
+
+    try:
+        return run(arguments)
+    except LaunchError as error:
+        print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr)
+        return error.exit_status
+
+
 def _doctor(arguments: list[str]) -> int:
     from penstock.doctor.command import run
 
@@ -135,6 +147,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "top": _top,
     "bench": _bench,
     "benchmark": _bench,
+    "run-batch": _run_batch,
     "simulate": _simulate,
     "doctor": _doctor,
     "tap": _tap,
