@@ -27,6 +27,7 @@ from penstock.engine.plan import Executor
 from penstock.engine.policy import BatchPolicy
 from penstock.engine.runner import ModelRunner
 from penstock.engine.scheduler import Scheduler
+from penstock.kernels.page_checksum import checksum_name
 from penstock.models.decoder import CausalLM
 from penstock.models.registry import load_model, resolve_checkpoint
 from penstock.models.spec import ModelSpec, read_spec
@@ -102,7 +103,8 @@ def build_engine(
         max_model_len=max_model_len,
         hash_scope=hash_scope,
     )
-    fingerprint = blake2b(f"{checkpoint}|{layout.describe()}|tp1|xxh3-64".encode(), digest_size=16).hexdigest()
+    exchanged = f"{checkpoint}|{layout.describe()}|tp1|{checksum_name(device)}"
+    fingerprint = blake2b(exchanged.encode(), digest_size=16).hexdigest()
     size_gib = num_pages * layout.page_bytes / 2**30
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, page_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)

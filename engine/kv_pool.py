@@ -80,7 +80,7 @@ class KVPool:
         )
 
     def checksum(self) -> Callable[[Sequence[int]], list[int]]:
-        """Computes xxh3-64 of each of these pages; may be called in any thread."""
+        """Computes the checksum of each of these pages; may be called in any thread."""
         return partial(page_checksums, self.raw())
 
     def close(self) -> None:

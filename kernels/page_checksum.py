@@ -1,20 +1,112 @@
-"""Checksums of KV pages, compared on both sides of a transfer. This is the plain reference for every device."""
+"""Checksums of KV pages, compared on both sides of a transfer; each device has the function that is fast on it.
+
+On CPU XXH3-64, from the xxhash package: 20 GB/s on one core (Zen 4), without the interpreter lock. On a GPU, where its
+wide state does not map onto threads, a sum of mixed words, computed where the pages lie:
+
+    sum over i of mix(word[i] + (i + 1) * GAMMA)  mod 2^64
+
+over the page's little-endian 64-bit words, with mix and GAMMA of SplitMix64 (Steele, Lea, Flood 2014; variant 13 of
+Stafford's mixers). mix is a bijection: damage within one word is always seen. Words that are exchanged or moved give
+other terms. Other damage passes with probability 2^-64, as far as mix behaves as a random function: this is against
+faults, not against forgers. On CPU numpy needs nine passes for it, 0.8 GB/s: so the two names differ, and with them the
+fingerprints of workers that cannot compare.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+_GAMMA = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_WORDS = 2048  # a program sums up so many: 16 KiB
+_MASK = (1 << 64) - 1
+
+
+def checksum_name(device: torch.device) -> str:
+    """The function that `page_checksums` computes there: peers that compare must have the same."""
+    return "splitmix64-sum" if device.type == "cuda" else "xxh3-64"
+
 
 def page_checksums(pages: Tensor, page_ids: Sequence[int]) -> list[int]:
-    """XXH3-64 of each page's bytes; pages: uint8 [num_pages, page_bytes], each row contiguous.
+    """A checksum of each page's bytes, in the order of page_ids; pages: uint8 [num_pages, page_bytes], rows contiguous.
 
-    On CPU the bytes are read where they are, and xxhash lets go of the interpreter lock meanwhile. Pages of another
-    device are copied to the host first.
+    Nothing may write these pages meanwhile, and what wrote them must have ended: on a GPU they are read on a stream of
+    their own, which the calling thread waits for. The interpreter lock is free while bytes are read.
     """
-    if not pages.is_cpu:
-        pages, page_ids = pages[list(page_ids)].cpu(), range(len(page_ids))
+    if pages.is_cuda:
+        return word_sums_triton(pages, page_ids)
     rows = pages.numpy()
     return [xxh3_64_intdigest(rows[page]) for page in page_ids]
+
+
+def word_sums(pages: Tensor, page_ids: Sequence[int]) -> list[int]:
+    """The plain form of what a GPU computes; page_bytes is a multiple of 8."""
+    words = pages.cpu().numpy()[list(page_ids)].view("<u8")  # [page, word]
+    mixed = words + np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(multiplier)
+    mixed ^= mixed >> np.uint64(31)
+    return [int(total) for total in mixed.sum(axis=1, dtype=np.uint64)]
+
+
+def word_sums_triton(pages: Tensor, page_ids: Sequence[int]) -> list[int]:
+    """`word_sums` where the pages are.
+
+    Raises:
+        ValueError: a page is not a whole number of words.
+    """
+    if pages.shape[1] % 8 or pages.stride(0) % 8 or pages.stride(1) != 1:
+        raise ValueError(f"pages of {pages.shape[1]} bytes are not made of 64-bit words")
+    if not page_ids:
+        return []
+    if not pages.is_cuda:
+        return [int(total) & _MASK for total in _launch(pages, torch.tensor(page_ids, dtype=torch.int32)).tolist()]
+    listed = torch.tensor(page_ids, dtype=torch.int32).pin_memory()
+    stream = _stream(pages.device)
+    with torch.cuda.device(pages.device), torch.cuda.stream(stream):
+        sums = _launch(pages, listed.to(pages.device, non_blocking=True))
+        found = torch.empty(len(page_ids), dtype=torch.int64, pin_memory=True)
+        found.copy_(sums, non_blocking=True)
+        stream.synchronize()
+    return [int(total) & _MASK for total in found.tolist()]
+
+
+def _launch(pages: Tensor, page_ids: Tensor) -> Tensor:
+    """int64 [n]; page_ids: int32 [n] on the pages' device. A piece of a page has a program and a sum of its own."""
+    words = pages.shape[1] // 8
+    pieces = triton.cdiv(words, _WORDS)
+    partial = torch.empty(len(page_ids), pieces, dtype=torch.int64, device=pages.device)
+    if words:
+        grid = (len(page_ids) * pieces,)
+        _sum_kernel[grid](pages.view(torch.int64), page_ids, partial, words, pages.stride(0) // 8, WORDS=_WORDS)
+    return partial.sum(dim=1)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Not the default stream: there a checksum would wait for steps that were submitted before it."""
+    return torch.cuda.Stream(device)
+
+
+@triton.jit
+def _sum_kernel(pages, page_ids, partial, words, stride, WORDS: tl.constexpr):
+    pieces = tl.cdiv(words, WORDS)
+    entry = tl.program_id(0) // pieces
+    piece = tl.program_id(0) % pieces
+    page = tl.load(page_ids + entry).to(tl.int64)
+    offsets = piece * WORDS + tl.arange(0, WORDS)
+    inside = offsets < words
+    word = tl.load(pages + page * stride + offsets, mask=inside, other=0).to(tl.uint64, bitcast=True)
+    x = word + (offsets + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    x = (x ^ (x >> 31)).to(tl.int64, bitcast=True)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, x, 0), axis=0))
