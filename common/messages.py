@@ -7,6 +7,7 @@ after protocol and fingerprint have been compared.
 Protocol versions:
 1  first version
 2  sampling has logit_bias, allowed_token_ids and bad_words_token_ids, which a worker must not overlook
+3  sampling has prompt_logprobs, and the first TokenDelta their answer; requests have a priority
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -132,6 +133,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     eos_token_ids: list[int] = []
     cache_salt: str = ""
     queue_timeout_s: float = 60.0  # how long it may wait for room before it is refused
+    priority: int = 0  # lower ones are served first; equal ones as they came
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt has to be scored: the client has no token yet, and so no scores."""
+        return self.sampling.prompt_logprobs is not None and not self.output_token_ids
 
 
 class Submit(Message, tag="submit", frozen=True, kw_only=True):
@@ -171,7 +178,7 @@ class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
     choice: int = 0
     first_page: int
     pages: list[list[int]]  # per KV group: page ids in the prefill worker's pool
-    checksums: list[list[int]] = []  # xxh3-64 of each page's bytes; [] when this ticket is not checked
+    checksums: list[list[int]] = []  # of each page's bytes; [] when this ticket is not checked
     num_tokens: int  # tokens of the request complete after this ticket
     heartbeat_seq: int = 0  # newest heartbeat of this peer that had been processed when the pages were lent
     blobs: dict[str, bytes] = {}  # for named extras that are not pages (hidden state, encoder output); none yet
@@ -271,6 +278,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
     finish: Finish | None = None
     logprobs: list[TokenLogprobs] | None = None
     spans: Spans | None = None  # with a worker's first and last delta of the request
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for: of all but the first
 
 
 class TokenBatch(Message, tag="tokens", frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """What a client may ask of sampling. Used by `LLM`, by the router, and sent to the workers as it is.
 
 Field names, defaults and rules follow vLLM's `SamplingParams`. Workers ignore the text-level fields (`stop`,
-`include_stop_str_in_output`, `skip_special_tokens`, `detokenize`, `bad_words`): they know tokens only.
+`include_stop_str_in_output`, `skip_special_tokens`, `detokenize`, `bad_words`, `truncate_prompt_tokens`): they know
+tokens only.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # of the prompt's tokens; such a request reads nothing from the prefix cache
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
     logit_bias: dict[int, float] | None = None  # token id -> added to its logit
     allowed_token_ids: list[int] | None = None  # all others are never drawn
     bad_words: list[str] = []
+    truncate_prompt_tokens: int | None = None  # keep the last so many; -1: as many as the context has room for
     bad_words_token_ids: list[list[int]] = []  # set from `bad_words` by whoever has the tokenizer
 
     def __post_init__(self) -> None:
@@ -75,6 +78,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 self.min_tokens,
             )
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0", self.logprobs)
+        asked = self.prompt_logprobs
+        _check(asked is None or asked >= 0, "prompt_logprobs", "at least 0", asked)
+        kept = self.truncate_prompt_tokens
+        _check(kept is None or kept == -1 or kept >= 1, "truncate_prompt_tokens", "-1 or at least 1", kept)
         _check(all(self.stop), "stop", "without empty strings", self.stop)
         _check(not self.stop or self.detokenize, "stop", "used with detokenize=True only", self.stop)
         self._check_token_rules()

@@ -1,13 +1,13 @@
 """Decides which requests may begin: the only place that says "no room". Pure.
 
-A request is admitted when its whole prompt and one more page can be promised, in order of arrival; nothing is computed
-that cannot land. What waits too long is given back as expired. A sequence that was preempted comes first: while one
-waits for pages, nobody new is admitted.
+A request is admitted when its whole prompt and one more page can be promised, by priority, then in order of arrival;
+nothing is computed that cannot land. What waits too long is given back as expired. A sequence that was preempted comes
+first: while one waits for pages, nobody new is admitted.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from penstock.common.messages import GenerateRequest, WorkerInfo
@@ -41,7 +41,10 @@ class Admission:
     def __init__(self, pages: PageManager, max_admitted: int) -> None:
         self._pages = pages
         self._max_admitted = max_admitted
-        self._queue: OrderedDict[str, Entry] = OrderedDict()
+        self._queue: dict[str, Entry] = {}
+        self._order: list[tuple[int, int, str]] = []  # priority, number of arrival, key
+        self._places: dict[str, tuple[int, int, str]] = {}
+        self._arrivals = 0
         self.queued_tokens = 0
 
     def __len__(self) -> int:
@@ -51,16 +54,21 @@ class Admission:
         return key in self._queue
 
     def entries(self) -> list[Entry]:
-        return list(self._queue.values())
+        return [self._queue[key] for _, _, key in self._order]
 
     def submit(self, entry: Entry) -> None:
         self._queue[entry.key] = entry
+        self._arrivals += 1
+        self._places[entry.key] = (entry.request.priority, self._arrivals, entry.key)
+        insort(self._order, self._places[entry.key])
         self.queued_tokens += entry.num_tokens
 
     def cancel(self, key: str) -> Entry | None:
         """Take out one entry; None if it is not waiting."""
         entry = self._queue.pop(key, None)
-        self.queued_tokens -= entry.num_tokens if entry is not None else 0
+        if entry is not None:
+            self.queued_tokens -= entry.num_tokens
+            del self._order[bisect_left(self._order, self._places.pop(key))]
         return entry
 
     def expired(self, now: float) -> list[Entry]:
@@ -77,7 +85,7 @@ class Admission:
         """
         admitted: list[Entry] = []
         while self._queue and not preempted and num_admitted + len(admitted) < self._max_admitted:
-            entry = next(iter(self._queue.values()))
+            entry = self._queue[self._order[0][2]]
             # The last token is always computed, for its logits: the page it is in is never taken from the cache.
             matched = self._pages.match(entry.hashes[: (entry.num_tokens - 1) // self._pages.page_size])
             missing = self._pages.pages_for(entry.num_tokens + 1) - len(matched)

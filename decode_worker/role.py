@@ -85,7 +85,9 @@ class DecodeRole:
         elif self._loop.peers.draining:
             self._refuse(identity, message, "unavailable", "the worker is draining", retryable=True)
         else:
-            hashes = shape.extend_hashes(scheduler.hash_scope, size, shape.num_known)
+            # To score a prompt all of it is computed: nothing that is cached is of use.
+            known = 0 if request.wants_prompt_logprobs else shape.num_known
+            hashes = shape.extend_hashes(scheduler.hash_scope, size, known)
             self._admission.submit(Entry(identity, request, message.prefill, now, list(hashes)))
 
     def _refuse(self, identity: bytes, message: Submit, code: str, text: str, *, retryable: bool) -> None:
@@ -157,6 +159,9 @@ class DecodeRole:
             request = msgspec.structs.replace(request, output_token_ids=[*request.output_token_ids, *first.token_ids])
         # Without its first token the request still needs the logits of its last one.
         computed = ready.computed if first is not None else min(ready.computed, entry.num_tokens - 1)
+        if first is None and request.wants_prompt_logprobs:  # the scores of what has landed are lost
+            self._pages.release(entry.key)
+            computed = 0
         self._transfers[entry.key] = ready.spans
         self._engine.add(request, arrived=entry.arrived, computed=computed)
 

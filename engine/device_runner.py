@@ -19,13 +19,23 @@ from penstock.engine.batch_state import BatchState, Staging
 from penstock.engine.decode_graphs import DecodeGraphs
 from penstock.engine.kv_pool import KVPool
 from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, MixedSteps
-from penstock.engine.plan import SampledTokens, SequenceStart, SequenceWork, StepHandle, StepPlan, StepResult
+from penstock.engine.plan import (
+    PromptScores,
+    SampledTokens,
+    SequenceStart,
+    SequenceWork,
+    StepHandle,
+    StepPlan,
+    StepResult,
+    scored_positions,
+)
 from penstock.kernels.logprobs import token_logprobs
 from penstock.kernels.sample import SampleWorkspace
 from penstock.kernels.step_state import copy_to_host
 from penstock.models.decoder import CausalLM
 
 RUN_AHEAD = 1
+_SCORED_AT_ONCE = 64  # prompt tokens: their logits are as many rows of the vocabulary
 
 
 @dataclass
@@ -36,6 +46,8 @@ class _Sequence:
     tokens: Sequence[int]  # those known when it started; what was sampled since is on the device
     num_pages: int
     logprobs: int | None
+    prompt_len: int = 0
+    prompt_logprobs: int | None = None  # its prompt is scored
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,18 @@ class _Logprobs:
             row: TokenLogprobs(chosen[i], ranks[i], ids[i][:top], values[i][:top])
             for i, (row, top) in enumerate(zip(self.rows, self.tops, strict=True))
         }
+
+
+@dataclass(frozen=True)
+class _PromptPart:
+    """Scores of prompt tokens of one sequence, from position `start` on."""
+
+    key: str
+    start: int
+    logprobs: _Logprobs
+
+    def read(self) -> PromptScores:
+        return PromptScores(self.key, self.start, tuple(self.logprobs.read().values()))
 
 
 class Event:
@@ -80,21 +104,24 @@ class _Submitted:
         tokens: Tensor,
         arrived: Event,
         logprobs: _Logprobs | None,
+        prompts: Sequence[_PromptPart],
     ) -> None:
         self._step, self._keys, self._rows, self._tokens = step, keys, rows, tokens
-        self._arrived, self._logprobs = arrived, logprobs
+        self._arrived, self._logprobs, self._prompts = arrived, logprobs, prompts
 
     def result(self) -> StepResult:
         """Wait for the step's tokens. Raises what the device reports, whichever earlier step caused it."""
         self._arrived.synchronize()
         tokens = self._tokens.tolist()
         pairs = zip(self._keys, self._rows, strict=True)
+        prompts = tuple([part.read() for part in self._prompts])
         if self._logprobs is None:
-            return StepResult(self._step, tuple([SampledTokens(key, (tokens[row],)) for key, row in pairs]))
+            return StepResult(self._step, tuple([SampledTokens(key, (tokens[row],)) for key, row in pairs]), prompts)
         found = self._logprobs.read()
         return StepResult(
             self._step,
             tuple([SampledTokens(key, (tokens[row],), (found[row],) if row in found else None) for key, row in pairs]),
+            prompts,
         )
 
 
@@ -188,7 +215,8 @@ class DeviceRunner:
 
     def _start(self, start: SequenceStart) -> None:
         slot = self._free.pop()
-        self._sequences[start.key] = _Sequence(slot, start.tokens, 0, start.sampling.logprobs)
+        scored = start.sampling.prompt_logprobs if start.scores_prompt else None
+        self._sequences[start.key] = _Sequence(slot, start.tokens, 0, start.sampling.logprobs, start.prompt_len, scored)
         self._num_with_logprobs += start.sampling.logprobs is not None
         self._state.start(slot, start)
 
@@ -228,9 +256,55 @@ class DeviceRunner:
             if item.start < len(sequence.tokens):
                 tokens = sequence.tokens[item.start : item.start + item.num_tokens]
             chunks.append(Chunk(sequence.slot, tokens, item.start + item.num_tokens, item.samples))
+        scored = self._scored(plan.work)
+        rows = [row for _, positions, first_row in scored for row in range(first_row, first_row + len(positions))]
+        prompts: list[_PromptPart] = []
         self._apply_changes()
-        drawn, logits, sampled = self._mixed_steps.run(chunks, self._layouts[self._turn])
-        return self._hand_over(plan.step, [item.key for item in plan.work if item.samples], drawn, logits, sampled)
+        if rows:
+            drawn, logits, sampled, hidden = self._mixed_steps.run_scored(chunks, rows, self._layouts[self._turn])
+            prompts = self._score(scored, hidden)
+        else:
+            drawn, logits, sampled = self._mixed_steps.run(chunks, self._layouts[self._turn])
+        keys = [item.key for item in plan.work if item.samples]
+        return self._hand_over(plan.step, keys, drawn, logits, sampled, prompts)
+
+    def _scored(self, work: Sequence[SequenceWork]) -> list[tuple[str, range, int]]:
+        """(key, positions whose next token is scored, the step's row of the first) of sequences that ask for it."""
+        found = []
+        row = 0
+        for item in work:
+            sequence = self._sequences[item.key]
+            if sequence.prompt_logprobs is not None and (positions := scored_positions(item, sequence.prompt_len)):
+                found.append((item.key, positions, row))
+            row += item.num_tokens
+        return found
+
+    def _score(self, scored: Sequence[tuple[str, range, int]], hidden: Tensor) -> list[_PromptPart]:
+        """hidden: `[positions of all, hidden]`. A few rows at a time, whose logits find room beside any step's."""
+        parts = []
+        begin = 0
+        for key, positions, _ in scored:
+            sequence = self._sequences[key]
+            top = min(sequence.prompt_logprobs or 0, self._vocab_size)
+            for at in range(0, len(positions), _SCORED_AT_ONCE):
+                part = positions[at : at + _SCORED_AT_ONCE]
+                logits = self.model.logits(hidden[begin : begin + len(part)])
+                targets = self._send(sequence.tokens[part.start + 1 : part.stop + 1])
+                found = self._to_host(token_logprobs(logits, targets, top))
+                parts.append(_PromptPart(key, part.start + 1, _Logprobs([*range(len(part))], [top] * len(part), found)))
+                begin += len(part)
+        return parts
+
+    def _send(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, pin_memory=self._cuda).to(self.pool.device, non_blocking=True)
+
+    def _to_host(self, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Copies in pinned memory, there with the step's event."""
+        chosen, ranks, ids, values = (
+            torch.empty_like(tensor, device="cpu", pin_memory=self._cuda).copy_(tensor, non_blocking=True)
+            for tensor in found
+        )
+        return chosen, ranks, ids, values
 
     def _apply_changes(self) -> None:
         addresses, values = self._state.take_changes()
@@ -238,7 +312,13 @@ class DeviceRunner:
             self._state.apply(self._stagings[self._turn].show([*addresses, *values]), len(addresses))
 
     def _hand_over(
-        self, step: int, keys: list[str], tokens: Tensor, logits: Tensor, sampled: Sequence[int]
+        self,
+        step: int,
+        keys: list[str],
+        tokens: Tensor,
+        logits: Tensor,
+        sampled: Sequence[int],
+        prompts: Sequence[_PromptPart] = (),
     ) -> StepHandle:
         """Send the tokens to the host; those of `keys` are the rows `sampled` of tokens and logits."""
         used = sampled[-1] + 1 if sampled else 0
@@ -255,14 +335,10 @@ class DeviceRunner:
             logprobs = self._logprobs(asked, tokens, logits) if asked else None
         event = self._events[self._turn]
         event.record()
-        return _Submitted(step, keys, sampled, out, event, logprobs)
+        return _Submitted(step, keys, sampled, out, event, logprobs, prompts)
 
     def _logprobs(self, asked: list[tuple[int, int]], tokens: Tensor, logits: Tensor) -> _Logprobs:
         rows, tops = [i for i, _ in asked], [top for _, top in asked]
-        index = torch.tensor(rows, pin_memory=self._cuda).to(self.pool.device, non_blocking=True)
+        index = self._send(rows)
         found = token_logprobs(logits[index], tokens[index], min(max(tops), self._vocab_size))
-        chosen, ranks, ids, values = (
-            torch.empty_like(tensor, device="cpu", pin_memory=self._cuda).copy_(tensor, non_blocking=True)
-            for tensor in found
-        )
-        return _Logprobs(rows, tops, (chosen, ranks, ids, values))
+        return _Logprobs(rows, tops, self._to_host(found))

@@ -175,6 +175,24 @@ class MixedSteps:
         numbers = [*range(len(decodes)), *range(shape.decodes, shape.decodes + len(prompts))]
         return tokens, logits, [number for number, chunk in zip(numbers, chunks, strict=True) if chunk.samples]
 
+    def run_scored(
+        self, chunks: Sequence[Chunk], rows: Sequence[int], staging: Staging
+    ) -> tuple[Tensor, Tensor, list[int], Tensor]:
+        """As `run`, op by op, and the hidden states of some of the step's tokens: [len(rows), hidden].
+
+        Token j of chunk i is row j behind all tokens of the chunks before.
+        """
+        decodes, prompts = split(chunks)
+        shape = Shape(len(decodes), sum(len(chunk.tokens) for chunk in prompts), len(prompts))
+        *parts, index = staging.send([*lay_out(chunks, shape), rows])
+        inputs = _Inputs(*parts)
+        batch = self._batch(inputs, shape, chunks)
+        hidden = self._model.forward(self._begin(inputs, batch), batch, self._kv)
+        samples = any(chunk.samples for chunk in chunks)
+        scored = hidden.index_select(0, index)
+        tokens, logits = self._end(inputs, batch, hidden.index_select(0, inputs.last_tokens), samples)
+        return tokens, logits, [number for number, chunk in enumerate(chunks) if chunk.samples], scored
+
     def capture(self, pool: Any, captured: Callable[[], None]) -> None:
         """Capture all shapes into the memory pool, largest first; `captured` is called after each.
 
@@ -222,16 +240,25 @@ class MixedSteps:
         )
 
     def _step(self, inputs: _Inputs, batch: PagedBatch, samples: bool) -> tuple[Tensor, Tensor]:
+        hidden = self._model.forward(self._begin(inputs, batch), batch, self._kv, inputs.last_tokens)
+        return self._end(inputs, batch, hidden, samples)
+
+    def _begin(self, inputs: _Inputs, batch: PagedBatch) -> Tensor:
+        """Fills the batch's positions and slots; the step's token ids, [T] int64."""
         state = self._state
         token_ids = torch.empty_like(batch.positions)
         begin_mixed(
             inputs.owners, inputs.given, inputs.rows, inputs.contexts, inputs.query_starts, state.last_tokens,
             state.tables, self._page_size, token_ids=token_ids, positions=batch.positions, slots=batch.slots,
         )  # fmt: skip
-        logits = self._model.forward(token_ids, batch, self._kv, inputs.last_tokens)
+        return token_ids
+
+    def _end(self, inputs: _Inputs, batch: PagedBatch, hidden: Tensor, samples: bool) -> tuple[Tensor, Tensor]:
+        """From the hidden states of each sequence's last token [S, hidden]: what `run` gives."""
+        state, logits = self._state, hidden
         tokens = batch.slots[:0]
         if samples:
-            logits = self._model.logits(logits)
+            logits = self._model.logits(hidden)
             tokens = sample(logits, inputs.sample_slots, inputs.contexts, state.columns, self._workspace)
         end_step(inputs.rows, inputs.contexts, tokens, inputs.sample_index, state.lengths, state.last_tokens)
         return tokens, logits

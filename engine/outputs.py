@@ -22,6 +22,7 @@ class Output(msgspec.Struct, frozen=True, gc=False):
     logprobs: tuple[TokenLogprobs, ...] | None
     finish: Finish | None
     spans: Spans | None  # with the first and the last output
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first output, if asked for
 
 
 class Progress(msgspec.Struct, frozen=True, gc=False):

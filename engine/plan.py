@@ -29,6 +29,7 @@ class SequenceStart:
     sampling: SamplingParams
     choice: int
     eos_token_ids: tuple[int, ...]
+    scores_prompt: bool = False  # every step tells the logprobs of the prompt tokens that follow those it computes
 
 
 class SequenceWork(msgspec.Struct, frozen=True, gc=False):
@@ -67,12 +68,26 @@ class SampledTokens(msgspec.Struct, frozen=True, gc=False):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
+class PromptScores(msgspec.Struct, frozen=True, gc=False):
+    """Logprobs of prompt tokens, the first of which stands at position `start`."""
+
+    key: str
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What a step sampled, in the order of its plan."""
+    """What a step sampled, and scored of prompts, in the order of its plan."""
 
     step: int
     sampled: tuple[SampledTokens, ...]
+    prompts: tuple[PromptScores, ...] = ()
+
+
+def scored_positions(work: SequenceWork, prompt_len: int) -> range:
+    """Positions whose hidden states score the prompt token behind them, of those that a step computes."""
+    return range(work.start, min(work.start + work.num_tokens, prompt_len - 1))
 
 
 class StepHandle(Protocol):

@@ -43,4 +43,5 @@ def to_delta(output: Output, spans: Spans | None = None) -> TokenDelta:
         None if output.finish is HANDED_OFF else output.finish,
         None if output.logprobs is None else list(output.logprobs),
         spans or output.spans,
+        None if output.prompt_logprobs is None else list(output.prompt_logprobs),
     )

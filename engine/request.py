@@ -13,7 +13,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from penstock.common.messages import Finish, GenerateRequest, Spans
+from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs
 from penstock.common.page_hash import next_hash, root_hash
 
 
@@ -50,6 +50,7 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     finish: Finish | None = None
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens from the second on
     key: str = field(init=False)
     tokens: list[int] = field(init=False)
     prompt_len: int = field(init=False)
@@ -79,6 +80,11 @@ class Request:
     def num_output(self) -> int:
         """Output tokens so far, those of earlier attempts included."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt's logprobs are still to be told: nothing of it may come from the prefix cache."""
+        return not self.reported and self.source.wants_prompt_logprobs
 
     @property
     def num_to_compute(self) -> int:

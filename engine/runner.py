@@ -9,12 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from penstock.common.messages import TokenLogprobs
 from penstock.engine.kv_pool import KVPool
-from penstock.engine.plan import SampledTokens, SequenceStart, StepHandle, StepPlan, StepResult
-from penstock.engine.sampler import SamplingRow, noise_seed, sample
+from penstock.engine.plan import (
+    PromptScores,
+    SampledTokens,
+    SequenceStart,
+    StepHandle,
+    StepPlan,
+    StepResult,
+    scored_positions,
+)
+from penstock.engine.sampler import SamplingRow, noise_seed, sample, token_logprobs
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.models.decoder import CausalLM
+
+_SCORED_AT_ONCE = 64  # prompt tokens: their logits are as many rows of the vocabulary
 
 
 @dataclass
@@ -22,6 +34,7 @@ class _Sequence:
     tokens: list[int]
     table: list[int]
     row: SamplingRow
+    scores_prompt: bool
 
 
 @dataclass(frozen=True)
@@ -52,15 +65,15 @@ class ModelRunner:
             self._sequences.pop(key, None)
         for start in plan.started:
             self._sequences[start.key] = _new_sequence(start)
-        return _Done(StepResult(plan.step, self._run(plan)))
+        return _Done(StepResult(plan.step, *self._run(plan)))
 
     def close(self) -> None:
         self._sequences.clear()
         self.pool.close()
 
-    def _run(self, plan: StepPlan) -> tuple[SampledTokens, ...]:
+    def _run(self, plan: StepPlan) -> tuple[tuple[SampledTokens, ...], tuple[PromptScores, ...]]:
         if not plan.work:
-            return ()
+            return (), ()
         sequences = [self._sequences[work.key] for work in plan.work]
         token_ids: list[int] = []
         sampling: list[_Sequence] = []
@@ -79,10 +92,15 @@ class ModelRunner:
         )
         # A decode step has no other tokens than the last ones.
         prompts = len(token_ids) > len(plan.work)
-        last_tokens = batch.last_rows if prompts else None
+        scores = any(sequence.scores_prompt for sequence in sequences)
+        last_tokens = batch.last_rows if prompts and not scores else None
         hidden = self.model.forward(torch.tensor(token_ids, device=device), batch, self._kv, last_tokens)
+        prompt_scores: tuple[PromptScores, ...] = ()
+        if scores:
+            prompt_scores = self._score_prompts(plan, sequences, hidden)
+            hidden = hidden[batch.last_rows]
         if not sampling:
-            return ()
+            return (), prompt_scores
         if len(sampling) < len(sequences):
             hidden = hidden[[i for i, work in enumerate(plan.work) if work.samples]]
         logits = self.model.logits(hidden).float()
@@ -92,7 +110,25 @@ class ModelRunner:
         for key, sequence, token, logprob in zip(keys, sampling, tokens, logprobs, strict=True):
             sequence.tokens.append(token)
             results.append(SampledTokens(key, (token,), None if logprob is None else (logprob,)))
-        return tuple(results)
+        return tuple(results), prompt_scores
+
+    def _score_prompts(self, plan: StepPlan, sequences: list[_Sequence], hidden: Tensor) -> tuple[PromptScores, ...]:
+        """hidden: `[T, hidden]`, of all tokens of the step."""
+        found: list[PromptScores] = []
+        first_row = 0
+        for work, sequence in zip(plan.work, sequences, strict=True):
+            positions = scored_positions(work, sequence.row.prompt_len) if sequence.scores_prompt else range(0)
+            scored: list[TokenLogprobs] = []
+            for start in range(0, len(positions), _SCORED_AT_ONCE):
+                part = positions[start : start + _SCORED_AT_ONCE]
+                rows = hidden[first_row + part.start - work.start : first_row + part.stop - work.start]
+                targets = torch.tensor(sequence.tokens[part.start + 1 : part.stop + 1], device=hidden.device)
+                top = sequence.row.sampling.prompt_logprobs or 0
+                scored += token_logprobs(self.model.logits(rows).float(), targets, [top] * len(part))
+            if scored:
+                found.append(PromptScores(work.key, positions.start + 1, tuple(scored)))
+            first_row += work.num_tokens
+        return tuple(found)
 
 
 def _new_sequence(start: SequenceStart) -> _Sequence:
@@ -106,4 +142,4 @@ def _new_sequence(start: SequenceStart) -> _Sequence:
         prompt_len=start.prompt_len,
         forbidden_until_min=tuple({*eos, *sampling.stop_token_ids}) if sampling.min_tokens else (),
     )
-    return _Sequence(tokens, [], row)
+    return _Sequence(tokens, [], row, start.scores_prompt)

@@ -82,7 +82,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     if asked:
         index = torch.tensor(asked, device=logits.device)
-        found = _logprobs(logits[index], tokens[index], [rows[i].sampling.logprobs or 0 for i in asked])
+        found = token_logprobs(logits[index], tokens[index], [rows[i].sampling.logprobs or 0 for i in asked])
         for i, item in zip(asked, found, strict=True):
             logprobs[i] = item
     return chosen, logprobs
@@ -131,7 +131,8 @@ def draw_scores(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits - noise.log()
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, top: list[int]) -> list[TokenLogprobs]:
+def token_logprobs(logits: Tensor, tokens: Tensor, top: Sequence[int]) -> list[TokenLogprobs]:
+    """Logprobs of tokens `[n]` under logits `[n, vocab]`, each with as many of the likeliest as `top` says."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(-1, tokens[:, None])
     ranks = (logprobs > chosen).sum(dim=-1) + 1

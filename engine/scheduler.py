@@ -2,8 +2,9 @@
 
 `plan` may be called again before the results of earlier steps were given to `update`: what is still unread counts as
 pending. Continuous batching with chunked prefill: sequences that decode come first, then prompts under what is left of
-the token budget, first come, first served. Without room for a decode's next page the newest sequence is preempted: its
-pages are released and it waits at the front to be recomputed.
+the token budget, by priority, then first come, first served. Without room for a decode's next page a sequence is
+preempted, of those with the least priority the newest: its pages are released and it waits at their front to be
+recomputed.
 
 What steps in flight cost:
 - A request whose end by length is certain is not planned again. One that stops at a token is noticed a step late: what
@@ -21,10 +22,10 @@ from collections.abc import Iterator
 from penstock.common.messages import Finish, Spans
 from penstock.engine.outputs import HANDED_OFF, Output, Progress, SchedulerCounters, StepOutput
 from penstock.engine.pages import PageManager
-from penstock.engine.plan import SampledTokens, SequenceStart, SequenceWork, StepPlan, StepResult
+from penstock.engine.plan import PromptScores, SampledTokens, SequenceStart, SequenceWork, StepPlan, StepResult
 from penstock.engine.policy import BatchPolicy, enough_gathered
 from penstock.engine.request import Request, Status
-from penstock.engine.waiting import WaitingQueue
+from penstock.engine.waiting import WaitingQueue, least_urgent
 
 
 class Scheduler:
@@ -111,7 +112,7 @@ class Scheduler:
                 break
             if self._in_flight:
                 return None
-            self._preempt(self.running[-1])
+            self._preempt(least_urgent(self.running))
         step = self._step + 1
         started: list[SequenceStart] = []
         work = self._decode(decodes, budget, step)
@@ -222,8 +223,13 @@ class Scheduler:
         matched: list[int] = []
         if held == 0:
             request.computed = 0
-            # The last token is always computed, for its logits.
-            matched = pages.match(request.iter_hashes(self.hash_scope, pages.page_size, request.num_known - 1))
+            # The last token is always computed, for its logits; to score a prompt all are.
+            scores = request.scores_prompt
+            matched = (
+                []
+                if scores
+                else pages.match(request.iter_hashes(self.hash_scope, pages.page_size, request.num_known - 1))
+            )
         extra = needed - held - len(matched)
         if not pages.has_room(request.key, matched, extra):
             return False
@@ -274,6 +280,8 @@ class Scheduler:
         progress: list[Progress] = []
         tell_progress = self.policy.prefill_only
         page_size = self.pages.page_size
+        for scores in result.prompts:
+            self._note_scores(scores)
         results = iter(result.sampled)
         sampled = next(results, None)
         for work, request in zip(plan.work, owners, strict=True):
@@ -293,6 +301,11 @@ class Scheduler:
                     outputs.append(output)
         self.pages.release(step_holder(plan.step))
         return StepOutput(tuple(outputs), tuple(progress))
+
+    def _note_scores(self, scores: PromptScores) -> None:
+        request = self._by_key.get(scores.key)
+        if request is not None and request.scores_prompt:
+            request.prompt_scores[scores.start - 1 :] = scores.logprobs  # again from the front after a preemption
 
     def give_up_steps(self) -> None:
         """The results of all submitted steps will never come, and none of them writes any more."""
@@ -327,12 +340,14 @@ class Scheduler:
                 if finish is not None:
                     break
         spans: Spans | None = None
+        prompt_logprobs = tuple(request.prompt_scores) if request.scores_prompt else None
         if finish is not None or not request.reported:  # its first or its last
             finish, spans = self._report(request, finish, now)
             token_ids = token_ids[: len(tokens) - known]
             logprobs = None if logprobs is None else logprobs[: len(token_ids)]
         self.counters.generation_tokens += len(token_ids)
-        return Output(request.source, request.key, known - request.prompt_len, token_ids, logprobs, finish, spans)
+        index = known - request.prompt_len
+        return Output(request.source, request.key, index, token_ids, logprobs, finish, spans, prompt_logprobs)
 
     def _report(self, request: Request, finish: Finish | None, now: float) -> tuple[Finish | None, Spans]:
         """Note that a request has begun or has ended; why it ended, and its part of the timeline."""
@@ -386,4 +401,5 @@ def _sequence_start(request: Request) -> SequenceStart:
         sampling=request.source.sampling,
         choice=request.source.choice,
         eos_token_ids=tuple(request.source.eos_token_ids),
+        scores_prompt=request.scores_prompt,
     )

@@ -1,11 +1,16 @@
-"""Requests that wait to join the batch, in order of arrival; preempted ones come first. Pure; the scheduler's."""
+"""Requests that wait to join the batch: by priority, preempted ones first, then in order of arrival. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from penstock.engine.request import Request
+
+
+def least_urgent(running: Sequence[Request]) -> Request:
+    """The newest of those with the least priority; `running`, not empty, is in order of arrival."""
+    return max(reversed(running), key=lambda request: request.source.priority)
 
 
 class WaitingQueue:
@@ -24,11 +29,17 @@ class WaitingQueue:
     def append(self, request: Request, *, has_claim: bool) -> None:
         request.has_claim = has_claim
         self.num_claims += has_claim
-        self._queue.append(request)
+        at = len(self._queue)
+        while at and self._queue[at - 1].source.priority > request.source.priority:
+            at -= 1
+        self._queue.insert(at, request)
 
     def put_back(self, request: Request) -> None:
-        """To the front: it was preempted, and has lost its pages."""
-        self._queue.appendleft(request)
+        """To the front of its priority: it was preempted, and has lost its pages."""
+        at = 0
+        while at < len(self._queue) and self._queue[at].source.priority < request.source.priority:
+            at += 1
+        self._queue.insert(at, request)
 
     def remove(self, request: Request) -> None:
         self._queue.remove(request)

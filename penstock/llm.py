@@ -67,6 +67,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt: text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...} (with "cache_salt").
 
+        Of the prompts, those with the lowest `priority` come first.
+
         Raises:
-            ValueError: a prompt is empty or too long, a token id is not the model's, or the numbers of prompts and
-                parameters differ. Nothing has been computed then.
+            ValueError: a prompt is empty or too long, a token id is not the model's, or the numbers of prompts,
+                parameters and priorities differ. Nothing has been computed then.
         """
         several = _prompt_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -196,8 +200,12 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(several):
             raise ValueError(f"{len(several)} prompts, but {len(params)} sampling parameters")
+        priorities = [0] * len(several) if priority is None else list(priority)
+        if len(priorities) != len(several):
+            raise ValueError(f"{len(several)} prompts, but {len(priorities)} priorities")
         with FrozenHeap():
-            choices = [choice for prompt, p in zip(several, params, strict=True) for choice in self._choices(prompt, p)]
+            each = zip(several, params, priorities, strict=True)
+            choices = [choice for prompt, p, first in each for choice in self._choices(prompt, p, first)]
             requests = list({choice.source.request_id: choice.request for choice in choices}.values())
             self._run(choices, len(requests), use_tqdm)
         return requests
@@ -240,9 +248,10 @@ class LLM:
         """Free the KV pool; the object cannot be used afterwards."""
         self._built.engine.close()
 
-    def _choices(self, prompt: Prompt, params: SamplingParams) -> list[_Choice]:
+    def _choices(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[_Choice]:
         """The choices of a prompt, checked; they share one `RequestOutput`."""
         text, ids, salt = self._tokens_of(prompt)
+        ids = self._truncated(ids, params)
         room = self._built.max_model_len - len(ids)
         if not ids or room < 1:
             raise ValueError(
@@ -271,10 +280,19 @@ class LLM:
                     eos_token_ids=list(self._built.spec.eos_token_ids),
                     cache_salt=salt,
                     queue_timeout_s=float("inf"),
+                    priority=priority,
                 ),
             )
             for output in request.outputs
         ]
+
+    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+        kept = params.truncate_prompt_tokens
+        if kept is None:
+            return ids
+        if kept > self.max_model_len:
+            raise ValueError(f"truncate_prompt_tokens must be at most {self.max_model_len}, the context, got {kept}")
+        return ids[-kept:] if kept > 0 else ids[-max(1, self.max_model_len - max(1, params.max_tokens or 1)) :]
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
         """The banned words as tokens, those that were given as tokens included."""
@@ -321,11 +339,13 @@ class LLM:
         ):
             try:
                 # What may take longest starts first, so that the batch does not end in a few long ones; else in order.
-                for choice in sorted(running.values(), key=lambda choice: -(choice.source.sampling.max_tokens or 0)):
+                for choice in sorted(running.values(), key=_place):
                     engine.add(choice.source)
                 while running:
                     for output in engine.step().outputs:
                         choice = running[output.key]
+                        if output.prompt_logprobs is not None:
+                            self._add_prompt_logprobs(choice.request, output.prompt_logprobs)
                         if choice.text is None and output.finish is None and output.logprobs is None:
                             choice.output.token_ids += output.token_ids  # nearly all tokens of a benchmark
                         elif self._take(choice, output):
@@ -369,14 +389,25 @@ class LLM:
         output.logprobs = output.logprobs or []
         output.cumulative_logprob = output.cumulative_logprob or 0.0
         for token, at in zip(token_ids, logprobs, strict=False):
-            found = {token: Logprob(at.logprob, at.rank, self._name(token))}
-            for rank, (top, value) in enumerate(zip(at.top_ids, at.top_logprobs, strict=True), start=1):
-                found.setdefault(top, Logprob(value, rank, self._name(top)))
-            output.logprobs.append(found)
+            output.logprobs.append(self._candidates(token, at))
             output.cumulative_logprob += at.logprob
+
+    def _add_prompt_logprobs(self, request: RequestOutput, logprobs: Sequence[TokenLogprobs]) -> None:
+        scored = zip(request.prompt_token_ids[1:], logprobs, strict=True)
+        request.prompt_logprobs = [None, *(self._candidates(token, at) for token, at in scored)]
+
+    def _candidates(self, token: int, at: TokenLogprobs) -> dict[int, Logprob]:
+        found = {token: Logprob(at.logprob, at.rank, self._name(token))}
+        for rank, (top, value) in enumerate(zip(at.top_ids, at.top_logprobs, strict=True), start=1):
+            found.setdefault(top, Logprob(value, rank, self._name(top)))
+        return found
 
     def _name(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+
+def _place(choice: _Choice) -> tuple[int, int]:
+    return choice.source.priority, -(choice.source.sampling.max_tokens or 0)
 
 
 def _one_choice(params: SamplingParams, seed: int, max_tokens: int, bad_words: list[list[int]]) -> SamplingParams:

@@ -23,7 +23,8 @@ DONE = b"data: [DONE]\n\n"
 class AnswerFormat(ABC):
     """One request's way of writing; `usage_field` adds "usage": null to chunks, as OpenAI does with include_usage.
 
-    With `token_ids` choices carry the ids of their tokens (vLLM's `return_token_ids`).
+    With `token_ids` choices carry the ids of their tokens (vLLM's `return_token_ids`), with `prompt_logprobs` those of
+    the prompt's (vLLM's field of this name, in answers that come whole).
     """
 
     object_name: ClassVar[str]
@@ -32,11 +33,18 @@ class AnswerFormat(ABC):
     after_text: ClassVar[bytes]  # what closes the text
 
     def __init__(
-        self, tokenizer: Tokenizer, answer_id: str, model: str, usage_field: bool, token_ids: bool = False
+        self,
+        tokenizer: Tokenizer,
+        answer_id: str,
+        model: str,
+        usage_field: bool,
+        token_ids: bool = False,
+        prompt_logprobs: int | None = None,
     ) -> None:
         created = int(time.time())
         self._tokenizer = tokenizer
         self.token_ids = token_ids
+        self.prompt_logprobs = prompt_logprobs
         self._ids_written: dict[int, int] = {}  # choice -> how many of its ids are in earlier chunks
         self._answer_id, self._created, self._model = answer_id, created, model
         head = _json({"id": answer_id, "object": self.chunk_object_name, "created": created, "model": model})
@@ -56,9 +64,33 @@ class AnswerFormat(ABC):
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """Scores in the API's shape; None if there are none."""
 
-    def opening_chunk(self, choice: Choice, text: str, before_text: bytes | None = None) -> bytes:
+    def top_level(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Fields of a whole answer beside its choices."""
+        return {}
+
+    def scored_prompt(self, choice: Choice) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: for each prompt token, by id, its score and the top ones; None for the first."""
+        token_ids = choice.request.prompt_token_ids
+        scored: list[dict[str, Any] | None] = [None]
+        for token_id, scores in zip(token_ids[1:], choice.prompt_logprobs, strict=True):
+            ranked = [(token_id, scores.logprob, scores.rank)]
+            top = list(zip(scores.top_ids, scores.top_logprobs, strict=True))[: self.prompt_logprobs]
+            ranked += [(i, logprob, rank) for rank, (i, logprob) in enumerate(top, start=1) if i != token_id]
+            text = self._tokenizer.token_text
+            scored.append(
+                {str(i): {"logprob": finite(p), "rank": rank, "decoded_token": text(i)} for i, p, rank in ranked}
+            )
+        return scored
+
+    def opening_chunk(
+        self, choice: Choice, text: str, before_text: bytes | None = None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
         """An event with text that is not output."""
         before = self.before_text if before_text is None else before_text
+        if logprobs is not None:
+            ending = b'{"logprobs":%b,"finish_reason":null' % _json(logprobs)
+            tail = self.after_text + b"," + ending[1:] + self._tail
+            return b"%b%d%b%b%b" % (self._head, choice.index, before, _json(text), tail)
         return b"%b%d%b%b%b" % (self._head, choice.index, before, _json(text), self._plain)
 
     def chunk(

@@ -33,7 +33,7 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
         request.usage_in_stream[0],
         bool(request.return_token_ids),
     )
-    format = ChatFormat(front.tokenizer, answer_id, model, usage, show_ids)
+    format = ChatFormat(front.tokenizer, answer_id, model, usage, show_ids, request.prompt_logprobs)
     max_tokens = (front.defaults.max_new_tokens, "messages")
     return front.plan(request, head, format, [ids], [""], max_tokens, logprobs)
 
@@ -53,11 +53,11 @@ def chat_token_ids(request: ChatRequest, front: Front) -> list[int]:
         continue_final_message=continues,
         variables=variables,
     )
-    front.check_length(text, "messages")
+    front.check_length(text, "messages", truncates=request.truncate_prompt_tokens is not None)
     ids = front.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     if not ids:
         raise BadRequest("the messages give an empty prompt", param="messages")
-    return ids
+    return request.truncated(ids, front.model_info().max_model_len)
 
 
 class ChatFormat(AnswerFormat):
@@ -85,6 +85,15 @@ class ChatFormat(AnswerFormat):
             fields |= {"token_ids": choice.token_ids}
         return fields
 
+    def top_level(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The prompt is the same for all choices."""
+        fields: dict[str, Any] = {}
+        if self.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self.scored_prompt(choices[0])
+        if self.token_ids:
+            fields["prompt_token_ids"] = choices[0].request.prompt_token_ids
+        return fields
+
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """One entry a token, with the bytes of tokens, for text that is not whole characters."""
         if not tokens:
@@ -93,6 +102,7 @@ class ChatFormat(AnswerFormat):
 
     def _scored(self, token: ScoredToken) -> dict[str, Any]:
         scores = token.logprobs
+        assert scores is not None, "output tokens are scored"
         top = [self._token(i, p) for i, p in zip(scores.top_ids, scores.top_logprobs, strict=True)]
         return self._token(token.token_id, scores.logprob) | {"top_logprobs": top}
 

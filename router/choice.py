@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from penstock.common.errors import InternalError, PenstockError, from_code
@@ -24,10 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class ScoredToken(NamedTuple):
-    """A kept token with its log-probabilities; `offset` is where its text begins in the output, in characters."""
+    """A kept token with its log-probabilities; `offset` is where its text begins, in characters.
+
+    Of the first token of a prompt there are none.
+    """
 
     token_id: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
     offset: int
 
 
@@ -62,6 +66,8 @@ class Choice:
         self.request, self.index, self.echo = request, index, echo
         self._spans: dict[str, Spans] = {}  # by worker: its newest
         self.token_ids: list[int] = []  # kept output tokens
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
+        self._tokenizer = tokenizer
         self.ended = False
         self._scores = request.sampling.logprobs is not None
         self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores)
@@ -103,6 +109,8 @@ class Choice:
         if finish is not None and finish.reason == "error":
             self.on_error(from_code(finish.code, finish.message))
             return
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         if delta.token_ids:
             self._observe(time.monotonic())
         text = self.text.push(delta.token_ids, finish)
@@ -125,7 +133,18 @@ class Choice:
         if delta.logprobs is None:
             return ()
         kept = self.text.kept
-        return list(map(ScoredToken, delta.token_ids[:kept], delta.logprobs[:kept], self.text.offsets))
+        offsets = self.text.offsets
+        if self.echo:
+            offsets = [len(self.echo) + offset for offset in offsets]
+        return list(map(ScoredToken, delta.token_ids[:kept], delta.logprobs[:kept], offsets))
+
+    def scored_prompt(self) -> list[ScoredToken]:
+        """The prompt's tokens, to be echoed with their scores; none unless logprobs were asked for."""
+        if not self._scores:
+            return []
+        token_ids = self.request.prompt_token_ids
+        lengths = [len(self._tokenizer.token_text(token_id)) for token_id in token_ids]
+        return list(map(ScoredToken, token_ids, [None, *self.prompt_logprobs], [0, *accumulate(lengths[:-1])]))
 
     def _end(self, cancel: bool) -> None:
         if cancel:

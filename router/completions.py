@@ -28,13 +28,19 @@ async def plan_completion(body: bytes, head: RequestHead, front: Front) -> Plan:
     prompts = request.prompts()
     request.check_choices(len(prompts))
     for prompt in prompts:
-        front.check_length(prompt, "prompt")
+        front.check_length(prompt, "prompt", truncates=request.truncate_prompt_tokens is not None)
     ids = await _token_ids(prompts, request.add_special_tokens is not False, front)
+    whole, context = ids, front.model_info().max_model_len
+    ids = [request.truncated(prompt, context) for prompt in whole]
     echoes = ["" for _ in ids]
     if request.echo:
-        echoes = [p if isinstance(p, str) else front.tokenizer.decode(p) for p in prompts]
+        decode = front.tokenizer.decode
+        echoes = [
+            p if isinstance(p, str) and kept == all_ else decode(kept)
+            for p, kept, all_ in zip(prompts, ids, whole, strict=True)
+        ]
     answer_id, usage, show_ids = f"cmpl-{head.answer_id}", request.usage_in_stream[0], bool(request.return_token_ids)
-    format = CompletionFormat(front.tokenizer, answer_id, model, usage, show_ids)
+    format = CompletionFormat(front.tokenizer, answer_id, model, usage, show_ids, request.prompt_logprobs)
     return front.plan(request, head, format, ids, echoes, (None, "prompt"), request.logprobs)
 
 
@@ -61,18 +67,22 @@ class CompletionFormat(AnswerFormat):
     after_text = b""
 
     def opening(self, choice: Choice) -> bytes:
-        """The echoed prompt, if asked for."""
-        return self.opening_chunk(choice, choice.echo) if choice.echo else b""
+        """The echoed prompt, if asked for, with its scores, if asked for."""
+        if not choice.echo:
+            return b""
+        return self.opening_chunk(choice, choice.echo, logprobs=self.logprobs(choice.scored_prompt()))
 
     def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
         """See `AnswerFormat`."""
         fields: dict[str, Any] = {
             "index": choice.index,
             "text": text,
-            "logprobs": self.logprobs(tokens),
+            "logprobs": self.logprobs([*choice.scored_prompt(), *tokens] if choice.echo else tokens),
             "finish_reason": choice.text.finish_reason,
             "stop_reason": choice.text.stop_reason,
         }
+        if self.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self.scored_prompt(choice)
         if self.token_ids:
             fields |= {"token_ids": choice.token_ids, "prompt_token_ids": choice.request.prompt_token_ids}
         return fields
@@ -84,14 +94,16 @@ class CompletionFormat(AnswerFormat):
         text = self._tokenizer.token_text
         return {
             "text_offset": [token.offset for token in tokens],
-            "token_logprobs": [finite(token.logprobs.logprob) for token in tokens],
+            "token_logprobs": [token.logprobs and finite(token.logprobs.logprob) for token in tokens],
             "tokens": [text(token.token_id) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
         }
 
-    def _top(self, token: ScoredToken) -> dict[str, float]:
+    def _top(self, token: ScoredToken) -> dict[str, float] | None:
         """By text, the likeliest first; of tokens with one text (broken bytes are all U+FFFD) the likeliest."""
         scores = token.logprobs
+        if scores is None:
+            return None
         top: dict[str, float] = {}
         scored = [*zip(scores.top_logprobs, scores.top_ids, strict=True), (scores.logprob, token.token_id)]
         for logprob, token_id in sorted(scored, reverse=True):

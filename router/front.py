@@ -27,6 +27,7 @@ from penstock.router.reply import Plan
 if TYPE_CHECKING:
     from penstock.router.service import ModelInfo, RouterService
 
+TRUNCATED_FROM = 8  # contexts that a prompt may fill before truncate_prompt_tokens
 THREAD_FROM_CHARS = 4000  # about 1 ms of tokenising; below, a thread costs more than it frees
 _T = TypeVar("_T")
 
@@ -72,14 +73,17 @@ class Front:
     def _encode_word(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def check_length(self, prompt: str | list[int], param: str) -> None:
-        """Raise PromptTooLong for a prompt that cannot fit whatever its tokens are, before any work is done on it."""
+    def check_length(self, prompt: str | list[int], param: str, *, truncates: bool = False) -> None:
+        """Raise PromptTooLong for a prompt that cannot fit whatever its tokens are, before any work is done on it.
+
+        One that will be truncated may be a few times as long.
+        """
         context, length = self.model_info().max_model_len, len(prompt)
         if isinstance(prompt, str):
             most, unit = context * self.tokenizer.longest_token_chars, "characters"
         else:
             most, unit = context, "tokens"
-        if length > most:
+        if length > most * (TRUNCATED_FROM if truncates else 1):
             raise PromptTooLong(
                 f"This model's maximum context length is {context} tokens: a prompt of {length} {unit} cannot fit.",
                 param=param,
@@ -130,6 +134,7 @@ class Front:
                 eos_token_ids=list(info.eos_token_ids),
                 cache_salt=request.cache_salt or "",
                 queue_timeout_s=self.config.queue_timeout_s,
+                priority=request.priority or 0,
             )
             for at, ids in enumerate(prompts)
             for choice in range(n)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -48,9 +48,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "modalities": (["text"], []),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
@@ -60,7 +58,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (),
     "tool_choice": ("none",),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
@@ -101,6 +98,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    priority: int | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
     cache_salt: str | None = None
@@ -125,6 +126,18 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = list(dict.fromkeys(self.allowed_token_ids))
+        kept = self.truncate_prompt_tokens
+        if kept is not None and kept < 1 and kept != -1:
+            field = "truncate_prompt_tokens"
+            raise BadRequest(f"{field} must be -1 or at least 1, got {kept}", param=field)
+        scored = self.prompt_logprobs
+        if scored is not None and not 0 <= scored <= MAX_LOGPROBS:
+            field = "prompt_logprobs"
+            raise BadRequest(f"{field} must be from 0 to {MAX_LOGPROBS}, got {scored}", param=field)
+        if scored is not None and self.stream:
+            raise BadRequest("prompt_logprobs does not go with stream=true", param="prompt_logprobs")
+        if self.priority is not None and not -(2**31) <= self.priority < 2**31:
+            raise BadRequest(f"priority must be a 32-bit integer, got {self.priority}", param="priority")
         if any(len(word) > MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
             raise BadRequest(f"bad_words must be of at most {MAX_BAD_WORD_LENGTH} characters", param="bad_words")
 
@@ -138,6 +151,27 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         if ids * n * prompts > MAX_RULE_IDS:
             field = "allowed_token_ids" if self.allowed_token_ids else "logit_bias"
             raise BadRequest(f"{field}: ids times choices must be at most {MAX_RULE_IDS}", param=field)
+
+    def truncated(self, token_ids: list[int], max_model_len: int) -> list[int]:
+        """The part of a prompt that `truncate_prompt_tokens` leaves, its end unless `truncation_side` says otherwise.
+
+        Raises:
+            BadRequest: more is to be kept than the context holds.
+        """
+        kept = self.truncate_prompt_tokens
+        if kept is None:
+            return token_ids
+        if kept > max_model_len:
+            limit = f"truncate_prompt_tokens must be at most {max_model_len}, the context"
+            raise BadRequest(f"{limit}, got {kept}", param="truncate_prompt_tokens")
+        if kept == -1:
+            kept = max(1, max_model_len - max(1, self.asked_max_tokens or 1))
+        return token_ids[:kept] if self.truncation_side == "right" else token_ids[-kept:]
+
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        """How many logprobs each prompt token gets; None: none is scored."""
+        return self.prompt_logprobs
 
     @property
     def choices_per_prompt(self) -> int:
@@ -190,6 +224,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
                 stop=self._stops(),
                 max_tokens=max_tokens,
                 logprobs=logprobs,
+                prompt_logprobs=self.asked_prompt_logprobs,
             )
         except ValueError as error:
             raise BadRequest(str(error), param=str(error).partition(" ")[0]) from error
@@ -215,11 +250,11 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: msgspec.Raw = msgspec.Raw()
     logprobs: int | None = None
 
-    def check(self) -> None:
-        """See `GenerationRequest.check`."""
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise not_supported("echo", "echo together with logprobs")
+    @property
+    def asked_prompt_logprobs(self) -> int | None:
+        """See `GenerationRequest.asked_prompt_logprobs`; a prompt that is echoed with logprobs has them, too."""
+        echoed = self.logprobs if self.echo else None
+        return echoed if self.prompt_logprobs is None else max(self.prompt_logprobs, echoed or 0)
 
     @property
     def asked_max_tokens(self) -> int:

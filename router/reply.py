@@ -196,7 +196,7 @@ class WholeReply(Reply):
             self._format.choice(choice, choice.echo + text, tokens)
             for choice, text, tokens in zip(self._choices, self._texts, self._tokens, strict=True)
         ]
-        body = self._format.whole(choices, self._extra(usage=True))
+        body = self._format.whole(choices, self._format.top_level(self._choices) | self._extra(usage=True))
         self.started = True
         await send_json(send, body, self._headers)
 

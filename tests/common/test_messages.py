@@ -29,6 +29,7 @@ REQUEST = m.GenerateRequest(
     eos_token_ids=[2],
     cache_salt="salt",
     queue_timeout_s=1.5,
+    priority=-3,
 )
 REQUEST_MAP = {
     "request_id": "r1",
@@ -47,6 +48,7 @@ REQUEST_MAP = {
     "eos_token_ids": [2],
     "cache_salt": "salt",
     "queue_timeout_s": 1.5,
+    "priority": -3,
 }
 WORKER = m.WorkerInfo(
     worker_id="decode-0",
@@ -168,13 +170,14 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
                     m.Finish(reason="error", code="timeout", message="late", retryable=True),
                     [m.TokenLogprobs(-0.5, 1, [8, 3], [-0.5, -1.5])],
                     m.Spans(transport="shm"),
+                    [m.TokenLogprobs(-2.5, 7, [], [])],
                 ),
             ]
         ),
         {
             "type": "tokens",
             "deltas": [
-                ["r1", 1, 2, 40, [7], None, None, None],
+                ["r1", 1, 2, 40, [7], None, None, None, None],
                 [
                     "r2",
                     0,
@@ -184,6 +187,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
                     {"reason": "error", "code": "timeout", "message": "late", "retryable": True},
                     [[-0.5, 1, [8, 3], [-0.5, -1.5]]],
                     {"transport": "shm"},
+                    [[-2.5, 7, [], []]],
                 ],
             ],
         },
@@ -239,7 +243,7 @@ def test_bytes_written_down_once():
     """Not even a common change of both packages would go unseen."""
     assert m.encode(m.Heartbeat(seq=7)) == b"\x82\xa4type\xa9heartbeat\xa3seq\x07"
     delta = m.TokenBatch(deltas=[m.TokenDelta("r", 0, 0, 300, [65536])])
-    tail = b"\x98\xa1r\x00\x00\xcd\x01\x2c\x91\xce" + struct.pack(">I", 65536) + 3 * b"\xc0"
+    tail = b"\x99\xa1r\x00\x00\xcd\x01\x2c\x91\xce" + struct.pack(">I", 65536) + 4 * b"\xc0"
     assert m.encode(delta) == b"\x82\xa4type\xa6tokens\xa6deltas\x91" + tail
 
 

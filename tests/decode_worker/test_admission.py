@@ -9,10 +9,14 @@ from penstock.decode_worker.admission import Admission, Entry
 from penstock.engine.pages import PageManager
 
 
-def make_entry(name: str, num_tokens: int, arrived: float = 0.0, timeout_s: float = 60.0) -> Entry:
+def make_entry(name: str, num_tokens: int, arrived: float = 0.0, timeout_s: float = 60.0, priority: int = 0) -> Entry:
     tokens = list(range(num_tokens))
     request = GenerateRequest(
-        request_id=name, prompt_token_ids=tokens, sampling=SamplingParams(), queue_timeout_s=timeout_s
+        request_id=name,
+        prompt_token_ids=tokens,
+        sampling=SamplingParams(),
+        queue_timeout_s=timeout_s,
+        priority=priority,
     )
     return Entry(b"router/1", request, None, arrived, list(page_hashes(root_hash("test"), tokens, 4)))
 
@@ -64,3 +68,13 @@ def test_deadlines_and_cancelling() -> None:
     assert admission.cancel("late:0:0") is None
     assert admission.cancel("patient:0:0") is not None
     assert len(admission) == 0
+
+
+def test_the_lowest_priority_first_then_in_order_of_arrival() -> None:
+    admission = Admission(PageManager(100, 4), max_admitted=9)
+    for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", -1), ("f", 5)):
+        admission.submit(make_entry(name, 3, priority=priority))
+    assert admission.cancel("d:0:0") is not None
+    assert "".join(e.request.request_id for e in admission.entries()) == "ceabf"
+    assert "".join(e.request.request_id for e in admission.admit(0.0, 0, preempted=False)) == "ceabf"
+    assert admission.queued_tokens == 0

@@ -60,7 +60,9 @@ class PageReader:
         own = batch.slots >= 0
         slots = batch.slots[own]
         keys[slots // PAGE_SIZE, 0, slots % PAGE_SIZE] = torch.stack((token_ids, batch.positions), 1)[own].float()
-        hidden = torch.full((len(batch.contexts), VOCAB), torch.nan)  # padding is NaN, and must not matter
+        every = last_tokens is None  # hidden states of all tokens are asked for
+        rows_wanted = len(token_ids) if every else len(batch.contexts)
+        hidden = torch.full((rows_wanted, VOCAB), torch.nan)  # padding is NaN, and must not matter
         contexts, rows, starts = batch.contexts.tolist(), batch.table_rows.tolist(), batch.query_starts.tolist()
         for s, context in enumerate(contexts):
             if context:
@@ -69,7 +71,9 @@ class PageReader:
                 assert cached[:, 1].tolist() == list(range(context)), "a token is not where it belongs"
                 assert batch.positions[starts[s + 1] - 1] == context - 1
                 assert last_tokens is None or last_tokens[s] == starts[s + 1] - 1
-                hidden[s] = scores(cached[:, 0].tolist())
+                for row in range(starts[s], starts[s + 1]) if every else (s,):
+                    known = context - (starts[s + 1] - 1 - row) if every else context
+                    hidden[row] = scores(cached[:known, 0].tolist())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,6 +149,7 @@ def random_sampling(pick: random.Random) -> SamplingParams:
         "max_tokens": count,
         "seed": pick.randrange(100),
         "logprobs": pick.choice((None, 0, 2, 99)),
+        "prompt_logprobs": pick.choice((None, None, None, 0, 3, 99)),
     }
     if pick.random() < 0.5:
         return SamplingParams(temperature=0.0, ignore_eos=pick.random() < 0.5, **fields)
@@ -193,6 +198,7 @@ class Run:
         self.sources: dict[str, GenerateRequest] = {}
         self.found: dict[str, tuple[list[int], list[TokenLogprobs | None]]] = {}
         self.ended: set[str] = set()
+        self.prompt_scores: dict[str, tuple[TokenLogprobs, ...]] = {}
 
     def add(self) -> None:
         """A new prompt, a part of one that was there, or a hand-off whose pages have been filled elsewhere."""
@@ -225,6 +231,9 @@ class Run:
             assert output.index == len(tokens)
             tokens += output.token_ids
             logprobs += output.logprobs or [None] * len(output.token_ids)
+            if output.prompt_logprobs is not None:
+                assert output.index == 0 and output.key not in self.prompt_scores
+                self.prompt_scores[output.key] = output.prompt_logprobs
             if output.finish is not None:
                 self.ended.add(output.key)
         self.pages.check()
@@ -249,6 +258,20 @@ class Run:
             assert got[0] == (tokens if key in self.ended else tokens[: len(got[0])]), (key, source)
             for mine, theirs in zip(got[1], logprobs, strict=False):
                 compare(mine, theirs)
+            if source.wants_prompt_logprobs and got[0]:
+                compare_prompt(self.prompt_scores.pop(key), source)
+        assert not self.prompt_scores, "scores that nobody asked for"
+
+
+def compare_prompt(mine: Sequence[TokenLogprobs], source: GenerateRequest) -> None:
+    prompt, top = source.prompt_token_ids, source.sampling.prompt_logprobs or 0
+    assert len(mine) == len(prompt) - 1
+    for at, found in enumerate(mine, start=1):
+        logits = scores(prompt[:at])
+        logprobs = logits.log_softmax(0)
+        assert found.logprob == pytest.approx(logprobs[prompt[at]].item(), abs=1e-4)
+        assert found.rank == int((logits > logits[prompt[at]]).sum()) + 1
+        assert found.top_ids == logits.topk(min(top, VOCAB)).indices.tolist()
 
 
 def compare(mine: TokenLogprobs | None, theirs: TokenLogprobs | None) -> None:

@@ -267,3 +267,30 @@ def test_a_promise_also_covers_pages_that_turn_up_in_the_cache() -> None:
     assert joined(drain(scheduler, executor)) == {"late": oracle([1] * 4 + [2], 2)}
     assert scheduler.counters.prefix_hits == 4
     assert scheduler.pages.num_held == scheduler.pages.num_promised == 0
+
+
+def test_the_lowest_priority_first_and_the_highest_preempted() -> None:
+    """Two at a time; a preempted sequence comes before its equals, and after those more urgent."""
+    scheduler = make_scheduler(num_pages=6, seqs=2, caching=False)
+    executor = FakeExecutor(6)
+    for name, priority in (("late", 2), ("first", 0), ("urgent", -5), ("second", 0)):
+        source = GenerateRequest(
+            request_id=name,
+            prompt_token_ids=[1, 2, 3],
+            sampling=SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
+            priority=priority,
+        )
+        scheduler.add(Request(source, 0.0))
+    started: list[str] = []
+    ended: list[str] = []
+    while scheduler.has_work():
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        started += [start.key.partition(":")[0] for start in plan.started]
+        for output in scheduler.update(executor.run(plan), 0.0).outputs:
+            if output.finish is not None:
+                ended.append(output.request.request_id)
+        scheduler.pages.check()
+    assert started[:2] == ["urgent", "first"] and "first" in started[2:]
+    assert ended == ["urgent", "first", "second", "late"]
+    assert scheduler.counters.preemptions > 0 and scheduler.pages.num_held == 0

@@ -152,6 +152,50 @@ def test_tokens_favoured_and_ruled_out(llm: LLM) -> None:
             run(llm, TEXT, SamplingParams(**fields))  # type: ignore[arg-type]
 
 
+def test_prompt_logprobs(llm: LLM, checkpoints: dict[str, Path]) -> None:
+    [prompt] = random_prompts([11], seed=5)
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2)
+    scored, plain = run(llm, [prompt, prompt], [params, GREEDY])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["qwen2"], dtype=torch.float64)
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert plain.prompt_logprobs is None and scored.prompt_logprobs is not None
+    assert scored.prompt_logprobs[0] is None and len(scored.prompt_logprobs) == 11
+    for token, found, row in zip(prompt[1:], scored.prompt_logprobs[1:], expected, strict=False):
+        assert found is not None and set(found) == {token, *row.topk(2).indices.tolist()}
+        assert found[token].logprob == pytest.approx(row[token].item(), abs=1e-3)  # float32, scores of some 100
+        assert found[token].rank == int((row > row[token]).sum()) + 1
+
+
+def test_truncated_prompts(llm: LLM) -> None:
+    [prompt] = random_prompts([30], seed=6)
+    kept = [
+        run(llm, prompt, SamplingParams(max_tokens=1, truncate_prompt_tokens=count))[0].prompt_token_ids
+        for count in (7, 200, -1)
+    ]
+    assert kept == [prompt[-7:], prompt, prompt]
+    [long] = random_prompts([300], seed=6)
+    [answer] = run(llm, long, SamplingParams(max_tokens=6, truncate_prompt_tokens=-1, ignore_eos=True))
+    assert answer.prompt_token_ids == long[-250:] and len(answer.outputs[0].token_ids) == 6
+    with pytest.raises(ValueError, match="truncate_prompt_tokens must be at most 256"):
+        run(llm, prompt, SamplingParams(truncate_prompt_tokens=257))
+
+
+def test_the_lowest_priority_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    add = llm.engine.add
+
+    def noting(source: Any, **options: Any) -> str:
+        added.append(source.priority)
+        return add(source, **options)
+
+    monkeypatch.setattr(llm.engine, "add", noting)
+    llm.generate([TEXT] * 4, GREEDY, use_tqdm=False, priority=[3, 0, -1, 0])
+    assert added == [-1, 0, 0, 3]
+    with pytest.raises(ValueError, match="4 prompts, but 1 priorities"):
+        llm.generate([TEXT] * 4, GREEDY, use_tqdm=False, priority=[3])
+
+
 def test_choices_and_seeds(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=3, temperature=1.5, max_tokens=8, ignore_eos=True)
     [first], [second] = run(llm, TEXT, params), run(llm, TEXT, params)

@@ -46,7 +46,15 @@ def scores(request: GenerateRequest, token_id: int) -> TokenLogprobs:
 def delta(request: GenerateRequest, index: int, ids: list[int], finish: Finish | None = None) -> TokenDelta:
     logprobs = None if request.sampling.logprobs is None else [scores(request, i) for i in ids]
     spans = SPANS if finish is not None else None
-    return TokenDelta(request.request_id, 0, request.choice, index, ids, finish, logprobs, spans)
+    scored = None
+    if index == 0 and request.wants_prompt_logprobs:
+        wanted = request.sampling.prompt_logprobs
+        tops = [(9, -0.5), (8, float("-inf"))][:wanted]
+        scored = [
+            TokenLogprobs(-float(i), 3, [t for t, _ in tops], [p for _, p in tops])
+            for i in range(1, len(request.prompt_token_ids))
+        ]
+    return TokenDelta(request.request_id, 0, request.choice, index, ids, finish, logprobs, spans, scored)
 
 
 def say(text: str, finish: str = "stop", stop_reason: int | None = None) -> Script:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -224,3 +226,76 @@ def test_token_ids_on_request(router: Router) -> None:
     assert whole.token_ids == ids_of(ANSWER)[: len(whole.token_ids)]
     chunks = router.openai.completions.create(model="tiny", prompt=[7, 8], stream=True, extra_body=wanted)
     assert [i for chunk in chunks for i in chunk.choices[0].token_ids] == whole.token_ids
+
+
+def test_prompt_logprobs_in_the_form_of_vllm(router: Router) -> None:
+    body = {"prompt": [7, 9, 30], "prompt_logprobs": 2, "return_token_ids": True}
+    [choice] = router.post("/v1/completions", body).json()["choices"]
+    name = byte_level().token_text
+    assert choice["prompt_token_ids"] == [7, 9, 30] and choice["logprobs"] is None
+    first, second, third = choice["prompt_logprobs"]
+    lowest = {"logprob": -9999.0, "rank": 2, "decoded_token": name(8)}
+    assert first is None
+    assert second == {"9": {"logprob": -1.0, "rank": 3, "decoded_token": name(9)}, "8": lowest}
+    assert third == {
+        "30": {"logprob": -2.0, "rank": 3, "decoded_token": name(30)},
+        "9": {"logprob": -0.5, "rank": 1, "decoded_token": name(9)},
+        "8": lowest,
+    }
+    chat = {"messages": [{"role": "user", "content": "a"}], "prompt_logprobs": 0, "return_token_ids": True}
+    answer = router.post("/v1/chat/completions", chat).json()
+    assert answer["prompt_token_ids"] == router.last.prompt_token_ids
+    assert [None if at is None else list(at) for at in answer["prompt_logprobs"]] == [
+        None, *([str(token)] for token in router.last.prompt_token_ids[1:])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs(router: Router, stream: bool) -> None:
+    """Prompt and output in the same four lists, and offsets that go on."""
+    prompt = "The water"
+    ids = byte_level().encode(prompt)
+    fields = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 3, "stream": stream}
+    answer = router.post("/v1/completions", fields)
+    if stream:
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert events.pop() == "[DONE]"
+        choices = [json.loads(event)["choices"][0] for event in events]
+    else:
+        choices = answer.json()["choices"]
+    text = "".join(choice["text"] for choice in choices)
+    joined: dict[str, list[Any]] = {}
+    for choice in choices:
+        for name, values in (choice["logprobs"] or {}).items():
+            joined.setdefault(name, []).extend(values)
+    assert router.last.sampling.prompt_logprobs == 1
+    tokens = [byte_level().token_text(token) for token in ids]
+    assert joined["tokens"][: len(ids)] == tokens and "".join(joined["tokens"]) == text
+    assert joined["token_logprobs"] == [None, *(-float(i) for i in range(1, len(ids))), *[-0.5] * 3]
+    assert joined["top_logprobs"][0] is None and len(joined["top_logprobs"]) == len(ids) + 3
+    assert joined["text_offset"] == [0, *accumulate(map(len, joined["tokens"]))][:-1]
+
+
+def test_truncated_prompts_and_priority(router: Router) -> None:
+    ids = list(range(10, 40))
+    for fields, expected in (
+        ({"truncate_prompt_tokens": 4}, ids[-4:]),
+        ({"truncate_prompt_tokens": 4, "truncation_side": "right"}, ids[:4]),
+        ({"truncate_prompt_tokens": 99}, ids),
+    ):
+        answer = router.post("/v1/completions", {"prompt": ids, "echo": True, "priority": -2, **fields}).json()
+        assert router.last.prompt_token_ids == expected and router.last.priority == -2
+        assert answer["usage"]["prompt_tokens"] == len(expected)
+        assert answer["choices"][0]["text"].startswith(byte_level().decode(expected))
+    long = [5] * (CONTEXT + 100)
+    router.post("/v1/completions", {"prompt": long, "truncate_prompt_tokens": -1, "max_tokens": 12})
+    assert len(router.last.prompt_token_ids) == CONTEXT - 12
+    router.post(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 3000}], "truncate_prompt_tokens": 7}
+    )
+    assert len(router.last.prompt_token_ids) == 7
+
+
+def test_prompt_logprobs_do_not_stream(router: Router) -> None:
+    answer = router.post("/v1/completions", {"prompt": "a", "prompt_logprobs": 1, "stream": True})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt_logprobs"

@@ -253,6 +253,27 @@ def test_logprobs_of_completions(
     assert all(len(top) == 1 for _, top in alone.logprobs)
 
 
+def test_logprobs_of_prompts(server: Server, reference: Reference) -> None:
+    """Twice: the second time the prompt is in the prefix cache. In the hand-off the prefill worker scores it."""
+    [prompt] = random_prompts([45], seed=17)
+    expected = reference.scores(prompt[:1], prompt[1:])
+    body = {"model": "tiny", "prompt": prompt, "prompt_logprobs": 2, "max_tokens": 4, "temperature": 0, "priority": 1}
+    for _ in range(2):
+        answer = server.http.post("/v1/completions", json=body).json()
+        [choice] = answer["choices"]
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == 45
+        for token, found, row in zip(prompt[1:], choice["prompt_logprobs"][1:], expected, strict=True):
+            assert set(found) == {str(token), *map(str, row.topk(2).indices.tolist())}
+            assert found[str(token)]["rank"] == int((row > row[token]).sum()) + 1
+            assert found[str(token)]["logprob"] == pytest.approx(row[token].item(), abs=2e-4)
+    echoed = server.client.completions.create(model="tiny", prompt=prompt, echo=True, logprobs=1, **GREEDY)
+    scores = echoed.choices[0].logprobs
+    assert scores and scores.token_logprobs and scores.token_logprobs[0] is None and len(scores.token_logprobs) == 57
+    given = [row[token].item() for token, row in zip(prompt[1:], expected, strict=True)]
+    assert scores.token_logprobs[1:45] == pytest.approx(given, abs=2e-4)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("sampling", [GREEDY, {**WILD, "seed": 4}], ids=["greedy", "sampled"])
 def test_logprobs_of_chats(
