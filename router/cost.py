@@ -36,7 +36,7 @@ class CostWeights:
     """What cannot be measured but has to be chosen; docs/routing.md has the sweep behind each."""
 
     decode: float = 0.05  # a millisecond between tokens, times expected tokens, against one before the first token
-    evict: float = 4.0  # how often a page is asked for again, against the share of tokens that hit now
+    evict: float = 8.0  # how often a page is asked for again, against the share of tokens that hit now
     share: float = 0.1  # a millisecond of work that a worker was given more than others
 
 
@@ -70,7 +70,7 @@ class CostPolicy(Policy):
                 cost = priced.cost_ms
             else:
                 lacking = decoder.lacks(facts)
-                cost = priced.cost_ms + _queue_ms(decoder) + self._evict_ms(decoder, lacking)
+                cost = priced.cost_ms + _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
                 cost += decoder.rates.move_ms(lacking * _token_bytes(decoder))
             cost += self._decode_ms(facts, decoder) + self._room_ms(facts, decoder)
             rank = (cost, decoder.load.running, decoder.worker.worker_id)
@@ -119,7 +119,7 @@ class CostPolicy(Policy):
             moved_ms = worker.rates.link_setup_ms + (lacking - rest) * _token_bytes(worker) * 1e3 / rate
             if (read := moved_ms + worker.rates.prefill_ms(rest)) < cost:
                 cost, use = read, source
-        return _Priced(worker, use, self._base_ms(worker) + cost + self._evict_ms(worker, lacking))
+        return _Priced(worker, use, self._base_ms(worker) + cost + self._evict_ms(facts, worker, lacking))
 
     def _base_ms(self, worker: Candidate) -> float:
         return _queue_ms(worker) + self._weights.share * worker.given_ms
@@ -143,13 +143,9 @@ class CostPolicy(Policy):
         context = (load.num_pages - load.free_pages) * worker.worker.page_size
         return lacking * EXPECTED_OUTPUT_TOKENS * worker.rates.step_ms(load.running, context)
 
-    def _evict_ms(self, worker: Candidate, tokens: int) -> float:
-        """Computing again what these tokens displace, as likely as tokens are found in this worker's cache today."""
-        load = worker.load
-        if not load.prefix_queries:
-            return 0.0
-        reuse = load.prefix_hits / load.prefix_queries
-        return self._weights.evict * reuse * worker.rates.prefill_ms(tokens)
+    def _evict_ms(self, facts: RequestFacts, worker: Candidate, tokens: int) -> float:
+        """Computing again what these tokens displace, as likely as the fleet finds tokens in its caches today."""
+        return self._weights.evict * facts.hit_share * worker.rates.prefill_ms(tokens)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,11 @@ class Fleet:
         self._shares.give((placement.prefill or placement.decode).incarnation, placement.prefill_ms)
         self._shares.give(placement.decode.incarnation, placement.decode_ms)
 
+    def hit_share(self) -> float:
+        """Of the prompt tokens that live workers looked up in their caches since they started, those they found."""
+        queries = sum(member.load.prefix_queries for member in self._members.values())
+        return sum(member.load.prefix_hits for member in self._members.values()) / queries if queries else 0.0
+
     @property
     def reservations(self) -> Mapping[str, int]:
         """Tokens this router has reserved, by incarnation."""

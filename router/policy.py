@@ -24,10 +24,14 @@ DECODE_TOKENS = 32  # what a request that is being decoded weighs on its worker,
 
 @dataclass(frozen=True)
 class RequestFacts:
-    """What matters of a request: its length, and the incarnations that have just failed it."""
+    """What matters of a request: its length, and the incarnations that have just failed it.
+
+    `hit_share` is of the fleet: of the prompt tokens that its workers looked up, those they found.
+    """
 
     num_tokens: int
     avoid: frozenset[str] = frozenset()
+    hit_share: float = 0.0
 
 
 @dataclass(frozen=True)

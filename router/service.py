@@ -218,7 +218,8 @@ class RouterService:
         request = command.request
         try:
             found = await self._look_up(request) if self._fleet.has_choice() else {}
-            facts = RequestFacts(len(request.prompt_token_ids) + len(request.output_token_ids), command.avoid)
+            tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+            facts = RequestFacts(tokens, command.avoid, self._fleet.hit_share())
             minimum = self._config.min_remote_prefill_tokens
             placement = self._policy.choose(facts, self._fleet.candidates(found), minimum)
         except Exception:  # a bug, but one that must not leave the client waiting

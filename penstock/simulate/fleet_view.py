@@ -45,8 +45,8 @@ class FleetView:
         self._shares = WorkShares()
         for info in infos:
             self._shares.join(info.incarnation)
-        self._hits = [0] * len(workers)
-        self._queries = [0] * len(workers)
+        self._hits = 0
+        self._queries = 0
         everyone = [Candidate(info, WorkerLoad(), rates=rates) for info in infos]
         self._loads = [policy.load_ms(candidate) for candidate in everyone]
         self._everyone = everyone
@@ -59,11 +59,15 @@ class FleetView:
 
     def choose(self, pages: Sequence[int], prompt_tokens: int) -> Placement:
         """What the policy chooses for a request."""
-        facts = RequestFacts(prompt_tokens)
+        facts = self.facts(prompt_tokens)
         candidates = self._everyone if self._policy.sees_all else self.shortlist(pages)
         placement = self._policy.choose(facts, candidates)
         assert placement is not None, "virtual workers never drain"
         return placement
+
+    def facts(self, prompt_tokens: int) -> RequestFacts:
+        """What the policy is told of a request."""
+        return RequestFacts(prompt_tokens, hit_share=self._hits / self._queries if self._queries else 0.0)
 
     def shortlist(self, pages: Sequence[int]) -> list[Candidate]:
         """The workers that a policy could choose for a prompt of these pages."""
@@ -87,8 +91,6 @@ class FleetView:
             running=len(worker.running),
             num_pages=worker.cache.num_pages,
             free_pages=worker.cache.num_pages - worker.cache.held,
-            prefix_queries=self._queries[number],
-            prefix_hits=self._hits[number],
         )
         held = held_pages * info.page_size
         given_ms = self._shares.of(info.incarnation)
@@ -108,10 +110,10 @@ class FleetView:
         self._shares.give(self._infos[number].incarnation, work_ms)
         self.changed(number)
 
-    def looked_up(self, number: int, prompt_tokens: int, hit_tokens: int) -> None:
-        """A prompt was looked up in the worker's cache."""
-        self._queries[number] += prompt_tokens
-        self._hits[number] += hit_tokens
+    def looked_up(self, prompt_tokens: int, hit_tokens: int) -> None:
+        """A prompt was looked up in a worker's cache."""
+        self._queries += prompt_tokens
+        self._hits += hit_tokens
 
     def changed(self, number: int) -> None:
         """The worker's load is another one now; nobody needs to know before the next choice."""

@@ -182,7 +182,7 @@ class Simulator:
         for page in evicted:
             self._index.remove(page, worker.number)
         job = worker.current
-        self._view.looked_up(worker.number, job.request.prompt_tokens, job.hit_tokens)
+        self._view.looked_up(job.request.prompt_tokens, job.hit_tokens)
 
     def _admit(self, decoder: VirtualWorker, job: Job, now_ms: float) -> None:
         """The decode worker has room for a hand-off: its prompt may be computed."""

@@ -145,6 +145,16 @@ def test_candidates_join_links_reports_reservations_and_redis():
     assert (two.worker, two.held_tokens, two.reserved_tokens) == (TWO, 0, 0)
 
 
+def test_the_share_of_hits_is_the_whole_fleets():
+    fleet = Fleet()
+    assert fleet.hit_share() == 0.0
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.connected(TWO.address, TWO, 0.0)
+    fleet.report(ONE.address, WorkerLoad(prefix_queries=100, prefix_hits=90))
+    fleet.report(TWO.address, WorkerLoad(prefix_queries=300, prefix_hits=10))
+    assert fleet.hit_share() == 0.25
+
+
 def test_work_given_counts_for_live_workers_only():
     fleet = Fleet()
     fleet.connected(ONE.address, ONE, 0.0)

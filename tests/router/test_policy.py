@@ -220,12 +220,17 @@ def test_each_term_decides_between_workers_that_are_alike_else():
             a, load=WorkerLoad(running=8, num_pages=1000, free_pages=1000), rates=WorkerRates(decode_sequence_ms=0.0)
         ),
         "pages": but(a, load=WorkerLoad(running=1, num_pages=300, free_pages=200)),
-        "eviction": but(a, load=WorkerLoad(prefix_queries=100, prefix_hits=50)),
         "share": but(a, given_ms=1000.0),
         "rate": but(a, rates=WorkerRates(prefill_tokens_per_s=1000.0)),
     }
     for term, dearer in terms.items():
         assert names(choose(FACTS, [dearer, b])) == ("b", None), term
+
+
+def test_what_is_displaced_counts_as_often_as_prompts_hit():
+    holder, idle = candidate("a", held=500, queued_tokens=900), candidate("b")
+    assert names(choose(FACTS, [holder, idle])) == ("b", None), "900 tokens of queue for 500 of prefix"
+    assert names(choose(RequestFacts(1000, hit_share=0.5), [holder, idle])) == ("a", None), "or 500 displaced elsewhere"
 
 
 def test_rates_are_numbers_that_end():
