@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from penstock.common import announcements as announcements_module
@@ -121,6 +121,8 @@ def play(client: redis.Redis, workers: list[Worker], step: tuple) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, max_size=30))
+@example([("prompt", 0, PROMPTS[0], []), ("batch lost", 0), ("prompt", 0, PROMPTS[3], []), ("write", 0)])
+@example([("prompt", 0, PROMPTS[0], []), ("write", 0), ("write", 0), ("slots lost",), ("restart", 1), ("write", 0)])
 def test_look_ups_equal_brute_force_after_any_history(redis_server, monkeypatch, history: list[tuple]) -> None:
     monkeypatch.setattr(announcements_module, "BATCH_PAGES", 5)
     with contextlib.closing(redis_server.client()) as client:
