@@ -72,7 +72,9 @@ def measure(spec: LinkSpec, timeout_s: float) -> list[PassTime]:
     Raises:
         TransportError: the link does not work, gave wrong bytes, or took longer than timeout_s.
     """
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"UCX_TLS": spec.ucx_tls} if spec.ucx_tls else {})
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | (
+        {"UCX_TLS": spec.ucx_tls} if spec.ucx_tls else {}
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE, json.dumps(asdict(spec))],
         stdin=subprocess.DEVNULL,
