@@ -99,6 +99,10 @@ class HandOffIn:
     _open: dict[str, _HandOff] = field(default_factory=dict)
     _peers: dict[str, str] = field(default_factory=dict)  # prefill incarnation -> transport it is read with
     _unreadable: dict[str, str] = field(default_factory=dict)  # prefill incarnation -> why there is no transport
+    _found: dict[str, WorkerInfo] = field(default_factory=dict)
+    _refused: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # by incarnation: transport -> why it did not open
     _reads: dict[str, str] = field(default_factory=dict)  # tag of a read that may still write -> its hand-off's key
     _ready: list[Ready] = field(default_factory=list)
 
@@ -146,13 +150,16 @@ class HandOffIn:
     # ------------------------------------------------------------ from the prefill worker
 
     def found(self, worker: WorkerInfo) -> None:
-        """Handshake done: choose the transport and connect it."""
-        offered = {n: d for n, d in worker.transports.items() if self.kv_transport in ("auto", n)}
+        """Handshake done: choose the transport, of those that have not been refused, and connect it."""
+        self._found[worker.incarnation] = worker
+        refused = self._refused.get(worker.incarnation, {})
+        offered = {n: d for n, d in worker.transports.items() if self.kv_transport in ("auto", n) and n not in refused}
         try:
             transport = choose(self.own_transports, offered, same_host(worker.transports))
         except TransportError as error:
-            self._unreadable[worker.incarnation] = str(error)
-            self._fail_all(worker.incarnation, str(error))
+            reason = "; ".join(f"{name}: {why}" for name, why in refused.items()) or str(error)
+            self._unreadable[worker.incarnation] = reason
+            self._fail_all(worker.incarnation, reason)
             return
         self._peers[worker.incarnation] = transport
         self.mover.connect(worker.incarnation, transport, worker.transports[transport])
@@ -162,6 +169,8 @@ class HandOffIn:
         """The prefill worker is gone: what has landed is kept, the rest is computed here."""
         self._fail_all(event.incarnation, event.reason)
         self._unreadable.pop(event.incarnation, None)
+        self._found.pop(event.incarnation, None)
+        self._refused.pop(event.incarnation, None)
         if self._peers.pop(event.incarnation, None) is not None:
             self.mover.disconnect(event.incarnation)
 
@@ -213,8 +222,11 @@ class HandOffIn:
     def completed(self, event: Completion, now: float) -> None:
         """A read of ours ended, stalled or settled."""
         if isinstance(event, ConnectFailed):
-            self._unreadable[event.peer] = f"{event.transport}: {event.reason}"
-            self._fail_all(event.peer, self._unreadable[event.peer])
+            self._fail_all(event.peer, f"{event.transport}: {event.reason}")
+            self._peers.pop(event.peer, None)
+            self._refused.setdefault(event.peer, {})[event.transport] = event.reason
+            if event.peer in self._found:  # later hand-offs may come over another
+                self.found(self._found[event.peer])
         elif not isinstance(event, Sealed):
             key = self._reads[event.tag]
             if not isinstance(event, ReadStalled):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from penstock.common.messages import (
     Abort,
     Finish,
@@ -22,6 +24,7 @@ from penstock.decode_worker.admission import Entry
 from penstock.decode_worker.handoff import QUARANTINE, HandOffIn
 from penstock.decode_worker.prefill_links import PrefillLost
 from penstock.engine.pages import PageManager
+from penstock.kv_transfer.cuda_ipc import IpcPool
 from penstock.kv_transfer.leases import Landings
 from penstock.kv_transfer.mover import (
     ConnectFailed,
@@ -32,6 +35,7 @@ from penstock.kv_transfer.mover import (
     ReadSettled,
     ReadStalled,
 )
+from penstock.kv_transfer.shm import host_id
 
 LENDER = WorkerInfo(
     worker_id="prefill-0",
@@ -261,4 +265,24 @@ def test_a_peer_that_cannot_be_read_is_not_asked_again() -> None:
     case.handoffs.begin(case.entry, LENDER, "router", 2.0)
     assert len(case.handoffs.take_ready()) == 1
     assert len([m for m in case.links.sent if isinstance(m, Prefill)]) == asked
+    case.finish()
+
+
+def test_another_transport_is_tried_when_one_does_not_open() -> None:
+    case = Case()
+    case.handoffs.own_transports = ["cuda_ipc", "nixl"]
+    pool = IpcPool(host_id().partition("/")[0], "another", "GPU-1", b"", 0, 0, page_bytes=64, num_pages=64)
+    offers = {"cuda_ipc": msgspec.msgpack.encode(pool), "nixl": b""}
+    worker = msgspec.structs.replace(LENDER, transports=offers)
+    case.handoffs.found(worker)
+    assert case.handoffs._peers == {"p1": "cuda_ipc"}
+    case.handoffs.completed(ConnectFailed("p1", "cuda_ipc", "no peer access"), 1.0)
+    assert case.handoffs._peers == {"p1": "nixl"} and not case.handoffs._unreadable
+    assert len(case.handoffs.take_ready()) == 1  # what was under way is computed here
+    case.handoffs.completed(ConnectFailed("p1", "nixl", "no route"), 2.0)
+    assert case.handoffs._unreadable == {"p1": "cuda_ipc: no peer access; nixl: no route"}
+    case.handoffs.lost(PrefillLost("p1", "gone"))
+    case.handoffs.found(worker)  # a new link is a new try
+    assert case.handoffs._peers == {"p1": "cuda_ipc"}
+    case.pages.release(case.entry.key)
     case.finish()
