@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from penstock.common.version import __version__
 
 if TYPE_CHECKING:
+    from penstock.common.beam_search import BeamSearchParams
     from penstock.common.sampling import SamplingParams
-    from penstock.llm import LLM, CompletionOutput, RequestOutput
+    from penstock.llm import LLM
+    from penstock.results import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from penstock.common.sampling import SamplingParams
 
         return SamplingParams
+    if name == "BeamSearchParams":
+        from penstock.common.beam_search import BeamSearchParams
+
+        return BeamSearchParams
     if name in __all__:
         from penstock import llm
 

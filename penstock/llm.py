@@ -9,13 +9,15 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
+from penstock.beams import BeamSearchOutput, BeamSearchSequence, PromptSearch, run_searches
 from penstock.common.bad_words import bad_word_ids
+from penstock.common.beam_search import BeamSearch, BeamSearchParams
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import EngineConfig
 from penstock.common.errors import BadRequest
@@ -31,43 +33,9 @@ from penstock.engine.policy import THROUGHPUT
 from penstock.engine.request import request_key
 from penstock.frozen_heap import FrozenHeap
 from penstock.interrupt import HeldInterrupt
+from penstock.results import CompletionOutput, Logprob, RequestOutput
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """One candidate at one position; rank 1 is the most likely token."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None  # None without a tokenizer
-
-
-@dataclass
-class CompletionOutput:
-    """One of the `n` outputs of a prompt."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass
-class RequestOutput:
-    """A prompt and what was generated from it."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = False
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +212,37 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, as Hugging Face's `generate(num_beams=...)` finds them.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        searches = [self._search(prompt, params) for prompt in _prompt_list(prompts)]
+        with tqdm(total=len(searches), desc="Searching", disable=not use_tqdm, unit="prompt") as bar, FrozenHeap():
+            run_searches(self._built.engine, searches, bar.update)
+        return [self._best(search) for search in searches]
+
+    def _search(self, prompt: Prompt, params: BeamSearchParams) -> PromptSearch:
+        _, ids, salt = self._tokens_of(prompt)
+        self._check_prompt(ids)
+        max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
+        search = BeamSearch(params, self._built.spec.eos_token_ids, max_tokens)
+        return PromptSearch(next(self._ids), ids, salt, search)
+
+    def _best(self, prompt: PromptSearch) -> BeamSearchOutput:
+        output = BeamSearchOutput()
+        for found in prompt.search.finished:
+            ids = [*prompt.prompt_token_ids, *found.beam.token_ids]
+            text = None if self._tokenizer is None else self._tokenizer.decode(ids)
+            reason, scores = "stop" if found.ended else "length", list(found.beam.scores)
+            output.sequences.append(
+                BeamSearchSequence(ids, scores, found.beam.cum_logprob, found.score, text, reason, None)
+            )
+        return output
+
     def close(self) -> None:
         """Free the KV pool; the object cannot be used afterwards."""
         self._built.engine.close()
@@ -252,12 +251,8 @@ class LLM:
         """The choices of a prompt, checked; they share one `RequestOutput`."""
         text, ids, salt = self._tokens_of(prompt)
         ids = self._truncated(ids, params)
-        room = self._built.max_model_len - len(ids)
-        if not ids or room < 1:
-            raise ValueError(
-                f"a prompt must have from 1 to {self._built.max_model_len - 1} tokens here, this one has {len(ids)}"
-            )
-        self._check_ids(ids, "a prompt")
+        self._check_prompt(ids)
+        room = self.max_model_len - len(ids)
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         words = self._bad_word_ids(params)
         number = next(self._ids)
@@ -307,6 +302,13 @@ class LLM:
         if not sampling.detokenize or (self._tokenizer is None and not sampling.stop):
             return None
         return OutputText(self.get_tokenizer(), sampling, prompt_ids)
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if not 0 < len(ids) < self.max_model_len:
+            raise ValueError(
+                f"a prompt must have from 1 to {self.max_model_len - 1} tokens here, this one has {len(ids)}"
+            )
+        self._check_ids(ids, "a prompt")
 
     def _check_ids(self, token_ids: Sequence[int], what: str) -> None:
         vocab_size = self._built.spec.vocab_size

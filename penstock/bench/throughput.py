@@ -10,7 +10,8 @@ from penstock.bench.config import ThroughputConfig
 from penstock.bench.datasets import Sample, samples
 from penstock.bench.profiling import profile
 from penstock.bench.result import build, check_length, sampling, write_json
-from penstock.llm import LLM, RequestOutput
+from penstock.llm import LLM
+from penstock.results import RequestOutput
 
 
 def run_throughput(config: ThroughputConfig) -> dict[str, Any] | None:
