@@ -45,6 +45,7 @@ from penstock.router.dispatch_events import (
     WorkerUp,
 )
 from penstock.router.fleet import Fleet
+from penstock.router.hit_check import HitCheck
 from penstock.router.policies import make_policy
 from penstock.router.policy import RequestFacts
 
@@ -97,6 +98,7 @@ class RouterService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused: set[str] = set()  # incarnations of workers that were not used, each reported once
         self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
+        self._hits = HitCheck(config.max_inflight)
         self._model: ModelInfo | None = None
         self._accepting = False
 
@@ -157,6 +159,7 @@ class RouterService:
         """Totals since the start, and gauges (`in_flight`, `reserved_tokens`, `links`)."""
         return {
             **self._counters,
+            **self._hits.counters(),
             "retries": self._dispatcher.retries,
             "stale_deltas": self._dispatcher.stale_deltas,
             "divergences": self._dispatcher.divergences,
@@ -193,6 +196,12 @@ class RouterService:
                 self._reservations.publish(command.incarnation, total)
 
     def _deliver(self, command: Deliver) -> None:
+        delta = command.delta
+        if delta.spans is not None:
+            key = delta.request_id, delta.choice
+            warning = self._hits.reported(key, delta.attempt, delta.spans, time.monotonic())
+            if warning:
+                log.warning("%s", warning)
         try:
             command.sink.on_delta(command.delta)
         except Exception:  # one client's bug must not cost the others of this step their tokens
@@ -228,6 +237,10 @@ class RouterService:
             return
         if placement is not None:
             self._fleet.give(placement)
+            worker = placement.prefill or placement.decode
+            if placement.source is None and worker.incarnation in found:  # else nothing is known, or pages come first
+                key, held_pages = (request.request_id, request.choice), found[worker.incarnation].held_pages
+                self._hits.predicted(key, request.attempt, worker.worker_id, held_pages, worker.page_size, tokens)
         self._handle(Placed(request.request_id, request.choice, request.attempt, placement))
 
     async def _look_up(self, request: GenerateRequest) -> dict[str, Lookup]:

@@ -48,6 +48,7 @@ class FakeWorker:
     ) -> None:
         self.limit = 1 << 30
         self.step_s = 0.001
+        self.cached_tokens = 0  # what it says to have found of every prompt
         self.submitted: list[GenerateRequest] = []
         self.aborted: list[tuple[str, int]] = []  # (request id, choice)
         self.prefill_worker: FakeWorker | None = None
@@ -158,10 +159,13 @@ class FakeWorker:
         for identity, deltas in batches.items():
             self._server.send(identity, TokenBatch(deltas=deltas))
 
+    def _spans(self) -> Spans:
+        return Spans(worker=self.info.worker_id, decode_ms=1.0, cached_tokens=self.cached_tokens)
+
     def _delta(self, request: GenerateRequest, index: int) -> TokenDelta:
         tokens = oracle(request)
         last = index == len(tokens) - 1
-        finish, spans = (Finish(reason="length"), Spans(decode_ms=1.0)) if last else (None, None)
+        finish, spans = (Finish(reason="length"), self._spans()) if last else (None, None)
         return TokenDelta(
             request.request_id, request.attempt, request.choice, index, [tokens[index]], finish, None, spans
         )

@@ -223,6 +223,7 @@ def test_the_prefill_worker_sends_the_first_token_itself(redis_server, start_wor
 def test_a_prompt_goes_where_its_prefix_is(redis_server, start_worker):
     start_worker("d1")
     holder = start_worker("d2")
+    holder.cached_tokens = 196
     prompt = list(range(400))
     holder.registry.publish(chained(list(page_hashes(root_hash("scope"), prompt[:200], 4))), [])
 
@@ -233,6 +234,9 @@ def test_a_prompt_goes_where_its_prefix_is(redis_server, start_worker):
             for i in range(3):
                 await ended(await send(service, request(f"r{i}", prompt=prompt)))
             assert len(holder.submitted) == 3
+            counters = service.counters()
+            assert counters["predicted_hit_tokens"] == 3 * 200 and counters["realised_hit_tokens"] == 3 * 196
+            assert counters["missed_hit_tokens"] == 3 * 4
 
     play(scenario())
 

@@ -1,0 +1,56 @@
+"""Predicted against realised hits: what is counted, what is not, and when somebody is warned."""
+
+from __future__ import annotations
+
+from penstock.common.messages import Spans
+from penstock.router.hit_check import WARN_EVERY_S, WINDOW, HitCheck
+
+
+def spans(cached: int, worker: str = "w") -> Spans:
+    return Spans(worker=worker, cached_tokens=cached)
+
+
+def window(check: HitCheck, held_pages: int, cached: int, now: float) -> list[str]:
+    """A window of requests of 101 tokens in pages of 10."""
+    warnings = []
+    for i in range(WINDOW):
+        check.predicted((f"r{i}", 0), 0, "w", held_pages, 10, 101)
+        warnings.append(check.reported((f"r{i}", 0), 0, spans(cached), now))
+    return [warning for warning in warnings if warning]
+
+
+def test_each_request_counts_once_at_the_worker_that_computes_it() -> None:
+    check = HitCheck(10)
+    check.predicted(("r", 0), 1, "w", 3, 10, 101)
+    for report in ((("r", 0), 0, spans(9)), (("r", 0), 1, spans(9, "other")), (("r", 1), 1, spans(9))):
+        assert check.reported(*report, 0.0) == ""
+    assert check.counters() == {"predicted_hit_tokens": 0, "realised_hit_tokens": 0, "missed_hit_tokens": 0}
+    check.reported(("r", 0), 1, spans(20), 0.0)
+    check.reported(("r", 0), 1, spans(20), 0.0)  # its last delta says it again
+    assert check.counters() == {"predicted_hit_tokens": 30, "realised_hit_tokens": 20, "missed_hit_tokens": 10}
+
+
+def test_a_prompt_that_is_cached_whole_is_computed_from_its_last_page() -> None:
+    check = HitCheck(10)
+    check.predicted(("r", 0), 0, "w", 10, 10, 100)
+    check.reported(("r", 0), 0, spans(90), 0.0)
+    assert check.counters()["predicted_hit_tokens"] == 90 and check.counters()["missed_hit_tokens"] == 0
+
+
+def test_predictions_that_nobody_answers_are_bounded() -> None:
+    check = HitCheck(3)
+    for i in range(5):
+        check.predicted((f"r{i}", 0), 0, "w", 1, 10, 100)
+    for i in range(5):
+        check.reported((f"r{i}", 0), 0, spans(10), 0.0)
+    assert check.counters()["predicted_hit_tokens"] == 30
+
+
+def test_a_warning_when_they_part_and_not_for_little() -> None:
+    check = HitCheck(10)
+    assert window(check, 10, 100, 0.0) == [] and window(check, 5, 60, 0.0) == []
+    (warning,) = window(check, 8, 0, 1.0)
+    assert f"{80 * WINDOW} were predicted" in warning and "and 0 were" in warning
+    assert window(check, 8, 0, 1.0 + WARN_EVERY_S / 2) == [], "not again and again"
+    (warning,) = window(check, 0, 80, 2.0 + WARN_EVERY_S)
+    assert f"{80 * WINDOW} tokens differ" in warning
