@@ -215,8 +215,13 @@ class LenderProcess:
         """As `Pages.ends`, of the lender's memory."""
         return np.array(self._ask("ends")["ends"], np.int64)
 
+    def kill(self) -> None:
+        """End it at once, wherever it is."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
-        """Let it leave."""
+        """Let it leave; it may have been killed."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()

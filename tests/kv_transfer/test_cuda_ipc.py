@@ -18,7 +18,7 @@ from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer.base import CopyState, TransportError
 from penstock.kv_transfer.cuda_ipc import CudaIpcTransport, IpcPool, is_same_host
 from penstock.kv_transfer.link_rate import CudaPages, LenderProcess, LinkSpec, PassTime, make_pages, measure
-from penstock.kv_transfer.mover import PageMover, ReadDone, ReadJob
+from penstock.kv_transfer.mover import PageMover, ReadDone, ReadFailed, ReadJob
 from penstock.kv_transfer.select import choose, open_transports, same_host
 from tests.kv_transfer.pools import count, wait_for
 
@@ -255,6 +255,32 @@ def test_every_byte_arrives_from_another_process(reader: str, lender: str, page_
             mover.disconnect("lender")
         assert mover.close()
     finally:
+        other.close()
+    pages.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("reader", "lender"), PAIRS)
+def test_a_killed_owner_settles_reads_and_leaves_this_process_alone(reader: str, lender: str) -> None:
+    pages = CudaPages(reader, 1 << 20, 64, first=1000)
+    mover = PageMover(pages.region, [CudaIpcTransport(pages.region)], checksum=lambda pages: [0 for _ in pages])
+    victim, other = (LenderProcess(LinkSpec("cuda_ipc", reader, lender, 1 << 20, 64, passes=(1,))) for _ in range(2))
+    try:
+        mover.connect("victim", "cuda_ipc", victim.description())
+        mover.connect("other", "cuda_ipc", other.description())
+        mover.read(ReadJob("before", "victim", "cuda_ipc", range(64), range(64)))
+        victim.kill()
+        mover.read(ReadJob("after", "victim", "cuda_ipc", range(64), range(64)))
+        settled = wait_for(mover, count(2))
+        assert all(isinstance(done, ReadDone | ReadFailed) for done in settled), settled
+        mover.disconnect("victim")
+        pages.fill()
+        mover.read(ReadJob("other", "other", "cuda_ipc", [5], [9]))
+        assert isinstance(wait_for(mover, count(1))[0], ReadDone)
+        assert pages.ends()[[8, 9]].tolist() == [[1008, 1008], [5, 5]]
+        assert mover.close()
+    finally:
+        victim.close()
         other.close()
     pages.close()
 
