@@ -84,9 +84,10 @@ class CostPolicy(Policy):
     def pick(self, facts: RequestFacts, workers: Sequence[Candidate]) -> Candidate:
         return min(workers, key=lambda c: (self._price(facts, c, None).cost_ms, c.load.running, c.worker.worker_id))
 
-    def load_ms(self, candidate: Candidate) -> float:
-        """The part of the cost that every request would pay at this worker, whatever its prompt."""
-        return self._base_ms(candidate) + (self._step_ms(candidate, 1, 0) if candidate.worker.role == "decode" else 0.0)
+    def load(self, candidate: Candidate) -> tuple[float, int]:
+        """What every request would pay at this worker, whatever its prompt."""
+        step_ms = self._step_ms(candidate, 1, 0) if candidate.worker.role == "decode" else 0.0
+        return self._base_ms(candidate) + step_ms, candidate.load.running
 
     def _sources(self, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
         """For each fingerprint who holds most of the prompt, if prefixes can be read from others."""

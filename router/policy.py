@@ -79,7 +79,7 @@ class Policy(ABC):
     """One way to choose. Policies may remember what they chose; they know no clock and no network."""
 
     name: ClassVar[str]
-    sees_all: ClassVar[bool] = False  # True: the choice depends on more than what is held and `load_ms`
+    sees_all: ClassVar[bool] = False  # True: the choice depends on more than what is held and `load`
 
     @abstractmethod
     def choose(
@@ -91,9 +91,9 @@ class Policy(ABC):
         every prompt while no prefill worker is up. None: no decode worker takes new requests.
         """
 
-    def load_ms(self, candidate: Candidate) -> float:
-        """Order of the workers that hold equally much of a prompt: of those the policy takes the one with the least."""
-        return candidate.rates.prefill_ms(candidate.queued_tokens)
+    def load(self, candidate: Candidate) -> tuple[float, int]:
+        """Of workers that hold equally much of a prompt the policy takes the one with the least; then by name."""
+        return candidate.rates.prefill_ms(candidate.queued_tokens), candidate.load.running
 
 
 class PickingPolicy(Policy):

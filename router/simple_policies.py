@@ -39,19 +39,13 @@ class RoundRobinPolicy(PickingPolicy):
         return workers[turn % len(workers)]
 
 
-def load_rank(candidate: Candidate) -> tuple[float, int, str]:
-    """Milliseconds of prompts ahead, then sequences that run, then the name: what balance alone would minimise."""
-    queued_ms = candidate.rates.prefill_ms(candidate.queued_tokens)
-    return queued_ms, candidate.load.running, candidate.worker.worker_id
-
-
 class LeastLoadPolicy(PickingPolicy):
-    """Whoever has least to compute before this request."""
+    """Whoever has least to compute before this request; of equals, who runs fewer sequences."""
 
     name: ClassVar[str] = "least-load"
 
     def pick(self, facts: RequestFacts, workers: Sequence[Candidate]) -> Candidate:
-        return min(workers, key=load_rank)
+        return min(workers, key=lambda c: (self.load(c), c.worker.worker_id))
 
 
 class LongestPrefixPolicy(PickingPolicy):
@@ -60,4 +54,4 @@ class LongestPrefixPolicy(PickingPolicy):
     name: ClassVar[str] = "longest-prefix"
 
     def pick(self, facts: RequestFacts, workers: Sequence[Candidate]) -> Candidate:
-        return min(workers, key=lambda c: (-min(c.held_tokens, facts.num_tokens), load_rank(c)))
+        return min(workers, key=lambda c: (-min(c.held_tokens, facts.num_tokens), self.load(c), c.worker.worker_id))

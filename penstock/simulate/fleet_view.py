@@ -1,7 +1,7 @@
 """The virtual router's view of the virtual fleet: what a policy is shown for a request, and the load it reserves. Pure.
 
 A policy may be shown a thousand workers for each of a million requests, so it is shown those only that it can choose:
-of workers that hold equally much of the prompt, the ones with the least load (`Policy.load_ms`), and of those that hold
+of workers that hold equally much of the prompt, the ones with the least load (`Policy.load`), and of those that hold
 less, only the ones with less load still. What is left out could not have won; a test compares with the whole fleet.
 """
 
@@ -48,7 +48,7 @@ class FleetView:
         self._hits = 0
         self._queries = 0
         everyone = [Candidate(info, WorkerLoad(), rates=rates) for info in infos]
-        self._loads = [policy.load_ms(candidate) for candidate in everyone]
+        self._loads = [policy.load(candidate) for candidate in everyone]
         self._everyone = everyone
         self._stale: set[int] = set()  # workers whose place in the order is an old one
         roles = sorted({info.role for info in infos})
@@ -76,11 +76,11 @@ class FleetView:
         self._stale.clear()
         found: list[Candidate] = []
         for role, mask in self._masks.items():
-            least = float("inf")
+            least = ((float("inf"), 0), 0)
             for depth, holders in self._index.runs(pages, mask):
                 numbers = self._least_loaded(self._orders[role], holders)
-                if self._loads[numbers[0]] < least:
-                    least = self._loads[numbers[0]]
+                if (first := (self._loads[numbers[0]], numbers[0])) < least:
+                    least = first
                     found += [self.candidate(number, depth) for number in numbers]
         return found
 
@@ -95,6 +95,11 @@ class FleetView:
         held = held_pages * info.page_size
         given_ms = self._shares.of(info.incarnation)
         return Candidate(info, load, held, self._reserved[number], self._rates, given_ms)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens, of all workers."""
+        return sum(self._reserved)
 
     def number(self, info: WorkerInfo | None, default: int) -> int:
         """A worker's number."""
@@ -120,7 +125,7 @@ class FleetView:
         self._stale.add(number)
 
     def _sort_in(self, number: int) -> None:
-        load = self._policy.load_ms(self.candidate(number))
+        load = self._policy.load(self.candidate(number))
         before = self._loads[number]
         if load != before:
             order = self._orders[self._infos[number].role]
@@ -128,9 +133,9 @@ class FleetView:
             insort(order, (load, number))
             self._loads[number] = load
 
-    def _least_loaded(self, order: Sequence[tuple[float, int]], holders: int) -> list[int]:
+    def _least_loaded(self, order: Sequence[tuple[tuple[float, int], int]], holders: int) -> list[int]:
         if holders.bit_count() <= _FEW:
-            return heapq.nsmallest(_EACH, workers_of(holders), key=lambda number: (self._loads[number], number))
+            return heapq.nsmallest(_EACH, workers_of(holders), key=lambda n: (self._loads[n], n))
         found: list[int] = []
         for _, number in order:
             if holders >> number & 1:

@@ -24,6 +24,11 @@ class PageCache:
         """Pages that requests hold: the rest is free, or can be evicted."""
         return len(self._held) + self.unnamed
 
+    @property
+    def cached(self) -> int:
+        """Pages with a name that nobody holds."""
+        return len(self._cached)
+
     def run(self, pages: Sequence[int]) -> int:
         """How many of these are here, from the first."""
         held, cached = self._held, self._cached

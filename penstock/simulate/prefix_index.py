@@ -31,6 +31,10 @@ class PrefixIndex:
         """Pages that somebody holds."""
         return len(self._holders)
 
+    def entries(self) -> int:
+        """Pairs of a page and a worker that holds it."""
+        return sum(mask.bit_count() for mask in self._holders.values())
+
     def runs(self, pages: Sequence[int], everyone: int) -> list[tuple[int, int]]:
         """(pages held from the first, mask of the workers that hold just so many), the longest first.
 

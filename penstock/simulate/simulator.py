@@ -87,6 +87,9 @@ class Simulator:
             self._arrive(request)
         self._until(float("inf"))
         assert len(self._done) == len(requests), "every request ends"
+        assert not any(worker.admitted or worker.cache.held for worker in self._workers), "what is held is released"
+        assert not self._view.reserved, "what is reserved is released"
+        assert self._index.entries() == sum(worker.cache.cached for worker in self._workers), "the index is exact"
         shape = self._shape
         roles = (self._workers[: shape.prefill_workers], self._workers[shape.prefill_workers :])
         loads = [[worker.work_ms for worker in role] for role in roles if role]

@@ -1,0 +1,196 @@
+"""The virtual fleet: times computed by hand, that nothing is lost whatever comes, that leaving out is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.common.errors import ConfigError
+from penstock.router.policies import POLICIES, make_policy
+from penstock.router.policy import Candidate, Placement, Policy, RequestFacts, placement
+from penstock.router.rates import WorkerRates
+from penstock.simulate.fleet_view import FleetView
+from penstock.simulate.result import Slo, oracle_hits
+from penstock.simulate.runs import balance_bound, compare, scaled
+from penstock.simulate.simulator import FleetShape, Simulator
+from penstock.simulate.trace import TracedRequest
+from penstock.simulate.worker import StepTimes
+
+# A token of a prompt takes 1 ms to compute and 0.1 ms to move; a step takes 10 ms, and 1 ms for each sequence.
+RATES = WorkerRates(1000.0, 10.0, 1.0, 0.0, 1e6, 0.0)
+PAGES = (0, 1, 2, 3, 4)
+
+
+def shape(workers: int = 1, pages: int = 100, prefill: int = 0, seqs: int = 8) -> FleetShape:
+    return FleetShape(workers, pages, 10, prefill, seqs, token_bytes=100, rates=RATES)
+
+
+def ask(at_ms: float, tokens: int = 50, output: int = 3, pages: tuple[int, ...] = ()) -> TracedRequest:
+    return TracedRequest(at_ms, tokens, output, pages)
+
+
+class Scripted(Policy):
+    """Places each request as told: (worker, worker whose pages it reads or None)."""
+
+    name = "scripted"
+    sees_all = True
+
+    def __init__(self, *places: tuple[int, int | None]) -> None:
+        self._places = list(places)
+
+    def choose(
+        self, facts: RequestFacts, candidates: Sequence[Candidate], min_remote_prefill_tokens: int = 0
+    ) -> Placement:
+        at, source = self._places.pop(0)
+        holder = None if source is None else dataclasses.replace(candidates[source], held_tokens=facts.num_tokens)
+        return placement(facts, candidates[at], None, holder)
+
+
+def test_one_request_computes_then_decodes():
+    result = Simulator(shape(), make_policy("cost")).run([ask(5.0)], Slo(50.0, 11.0))
+    assert result.ttft_mean_ms == pytest.approx(50.0)
+    assert result.span_s == pytest.approx(0.005 + 0.05 + 2 * 0.011), "one step a token after the first"
+    assert result.itl_p99_ms == pytest.approx(11.0, rel=0.01)
+    assert result.goodput == pytest.approx(1 / result.span_s) and result.slo_attainment == 1.0
+    late = Simulator(shape(), make_policy("cost")).run([ask(5.0)], Slo(49.0, 11.0))
+    assert late.slo_attainment == 0.0 == late.goodput
+
+
+def test_prompts_queue_and_the_batch_moves_on_with_every_chunk():
+    result = Simulator(shape(), make_policy("cost")).run([ask(0.0), ask(0.0)], Slo())
+    # The second prompt's only chunk is also a step of the first request: 51 ms; then both step once, and one is left.
+    assert result.ttft_mean_ms == pytest.approx((50 + 101) / 2)
+    assert result.span_s == pytest.approx(0.101 + 0.012 + 0.011)
+
+
+def test_a_held_prefix_is_not_computed_but_the_last_token_is():
+    requests = [ask(0.0, pages=PAGES), ask(1000.0, pages=PAGES), ask(2000.0, tokens=40, pages=(0, 1, 9, 3))]
+    result = Simulator(shape(), make_policy("cost")).run(requests, Slo())
+    assert result.hit_ratio == pytest.approx((49 + 20) / 140), "a run from the first page"
+    assert result.ttft_mean_ms == pytest.approx((50 + 1 + 20) / 3)
+    assert result.fetched_ratio == 0.0
+
+
+def test_a_prefix_read_from_another_worker_takes_the_link_and_hits():
+    requests = [ask(0.0, pages=PAGES), ask(1000.0, pages=PAGES), ask(1000.0, pages=PAGES), ask(2000.0, pages=PAGES)]
+    run = Simulator(shape(3), Scripted((0, None), (1, 0), (2, 0), (1, None)))
+    result = run.run(requests, Slo())
+    # 5000 bytes at 1 MB/s; the second reader waits for the first at the holder's link. What was read stays.
+    assert result.ttft_mean_ms == pytest.approx((50 + (5 + 1) + (10 + 1) + 1) / 4)
+    assert result.hit_ratio == pytest.approx(3 * 49 / 200) and result.fetched_ratio == pytest.approx(2 * 49 / 200)
+
+
+def test_two_phases_hand_off():
+    requests = [ask(0.0, pages=PAGES), ask(1000.0, pages=PAGES)]
+    result = Simulator(shape(2, prefill=1), make_policy("cost")).run(requests[:1], Slo())
+    assert result.ttft_mean_ms == pytest.approx(50.0), "the first token does not wait for the pages"
+    assert result.span_s == pytest.approx(0.05 + 0.005 + 2 * 0.011), "the second one does"
+    again = Simulator(shape(2, prefill=1), make_policy("cost")).run(requests, Slo())
+    assert again.span_s == pytest.approx(1.0 + 0.001 + 2 * 0.011), "what the decode worker holds it computes alone"
+
+
+def test_a_request_waits_for_a_slot_and_for_pages():
+    for fleet in (shape(seqs=1), shape(pages=10)):
+        result = Simulator(fleet, make_policy("cost")).run([ask(0.0), ask(0.0)], Slo())
+        assert result.ttft_mean_ms == pytest.approx((50 + 50 + 22 + 50) / 2), "until the first one has ended"
+    with pytest.raises(ConfigError, match="needs 6 pages, a worker has 5"):
+        Simulator(shape(pages=5), make_policy("cost")).run([ask(0.0)], Slo())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (dict(workers=0), "workers must be at least 1"),
+        (dict(pages_per_worker=0), "pages_per_worker must be at least 1"),
+        (dict(prefill_workers=2), "from 0 to one less than the 2 workers"),
+        (dict(prefill_workers=-1), "from 0 to one less than the 2 workers"),
+    ],
+)
+def test_fleets_that_cannot_be(wrong: dict[str, int], error: str):
+    with pytest.raises(ConfigError, match=error):
+        FleetShape(**{"workers": 2, "pages_per_worker": 10} | wrong)
+
+
+def test_the_oracle_is_one_cache():
+    requests = [ask(0.0, pages=PAGES), ask(1.0, pages=(5, 6, 7, 8, 9)), ask(2.0, pages=PAGES)]
+    assert oracle_hits(requests, 10, 10) == [0, 0, 49]
+    assert oracle_hits(requests, 9, 10) == [0, 0, 40], "the last page of a prompt goes first"
+
+
+def test_arrivals_are_stretched_to_a_utilisation():
+    requests = [ask(0.0, output=11), ask(1000.0, output=11)]
+    assert scaled(requests, shape(), None) == requests
+    assert scaled(requests, shape(), 0.5)[1].arrival_ms == pytest.approx(2 * (50 + 10) / 0.5)
+    assert scaled(requests, shape(2, prefill=1), 0.5)[1].arrival_ms == pytest.approx(2 * 50 / 0.5), "the busier role"
+    assert balance_bound(requests, shape(2)) == pytest.approx(1.0) and balance_bound(requests, shape(3)) > 1.4
+    with pytest.raises(ConfigError, match="do not all arrive at once"):
+        scaled(requests[:1], shape(), 0.5)
+
+
+def test_step_times_weigh_tokens():
+    times = StepTimes()
+    assert times.quantile(0.5) == 0.0
+    times.add(10.0, 98.0)
+    times.add(200.0, 2.0)
+    assert times.quantile(0.5) == pytest.approx(10.0, rel=0.01)
+    assert times.quantile(0.99) == pytest.approx(200.0, rel=0.01)
+
+
+@st.composite
+def traces(draw: Callable[[st.SearchStrategy[int]], int]) -> list[TracedRequest]:
+    """Requests whose prompts begin with a branch of a small tree of pages."""
+    requests, now, own = [], 0.0, 100
+    for _ in range(draw(st.integers(1, 30))):
+        now += draw(st.sampled_from([0, 5, 80]))
+        branch, depth, tail = draw(st.integers(0, 2)), draw(st.integers(0, 4)), draw(st.integers(0, 3))
+        pages = (0, *(10 * branch + step + 1 for step in range(depth)), *range(own, own + tail))
+        own += tail
+        requests.append(TracedRequest(now, 10 * len(pages) - draw(st.integers(0, 9)), draw(st.integers(1, 20)), pages))
+    return requests
+
+
+@given(traces(), st.sampled_from(POLICIES), st.integers(1, 5), st.integers(0, 2), st.integers(10, 40), st.booleans())
+def test_nothing_is_lost_whatever_comes(
+    requests: list[TracedRequest], name: str, workers: int, prefill: int, pages: int, fetch: bool
+):
+    """`run` itself checks that every request ended and that nothing stays held, reserved or wrongly indexed."""
+    fleet = shape(workers + prefill, pages, prefill, seqs=3)
+    (result,) = compare(requests, fleet, [name], Slo(), fetch, seed=1)
+    assert result.requests == len(requests) and 0.0 <= result.fetched_ratio <= result.hit_ratio < 1.0
+    assert 1.0 <= result.max_over_mean_load <= max(workers, prefill) + 1e-9
+    assert result.ttft_p50_ms <= result.ttft_p99_ms
+    assert compare(requests, fleet, [name], Slo(), fetch, seed=1) == [result], "the same again"
+
+
+@pytest.mark.parametrize(("name", "fetch"), [("least-load", False), ("longest-prefix", False), ("cost", True)])
+def test_leaving_workers_out_changes_no_choice(name: str, fetch: bool, monkeypatch: pytest.MonkeyPatch):
+    chosen, shown = [], []
+
+    def both(self: FleetView, pages: Sequence[int], prompt_tokens: int) -> Placement:
+        few = self.shortlist(pages)
+        depths = {c.worker.incarnation: c.held_tokens // 10 for c in few}
+        everyone = []
+        for number in range(80):
+            run = [depth for depth, mask in self._index.runs(pages, 1 << number) if mask]
+            everyone.append(self.candidate(number, run[0]))
+        assert all(depths.get(c.worker.incarnation, c.held_tokens // 10) == c.held_tokens // 10 for c in everyone)
+        facts = self.facts(prompt_tokens)
+        choice = self._policy.choose(facts, few)
+        assert choice is not None
+        full = self._policy.choose(facts, everyone)
+        assert full is not None and (choice.decode, choice.prefill) == (full.decode, full.prefill)
+        assert (choice.source is None, choice.source_tokens) == (full.source is None, full.source_tokens)
+        chosen.append(choice.decode.worker_id)
+        shown.append(len(few))
+        return choice
+
+    monkeypatch.setattr(FleetView, "choose", both)
+    requests = [
+        ask(20.0 * n, 60, 30, (0, 1 + n % 7, 10 + n % 23, 100 + n % 71, 1000 + n, 2000 + n)) for n in range(400)
+    ]
+    Simulator(shape(80, 1000), make_policy(name, fetch=fetch)).run(requests, Slo())
+    assert len(set(chosen)) > 2 and sum(shown) / len(shown) < 20
