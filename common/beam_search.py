@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from penstock.common.messages import TokenLogprobs
 
 MAX_BEAM_WIDTH = 64
+MAX_LENGTH_PENALTY = 100.0  # of longer powers float has no room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class BeamSearchParams:
             raise ValueError(f"beam_width must be from 1 to {MAX_BEAM_WIDTH}, got {self.beam_width}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not -100.0 <= self.length_penalty <= 100.0:
-            raise ValueError(f"length_penalty must be in [-100, 100], got {self.length_penalty}")
+        if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
+            limit = f"in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}]"
+            raise ValueError(f"length_penalty must be {limit}, got {self.length_penalty}")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.timeline import Timeline
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
+from penstock.router.beams import BeamReply
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
 from penstock.router.error_bodies import Send, error_body, send_error, send_json
@@ -80,7 +81,7 @@ class Generation:
                 return
             plan = await self._plan(body, head, front)
             timeline.mark("tokenised", time.monotonic())
-            kind = StreamReply if plan.stream else WholeReply
+            kind = BeamReply if plan.beams else StreamReply if plan.stream else WholeReply
             reply = kind(plan, front.service, front.tokenizer, front.metrics, timeline, headers)
             await reply.run(receive, send)
         except PenstockError as error:

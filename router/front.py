@@ -21,7 +21,7 @@ from penstock.common.messages import GenerateRequest
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat
 from penstock.router.metrics import RouterMetrics
-from penstock.router.protocol import GenerationRequest, output_budget
+from penstock.router.protocol import GenerationRequest
 from penstock.router.reply import Plan
 
 if TYPE_CHECKING:
@@ -147,4 +147,27 @@ class Front:
             usage_at_end=at_end,
             usage_in_chunks=in_chunks,
             timeline=head.timeline,
+            beams=bool(request.use_beam_search),
+            length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
         )
+
+
+def output_budget(prompt_tokens: int, asked: int | None, default: int | None, max_model_len: int, param: str) -> int:
+    """How many tokens the output may have: what was asked, else `default`, else the rest of the context.
+
+    A `default` of the model is cut to the room that is left; what a client asks for is not.
+
+    Raises:
+        PromptTooLong: prompt and output do not fit together; names both numbers.
+    """
+    room = max_model_len - prompt_tokens
+    wanted = asked if asked is not None else min(default or room, max(room, 1))
+    wanted = max(wanted, 1)
+    total = prompt_tokens + wanted
+    if total > max_model_len:
+        raise PromptTooLong(
+            f"This model's maximum context length is {max_model_len} tokens, but you requested {total} tokens "
+            f"({prompt_tokens} in the prompt, {wanted} for the completion).",
+            param=param,
+        )
+    return wanted

@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 from penstock.common.bad_words import bad_word_ids
-from penstock.common.errors import BadRequest, PromptTooLong
+from penstock.common.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY
+from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.sampling import SamplingParams
 
@@ -33,6 +34,10 @@ _SAMPLED_AS_GIVEN = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "logit_bias", "allowed_token_ids", "bad_words",
+)  # fmt: skip
+_NOT_WITH_BEAMS = (
+    "stream", "echo", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "presence_penalty",
+    "frequency_penalty", "min_tokens", "stop_token_ids",
 )  # fmt: skip
 # Field -> the values that ask for nothing. None asks for nothing everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -58,7 +63,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (),
     "tool_choice": ("none",),
     "tools": ([],),
-    "use_beam_search": (False,),
     "web_search_options": (),
 }
 
@@ -102,6 +106,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     priority: int | None = None
+    use_beam_search: bool | None = None  # with `n` beams
+    length_penalty: float | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
     cache_salt: str | None = None
@@ -130,6 +136,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         if kept is not None and kept < 1 and kept != -1:
             field = "truncate_prompt_tokens"
             raise BadRequest(f"{field} must be -1 or at least 1, got {kept}", param=field)
+        if self.use_beam_search:
+            self._check_beams()
         scored = self.prompt_logprobs
         if scored is not None and not 0 <= scored <= MAX_LOGPROBS:
             field = "prompt_logprobs"
@@ -140,6 +148,19 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             raise BadRequest(f"priority must be a 32-bit integer, got {self.priority}", param="priority")
         if any(len(word) > MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
             raise BadRequest(f"bad_words must be of at most {MAX_BAD_WORD_LENGTH} characters", param="bad_words")
+
+    def _check_beams(self) -> None:
+        """Beams are compared by the model's own logprobs: what would change those cannot be asked for."""
+        if self.choices_per_prompt > MAX_BEAM_WIDTH:
+            raise BadRequest(f"n must be at most {MAX_BEAM_WIDTH} with use_beam_search", param="n")
+        if self.length_penalty is not None and abs(self.length_penalty) > MAX_LENGTH_PENALTY:
+            limit = f"in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}]"
+            raise BadRequest(f"length_penalty must be {limit}, got {self.length_penalty}", param="length_penalty")
+        for field in _NOT_WITH_BEAMS:
+            if getattr(self, field, None):
+                raise not_supported(field, f"{field} together with use_beam_search")
+        if self.repetition_penalty not in (None, 1.0):
+            raise not_supported("repetition_penalty", "repetition_penalty together with use_beam_search")
 
     def check_choices(self, prompts: int) -> None:
         """Raise BadRequest for no choice, or more than one request may have."""
@@ -408,24 +429,3 @@ def check_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
     """Raise BadRequest for an id outside the model's vocabulary."""
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         raise BadRequest(f"{param} must hold token ids from 0 to {vocab_size - 1}", param=param)
-
-
-def output_budget(prompt_tokens: int, asked: int | None, default: int | None, max_model_len: int, param: str) -> int:
-    """How many tokens the output may have: what was asked, else `default`, else the rest of the context.
-
-    A `default` of the model is cut to the room that is left; what a client asks for is not.
-
-    Raises:
-        PromptTooLong: prompt and output do not fit together; names both numbers.
-    """
-    room = max_model_len - prompt_tokens
-    wanted = asked if asked is not None else min(default or room, max(room, 1))
-    wanted = max(wanted, 1)
-    total = prompt_tokens + wanted
-    if total > max_model_len:
-        raise PromptTooLong(
-            f"This model's maximum context length is {max_model_len} tokens, but you requested {total} tokens "
-            f"({prompt_tokens} in the prompt, {wanted} for the completion).",
-            param=param,
-        )
-    return wanted

@@ -39,6 +39,8 @@ class Plan:
     usage_at_end: bool
     usage_in_chunks: bool
     timeline: bool  # the client asked for it
+    beams: bool = False  # the choices of a prompt are the results of a beam search
+    length_penalty: float = 1.0
 
 
 class Reply(ABC):

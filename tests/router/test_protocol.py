@@ -27,6 +27,7 @@ WRONG = [
     ("best_of", 0), ("model", 5), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {str(VOCAB): 1}),
     ("logit_bias", [1]), ("logit_bias", {"1": "x"}), ("allowed_token_ids", []), ("allowed_token_ids", [VOCAB]),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", CONTEXT + 1),
+    ("use_beam_search", "yes"), ("length_penalty", "long"),
     ("truncation_side", "up"), ("priority", "high"), ("priority", 2**31), ("prompt_logprobs", -1),
     ("prompt_logprobs", 21), ("allowed_token_ids", [-1]), ("bad_words", "a"), ("bad_words", [""]), ("bad_words", [" "]),
     ("bad_words", ["a"] * 129), ("bad_words", ["x" * 1025]), ("bad_words", ["0 1 2 3 4 5 6 7 8 9" * 4]),
@@ -34,7 +35,7 @@ WRONG = [
 UNSUPPORTED: list[tuple[str, Any]] = [
     ("response_format", {"type": "json_object"}),
     ("structured_outputs", {"regex": "a"}), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
-    ("use_beam_search", True), ("prompt_embeds", "x"),
+    ("prompt_embeds", "x"),
     ("best_of", 2), ("kv_transfer_params", {"a": 1}),
     ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("suffix", "x"),
     ("modalities", ["audio"]), ("audio", {"voice": "x"}), ("functions", [{}]),
@@ -227,3 +228,16 @@ def test_any_body_is_answered_or_refused(router: Router, body: dict[str, Any], c
     assert response.status_code in (200, 400, 404), (response.status_code, response.text)
     if response.status_code != 200:
         assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stream", True), ("echo", True), ("prompt_logprobs", 1), ("logit_bias", {"1": 1}), ("bad_words", ["a"]),
+        ("repetition_penalty", 1.1), ("presence_penalty", 0.5), ("min_tokens", 2), ("stop_token_ids", [3]), ("n", 65),
+        ("length_penalty", 101.0),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_beam_search_is_named(router: Router, field: str, value: Any) -> None:
+    error = error_of(router, "/v1/completions", COMPLETION | {"use_beam_search": True, field: value})
+    assert error["param"] == field and field in error["message"]

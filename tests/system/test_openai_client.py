@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import AutoModelForCausalLM, NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from tests.system.fleets import fleet
 from tests.system.openai_servers import MESSAGES, MESSAGES_AS_TEXT, TEXT, Change, Reference, Server, Text
@@ -251,6 +251,35 @@ def test_logprobs_of_completions(
     [alone] = server.ask(stream=stream, logprobs=0, **sampling)
     assert [logprob for logprob, _ in alone.logprobs] == [logprob for logprob, _ in answer.logprobs]
     assert all(len(top) == 1 for _, top in alone.logprobs)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_beam_search_is_hugging_faces(
+    server: Server, tokenizer: tokenizers.Tokenizer, model: Path, penalty: float
+) -> None:
+    [prompt] = random_prompts([21], seed=19)
+    ids = torch.tensor([prompt])
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    out = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=4, num_return_sequences=4, length_penalty=penalty,
+        max_new_tokens=8, do_sample=False, early_stopping=False, pad_token_id=0, eos_token_id=list(END_IDS),
+    )  # fmt: skip
+    expected = []
+    for output in out[:, len(prompt) :].tolist():
+        end = next((at for at, token in enumerate(output) if token in END_IDS), len(output))
+        expected.append(output[: end + 1])
+    fields = {"use_beam_search": True, "length_penalty": penalty, "return_token_ids": True}
+    answer = server.client.completions.create(
+        model="tiny", prompt=prompt, n=4, max_tokens=8, logprobs=1, extra_body=fields
+    )
+    assert [choice.token_ids for choice in answer.choices] == expected  # type: ignore[attr-defined]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice, output in zip(answer.choices, expected, strict=True):
+        ended = output[-1] in END_IDS
+        assert choice.finish_reason == ("stop" if ended else "length")
+        assert choice.text == tokenizer.decode(output[:-1] if ended else output)
+        assert choice.logprobs and len(choice.logprobs.token_logprobs or ()) == len(output)
+    assert answer.usage and answer.usage.completion_tokens == sum(map(len, expected))
 
 
 def test_logprobs_of_prompts(server: Server, reference: Reference) -> None:
