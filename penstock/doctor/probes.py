@@ -163,7 +163,7 @@ def _run_triton(environ: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TRITON_PROGRAM],
-            env={**environ, "TRITON_INTERPRET": "0"},
+            env={**environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,
             timeout=10 * _COMMAND_TIMEOUT_S,
