@@ -39,6 +39,8 @@ class Transport(ABC):
     name: str
     progress_s: float | None = None  # how often `progress` must be called for peers to read from us; None: never
 
+    batch_bytes: int | None = None  # how much of a read is posted at once; None: the mover's own measure
+
     @abstractmethod
     def progress(self) -> None:
         """Serve peers that connect to us or read our pages, as far as that needs our help. Does not block."""

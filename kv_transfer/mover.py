@@ -46,7 +46,7 @@ __all__ = [
 
 _POLL_MIN_S, _POLL_MAX_S = 50e-6, 5e-3  # between two looks at copies in flight: 1/32 of the time nothing has moved
 _IDLE_FACTOR = 10  # an idle mover calls `progress` this much less often
-_CPU_BATCH_BYTES, _GPU_BATCH_BYTES = 8 << 20, 256 << 20  # a GPU's: a launch and two looks at it take 0.1 ms
+_CPU_BATCH_BYTES, _GPU_BATCH_BYTES = 8 << 20, 64 << 20  # at 13 MB/s a GPU's still lands before it counts as stalled
 _QUICK_S = 2.0  # for how long after a command the mover does not count as idle
 
 
@@ -69,7 +69,8 @@ class PageMover:
         Args:
             wake: called in the mover's thread when completions are ready; must not block.
             stall_s: a read without any progress for this long is reported as stalled.
-            batch_bytes: how much of a job is posted, or hashed, at once; default: by where the pool is.
+            batch_bytes: how much of a job is posted, or hashed, at once; default: by where the pool is, and for reads
+                what the transport wants.
             checksum: of our pages, as the lender seals them; needed for pools that are not on CPU.
         """
         self._transports = {transport.name: transport for transport in transports}
@@ -77,6 +78,8 @@ class PageMover:
         self._stall_s = stall_s
         default_bytes = _CPU_BATCH_BYTES if region.device == "cpu" else _GPU_BATCH_BYTES
         self._batch_pages = max(1, (batch_bytes or default_bytes) // region.page_bytes)
+        self._by_default = batch_bytes is None
+        self._page_bytes = region.page_bytes
         self._checksum = checksum or (lambda pages: checksums(region, pages))
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._done: deque[Completion] = deque()
@@ -201,7 +204,9 @@ class PageMover:
         if transport is None or (job.peer, job.transport) not in self._connected or job.peer in self._leaving:
             self._report(ReadFailed(job.tag, f"{job.peer} is not connected over {job.transport}"))
         else:
-            self._start(job.tag, Read(job, transport, self._batch_pages, self._checksum, self._stall_s))
+            wanted = transport.batch_bytes if self._by_default else None
+            batch_pages = max(1, wanted // self._page_bytes) if wanted else self._batch_pages
+            self._start(job.tag, Read(job, transport, batch_pages, self._checksum, self._stall_s))
 
     def _cancel(self, tag: str) -> None:
         if tag in self._work:

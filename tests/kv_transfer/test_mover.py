@@ -115,6 +115,16 @@ def test_a_read_goes_in_batches_and_wakes(fake: FakeTransport, start: Start) -> 
     assert fake.threads == {"page-mover"}
 
 
+def test_a_transport_may_want_larger_batches(fake: FakeTransport) -> None:
+    fake.batch_bytes = 6 * PAGE
+    mover = PageMover(REGION, [fake], checksum=lambda pages: [1000 + page for page in pages])
+    mover.connect("p", "fake", b"fake")
+    mover.read(read("a", 0, 10, checked=True))
+    assert isinstance(wait_for(mover, count(1))[0], ReadDone)
+    assert [len(dst) for _, _, dst in fake.posted] == [6, 4]
+    assert mover.close()
+
+
 def test_jobs_take_turns(fake: FakeTransport, start: Start) -> None:
     mover = start()
     fake.state = CopyState.PENDING
