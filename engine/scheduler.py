@@ -4,7 +4,7 @@
 pending. Continuous batching with chunked prefill: sequences that decode come first, then prompts under what is left of
 the token budget, by priority, then first come, first served. Without room for a decode's next page a sequence is
 preempted, of those with the least priority the newest: its pages are released and it waits at their front to be
-recomputed.
+recomputed. Choices of one request share the full pages of their prompt: one computes them, the others wait for it.
 
 What steps in flight cost:
 - A request whose end by length is certain is not planned again. One that stops at a token is noticed a step late: what
@@ -53,6 +53,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in order of arrival in the batch
         self._by_key: dict[str, Request] = {}
+        self._leading: dict[str, Request] = {}  # by request id: the choice that computes the prompt's pages for all
         self._ended: list[str] = []  # keys the executor must forget
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()  # submitted, not read; whose work it is
         self._step = 0  # the newest one planned
@@ -207,6 +208,8 @@ class Scheduler:
         for request in list(self.waiting) if budget > 0 and len(self.running) < self.max_num_seqs else ():
             if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self.waiting.num_claims):
                 return
+            if self._waits_for_sibling(request):
+                continue
             # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
             if (blocked and not request.has_claim) or not self._start(request, now):
                 blocked = True
@@ -214,6 +217,24 @@ class Scheduler:
             num_tokens = min(budget, request.num_to_compute)
             budget -= num_tokens
             yield request, num_tokens
+
+    def _waits_for_sibling(self, request: Request) -> bool:
+        """Another choice of the request computes the full pages of their prompt now: it will find them in the cache."""
+        leader = self._leading.get(request.source.request_id)
+        return leader is not None and not request.scores_prompt and not self.pages.table(request.key)
+
+    def _lead(self, request: Request) -> None:
+        """A request joins the batch: if it computes pages of its prompt, its siblings wait for them."""
+        if self.pages.caching and request.computed < self._shared_tokens(request):
+            self._leading.setdefault(request.source.request_id, request)
+
+    def _stop_leading(self, request: Request) -> None:
+        if self._leading.get(request.source.request_id) is request:
+            del self._leading[request.source.request_id]
+
+    def _shared_tokens(self, request: Request) -> int:
+        """Tokens in the full pages that all choices of a request may share."""
+        return (request.prompt_len - 1) // self.pages.page_size * self.pages.page_size
 
     def _start(self, request: Request, now: float) -> bool:
         """Move a waiting request into the batch, with pages for everything known of it; False without room."""
@@ -250,10 +271,12 @@ class Scheduler:
         request.status = Status.RUNNING
         request.room = len(pages.table(request.key)) * pages.page_size
         self.running.append(request)
+        self._lead(request)
         return True
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
+        self._stop_leading(request)
         self.pages.release(request.key)
         request.status = Status.WAITING
         request.computed = request.pending = 0
@@ -293,6 +316,8 @@ class Scheduler:
             done = work.start + work.num_tokens
             if done % page_size < work.num_tokens:
                 self._name_pages(request, work.start, done)
+                if self._leading and done >= self._shared_tokens(request):
+                    self._stop_leading(request)
             if tell_progress:
                 progress.append(Progress(work.key, done))
             if work.samples:
@@ -366,6 +391,7 @@ class Scheduler:
             self._ended.append(request.key)
         else:
             self.waiting.remove(request)
+        self._stop_leading(request)
         request.status = Status.FINISHED
         request.finish = finish
         in_flight = request.last_step > self._read

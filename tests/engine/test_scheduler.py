@@ -294,3 +294,33 @@ def test_the_lowest_priority_first_and_the_highest_preempted() -> None:
     assert started[:2] == ["urgent", "first"] and "first" in started[2:]
     assert ended == ["urgent", "first", "second", "late"]
     assert scheduler.counters.preemptions > 0 and scheduler.pages.num_held == 0
+
+
+def test_choices_wait_for_the_one_that_computes_their_prompt() -> None:
+    """Others do not; if it is aborted the next one leads."""
+    scheduler, executor = make_scheduler(num_pages=32, budget=8), FakeExecutor(32)
+    prompt = [i % 7 for i in range(22)]  # 5 full pages
+    sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    for name, choice in (("n", 0), ("n", 1), ("other", 0), ("n", 2)):
+        tokens = prompt if name == "n" else [1, 2]
+        source = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=tokens, sampling=sampling)
+        scheduler.add(Request(source, 0.0))
+    found: dict[str, list[int]] = {}
+    started: list[str] = []
+    step = 0
+    while scheduler.has_work():
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        started += [start.key for start in plan.started]
+        for output in scheduler.update(executor.run(plan), 0.0).outputs:
+            found.setdefault(output.key, []).extend(output.token_ids)
+        step += 1
+        if step == 1:
+            scheduler.abort("n:0:0")
+        scheduler.pages.check()
+    assert started[0] == "n:0:0" and set(started) == {"n:0:0", "n:1:0", "n:2:0", "other:0:0"}
+    assert found["n:1:0"] == found["n:2:0"] == oracle(prompt, 3) and found["other:0:0"] == oracle([1, 2], 3)
+    assert (
+        scheduler.counters.prompt_tokens <= 8 + (22 - 4) + 2 + (22 - 20) + 4
+    )  # the last one computes its last page only
+    assert not scheduler._leading and scheduler.pages.num_held == 0

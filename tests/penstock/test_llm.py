@@ -196,6 +196,30 @@ def test_the_lowest_priority_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
         llm.generate([TEXT] * 4, GREEDY, use_tqdm=False, priority=[3])
 
 
+def test_choices_share_the_pages_of_their_prompt(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four choices of a prompt of 20 full pages and a part: they hold those once, and it is computed once."""
+    size = llm.engine.pages.page_size
+    [prompt] = random_prompts([20 * size + 2], seed=91)
+    params = SamplingParams(n=4, seed=3, temperature=1.5, max_tokens=size, ignore_eos=True)
+    counters = llm.engine.scheduler.counters
+    before, held = counters.prompt_tokens, []
+    step = llm.engine.step
+
+    def watching() -> Any:
+        output = step()
+        held.append(llm.engine.pages.num_held)
+        return output
+
+    monkeypatch.setattr(llm.engine, "step", watching)
+    [answer] = run(llm, prompt, params)
+    monkeypatch.undo()
+    assert 20 + 4 <= max(held) <= 20 + 4 * 2  # each has the rest of its prompt and its output to itself
+    assert counters.prompt_tokens - before <= len(prompt) + 3 * size
+    for output in answer.outputs[1:]:  # as if each had computed the prompt itself
+        [alone] = llm.generate([{"prompt_token_ids": prompt, "cache_salt": str(output.index)}], params, use_tqdm=False)
+        assert alone.outputs[output.index].token_ids == output.token_ids
+
+
 def test_choices_and_seeds(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=3, temperature=1.5, max_tokens=8, ignore_eos=True)
     [first], [second] = run(llm, TEXT, params), run(llm, TEXT, params)
