@@ -33,7 +33,7 @@ from penstock.router.policy import (
 
 @dataclass(frozen=True)
 class CostWeights:
-    """What cannot be measured but has to be chosen; docs/routing.md has the sweep behind each."""
+    """What cannot be measured but has to be chosen; docs/routing.md has what was tried."""
 
     decode: float = 0.05  # a millisecond between tokens, times expected tokens, against one before the first token
     evict: float = 8.0  # how often a page is asked for again, against the share of tokens that hit now

@@ -37,10 +37,11 @@ def scaled(requests: Sequence[TracedRequest], shape: FleetShape, utilisation: fl
     return time_scaled(requests, needed_ms / utilisation / span_ms)
 
 
-def balance_bound(requests: Sequence[TracedRequest], shape: FleetShape) -> float:
+def greedy_balance(requests: Sequence[TracedRequest], shape: FleetShape) -> float:
     """max/mean load if each request went to whoever had least, its work known and every hit of the oracle had anywhere.
 
-    No policy can be expected below: one that knows less, and has prefixes and queues to think of. One phase only.
+    What a router could hope for that looked at nothing else; in a run that is short for the fleet it is far above 1,
+    because some requests are longer than what there is time to balance. One phase only.
     """
     hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
     loads = [0.0] * shape.workers

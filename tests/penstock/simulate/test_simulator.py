@@ -15,7 +15,7 @@ from penstock.router.policy import Candidate, Placement, Policy, RequestFacts, p
 from penstock.router.rates import WorkerRates
 from penstock.simulate.fleet_view import FleetView
 from penstock.simulate.result import Slo, oracle_hits
-from penstock.simulate.runs import balance_bound, compare, scaled
+from penstock.simulate.runs import compare, greedy_balance, scaled
 from penstock.simulate.simulator import FleetShape, Simulator
 from penstock.simulate.trace import TracedRequest
 from penstock.simulate.worker import StepTimes
@@ -126,7 +126,7 @@ def test_arrivals_are_stretched_to_a_utilisation():
     assert scaled(requests, shape(), None) == requests
     assert scaled(requests, shape(), 0.5)[1].arrival_ms == pytest.approx(2 * (50 + 10) / 0.5)
     assert scaled(requests, shape(2, prefill=1), 0.5)[1].arrival_ms == pytest.approx(2 * 50 / 0.5), "the busier role"
-    assert balance_bound(requests, shape(2)) == pytest.approx(1.0) and balance_bound(requests, shape(3)) > 1.4
+    assert greedy_balance(requests, shape(2)) == pytest.approx(1.0) and greedy_balance(requests, shape(3)) > 1.4
     with pytest.raises(ConfigError, match="do not all arrive at once"):
         scaled(requests[:1], shape(), 0.5)
 
