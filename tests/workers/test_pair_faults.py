@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from penstock.common.messages import Abort, GenerateRequest, Submit
@@ -68,7 +69,7 @@ def _a_stopped_prefill_worker_then_killed(
     expected: list[list[int]],
 ) -> None:
     prefill, decode = fleet["prefill-0"], fleet["decode-0"]
-    long = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
+    long = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1, prompt_logprobs=0)
     prefill.kill(signal.SIGSTOP)
     for request in _requests(prompts, "kill-", long):
         router.submit(decode.info, Submit(request=request, prefill=prefill.info))
@@ -80,6 +81,14 @@ def _a_stopped_prefill_worker_then_killed(
     router.collect(30)
     assert [router.answers[f"kill-{i}", 0].tokens for i in range(len(prompts))] == expected
     assert decode.metric("penstock:handoff_failures_total") == len(prompts)
+    _prompts_are_scored(router, prompts, "kill-")
+
+
+def _prompts_are_scored(router: RouterDouble, prompts: list[list[int]], prefix: str = "") -> None:
+    """By whoever computed a prompt in the end: all of its tokens, whatever pages had landed."""
+    for i, prompt in enumerate(prompts):
+        scored = [delta for delta in router.answers[f"{prefix}{i}", 0].deltas if delta.prompt_logprobs is not None]
+        assert scored and all(delta.index == 0 and len(delta.prompt_logprobs) == len(prompt) - 1 for delta in scored)
 
 
 @pytest.mark.parametrize("checksum", ["all", "off"])
@@ -94,9 +103,10 @@ def test_a_corrupted_byte_shows(checkpoints: dict[str, Path], redis_server: Redi
         assert prefill.info is not None and decode.info is not None
         with RouterDouble(decode.info, prefill.info) as router:
             router.wait_connected()
-            for request in _requests(prompts):
+            for request in _requests(prompts, sampling=msgspec.structs.replace(GREEDY, prompt_logprobs=0)):
                 router.submit(decode.info, Submit(request=request, prefill=prefill.info))
             router.collect()
+            _prompts_are_scored(router, prompts)
             tokens = [router.answers[str(i), 0].tokens for i in range(len(prompts))]
             if checksum == "all":
                 assert tokens == expected
