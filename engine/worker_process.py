@@ -11,18 +11,22 @@ import logging
 import os
 import sys
 import uuid
+from functools import partial
 from typing import Protocol
 
 from penstock.common.bus import BusServer
 from penstock.common.config import WorkerConfig
+from penstock.common.hash_probe import probe_digest
 from penstock.common.logs import report_progress
-from penstock.common.messages import WorkerInfo
+from penstock.common.messages import GenerateRequest, WorkerInfo
 from penstock.common.redis_state import RegistryWriter
+from penstock.common.sampling import SamplingParams
 from penstock.common.status_server import StatusServer
 from penstock.common.version import __version__
 from penstock.engine.build import BuiltEngine, build_engine
 from penstock.engine.kv_pool import KVPool
 from penstock.engine.policy import BatchPolicy
+from penstock.engine.request import Request
 from penstock.engine.worker_loop import Role, WorkerLoop, stop_on_signals
 
 logger = logging.getLogger(__name__)
@@ -118,8 +122,17 @@ def _worker_info(
         vocab_size=built.spec.vocab_size,
         eos_token_ids=list(built.spec.eos_token_ids),
         hash_scope=built.hash_scope,
+        hash_probe=probe_digest(pages.page_size, partial(_engine_hashes, built)),
         transports=transports,
         lease_s=config.lease_s,
         pid=os.getpid(),
         version=__version__,
     )
+
+
+def _engine_hashes(built: BuiltEngine, tokens: list[int], salt: str) -> list[bytes]:
+    """A prompt's page hashes by the code that names pages here."""
+    source = GenerateRequest(
+        request_id="probe", prompt_token_ids=tokens, sampling=SamplingParams(max_tokens=1), cache_salt=salt
+    )
+    return Request(source, 0.0).extend_hashes(built.hash_scope, built.engine.pages.page_size, len(tokens))

@@ -21,6 +21,7 @@ import zmq
 from penstock.common.bus import AsyncBusLink, Connected, Disconnected, LinkItem
 from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
+from penstock.common.hash_probe import mismatch
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup, Reservations
@@ -310,7 +311,7 @@ class RouterService:
             self._on_disconnected(address, item)
 
     def _on_connected(self, address: str, worker: WorkerInfo) -> None:
-        refusal = self._fleet.connected(address, worker, time.monotonic())
+        refusal = mismatch(worker) or self._fleet.connected(address, worker, time.monotonic())
         if refusal:  # its link stays, so that it can be used once the workers that it does not match are gone
             if worker.incarnation not in self._refused:
                 self._refused.add(worker.incarnation)

@@ -45,6 +45,7 @@ class FakeWorker:
         announced: str = "",
         fingerprint: str = "f",
         max_model_len: int = 4096,
+        hash_probe: str = "",
     ) -> None:
         self.limit = 1 << 30
         self.step_s = 0.001
@@ -73,6 +74,7 @@ class FakeWorker:
             vocab_size=1000,
             eos_token_ids=[2],
             hash_scope="scope",
+            hash_probe=hash_probe,
             lease_s=lease_s,
         )
         self.peers = Peers(self.info, lease_s)

@@ -164,6 +164,22 @@ class Proxy:
         source.close()
 
 
+def test_a_worker_that_hashes_differently_is_refused_and_said(redis_server, start_worker, caplog):
+    start_worker("d1")
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            other = start_worker("d2", hash_probe="00")
+            await until(lambda: service.counters()["workers_refused"] == 1)
+            sinks = [await send(service, request(f"r{i}")) for i in range(3)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks) and not other.submitted
+            told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+            assert len(told) == 1 and "d2" in told[0] and "hashes prompts differently" in told[0]
+
+    play(scenario())
+
+
 def test_a_worker_of_another_model_gets_nothing(redis_server, start_worker, monkeypatch, caplog):
     monkeypatch.setattr(fleet, "FINGERPRINT_KEPT_S", 0.0)
     first = start_worker("d1")
