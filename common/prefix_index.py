@@ -6,7 +6,7 @@
 
 A worker announces a page only while it announces the page before it (announcements.py). So what it holds of a prompt
 ends at one place, and a look-up finds that place by bisection, for all workers together: one HGET tells for each of
-them whether it is before or behind. The cost grows with the logarithm of the pages times the number of different places.
+them whether it is before or behind. The cost grows with the logarithm of the pages times the number of such places.
 
 Fencing: a slot counts only for the incarnation whose NS:index key names it, and that key lives one lease. A slot whose
 incarnation has gone is given to nobody before `SWEEP` has taken it out of every bucket. Should NS:slots be lost, the
