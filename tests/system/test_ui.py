@@ -22,8 +22,8 @@ ARTIFACTS = Path(__file__).resolve().parents[2] / "test-artifacts"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("PENSTOCK_TEST_BROWSER"),
-    reason="needs Chromium; PENSTOCK_TEST_BROWSER=1 makes its absence a failure",
+    CHROMIUM is None and not os.environ.get("TEST_BROWSER"),
+    reason="needs Chromium; TEST_BROWSER=1 makes its absence a failure",
 )
 
 
