@@ -37,6 +37,7 @@ from penstock.common.announcements import Announcements
 from penstock.common.index_writer import IndexWriter, Sweeper
 from penstock.common.messages import WorkerInfo, decode_worker_info, encode
 from penstock.common.prefix_index import LOOK_UP, REANNOUNCE_S, pack
+from penstock.common.tasks import end_tasks
 
 BATCH_S = 0.05  # changes of pages and loads within this time travel together
 WRITER_TIMEOUT_S = 2.0
@@ -284,7 +285,6 @@ class Reservations:
         self._lease_s = lease_s
         self._tokens: dict[str, int] = {}
         self._dirty = asyncio.Event()
-        self._closing = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -301,16 +301,14 @@ class Reservations:
 
     async def close(self) -> None:
         """Stop writing and take this router's load out of Redis."""
-        self._closing = True
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
         self._tokens.clear()
         await self._write()
         await self._redis.client.aclose()
 
     async def _run(self) -> None:
-        while not self._closing:  # before Python 3.12, wait_for loses a cancel that crosses its result
+        while True:
             await self._write()
             await asyncio.sleep(AWAY_S if self._redis.is_away() else BATCH_S)
             with suppress(asyncio.TimeoutError):  # nothing changed for so long: refresh the lease

@@ -25,6 +25,7 @@ from penstock.common.hash_probe import mismatch
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup, Reservations
+from penstock.common.tasks import end_tasks
 from penstock.router.dispatch import Dispatcher
 from penstock.router.dispatch_events import (
     Cancelled,
@@ -119,9 +120,7 @@ class RouterService:
         while self._dispatcher.choices and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._handle(Shutdown())
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await self._reservations.close()
         await self._reader.close()
         for link in self._links.values():
