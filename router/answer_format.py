@@ -1,132 +1,98 @@
-"""How an answer is written: what completions and chat have in common. Subclasses are in completions.py and chat.py.
+"""The seam between what happened to a request (`Delta`, `Usage`, an error) and how a route writes it (`AnswerFormat`).
 
-A streamed token is bytes joined around its JSON-encoded text; the parts before and after are made once a request.
+reply.py tells, a format writes: choices_format.py has what completions and chat share. What a choice said is in `Said`.
 """
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import msgspec
-
-from penstock.common.tokenizer import Tokenizer
+from penstock.common.errors import PenstockError
 from penstock.router.choice import Choice, ScoredToken
 
-_json = msgspec.json.Encoder().encode
-NO_LOGPROB = -9999.0  # JSON has no minus infinity
-DONE = b"data: [DONE]\n\n"
+
+class CallDelta(NamedTuple):
+    """A piece of a tool call; the first of each call has its id and name, whatever the number of pieces."""
+
+    call: int  # counts the calls of a choice
+    arguments: str = ""  # JSON, to be joined
+    call_id: str | None = None
+    name: str | None = None
+
+
+class Delta(NamedTuple):
+    """What a choice said since the last one: reasoning comes before content, calls after it."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
+    tokens: Sequence[ScoredToken] = ()  # scored ones, if asked for
+    finish_reason: str | None = None  # in the last one
+
+
+class Usage(NamedTuple):
+    """Tokens of a request: every prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0  # of the prompt's
+
+
+@dataclass
+class Call:
+    """A tool call as far as it is known."""
+
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass
+class Said:
+    """The deltas of one choice, joined."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take the next delta."""
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        for piece in delta.calls:
+            if piece.call == len(self.calls):
+                self.calls.append(Call(piece.call_id or "", piece.name or ""))
+            self.calls[piece.call].arguments += piece.arguments
+        self.tokens.extend(delta.tokens)
+        self.finish_reason = delta.finish_reason
 
 
 class AnswerFormat(ABC):
-    """One request's way of writing; `usage_field` adds "usage": null to chunks, as OpenAI does with include_usage.
+    """One request's way of writing its answer, in one piece (`whole`) or as events (the other methods)."""
 
-    With `token_ids` choices carry the ids of their tokens (vLLM's `return_token_ids`), with `prompt_logprobs` those of
-    the prompt's (vLLM's field of this name, in answers that come whole).
-    """
-
-    object_name: ClassVar[str]
-    chunk_object_name: ClassVar[str]
-    before_text: ClassVar[bytes]  # between the choice's index and its text
-    after_text: ClassVar[bytes]  # what closes the text
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        answer_id: str,
-        model: str,
-        usage_field: bool,
-        token_ids: bool = False,
-        prompt_logprobs: int | None = None,
-    ) -> None:
-        created = int(time.time())
-        self._tokenizer = tokenizer
-        self.token_ids = token_ids
-        self.prompt_logprobs = prompt_logprobs
-        self._ids_written: dict[int, int] = {}  # choice -> how many of its ids are in earlier chunks
-        self._answer_id, self._created, self._model = answer_id, created, model
-        head = _json({"id": answer_id, "object": self.chunk_object_name, "created": created, "model": model})
-        self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
-        self._tail = b'}],"usage":null}\n\n' if usage_field else b"}]}\n\n"
-        self._plain = self.after_text + b',"logprobs":null,"finish_reason":null' + self._tail
+    @abstractmethod
+    def whole(
+        self, choices: Sequence[Choice], said: Sequence[Said], usage: Usage, timeline: list[dict[str, Any]] | None
+    ) -> bytes:
+        """The body of an answer in one piece; `timeline` is for clients that asked for it."""
 
     @abstractmethod
     def opening(self, choice: Choice) -> bytes:
-        """What a streamed choice begins with; may be nothing."""
+        """The events that a streamed choice begins with; may be none."""
 
     @abstractmethod
-    def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-        """A choice of an answer in one piece."""
+    def delta(self, choice: Choice, delta: Delta, usage: Usage | None) -> bytes:
+        """The events for what a choice said, `usage` so far if every event is to have it."""
 
     @abstractmethod
-    def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        """Scores in the API's shape; None if there are none."""
+    def closing(self, usage: Usage, timeline: list[dict[str, Any]] | None) -> bytes:
+        """The events that end a stream, after the last delta of the last choice."""
 
-    def top_level(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Fields of a whole answer beside its choices."""
-        return {}
-
-    def scored_prompt(self, choice: Choice) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`: for each prompt token, by id, its score and the top ones; None for the first."""
-        token_ids = choice.request.prompt_token_ids
-        scored: list[dict[str, Any] | None] = [None]
-        for token_id, scores in zip(token_ids[1:], choice.prompt_logprobs, strict=True):
-            ranked = [(token_id, scores.logprob, scores.rank)]
-            top = list(zip(scores.top_ids, scores.top_logprobs, strict=True))[: self.prompt_logprobs]
-            ranked += [(i, logprob, rank) for rank, (i, logprob) in enumerate(top, start=1) if i != token_id]
-            text = self._tokenizer.token_text
-            scored.append(
-                {str(i): {"logprob": finite(p), "rank": rank, "decoded_token": text(i)} for i, p, rank in ranked}
-            )
-        return scored
-
-    def opening_chunk(
-        self, choice: Choice, text: str, before_text: bytes | None = None, logprobs: dict[str, Any] | None = None
-    ) -> bytes:
-        """An event with text that is not output."""
-        before = self.before_text if before_text is None else before_text
-        if logprobs is not None:
-            ending = b'{"logprobs":%b,"finish_reason":null' % _json(logprobs)
-            tail = self.after_text + b"," + ending[1:] + self._tail
-            return b"%b%d%b%b%b" % (self._head, choice.index, before, _json(text), tail)
-        return b"%b%d%b%b%b" % (self._head, choice.index, before, _json(text), self._plain)
-
-    def chunk(
-        self, choice: Choice, text: str, tokens: Sequence[ScoredToken], usage: dict[str, Any] | None = None
-    ) -> bytes:
-        """New text of one choice as an event, with the reason if it is the last."""
-        start = b"%b%d%b" % (self._head, choice.index, self.before_text)
-        if not tokens and not choice.ended and usage is None and not self.token_ids:
-            return b"".join((start, _json(text), self._plain))
-        ending: dict[str, Any] = {"logprobs": self.logprobs(tokens), "finish_reason": choice.text.finish_reason}
-        if choice.ended:
-            ending["stop_reason"] = choice.text.stop_reason
-        if self.token_ids:
-            ending["token_ids"] = choice.token_ids[self._ids_written.get(choice.index, 0) :]
-            self._ids_written[choice.index] = len(choice.token_ids)
-        tail = self._tail if usage is None else b'}],"usage":' + _json(usage) + b"}\n\n"
-        return b"".join((start, _json(text), self.after_text, b",", _json(ending)[1:-1], tail))
-
-    def last_chunk(self, extra: dict[str, Any]) -> bytes:
-        """An event without choices, for `usage` and `timeline`."""
-        return b"data: " + _json(self._envelope(self.chunk_object_name, []) | extra) + b"\n\n"
-
-    def whole(self, choices: Sequence[dict[str, Any]], extra: dict[str, Any]) -> bytes:
-        """The answer in one piece."""
-        return _json(self._envelope(self.object_name, choices) | extra)
-
-    def _envelope(self, name: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._answer_id,
-            "object": name,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(logprob, NO_LOGPROB)
+    @abstractmethod
+    def failure(self, error: PenstockError) -> bytes:
+        """The events that end a stream that fails after its first event."""

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import BadRequest
-from penstock.router.answer_format import AnswerFormat, finite
+from penstock.router.answer_format import Said
 from penstock.router.choice import Choice, ScoredToken
+from penstock.router.choices_format import ChoicesFormat, finite
 from penstock.router.front import Front, RequestHead
 from penstock.router.protocol import ChatRequest, decode_request
 from penstock.router.reply import Plan
@@ -60,7 +61,7 @@ def chat_token_ids(request: ChatRequest, front: Front) -> list[int]:
     return request.truncated(ids, front.model_info().max_model_len)
 
 
-class ChatFormat(AnswerFormat):
+class ChatFormat(ChoicesFormat):
     """chat.completion objects and their chunks."""
 
     object_name = "chat.completion"
@@ -72,13 +73,13 @@ class ChatFormat(AnswerFormat):
         """The role comes first, in a chunk of its own."""
         return self.opening_chunk(choice, "", before_text=b',"delta":{"role":"assistant","content":')
 
-    def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-        """See `AnswerFormat`."""
+    def choice(self, choice: Choice, said: Said) -> dict[str, Any]:
+        """See `ChoicesFormat`."""
         fields: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self.logprobs(tokens),
-            "finish_reason": choice.text.finish_reason,
+            "message": {"role": "assistant", "content": said.content, "refusal": None},
+            "logprobs": self.logprobs(said.tokens),
+            "finish_reason": said.finish_reason,
             "stop_reason": choice.text.stop_reason,
         }
         if self.token_ids:

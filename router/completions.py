@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import BadRequest
-from penstock.router.answer_format import AnswerFormat, finite
+from penstock.router.answer_format import Said
 from penstock.router.choice import Choice, ScoredToken
+from penstock.router.choices_format import ChoicesFormat, finite
 from penstock.router.front import Front, RequestHead
 from penstock.router.protocol import CompletionRequest, check_ids, decode_request
 from penstock.router.reply import Plan
@@ -58,7 +59,7 @@ async def _token_ids(prompts: list[str] | list[list[int]], add_special_tokens: b
     return ids
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionFormat(ChoicesFormat):
     """text_completion objects."""
 
     object_name = "text_completion"
@@ -72,13 +73,13 @@ class CompletionFormat(AnswerFormat):
             return b""
         return self.opening_chunk(choice, choice.echo, logprobs=self.logprobs(choice.scored_prompt()))
 
-    def choice(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-        """See `AnswerFormat`."""
+    def choice(self, choice: Choice, said: Said) -> dict[str, Any]:
+        """See `ChoicesFormat`."""
         fields: dict[str, Any] = {
             "index": choice.index,
-            "text": text,
-            "logprobs": self.logprobs([*choice.scored_prompt(), *tokens] if choice.echo else tokens),
-            "finish_reason": choice.text.finish_reason,
+            "text": choice.echo + said.content,
+            "logprobs": self.logprobs([*choice.scored_prompt(), *said.tokens] if choice.echo else said.tokens),
+            "finish_reason": said.finish_reason,
             "stop_reason": choice.text.stop_reason,
         }
         if self.prompt_logprobs is not None:

@@ -124,7 +124,6 @@ class Front:
         seed = self.seeds.getrandbits(63)
         sampling = request.sampling(self.defaults, budget, logprobs, seed, info.vocab_size, self._encode_word)
         self.metrics.request(n, budget)
-        at_end, in_chunks = request.usage_in_stream
         requests = [
             GenerateRequest(
                 request_id=head.request_id if len(prompts) == 1 else f"{head.request_id}-{at}",
@@ -144,8 +143,7 @@ class Front:
             echoes=[echo for echo in echoes for _ in range(n)],
             format=format,
             stream=bool(request.stream),
-            usage_at_end=at_end,
-            usage_in_chunks=in_chunks,
+            usage_in_chunks=request.usage_in_stream[1],
             timeline=head.timeline,
             beams=bool(request.use_beam_search),
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,

@@ -1,6 +1,6 @@
-"""One HTTP answer in the making: submits the choices, collects what they say, writes it, whole or as a stream.
+"""One HTTP answer in the making: submits the choices and has the plan's format write what they say, whole or streamed.
 
-Made by app.py from a `Plan`. Written as raw ASGI messages: a stream has one task, which is woken once for all tokens
+Made by app.py from a `Plan`. Sent as raw ASGI messages: a stream has one task, which is woken once for all tokens
 of a step and joins them into one write, and one that waits for the client to hang up.
 """
 
@@ -17,9 +17,9 @@ from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest
 from penstock.common.timeline import Timeline
 from penstock.common.tokenizer import Tokenizer
-from penstock.router.answer_format import DONE, AnswerFormat
+from penstock.router.answer_format import AnswerFormat, Delta, Said, Usage
 from penstock.router.choice import Choice, ScoredToken
-from penstock.router.error_bodies import Send, error_body, send_json
+from penstock.router.error_bodies import Send, send_json
 from penstock.router.metrics import RouterMetrics
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ class Plan:
     echoes: list[str]  # per choice: prompt text to show before the output
     format: AnswerFormat
     stream: bool
-    usage_at_end: bool
-    usage_in_chunks: bool
-    timeline: bool  # the client asked for it
+    usage_in_chunks: bool = False
+    timeline: bool = False  # the client asked for it
     beams: bool = False  # the choices of a prompt are the results of a beam search
     length_penalty: float = 1.0
 
@@ -87,9 +86,13 @@ class Reply(ABC):
             watcher.cancel()
             self._cancel_running()
 
-    @abstractmethod
     def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
         """See `Listener`."""
+        self.on_delta(choice, Delta(text, tokens=tokens, finish_reason=choice.text.finish_reason))
+
+    @abstractmethod
+    def on_delta(self, choice: Choice, delta: Delta) -> None:
+        """What a choice said; may be nothing."""
 
     def on_failure(self, error: PenstockError) -> None:
         """One choice failed: the whole answer does."""
@@ -148,26 +151,22 @@ class Reply(ABC):
             self._waiter = None
         self._news = False
 
-    def _extra(self, usage: bool) -> dict[str, Any]:
-        """The top-level fields that come last."""
-        extra: dict[str, Any] = {"usage": self._usage()} if usage else {}
-        if self._plan.timeline:
-            self._timeline.mark("finished", time.monotonic())
-            spans = max((choice.spans for choice in self._choices), key=len)
-            extra["timeline"] = self._timeline.entries(spans)
-        return extra
+    def _finished(self) -> tuple[Usage, list[dict[str, Any]] | None]:
+        """What is told last: the usage, and the timeline if it was asked for."""
+        if not self._plan.timeline:
+            return self._usage(), None
+        self._timeline.mark("finished", time.monotonic())
+        spans = max((choice.spans for choice in self._choices), key=len)
+        return self._usage(), self._timeline.entries(spans)
 
-    def _usage(self) -> dict[str, Any]:
-        """Every prompt counts once, however many choices it has."""
+    def _usage(self) -> Usage:
         prompts = {choice.request.request_id: len(choice.request.prompt_token_ids) for choice in self._choices}
         cached = dict.fromkeys(prompts, 0)
         for choice in self._choices:
             request_id = choice.request.request_id
             cached[request_id] = max(cached[request_id], *(span.cached_tokens for span in choice.spans), 0)
         output_tokens = sum(choice.text.num_tokens for choice in self._choices)
-        return _usage(sum(prompts.values()), output_tokens) | {
-            "prompt_tokens_details": {"cached_tokens": sum(cached.values())}
-        }
+        return Usage(sum(prompts.values()), output_tokens, sum(cached.values()))
 
 
 class WholeReply(Reply):
@@ -175,13 +174,11 @@ class WholeReply(Reply):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._texts = ["" for _ in self._choices]
-        self._tokens: list[list[ScoredToken]] = [[] for _ in self._choices]
+        self._said = [Said() for _ in self._choices]
 
-    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
+    def on_delta(self, choice: Choice, delta: Delta) -> None:
         """Keep it; the last choice to end wakes the answer."""
-        self._texts[choice.index] += text
-        self._tokens[choice.index].extend(tokens)
+        self._said[choice.index].add(delta)
         if choice.ended:
             self._running -= 1
             if self._running == 0:
@@ -194,11 +191,7 @@ class WholeReply(Reply):
             return
         if self._error is not None:
             raise self._error
-        choices = [
-            self._format.choice(choice, choice.echo + text, tokens)
-            for choice, text, tokens in zip(self._choices, self._texts, self._tokens, strict=True)
-        ]
-        body = self._format.whole(choices, self._format.top_level(self._choices) | self._extra(usage=True))
+        body = self._format.whole(self._choices, self._said, *self._finished())
         self.started = True
         await send_json(send, body, self._headers)
 
@@ -215,37 +208,31 @@ class StreamReply(Reply):
         self._opened = [False for _ in self._choices]
         self._complete = False
 
-    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
-        """Write an event, unless all of the text is held back."""
+    def on_delta(self, choice: Choice, delta: Delta) -> None:
+        """Write an event, unless there is nothing to tell yet."""
         if self._complete:
             return
         if not self._opened[choice.index]:
             self._opened[choice.index] = True
             self._pending.append(self._format.opening(choice))
-        if text or tokens or choice.ended:
+        if delta.content or delta.reasoning or delta.calls or delta.tokens or choice.ended:
             usage = None
             if self._plan.usage_in_chunks:
-                usage = _usage(len(choice.request.prompt_token_ids), choice.text.num_tokens)
-            self._pending.append(self._format.chunk(choice, text, tokens, usage))
+                usage = Usage(len(choice.request.prompt_token_ids), choice.text.num_tokens)
+            self._pending.append(self._format.delta(choice, delta, usage))
         if choice.ended:
             self._running -= 1
             if self._running == 0:
-                self._finish()
+                self._pending.append(self._format.closing(*self._finished()))
+                self._complete = True
         self._wake()
 
     def on_failure(self, error: PenstockError) -> None:
         """After the first event, an error is an event, too."""
         super().on_failure(error)
         if self.started and not self._complete:
-            self._pending += [b"data: " + error_body(error) + b"\n\n", DONE]
+            self._pending.append(self._format.failure(error))
             self._complete = True
-
-    def _finish(self) -> None:
-        extra = self._extra(self._plan.usage_at_end)
-        if extra:
-            self._pending.append(self._format.last_chunk(extra))
-        self._pending.append(DONE)
-        self._complete = True
 
     async def _answer(self, send: Send) -> None:
         while not self._pending and self._error is None and not self._gone:
@@ -265,11 +252,3 @@ class StreamReply(Reply):
             if complete:
                 return
             await self._wait_for_news()
-
-
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
