@@ -12,6 +12,7 @@ import math
 import msgspec
 
 from penstock.common.bad_words import MAX_BAD_WORD_TOKENS
+from penstock.common.structured_outputs import StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 100.0  # beyond, every token is equally likely, and float32 overflows
@@ -52,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: list[int] | None = None  # all others are never drawn
     bad_words: list[str] = []
     truncate_prompt_tokens: int | None = None  # keep the last so many; -1: as many as the context has room for
+    structured_outputs: StructuredOutputsParams | None = None  # the form of the output
     bad_words_token_ids: list[list[int]] = []  # set from `bad_words` by whoever has the tokenizer
 
     def __post_init__(self) -> None:

@@ -9,10 +9,19 @@ from penstock.common.version import __version__
 if TYPE_CHECKING:
     from penstock.common.beam_search import BeamSearchParams
     from penstock.common.sampling import SamplingParams
+    from penstock.common.structured_outputs import StructuredOutputsParams
     from penstock.llm import LLM
     from penstock.results import CompletionOutput, RequestOutput
 
-__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from penstock.common.sampling import SamplingParams
 
         return SamplingParams
+    if name == "StructuredOutputsParams":
+        from penstock.common.structured_outputs import StructuredOutputsParams
+
+        return StructuredOutputsParams
     if name == "BeamSearchParams":
         from penstock.common.beam_search import BeamSearchParams
 

@@ -18,6 +18,7 @@ from penstock.common.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY
 from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.sampling import SamplingParams
+from penstock.common.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -102,6 +103,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
@@ -148,6 +150,16 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             raise BadRequest(f"priority must be a 32-bit integer, got {self.priority}", param="priority")
         if any(len(word) > MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
             raise BadRequest(f"bad_words must be of at most {MAX_BAD_WORD_LENGTH} characters", param="bad_words")
+
+    def constrain(self, constraint: StructuredOutputsParams, field: str) -> None:
+        """Have the output take the form that `field` asks for.
+
+        Raises:
+            BadRequest: another field has asked for a form already.
+        """
+        if self.structured_outputs is not None:
+            raise BadRequest(f"{field} does not go with another field that constrains the output", param=field)
+        self.structured_outputs = constraint
 
     def _check_beams(self) -> None:
         """Beams are compared by the model's own logprobs: what would change those cannot be asked for."""
@@ -246,6 +258,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
                 max_tokens=max_tokens,
                 logprobs=logprobs,
                 prompt_logprobs=self.asked_prompt_logprobs,
+                structured_outputs=self.structured_outputs,
             )
         except ValueError as error:
             raise BadRequest(str(error), param=str(error).partition(" ")[0]) from error
