@@ -91,6 +91,22 @@ class HeartbeatAck(Message, tag="heartbeat_ack", frozen=True, kw_only=True):
     load: WorkerLoad
 
 
+class MeasuredRates(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How fast a worker has been lately (common/rate_estimator.py). 0: not enough of it has happened.
+
+    A step takes decode_step_ms, and decode_sequence_ms and decode_context_ms for each sequence and token of context in
+    it; one that computes prompts takes prefill_step_ms instead of decode_step_ms, and the time of their tokens.
+    """
+
+    prefill_tokens_per_s: float = 0.0
+    prefill_step_ms: float = 0.0
+    decode_step_ms: float = 0.0
+    decode_sequence_ms: float = 0.0
+    decode_context_ms: float = 0.0
+    link_bytes_per_s: float = 0.0  # reading pages from other workers
+    link_setup_ms: float = 0.0
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A snapshot of one worker: gauges for routing, counters (since its start) for metrics and people."""
 
@@ -113,6 +129,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transfer_bytes: int = 0
     transfer_pages: int = 0
     checksum_failures: int = 0
+    rates: MeasuredRates = MeasuredRates()
 
 
 # ---------------------------------------------------------------- requests: router -> worker, decode -> prefill

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import msgspec
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from penstock.common.messages import WorkerLoad
+from penstock.common.messages import MeasuredRates, WorkerLoad
 
 LABELS = ("model_name", "engine")  # engine: the worker id
 
@@ -22,6 +23,19 @@ def kv_cache_usage(load: WorkerLoad) -> float:
     return 1.0 - load.free_pages / load.num_pages if load.num_pages else 0.0
 
 
+def _rate(name: str) -> _Read:
+    return lambda load: float(getattr(load.rates, name))
+
+
+_RATES = {
+    "prefill_tokens_per_s": "Prompt tokens that the worker computes a second, as measured; 0: not yet.",
+    "prefill_step_ms": "Milliseconds of a step with prompts, beside their tokens.",
+    "decode_step_ms": "Milliseconds of a decode step, beside its sequences.",
+    "decode_sequence_ms": "Milliseconds that a sequence adds to a step.",
+    "decode_context_ms": "Milliseconds that a token of context adds to a step.",
+    "link_bytes_per_s": "Bytes of pages that the worker reads from others a second.",
+    "link_setup_ms": "Milliseconds of such a read, beside its bytes.",
+}
 _GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("vllm:num_requests_running", "Requests in the running batch.", lambda load: load.running),
     ("vllm:num_requests_waiting", "Requests that wait for room or for their turn.", lambda load: load.waiting),
@@ -34,6 +48,10 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
         "penstock:kv_pages_quarantined",
         "KV pages that an unsettled transfer may still write.",
         lambda load: load.quarantined_pages,
+    ),
+    *(
+        (f"penstock:measured_{field.name}", _RATES[field.name], _rate(field.name))
+        for field in msgspec.structs.fields(MeasuredRates)
     ),
     ("penstock:draining", "1 while the worker finishes what it has and takes nothing new.", lambda load: load.draining),
 )

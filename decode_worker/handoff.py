@@ -23,6 +23,7 @@ from penstock.common.messages import (
     Spans,
     WorkerInfo,
 )
+from penstock.common.rate_estimator import RateEstimator
 from penstock.decode_worker.admission import Entry
 from penstock.decode_worker.prefill_links import PrefillLinks, PrefillLost
 from penstock.engine.pages import NoRoom, PageManager
@@ -95,6 +96,7 @@ class HandOffIn:
     landings: Landings
     own_transports: list[str]
     kv_transport: str  # as configured: "auto" or one name
+    rates: RateEstimator = field(default_factory=RateEstimator)  # is told how long reads take
     counters: HandOffCounters = field(default_factory=HandOffCounters)
     _open: dict[str, _HandOff] = field(default_factory=dict)
     _peers: dict[str, str] = field(default_factory=dict)  # prefill incarnation -> transport it is read with
@@ -243,6 +245,7 @@ class HandOffIn:
             handoff.landed_at = event.finished_at
             handoff.size_bytes += event.size_bytes
             self.counters.transfer_bytes += event.size_bytes
+            self.rates.read(event.size_bytes, event.seconds)
             self.landings.read_done(event.tag, event.finished_at)
             if self.landings.state(handoff.entry.key) is LandingState.FAILED:
                 reason = "pages landed after the lender's lease may have ended"

@@ -45,6 +45,7 @@ class DecodeJoint:
             landings=Landings(config.lease_s),
             own_transports=[transport.name for transport in self._transports],
             kv_transport=config.kv_transport,
+            rates=loop.engine.rates,
         )
         return DecodeRole(loop, handoffs)
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from penstock.common.messages import GenerateRequest
+from penstock.common.rate_estimator import RateEstimator
 from penstock.engine.outputs import StepOutput
 from penstock.engine.pages import PageManager
-from penstock.engine.plan import Executor, StepHandle
+from penstock.engine.plan import Executor, StepHandle, StepPlan
 from penstock.engine.request import Request, request_key
 from penstock.engine.scheduler import Scheduler
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A submitted step, and what of it says how long it should take."""
+
+    handle: StepHandle
+    submitted: float
+    num_tokens: int
+    sequences: int
+    context_tokens: int
+
+
 class Engine:
-    """One scheduler and one executor."""
+    """One scheduler and one executor. `rates` has how long the steps took."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
         self.scheduler = scheduler
@@ -23,7 +36,9 @@ class Engine:
         self.clock = clock
         self.steps = 0  # submitted
         self.stalled = False  # the last `step` could neither submit nor read: requests wait for pages of others
-        self._in_flight: deque[StepHandle] = deque()
+        self.rates = RateEstimator()
+        self._in_flight: deque[_InFlight] = deque()
+        self._read_at = float("-inf")
 
     @property
     def pages(self) -> PageManager:
@@ -58,8 +73,7 @@ class Engine:
         try:
             plan = self.scheduler.plan(self.clock())
             if plan is not None:
-                self._in_flight.append(self.executor.submit(plan))
-                self.steps += 1
+                self._submit(plan)
             self.stalled = not self._in_flight
             if self.stalled or (plan is not None and len(self._in_flight) <= self.executor.run_ahead):
                 return StepOutput()
@@ -85,8 +99,20 @@ class Engine:
         self._in_flight.clear()
         self.executor.close()
 
+    def _submit(self, plan: StepPlan) -> None:
+        submitted, context = self.clock(), self.pages.num_held * self.pages.page_size
+        handle = self.executor.submit(plan)
+        self._in_flight.append(_InFlight(handle, submitted, plan.num_tokens, len(plan.work), context))
+        self.steps += 1
+
     def _read(self) -> StepOutput:
-        return self.scheduler.update(self._in_flight.popleft().result(), self.clock())
+        step = self._in_flight.popleft()
+        result, now = step.handle.result(), self.clock()
+        # A step that was submitted behind another one began when that one had ended.
+        seconds = now - max(step.submitted, self._read_at)
+        self._read_at = now
+        self.rates.step(step.num_tokens, step.sequences, step.context_tokens, seconds)
+        return self.scheduler.update(result, now)
 
     def _give_up(self) -> None:
         self._in_flight.clear()

@@ -203,6 +203,7 @@ class WorkerLoop:
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
             preemptions=counters.preemptions,
+            rates=self.engine.rates.rates(),
             **fields,
         )
 

@@ -16,6 +16,7 @@ from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.dispatch import WAIT_FOR_WORKER_S
 from penstock.router.policy import Candidate, Placement
+from penstock.router.rates import H200_LLAMA8B, WorkerRates, measured, typical
 from penstock.router.shares import WorkShares
 
 # A request waits for WAIT_FOR_WORKER_S at most, so none begins on one model and goes on with another.
@@ -29,6 +30,7 @@ class Member:
     worker: WorkerInfo
     load: WorkerLoad
     address: str
+    rates: WorkerRates
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Fleet:
         self._refused: dict[str, WorkerInfo] = {}  # by address, while the link is up
         self._reserved: dict[str, int] = {}  # incarnation -> tokens; never 0
         self._shares = WorkShares()
+        self._typical: dict[str, WorkerRates] = {}  # by role
 
     def discovered(self, workers: Iterable[WorkerInfo]) -> Discovery:
         """Take a listing from Redis. An address is forgotten only when its link is down as well."""
@@ -74,7 +77,8 @@ class Fleet:
             return refusal
         self._refused.pop(address, None)
         self._fingerprint = worker.fingerprint
-        self._members[address] = Member(worker, WorkerLoad(), address)
+        rates = self._typical.get(worker.role, H200_LLAMA8B)
+        self._members[address] = Member(worker, WorkerLoad(), address, rates)
         self._shares.join(worker.incarnation)
         self._shares.keep({member.worker.incarnation for member in self._members.values()})
         return ""
@@ -105,8 +109,12 @@ class Fleet:
 
     def report(self, address: str, load: WorkerLoad) -> None:
         """A worker's own view of its load."""
-        if address in self._members:
-            self._members[address].load = load
+        member = self._members.get(address)
+        if member is None:
+            return
+        if member.load.rates != load.rates:
+            member.rates = measured(load.rates, self._typical.get(member.worker.role, H200_LLAMA8B))
+        member.load = load
 
     def reserve(self, incarnation: str, tokens: int) -> int:
         """Add to this router's load at a worker; returns the total."""
@@ -122,6 +130,14 @@ class Fleet:
     def release(self, incarnation: str, tokens: int) -> int:
         """Take back what `reserve` added (also after the worker is gone); returns the total."""
         return self.reserve(incarnation, -tokens)
+
+    def tick(self) -> None:
+        """Now and then: what a worker has not measured itself yet is what others of its role have."""
+        for role in ("prefill", "decode"):
+            members = [member for member in self._members.values() if member.worker.role == role]
+            self._typical[role] = typical(member.load.rates for member in members)
+            for member in members:
+                member.rates = measured(member.load.rates, self._typical[role])
 
     def give(self, placement: Placement) -> None:
         """The work of a placement counts as given; what its output turns out to be is not corrected."""
@@ -160,9 +176,9 @@ class Fleet:
         own = self._reserved.get(worker.incarnation, 0)
         given_ms = self._shares.of(worker.incarnation)
         if found is None:
-            return Candidate(worker, member.load, reserved_tokens=own, given_ms=given_ms)
+            return Candidate(worker, member.load, 0, own, member.rates, given_ms)
         held_tokens = found.held_pages * worker.page_size
-        return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens, given_ms=given_ms)
+        return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens, member.rates, given_ms)
 
 
 def _short(names: Iterable[str]) -> frozenset[str]:

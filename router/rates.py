@@ -3,13 +3,18 @@
 The routing policy weighs choices with these, and the fleet simulator runs its virtual workers on them. The defaults are
 fitted to the recorded runs of Llama-3.1-8B's shape on one H200 (benchmarks/results/h200-9d1d2bf.json): prompts of 8192
 tokens, and decode steps of 1 to 256 sequences with contexts of 1024 to 8192 tokens. The link is one 400 Gbit/s card,
-less a fifth. Only their ratios decide where a request goes.
+less a fifth. Only their ratios decide where a request goes. Workers measure their own and report them in heartbeats.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+import msgspec
+
+from penstock.common.messages import MeasuredRates
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class WorkerRates:
     decode_context_ms: float = 3.2e-5  # a token of context, a step
     link_bytes_per_s: float = 40e9
     link_setup_ms: float = 2.0  # asking a worker for pages, until the first byte moves
+    prefill_step_ms: float = 0.0  # of a prompt's computation, beside its tokens
 
     def __post_init__(self) -> None:
         for rate in fields(self):
@@ -33,7 +39,7 @@ class WorkerRates:
 
     def prefill_ms(self, tokens: float) -> float:
         """Computing so many tokens of prompts."""
-        return tokens * 1e3 / self.prefill_tokens_per_s
+        return self.prefill_step_ms + tokens * 1e3 / self.prefill_tokens_per_s if tokens > 0 else 0.0
 
     def move_ms(self, size_bytes: float) -> float:
         """Reading pages from another worker."""
@@ -49,3 +55,32 @@ class WorkerRates:
 
 
 H200_LLAMA8B = WorkerRates()
+
+
+def measured(reported: MeasuredRates, otherwise: WorkerRates) -> WorkerRates:
+    """The rates that a worker has measured; `otherwise` has those that it has not (yet)."""
+    known: dict[str, float] = {}
+    for deciding, names in _TOGETHER.items():
+        if getattr(reported, deciding) > 0:
+            known |= {name: getattr(reported, name) for name in names}
+    return replace(otherwise, **known) if known else otherwise
+
+
+def typical(reported: Iterable[MeasuredRates]) -> WorkerRates:
+    """What to take for a worker that has measured nothing: the mean of those that have, else `H200_LLAMA8B`.
+
+    A default in between would make a new worker of a slow fleet look idle for ever, and of a fast one useless.
+    """
+    rows = list(reported)
+    mean: dict[str, float] = {}
+    for deciding, names in _TOGETHER.items():
+        known = [row for row in rows if getattr(row, deciding) > 0]
+        mean |= {name: sum(getattr(row, name) for row in known) / len(known) for name in names if known}
+    return measured(msgspec.convert(mean, MeasuredRates), H200_LLAMA8B)
+
+
+_TOGETHER = {  # measured together, as the first of them tells
+    "prefill_tokens_per_s": ("prefill_tokens_per_s", "prefill_step_ms"),
+    "decode_step_ms": ("decode_step_ms", "decode_sequence_ms", "decode_context_ms"),
+    "link_bytes_per_s": ("link_bytes_per_s", "link_setup_ms"),
+}

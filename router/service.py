@@ -267,6 +267,7 @@ class RouterService:
             workers = await self._reader.workers()
             if workers is not None:
                 changes = self._fleet.discovered(workers)
+                self._fleet.tick()
                 for address in changes.opened:
                     self._open_link(address)
                 for address in changes.forgotten:

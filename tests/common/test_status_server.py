@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.common.messages import WorkerLoad
+from penstock.common.messages import MeasuredRates, WorkerLoad
 from penstock.common.status_server import StatusServer
 from penstock.common.worker_metrics import worker_metric_families
 
@@ -110,11 +110,17 @@ def test_every_field_of_the_load_reaches_a_metric() -> None:
         families = worker_metric_families("tiny", [("decode-0", load)])
         return [sample.value for family in families for sample in family.samples]
 
+    def changes(base: WorkerLoad, name: str) -> list[WorkerLoad]:
+        old = getattr(base, name)
+        if isinstance(old, MeasuredRates):
+            one = [msgspec.structs.replace(old, **{f.name: 1.0}) for f in msgspec.structs.fields(MeasuredRates)]
+            return [msgspec.structs.replace(base, **{name: rates}) for rates in one]
+        return [msgspec.structs.replace(base, **{name: not old if isinstance(old, bool) else old + 1})]
+
     base = WorkerLoad(num_pages=10, free_pages=5)
     for name in (field.name for field in msgspec.structs.fields(WorkerLoad)):
-        old = getattr(base, name)
-        changed = msgspec.structs.replace(base, **{name: not old if isinstance(old, bool) else old + 1})
-        assert values(changed) != values(base), f"{name} is shown by no metric"
+        for changed in changes(base, name):
+            assert values(changed) != values(base), f"{name} is shown by no metric"
 
 
 def test_one_sample_for_each_worker() -> None:
