@@ -1,7 +1,7 @@
 """The router's HTTP application: routes, keys, errors; and `serve`, which `penstock router` runs.
 
-FastAPI holds the routes; the two that generate are raw ASGI, without its request and response machinery. Request
-headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-Timeline: 1` (adds `timeline`).
+FastAPI holds the routes; those with a body are raw ASGI (endpoints.py), without its request and response machinery.
+Request headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-Timeline: 1` (adds `timeline`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import contextlib
 import hmac
 import logging
 import random
-import re
 import signal
 import socket
 import time
-import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +27,19 @@ from starlette.routing import Route
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
-from penstock.common.errors import BadRequest, InternalError, NotFound, PenstockError, Unauthorized
+from penstock.common.errors import BadRequest, NotFound, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
-from penstock.common.timeline import Timeline
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
-from penstock.router.beams import BeamReply
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
-from penstock.router.error_bodies import Send, error_body, send_error, send_json
+from penstock.router.endpoints import Answering, Generation, Scope, internal_error
+from penstock.router.error_bodies import Send, error_body, send_error
 from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import fields_of
-from penstock.router.reply import Plan, Receive, StreamReply, WholeReply
+from penstock.router.reply import Plan, Receive
 from penstock.router.token_routes import detokenize, tokenize
 
 if TYPE_CHECKING:
@@ -50,7 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 << 20  # below what the bus carries: what is taken can be sent on
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 # The page brings all it needs: nothing is loaded from elsewhere, and nobody may frame it.
@@ -59,60 +55,6 @@ _PAGE_HEADERS = {
     "connect-src 'self'; frame-ancestors 'none'",
     "cache-control": "no-cache",
 }
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-Scope = MutableMapping[str, Any]
-Planner = Callable[[bytes, RequestHead, Front], Awaitable[Plan]]
-
-
-class Generation:
-    """ASGI endpoint of one generating route; `plan` reads its body."""
-
-    def __init__(self, front: Front, plan: Planner) -> None:
-        self._front, self._plan = front, plan
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timeline = Timeline()
-        timeline.mark("received", time.monotonic())
-        head, headers = _head(scope)
-        front, reply = self._front, None
-        try:
-            body = await _read_body(receive)
-            if body is None:
-                return
-            plan = await self._plan(body, head, front)
-            timeline.mark("tokenised", time.monotonic())
-            kind = BeamReply if plan.beams else StreamReply if plan.stream else WholeReply
-            reply = kind(plan, front.service, front.tokenizer, front.metrics, timeline, headers)
-            await reply.run(receive, send)
-        except PenstockError as error:
-            if reply is None or not reply.failed:
-                front.metrics.failed(error.code)
-            await send_error(send, error, headers)
-        except Exception:
-            log.exception("request %s", head.request_id)
-            if reply is not None and reply.started:
-                raise  # the server cuts the connection, so that nobody takes the answer for whole
-            await send_error(send, InternalError("internal error; the router's log has the cause"), headers)
-
-
-class Answering:
-    """ASGI endpoint of a route that makes one JSON answer of its body at once."""
-
-    def __init__(self, front: Front, answer: Callable[[bytes, Front], Awaitable[bytes]]) -> None:
-        self._front, self._answer = front, answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head, headers = _head(scope)
-        try:
-            body = await _read_body(receive)
-            if body is not None:
-                await send_json(send, await self._answer(body, self._front), headers)
-        except PenstockError as error:
-            self._front.metrics.failed(error.code)
-            await send_error(send, error, headers)
-        except Exception:
-            log.exception("request %s", head.request_id)
-            await send_error(send, InternalError("internal error; the router's log has the cause"), headers)
 
 
 class KeyGate:
@@ -300,36 +242,6 @@ async def _plan_invocation(body: bytes, head: RequestHead, front: Front) -> Plan
     return await plan(body, head, front)
 
 
-def _head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
-    """(ids and wishes from the request's headers, headers of the response)."""
-    given, timeline = None, False
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            given = value
-        elif name == b"x-penstock-timeline":
-            timeline = value.strip().lower() in (b"1", b"true")
-    unique = uuid.uuid4().hex
-    answer_id = unique if given is None else given.decode("ascii")
-    head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline)
-    return head, [(b"x-request-id", answer_id.encode())]
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body; None if the client left before it was complete."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes")
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown routes and methods, in the API's shape."""
     assert isinstance(error, HTTPException)
@@ -340,5 +252,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _internal_error(_: Request, __: Exception) -> Response:
     """A fault of ours outside the generating routes; the server logs it."""
-    error = InternalError("internal error; the router's log has the cause")
+    error = internal_error()
     return Response(error_body(error), 500, media_type="application/json")

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import BadRequest
-from penstock.router.answer_format import Said
+from penstock.router.answer_format import AnswerFormat, Said
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.choices_format import ChoicesFormat, finite
 from penstock.router.front import Front, RequestHead
@@ -25,16 +25,23 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
         PenstockError: the body is wrong, the template refuses it, the model is unknown, or no worker is known.
     """
     request = decode_request(_decoder, body)
-    model = front.model_name(request.model)
-    request.check_choices(1)
-    ids = await front.in_thread(lambda: chat_token_ids(request, front), len(body))
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    answer_id, usage, show_ids = (
-        f"chatcmpl-{head.answer_id}",
-        request.usage_in_stream[0],
-        bool(request.return_token_ids),
-    )
+    model, usage = front.model_name(request.model), request.usage_in_stream[0]
+    answer_id, show_ids = f"chatcmpl-{head.answer_id}", bool(request.return_token_ids)
     format = ChatFormat(front.tokenizer, answer_id, model, usage, show_ids, request.prompt_logprobs)
+    return await plan_messages(request, format, len(body), head, front)
+
+
+async def plan_messages(
+    request: ChatRequest, format: AnswerFormat, size_chars: int, head: RequestHead, front: Front
+) -> Plan:
+    """The plan for a checked request, whose answer `format` writes; other routes translate their bodies to this one.
+
+    Raises:
+        PenstockError: see `plan_chat`.
+    """
+    request.check_choices(1)
+    ids = await front.in_thread(lambda: chat_token_ids(request, front), size_chars)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = (front.defaults.max_new_tokens, "messages")
     return front.plan(request, head, format, [ids], [""], max_tokens, logprobs)
 

@@ -26,9 +26,14 @@ def error_headers(error: PenstockError) -> list[tuple[bytes, bytes]]:
     return [(b"www-authenticate", b"Bearer")] if isinstance(error, Unauthorized) else []
 
 
-async def send_error(send: Send, error: PenstockError, headers: list[tuple[bytes, bytes]]) -> None:
-    """Answer a request that has no answer yet with `error`; `headers` are added."""
-    await send_json(send, error_body(error), error_headers(error) + headers, error.status)
+async def send_error(
+    send: Send,
+    error: PenstockError,
+    headers: list[tuple[bytes, bytes]],
+    body: Callable[[PenstockError], bytes] = error_body,
+) -> None:
+    """Answer a request that has no answer yet with `error`, written by `body`; `headers` are added."""
+    await send_json(send, body(error), error_headers(error) + headers, error.status)
 
 
 async def send_json(send: Send, body: bytes, headers: list[tuple[bytes, bytes]], status: int = 200) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from penstock.common.bus import MAX_MESSAGE_BYTES
 from penstock.common.tokenizer import Tokenizer
-from penstock.router.app import MAX_BODY_BYTES
+from penstock.router.endpoints import MAX_BODY_BYTES
 from tests.router.fake_router import CONTEXT, VOCAB, Router
 from tests.tiny_tokenizers import byte_level
 

@@ -1,0 +1,116 @@
+"""ASGI endpoints: from an HTTP request to an answer, or to the one error that says why there is none.
+
+`Generation` runs the model, `Answering` makes one JSON answer at once; both read their body whole. app.py makes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from penstock.common.errors import BadRequest, InternalError, PenstockError
+from penstock.common.timeline import Timeline
+from penstock.router.beams import BeamReply
+from penstock.router.error_bodies import Send, error_body, send_error, send_json
+from penstock.router.front import Front, RequestHead
+from penstock.router.reply import Plan, Receive, StreamReply, WholeReply
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 << 20  # below what the bus carries: what is taken can be sent on
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+Scope = MutableMapping[str, Any]
+Planner = Callable[[bytes, RequestHead, Front], Awaitable[Plan]]
+ErrorBody = Callable[[PenstockError], bytes]
+
+
+class Generation:
+    """ASGI endpoint of one generating route; `plan` reads its body, `errors` writes what went wrong."""
+
+    def __init__(self, front: Front, plan: Planner, errors: ErrorBody = error_body) -> None:
+        self._front, self._plan, self._errors = front, plan, errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        timeline = Timeline()
+        timeline.mark("received", time.monotonic())
+        head, headers = request_head(scope)
+        front, reply = self._front, None
+        try:
+            body = await read_body(receive)
+            if body is None:
+                return
+            plan = await self._plan(body, head, front)
+            timeline.mark("tokenised", time.monotonic())
+            kind = BeamReply if plan.beams else StreamReply if plan.stream else WholeReply
+            reply = kind(plan, front.service, front.tokenizer, front.metrics, timeline, headers)
+            await reply.run(receive, send)
+        except PenstockError as error:
+            if reply is None or not reply.failed:
+                front.metrics.failed(error.code)
+            await send_error(send, error, headers, self._errors)
+        except Exception:
+            log.exception("request %s", head.request_id)
+            if reply is not None and reply.started:
+                raise  # the server cuts the connection, so that nobody takes the answer for whole
+            await send_error(send, internal_error(), headers, self._errors)
+
+
+class Answering:
+    """ASGI endpoint of a route that makes one JSON answer of its body at once."""
+
+    def __init__(
+        self, front: Front, answer: Callable[[bytes, Front], Awaitable[bytes]], errors: ErrorBody = error_body
+    ) -> None:
+        self._front, self._answer, self._errors = front, answer, errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head, headers = request_head(scope)
+        try:
+            body = await read_body(receive)
+            if body is not None:
+                await send_json(send, await self._answer(body, self._front), headers)
+        except PenstockError as error:
+            self._front.metrics.failed(error.code)
+            await send_error(send, error, headers, self._errors)
+        except Exception:
+            log.exception("request %s", head.request_id)
+            await send_error(send, internal_error(), headers, self._errors)
+
+
+def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
+    """(ids and wishes from the request's headers, headers of the response)."""
+    given, timeline = None, False
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            given = value
+        elif name == b"x-penstock-timeline":
+            timeline = value.strip().lower() in (b"1", b"true")
+    unique = uuid.uuid4().hex
+    answer_id = unique if given is None else given.decode("ascii")
+    head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline)
+    return head, [(b"x-request-id", answer_id.encode())]
+
+
+async def read_body(receive: Receive) -> bytes | None:
+    """The whole body; None if the client left before it was complete."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise BadRequest(f"the body is larger than {MAX_BODY_BYTES} bytes")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def internal_error() -> InternalError:
+    """What a client is told of a fault of ours."""
+    return InternalError("internal error; the router's log has the cause")
