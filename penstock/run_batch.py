@@ -18,12 +18,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm import tqdm
 
 from penstock.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    import aiohttp
+from penstock.http_client import Client, RequestError, connect
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 MAX_OPEN = 1024  # requests that are open at a time
@@ -87,10 +87,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--input-file {options.input_file} cannot be read: {error}") from None
     if options.base_url and rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: with --base-url no fleet is started")
-    try:
-        import aiohttp  # noqa: F401
-    except ImportError:
-        raise ConfigError("run-batch needs aiohttp: pip install 'penstock[bench]'") from None
     key = options.api_key if options.base_url else ""
     with _open(options.output_file) as out, _server(options, rest) as url:
         failed = asyncio.run(_answer(lines, url, key, out, options.disable_tqdm))
@@ -110,7 +106,7 @@ def _open(path: Path) -> Any:
 def _server(options: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
     """The URL of the running server, or of a fleet that lives as long as the block."""
     if options.base_url:
-        yield options.base_url.rstrip("/").removesuffix("/v1")
+        yield options.base_url
         return
     from penstock.common import logs
     from penstock.common.config import ServeConfig
@@ -125,44 +121,35 @@ def _server(options: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
 
 async def _answer(lines: Sequence[Line], url: str, key: str, out: Any, quiet: bool) -> int:
     """Write an answer a line, in order, as far as they are there; how many are not of status 200."""
-    import aiohttp
-    from tqdm import tqdm
-
     failed = 0
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-    bar = tqdm(total=len(lines), desc="Requests", disable=True if quiet else None)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        async for answer in _in_order(session, url, lines):
-            out.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            out.flush()
-            failed += answer["error"] is not None or answer["response"]["status_code"] != 200
-            bar.update()
-    bar.close()
+    with tqdm(total=len(lines), desc="Requests", disable=True if quiet else None) as bar:
+        async with connect(url, api_key=key) as client:
+            async for answer in _in_order(client, lines):
+                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                out.flush()
+                failed += answer["error"] is not None or answer["response"]["status_code"] != 200
+                bar.update()
     return failed
 
 
-async def _in_order(session: aiohttp.ClientSession, url: str, lines: Iterable[Line]) -> AsyncIterator[dict[str, Any]]:
+async def _in_order(client: Client, lines: Iterable[Line]) -> AsyncIterator[dict[str, Any]]:
     """Answers in the lines' order, up to MAX_OPEN requests ahead of the one that is waited for."""
     waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
     for line in lines:
-        waiting.append(asyncio.create_task(_send(session, url, line)))
+        waiting.append(asyncio.create_task(_send(client, line)))
         if len(waiting) == MAX_OPEN:
             yield await waiting.popleft()
     while waiting:
         yield await waiting.popleft()
 
 
-async def _send(session: aiohttp.ClientSession, url: str, line: Line) -> dict[str, Any]:
-    import aiohttp
-
+async def _send(client: Client, line: Line) -> dict[str, Any]:
     unique = uuid.uuid4().hex
     answer: dict[str, Any] = {"id": f"batch_req_{unique}", "custom_id": line.custom_id, "response": None, "error": None}
     if line.error:
         return answer | {"error": {"code": "invalid_request", "message": line.error}}
     try:
-        async with session.post(url + line.url, json=line.body, headers={"X-Request-Id": unique}) as response:
-            body = await response.json(content_type=None)
-            return answer | {"response": {"status_code": response.status, "request_id": unique, "body": body}}
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        return answer | {"error": {"code": "connection_error", "message": f"{type(error).__name__}: {error}"}}
+        status, body = await client.post(line.url, line.body, unique)
+    except RequestError as error:
+        return answer | {"error": {"code": "connection_error", "message": str(error)}}
+    return answer | {"response": {"status_code": status, "request_id": unique, "body": body}}

@@ -70,7 +70,7 @@ def _third_party(paths: Iterable[Path]) -> dict[str, str]:
     [
         (ROUTER_FOLDERS, ()),
         (WORKER_FOLDERS, ("worker",)),
-        (("penstock",), ("worker", "demo", "bench", "plot")),
+        (("penstock",), ("worker", "demo", "plot")),
         (("tests", "scripts", "benchmarks"), ("worker", "dev")),
     ],
     ids=["router", "worker", "penstock", "development"],

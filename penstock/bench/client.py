@@ -1,31 +1,21 @@
-"""One streamed request to an OpenAI-compatible server, timed as its client sees it. Used by `penstock bench serve`."""
+"""One streamed request to an OpenAI-compatible server, timed as its client sees it, and many of them at their times."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import aiohttp
-
+from penstock.bench.questions import Question
 from penstock.bench.serving_metrics import RequestRecord
+from penstock.http_client import Client, RequestError
 
 CHAT = "openai-chat"
 
 
-@dataclass(frozen=True)
-class Question:
-    """What to ask: text, or token ids where the route takes them."""
-
-    prompt: str | list[int]
-    prompt_len: int
-    output_len: int
-
-
 async def ask(
-    session: aiohttp.ClientSession, url: str, backend: str, fields: dict[str, Any], question: Question, request_id: str
+    client: Client, path: str, backend: str, fields: dict[str, Any], question: Question, request_id: str
 ) -> RequestRecord:
     """Send it and read the answer to its end; whatever goes wrong is the record's `error`.
 
@@ -43,29 +33,22 @@ async def ask(
     last = record.start
     pieces = 0
     try:
-        async with session.post(url, json=body, headers={"X-Request-Id": request_id}) as response:
-            if response.status != 200:
-                record.error = f"{response.status} {response.reason}: {_message(await response.text())}"
-                return record
-            async for event in _events(response):
-                now = time.perf_counter()
-                if "error" in event:
-                    record.error = _message(json.dumps(event))
-                    return record
-                text = _text_of(event, backend)
-                if text is not None:
-                    record.text += text
-                    if pieces:
-                        record.itl.append(now - last)
-                    else:
-                        record.ttft = now - record.start
-                    pieces, last = pieces + 1, now
-                usage = event.get("usage")
-                if usage:
-                    record.output_len = usage.get("completion_tokens") or 0
-                    record.prompt_len = usage.get("prompt_tokens") or record.prompt_len
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        record.error = f"{type(error).__name__}: {error}"
+        async for event in client.stream(path, body, request_id):
+            now = time.perf_counter()
+            text = _text_of(event, backend)
+            if text is not None:
+                record.text += text
+                if pieces:
+                    record.itl.append(now - last)
+                else:
+                    record.ttft = now - record.start
+                pieces, last = pieces + 1, now
+            usage = event.get("usage")
+            if usage:
+                record.output_len = usage.get("completion_tokens") or 0
+                record.prompt_len = usage.get("prompt_tokens") or record.prompt_len
+    except RequestError as error:
+        record.error = str(error)
         return record
     record.latency = last - record.start
     record.output_len = record.output_len or pieces  # a server that gives no usage
@@ -74,16 +57,34 @@ async def ask(
     return record
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """Payloads of a stream of server-sent events, as each is complete."""
-    rest = b""
-    async for piece in response.content.iter_any():
-        *whole, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
-        for event in whole:
-            lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
-            data = b"\n".join(lines)
-            if data and data != b"[DONE]":
-                yield json.loads(data)
+async def run_load(
+    questions: Sequence[Question],
+    times: Sequence[float],
+    send: Callable[[int, Question], Awaitable[RequestRecord]],
+    *,
+    max_concurrency: int | None = None,
+) -> tuple[list[RequestRecord], float]:
+    """(records in the questions' order, seconds from the first request to the last answer).
+
+    Args:
+        times: seconds after the beginning at which each is sent, ascending.
+        send: asks the question with this number.
+        max_concurrency: most that are open at a time; others wait, and their time has not begun.
+    """
+    limit = asyncio.Semaphore(max_concurrency or max(1, len(questions)))
+
+    async def one(number: int, question: Question) -> RequestRecord:
+        async with limit:
+            return await send(number, question)
+
+    begun = time.perf_counter()
+    tasks = []
+    for number, (at, question) in enumerate(zip(times, questions, strict=True)):
+        if (wait := begun + at - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tasks.append(asyncio.create_task(one(number, question)))
+    records = await asyncio.gather(*tasks)
+    return records, time.perf_counter() - min((record.start for record in records), default=begun)
 
 
 def _text_of(event: dict[str, Any], backend: str) -> str | None:
@@ -99,10 +100,3 @@ def _text_of(event: dict[str, Any], backend: str) -> str | None:
     if not content and "role" in delta:
         return None
     return content or delta.get("reasoning_content") or delta.get("reasoning") or ""
-
-
-def _message(body: str) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body[:200]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from penstock.bench.datasets import DATASETS, TRACE_PAGE_TOKENS
 from penstock.common.config import EngineConfig, FleetConfig, option
 from penstock.common.errors import ConfigError
 
-DATASETS = ("sharegpt", "random", "lengths")
 # Fleet options mean nothing to an engine in this process; a file or environment that holds them is fine.
 HIDDEN = ("redis_url", "namespace", "cluster_key", "lease_s", "served_model_name")
 
@@ -78,7 +78,9 @@ class ThroughputConfig(BenchConfig):
     """`penstock bench throughput`: many requests at once."""
 
     dataset_name: str = option("sharegpt", "what dataset_path is; without a path it is random", choices=DATASETS)
-    dataset_path: str = option("", "ShareGPT conversations, or (lengths) a JSON list of [input, output] lengths")
+    dataset_path: str = option(
+        "", "ShareGPT conversations; lines of prompts (custom); a trace; a list of [input, output] lengths"
+    )
     dataset: str = option("", "the same as dataset_path", excludes="dataset_path")
     num_prompts: int = option(1000, "requests; fewer where the dataset has fewer")
     num_warmups: int = option(0, "other requests to run first, which do not count")
@@ -91,20 +93,29 @@ class ThroughputConfig(BenchConfig):
     random_range_ratio: str = option(
         "0.0", 'spread of random lengths: uniform in length * (1 +- ratio), or {"input": 0.3, "output": 0.5}'
     )
+    prefix_repetition_prefix_len: int = option(256, "tokens of a prefix that many prompts share")
+    prefix_repetition_suffix_len: int = option(256, "tokens of a prompt after it")
+    prefix_repetition_num_prefixes: int = option(10, "different prefixes")
+    prefix_repetition_output_len: int = option(128, "tokens of each output, if output_len does not say it")
+    trace_page_tokens: int = option(TRACE_PAGE_TOKENS, "tokens that one hash of a trace stands for")
+    trace_max_len: int | None = option(None, "longest request of a trace that counts, in tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "num_prompts", "input_length", "output_length")
         _at_least(self, 0, "num_warmups", "prefix_length")
-        if self.dataset_name == "lengths" and not self.path:
-            raise ConfigError("dataset_name lengths needs dataset_path: a JSON list of [input, output] lengths")
+        _at_least(self, 1, *(f"prefix_repetition_{name}" for name in ("suffix_len", "num_prefixes", "output_len")))
+        _at_least(self, 1, "trace_page_tokens")
+        _at_least(self, 0, "prefix_repetition_prefix_len")
+        if self.dataset_name in ("lengths", "custom", "trace") and not self.path:
+            raise ConfigError(f"dataset_name {self.dataset_name} needs dataset_path")
         if self.kind != "random":
             given = [name for name in ("input_len", "random_input_len", "random_output_len") if getattr(self, name)]
             given += ["prefix_len"] if self.prefix_length else []
             if given:
                 raise ConfigError(f"{given[0]} is for random prompts, and the dataset is {self.kind}")
-        if self.kind == "sharegpt" and self.skip_tokenizer_init:
-            raise ConfigError("a sharegpt dataset is text: it needs the tokenizer (skip_tokenizer_init is set)")
+        if self.kind in ("sharegpt", "custom") and self.skip_tokenizer_init:
+            raise ConfigError(f"a {self.kind} dataset is text: it needs the tokenizer (skip_tokenizer_init is set)")
         _ = self.range_ratios
 
     @property
@@ -114,7 +125,7 @@ class ThroughputConfig(BenchConfig):
     @property
     def kind(self) -> str:
         """The dataset used: as in vLLM, random without a path."""
-        return self.dataset_name if self.path else "random"
+        return self.dataset_name if self.path or self.dataset_name == "prefix_repetition" else "random"
 
     @property
     def input_length(self) -> int:

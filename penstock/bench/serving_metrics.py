@@ -74,6 +74,7 @@ def summarise(
         "total_token_throughput": (tokens_in + tokens_out) / duration,
         "max_output_tokens_per_s": peak_tokens,
         "max_concurrent_requests": peak_requests,
+        "rtfx": 0.0,  # seconds of audio a second, in vLLM's results: there is none
     }
     values = {
         "ttft": [r.ttft for r in done],

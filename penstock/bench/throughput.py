@@ -6,8 +6,9 @@ import random
 import time
 from typing import Any
 
+from penstock.bench import datasets
 from penstock.bench.config import ThroughputConfig
-from penstock.bench.datasets import Sample, samples
+from penstock.bench.datasets import Sample
 from penstock.bench.profiling import profile
 from penstock.bench.result import build, check_length, sampling, write_json
 from penstock.llm import LLM
@@ -60,3 +61,49 @@ def _generate(llm: LLM, config: ThroughputConfig, requests: list[Sample], *, use
     prompts = [sample.prompt_token_ids for sample in requests]
     params = [sampling(config, sample.output_len) for sample in requests]
     return llm.generate(prompts, params, use_tqdm=use_tqdm)
+
+
+def samples(config: ThroughputConfig, llm: LLM, number: int, chooser: random.Random) -> list[Sample]:
+    """`number` requests of the configured dataset; fewer if it holds fewer.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not what `dataset_name` says.
+    """
+    if number == 0:
+        return []
+    if config.kind == "sharegpt":
+        found = datasets.read_json(config.path)
+        return datasets.sharegpt(found, llm.get_tokenizer(), number, config.output_len, chooser)
+    if config.kind == "custom":
+        return datasets.custom(datasets.read(config.path), llm.get_tokenizer(), number, config.output_len)
+    ids = _plain_ids(llm)
+    if config.kind == "trace":
+        requests = datasets.read_trace(config.path, config.trace_page_tokens, config.trace_max_len)
+        return datasets.traced(requests, ids, number, config.trace_page_tokens, config.output_len)
+    if config.kind == "lengths":
+        return datasets.with_lengths(datasets.read_json(config.path), ids, number, config.output_len, chooser)
+    if config.kind == "prefix_repetition":
+        return datasets.prefix_repetition(
+            ids,
+            number,
+            prefix_len=config.prefix_repetition_prefix_len,
+            suffix_len=config.prefix_repetition_suffix_len,
+            num_prefixes=config.prefix_repetition_num_prefixes,
+            output_len=config.output_len or config.prefix_repetition_output_len,
+            chooser=chooser,
+        )
+    return datasets.random_samples(
+        ids,
+        number,
+        input_len=config.input_length,
+        output_len=config.output_length,
+        prefix_len=config.prefix_length,
+        ratios=config.range_ratios,
+        chooser=chooser,
+    )
+
+
+def _plain_ids(llm: LLM) -> list[int]:
+    """Token ids to draw from: without the special ones, where a tokenizer tells which they are."""
+    special = llm.get_tokenizer().special_ids if llm.has_tokenizer else frozenset()
+    return [i for i in range(llm.vocab_size) if i not in special]

@@ -14,9 +14,10 @@ import pytest
 
 from penstock import LLM
 from penstock.bench.config import LatencyConfig, ThroughputConfig
-from penstock.bench.datasets import samples, sharegpt, with_lengths
+from penstock.bench.datasets import custom, sharegpt, with_lengths
 from penstock.bench.profiling import KernelTime, RunProfile
 from penstock.bench.result import percentiles
+from penstock.bench.throughput import samples
 from penstock.cli import main
 from penstock.common.errors import ConfigError
 from penstock.common.tokenizer import Tokenizer
@@ -171,6 +172,38 @@ def test_random_requests_are_as_long_as_asked(llm: LLM) -> None:
     used = {token for sample in drawn for token in sample.prompt_token_ids}
     assert used.isdisjoint(llm.get_tokenizer().special_ids) and max(used) < llm.vocab_size and len(used) > 300
     assert drawn == samples(config, llm, 200, random.Random(1)) != samples(config, llm, 200, random.Random(2))
+
+
+def test_prefixes_prompts_of_a_file_and_traces(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    sizes = {"prefix_repetition_prefix_len": 5, "prefix_repetition_suffix_len": 3, "prefix_repetition_num_prefixes": 2}
+    config = ThroughputConfig(model="m", dataset_name="prefix_repetition", output_len=4, **sizes)
+    drawn = samples(config, llm, 6, random.Random(0))
+    beginnings = [tuple(sample.prompt_token_ids[:5]) for sample in drawn]
+    assert {beginnings.count(beginning) for beginning in beginnings} == {3}
+    assert {(len(sample.prompt_token_ids), sample.output_len) for sample in drawn} == {(8, 4)}
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "The river"}\n{"prompt": "The mill", "output_tokens": 3}\n{"prompt": "more"}')
+    found = samples(
+        ThroughputConfig(model="m", dataset_name="custom", dataset_path=str(lines)), llm, 2, random.Random(0)
+    )
+    assert [sample.prompt_token_ids for sample in found] == [
+        tokenizer.encode("The river"),
+        tokenizer.encode("The mill"),
+    ]
+    assert [sample.output_len for sample in found] == [256, 3]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 9, "input_length": 6, "output_length": 2, "hash_ids": [3, 4]}')
+    options: dict[str, Any] = {"dataset_name": "trace", "dataset_path": str(trace), "trace_page_tokens": 4}
+    (only,) = samples(ThroughputConfig(model="m", **options), llm, 5, random.Random(0))
+    assert (len(only.prompt_token_ids), only.output_len, only.at_s) == (6, 2, 0.0)
+    with pytest.raises(ConfigError, match="no request of at most 7 tokens"):
+        samples(ThroughputConfig(model="m", trace_max_len=7, **options), llm, 5, random.Random(0))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"text": "a"}', '{"prompt": 3}', '{"prompt": "a", "output_tokens": -1}'])
+def test_a_line_of_prompts_that_is_none(line: str) -> None:
+    with pytest.raises(ConfigError, match="line 2 of a custom dataset"):
+        custom('{"prompt": "a"}\n' + line, None, 9, None)
 
 
 def test_sharegpt_keeps_what_vllm_keeps(tokenizer: Tokenizer) -> None:

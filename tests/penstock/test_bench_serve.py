@@ -19,43 +19,50 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from penstock.bench.arrivals import arrivals
+from penstock.bench.arrivals import arrivals, ramp_up
 from penstock.bench.serving_metrics import RequestRecord, percentile, summarise
 from penstock.cli import main
 from penstock.common.errors import ConfigError
+from penstock.http_client import Client, RequestError
 
-FIRST_S, GAP_S = 0.3, 0.1
+FIRST_S, GAP_S = 0.02, 0.01
 
 
 class Server:
-    """Streams as many tokens as it is asked for, the first after FIRST_S, the others every GAP_S; notes when."""
+    """Streams as many tokens as it is asked for, at the delays it is told; notes when it sent what."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self.ids: list[str] = []
+        self.headers: list[Headers] = []
         self.sent: list[list[float]] = []  # of each request: when it came, and when its tokens left
+        self.delays = lambda number: (FIRST_S, GAP_S)  # of request `number`: to its first token, between tokens
         self.url = ""
         self.fails = False
+
+    @property
+    def ids(self) -> list[str]:
+        return [headers["x-request-id"] for headers in self.headers]
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"data": [{"id": "m"}]})
 
     async def generate(self, request: Request) -> Response:
-        came = time.perf_counter()
+        times = [time.perf_counter()]
         body = await request.json()
+        number = len(self.bodies)
         self.bodies.append(body)
-        self.ids.append(request.headers["x-request-id"])
+        self.headers.append(request.headers)
         if self.fails:
             return JSONResponse({"error": {"message": "no room"}}, 429)
-        times = [came]
         self.sent.append(times)
-        return StreamingResponse(self.stream(body, times), media_type="text/event-stream")
+        return StreamingResponse(self.stream(body, times, *self.delays(number)), media_type="text/event-stream")
 
-    async def stream(self, body: dict[str, Any], times: list[float]) -> Any:
+    async def stream(self, body: dict[str, Any], times: list[float], first_s: float, gap_s: float) -> Any:
         chat = "messages" in body
         number = body["max_completion_tokens"] if chat else body["max_tokens"]
 
@@ -65,7 +72,7 @@ class Server:
         if chat:
             yield event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         for at in range(number):
-            await asyncio.sleep(GAP_S if at else FIRST_S)
+            await asyncio.sleep(gap_s if at else first_s)
             times.append(time.perf_counter())
             text = {"delta": {"content": "a"}} if chat else {"text": "a"}
             yield event({"choices": [text]})
@@ -99,34 +106,26 @@ def bench(server: Server, tmp_path: Path, *flags: str) -> dict[str, Any]:
 
 
 def test_it_measures_what_the_server_did(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [
-        "--num-prompts",
-        "6",
-        "--output-len",
-        "5",
-        "--request-rate",
-        "10",
-        "--percentile-metrics",
-        "ttft,tpot,itl,e2el",
-    ]
-    result = bench(server, tmp_path, *flags, "--goodput", "ttft:2000", "tpot:2000")
+    # Long delays: a client that runs late on a busy machine is late by milliseconds, not by 3 % of these.
+    server.delays = lambda number: (0.6 if number % 2 else 1.4, 0.4)
+    flags = ["--num-prompts", "6", "--output-len", "4", "--request-rate", "20"]
+    flags += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,100"]
+    result = bench(server, tmp_path, *flags, "--goodput", "ttft:1000", "tpot:900")
     firsts = [times[1] - times[0] for times in server.sent]
     gaps = [later - earlier for times in server.sent for earlier, later in pairwise(times[1:])]
-    assert result["mean_ttft_ms"] == pytest.approx(statistics.fmean(firsts) * 1e3, rel=0.03)
-    assert result["mean_itl_ms"] == pytest.approx(statistics.fmean(gaps) * 1e3, rel=0.03)
-    assert result["mean_tpot_ms"] == pytest.approx(statistics.fmean(gaps) * 1e3, rel=0.03)
+    for name, seconds in (("ttft", firsts), ("itl", gaps), ("tpot", gaps)):
+        assert result[f"mean_{name}_ms"] == pytest.approx(statistics.fmean(seconds) * 1e3, rel=0.03), name
+    assert result["p50_itl_ms"] == pytest.approx(statistics.median(gaps) * 1e3, rel=0.03)
+    assert result["p100_e2el_ms"] == pytest.approx(max(t[-1] - t[0] for t in server.sent) * 1e3, rel=0.03)
+    lasted = max(times[-1] for times in server.sent) - min(times[0] for times in server.sent)
+    kept = sum(first <= 1.0 for first in firsts)
+    assert kept == 3 and result["request_goodput"] == pytest.approx(kept / lasted, rel=0.03)
     assert (result["completed"], result["failed"]) == (6, 0)
-    assert (result["total_input_tokens"], result["total_output_tokens"]) == (42, 30)
-    assert result["request_goodput"] == result["request_throughput"] == 6 / result["duration"]
-    assert [len(gaps) for gaps in result["itls"]] == [4] * 6 and result["generated_texts"] == ["aaaaa"] * 6
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (42, 24)
+    assert [len(gaps) for gaps in result["itls"]] == [3] * 6 and result["generated_texts"] == ["aaaa"] * 6
     assert server.ids[0].startswith("bench-") and len(set(server.ids)) == 6
     shown = capsys.readouterr().out
     assert "goodput" in shown and "ttft" in shown
-
-
-def test_objectives_that_are_missed_count_against_goodput(server: Server, tmp_path: Path) -> None:
-    result = bench(server, tmp_path, "--num-prompts", "2", "--output-len", "2", "--goodput", "ttft:1")
-    assert result["request_goodput"] == 0.0 and result["completed"] == 2
 
 
 def test_a_chat(server: Server, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
@@ -136,7 +135,7 @@ def test_a_chat(server: Server, tmp_path: Path, checkpoints: dict[str, Path]) ->
     )
     body = server.bodies[0]
     assert body["messages"][0]["content"] and body["temperature"] == 0 and body["ignore_eos"] is True
-    assert result["ttfts"][0] > FIRST_S * 0.99, "the role's chunk is no token"
+    assert result["ttfts"][0] > FIRST_S * 0.9, "the role's chunk is no token"
     assert len(result["itls"][0]) == 2 and result["backend"] == "openai-chat"
 
 
@@ -152,6 +151,62 @@ def test_a_file_of_prompts(server: Server, tmp_path: Path) -> None:
     path.write_text('{"prompt": "one"}\n\n{"prompt": "two", "output_tokens": 2}\n')
     bench(server, tmp_path, "--dataset-name", "custom", "--dataset-path", str(path), "--output-len", "1")
     assert sorted(body["prompt"] for body in server.bodies) == ["one", "two"]
+
+
+@pytest.mark.parametrize("source", ["mooncake", "azure"])
+def test_a_trace_at_its_own_times(source: str, server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    if source == "mooncake":
+        rows = [(0, 600, [1, 2]), (300, 700, [1, 3]), (400, 5000, [4, *range(5, 14)])]
+        names = ("timestamp", "input_length", "hash_ids", "output_length")
+        path.write_text("\n".join(json.dumps(dict(zip(names, (*row, 2), strict=True))) for row in rows))
+    else:
+        lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+        lines += [
+            f"2023-11-16 18:17:03.{tenths}000000,{tokens},2" for tenths, tokens in ((1, 600), (4, 700), (5, 5000))
+        ]
+        path.write_text("\n".join(lines))
+    flags = ["--dataset-name", "trace", "--dataset-path", str(path), "--trace-max-len", "1000"]
+    result = bench(server, tmp_path, *flags, "--num-warmups", "1")
+    warm_up, first, second = (body["prompt"] for body in server.bodies)
+    assert (len(first), len(second)) == (600, 700) and warm_up == first
+    assert (first[:512] == second[:512]) == (source == "mooncake") and first[512:] != second[512:600]
+    assert [body["max_tokens"] for body in server.bodies] == [2, 2, 2] and result["completed"] == 2
+    apart = server.sent[2][0] - server.sent[1][0]
+    assert apart > 0.2, "sent together, in spite of the trace's times"
+
+
+def test_a_rate_that_rises(server: Server, tmp_path: Path) -> None:
+    rates = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "5", "--ramp-up-end-rps", "50"]
+    result = bench(server, tmp_path, "--num-prompts", "8", "--output-len", "1", *rates, "--burstiness", "inf")
+    gaps = [later - earlier for earlier, later in pairwise(sorted(result["start_times"]))]
+    assert sum(gaps) == pytest.approx(sum(1 / (5 + 45 * i / 7) for i in range(1, 8)), abs=0.2)
+    assert result["ramp_up_strategy"] == "linear" and result["ramp_up_end_rps"] == 50.0
+
+
+def test_results_are_appended_and_headers_sent(server: Server, tmp_path: Path) -> None:
+    out = ["--result-dir", str(tmp_path / "new"), "--result-filename", "r.jsonl", "--append-result", "--disable-tqdm"]
+    flags = ["--num-prompts", "1", "--output-len", "1", "--header", "x-a=1", "x-b=2=3", "--served-model-name", "other"]
+    for _ in range(2):
+        assert main(["bench", "serve", "--base-url", server.url + "/v1/", *out, *flags]) == 0
+    lines = (tmp_path / "new" / "r.jsonl").read_text().splitlines()
+    assert [json.loads(line)["model_id"] for line in lines] == ["other", "other"]
+    assert (server.headers[0]["x-a"], server.headers[0]["x-b"]) == ("1", "2=3")
+    assert server.bodies[0]["model"] == "other"
+
+
+def test_it_waits_for_a_server_that_starts(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    async def models(client: Client) -> list[str]:
+        asked.append(0.0)
+        if len(asked) < 3:
+            raise RequestError("nobody there")
+        return ["m"]
+
+    monkeypatch.setattr(Client, "models", models)
+    flags = ["--num-prompts", "1", "--output-len", "1", "--ready-check-timeout-sec", "60", "--disable-tqdm"]
+    assert main(["bench", "serve", "--base-url", server.url, *flags]) == 0 and len(asked) == 3
 
 
 def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +225,12 @@ def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixtu
         (["--percentile-metrics", "ttft,x"], "x is none of"),
         (["--metric-percentiles", "0"], "percentiles must be in"),
         (["--request-rate", "0"], "must be above 0"),
+        (["--ramp-up-strategy", "linear"], "needs --ramp-up-start-rps and"),
+        (["--ramp-up-end-rps", "3"], "need --ramp-up-strategy"),
+        (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "3", "--ramp-up-end-rps", "2"], "must rise"),
+        (["--ramp-up-strategy", "steep"], "invalid choice"),
+        (["--header", "x"], "--header takes KEY=VALUE"),
+        (["--hf-name", "x"], "vLLM's --hf-name is not supported: give the data set as a file"),
         (["--num-prompts", "0"], "--num-prompts must be at least 1"),
         (["--lora-modules", "a"], "LoRA adapters are not supported"),
         (["--nonsense"], "unrecognized arguments"),
@@ -186,6 +247,15 @@ def test_arrivals_keep_the_rate(number: int, rate: float, burstiness: float, see
     times = arrivals(number, rate, burstiness, random.Random(seed))
     assert times == sorted(times) and len(times) == number
     assert times[-1] == pytest.approx(number / rate)
+
+
+@given(st.integers(1, 100), st.floats(0.1, 10), st.floats(1, 20), st.sampled_from(["linear", "exponential"]))
+def test_a_ramp_goes_from_one_rate_to_the_other(number: int, start: float, factor: float, strategy: str) -> None:
+    times = [0.0, *ramp_up(number, strategy, start, start * factor, float("inf"), random.Random(0))]
+    rates = [1 / (later - earlier) for earlier, later in pairwise(times)]
+    assert rates[0] == pytest.approx(start) and (number == 1 or rates[-1] == pytest.approx(start * factor))
+    middle = [b - a for a, b in pairwise(rates)] if strategy == "linear" else [b / a for a, b in pairwise(rates)]
+    assert middle == pytest.approx(middle[:1] * len(middle), rel=1e-3, abs=1e-6)
 
 
 def test_arrivals_all_at_once_and_wrong_ones() -> None:
