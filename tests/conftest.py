@@ -18,6 +18,11 @@ if not os.path.exists("/dev/nvidia0"):  # before anything imports triton: kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: they take longest, and beside them the rest fills a second core."""
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on now."""
     with socket.socket() as probe:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import memory_trace
 
-LIMITS = ("max_num_seqs=8", "max_model_len=256", "block_size=4", "kv_cache_memory_bytes=200000", "cpu_threads=1")
+LIMITS = ("max_num_seqs=8", "max_model_len=256", "block_size=4", "kv_cache_memory_bytes=120000", "cpu_threads=1")
 
 
 def arguments(out: Path) -> list[str]:
