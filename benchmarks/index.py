@@ -30,7 +30,8 @@ from benchmarks import record
 from penstock.common.announcements import Announcements
 from penstock.common.index_writer import IndexWriter, Sweeper
 from penstock.common.page_hash import DIGEST_BYTES, chained
-from penstock.common.redis_state import AWAY_S, FleetReader
+from penstock.common.redis_state import FleetReader
+from penstock.common.router_redis import AWAY_S
 from penstock.private_redis import find_redis_server, free_port
 
 NAMESPACE = "bench"

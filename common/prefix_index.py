@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.common.load_scripts import RESERVED_BY_OTHERS
 from penstock.common.page_hash import DIGEST_BYTES
 
 # 10 million pages are 38 a bucket: short enough to be searched in a row, long enough that a key's overhead is small.
@@ -62,18 +63,12 @@ end
 """
 
 # KEYS: NS:index keys. ARGV: NS, this router, packed pages, then the incarnation of each key.
-# Answers [pages held from the start, tokens reserved by other routers] for each key.
-LOOK_UP = f"""{_LOCATE}
+# Answers [pages held from the start, tokens reserved by other routers] for each key, then how many routers those are.
+LOOK_UP = f"""{_LOCATE}{RESERVED_BY_OTHERS}
 local prefix, me, pages = ARGV[1], ARGV[2], ARGV[3]
-local reserved = {{}}
-for _, router in ipairs(redis.call('SMEMBERS', prefix .. ':routers')) do
-  if router ~= me then
-    local load = redis.call('HGETALL', prefix .. ':load:' .. router)
-    if #load == 0 then redis.call('SREM', prefix .. ':routers', router) end
-    for i = 1, #load, 2 do reserved[load[i]] = (reserved[load[i]] or 0) + tonumber(load[i + 1]) end
-  end
-end
+local reserved, others = reserved_by_others(prefix, me)
 local answer, holders, slots = {{}}, {{}}, {{}}
+answer[2 * #KEYS + 1] = others
 local generation = redis.call('HGET', prefix .. ':slots', 'generation')
 for i, owner in ipairs(redis.call('MGET', unpack(KEYS))) do
   answer[2 * i - 1], answer[2 * i] = 0, reserved[ARGV[3 + i]] or 0

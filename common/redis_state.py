@@ -1,4 +1,4 @@
-"""The fleet's state in Redis (plain server, 6.2 or newer): every key is here. Workers write, routers read and reserve.
+"""The fleet's state in Redis (plain server, 6.2 or newer): every key is here. Workers write, routers read.
 
 key                     type    holds                                        lives      bounded by
 NS:workers              set     incarnations of workers                      10 leases  workers (dead ones removed)
@@ -11,7 +11,7 @@ NS:routers              set     router ids                                   10 
 NS:load:ROUTER          hash    incarnation -> tokens this router reserved   1 lease    workers
 
 All of it is a view that its writer can rebuild: losing Redis costs cache hits and news, never a request. The prefix
-index (slots, pages) is described in prefix_index.py.
+index (slots, pages) is described in prefix_index.py, what routers reserve (routers, load) in reservations.py.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -37,18 +34,14 @@ from penstock.common.announcements import Announcements
 from penstock.common.index_writer import IndexWriter, Sweeper
 from penstock.common.messages import WorkerInfo, decode_worker_info, encode
 from penstock.common.prefix_index import LOOK_UP, REANNOUNCE_S, pack
-from penstock.common.tasks import end_tasks
+from penstock.common.router_redis import AWAY_S, MAX_CONNECTIONS, RouterRedis
 
-BATCH_S = 0.05  # changes of pages and loads within this time travel together
+BATCH_S = 0.05  # changes of pages within this time travel together
 WRITER_TIMEOUT_S = 2.0
-READER_TIMEOUT_S = 0.5  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
-CONNECT_TIMEOUT_S = 1.0  # longer: a burst can hold the event loop for that long while connections are made
-AWAY_S = 1.0
 SWEEP_PAUSE_S = 0.01  # between two pieces of a sweep, each about a millisecond of Redis
 LEAVE_S = 1.0  # the most that taking one's pages out of Redis may hold up the end of a worker; a sweep does the rest
 MAX_PENDING = 100_000  # page changes kept for a Redis that is away; beyond, all pages are announced anew
 MAX_PAGES_LOOKED_UP = 8192  # 131,000 tokens in pages of 16
-MAX_CONNECTIONS = 16
 
 log = logging.getLogger(__name__)
 
@@ -177,39 +170,12 @@ class Lookup:
     reserved_tokens: int  # by the other routers
 
 
-class _RouterRedis:
-    """A connection pool that never makes a request wait for long: after a failure nobody asks for `AWAY_S`."""
-
-    def __init__(self, url: str) -> None:
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS + 1,  # look-ups, and the listing beside them
-            timeout=READER_TIMEOUT_S,
-            socket_timeout=READER_TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=AsyncRetry(NoBackoff(), 0),
-        )
-        self.client: redis.asyncio.Redis = redis.asyncio.Redis.from_pool(pool)
-        self.failures = 0
-        self._away_until = float("-inf")
-
-    def is_away(self) -> bool:
-        """True for a while after a failure."""
-        return time.monotonic() < self._away_until
-
-    def failed(self, error: Exception) -> None:
-        """Note a failure."""
-        if not self.failures or time.monotonic() > self._away_until + AWAY_S:
-            log.warning("Redis is away, serving from the last view: %s", error)
-        self.failures += 1
-        self._away_until = time.monotonic() + AWAY_S
-
-
 class FleetReader:
     """A router's view of the workers. Every method answers None, soon, while Redis is away."""
 
     def __init__(self, url: str, namespace: str, router_id: str) -> None:
-        self._redis = _RouterRedis(url)
+        self.other_routers = 0  # that were there at the last look-up
+        self._redis = RouterRedis(url)
         self._namespace = namespace
         self._router_id = router_id
         self._turn = asyncio.Semaphore(MAX_CONNECTIONS)  # a burst waits for connections; that is no failure
@@ -256,6 +222,7 @@ class FleetReader:
             except (redis.RedisError, OSError) as error:
                 self._redis.failed(error)
                 return None
+        self.other_routers = answer[-1]
         return {one: Lookup(answer[2 * i], answer[2 * i + 1]) for i, one in enumerate(incarnations)}
 
     async def close(self) -> None:
@@ -269,62 +236,3 @@ def _readable(record: bytes) -> WorkerInfo | None:
     except (msgspec.MsgspecError, ValueError) as error:
         log.warning("a worker's record cannot be read: %s", error)
         return None
-
-
-class Reservations:
-    """Tells the other routers how many tokens this one has under way at each worker; gone a lease after the router.
-
-    `publish` only notes; a task writes absolute values, so that a slow Redis costs nothing and a lost write heals.
-    """
-
-    def __init__(self, url: str, namespace: str, router_id: str, lease_s: float) -> None:
-        self._redis = _RouterRedis(url)
-        self._namespace = namespace
-        self._router_id = router_id
-        self._key = f"{namespace}:load:{router_id}"
-        self._lease_s = lease_s
-        self._tokens: dict[str, int] = {}
-        self._dirty = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Start writing; call with the event loop running."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="reservations")
-
-    def publish(self, incarnation: str, tokens: int) -> None:
-        """This router now has `tokens` reserved at this worker; 0 forgets the worker."""
-        if tokens:
-            self._tokens[incarnation] = tokens
-        else:
-            self._tokens.pop(incarnation, None)
-        self._dirty.set()
-
-    async def close(self) -> None:
-        """Stop writing and take this router's load out of Redis."""
-        if self._task is not None:
-            await end_tasks([self._task])
-        self._tokens.clear()
-        await self._write()
-        await self._redis.client.aclose()
-
-    async def _run(self) -> None:
-        while True:
-            await self._write()
-            await asyncio.sleep(AWAY_S if self._redis.is_away() else BATCH_S)
-            with suppress(asyncio.TimeoutError):  # nothing changed for so long: refresh the lease
-                await asyncio.wait_for(self._dirty.wait(), self._lease_s / 3)
-
-    async def _write(self) -> None:
-        self._dirty.clear()
-        pipe: Any = self._redis.client.pipeline(transaction=True)
-        pipe.delete(self._key)
-        if self._tokens:
-            pipe.hset(self._key, mapping=dict(self._tokens))
-            pipe.pexpire(self._key, int(self._lease_s * 1000))
-            pipe.sadd(f"{self._namespace}:routers", self._router_id)
-            pipe.pexpire(f"{self._namespace}:routers", int(self._lease_s * 10_000))
-        try:
-            await pipe.execute()
-        except (redis.RedisError, OSError) as error:
-            self._redis.failed(error)
-            self._dirty.set()

@@ -6,7 +6,6 @@ loop, and the `Plan` of a request whose prompts are token ids.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Callable
@@ -93,7 +92,7 @@ class Front:
         """The result of `work`, computed in a thread if it is long."""
         if size_chars < THREAD_FROM_CHARS:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        return await self.service.off_loop.run(work)
 
     def plan(
         self,

@@ -74,6 +74,15 @@ class Placement:
     prefill_ms: float = 0.0  # work for the worker that computes the prompt
     decode_ms: float = 0.0  # work for the decode worker, beside that; how long the output gets is a guess
 
+    @property
+    def load(self) -> dict[str, int]:
+        """Tokens to reserve, by incarnation."""
+        load = {self.decode.incarnation: self.decode_tokens}
+        if self.prefill_tokens:
+            computing = (self.prefill or self.decode).incarnation
+            load[computing] = load.get(computing, 0) + self.prefill_tokens
+        return load
+
 
 class Policy(ABC):
     """One way to choose. Policies may remember what they chose; they know no clock and no network."""

@@ -1,7 +1,7 @@
 """The router's engine room: joins Redis, the links to the workers, fleet view, policy and dispatcher on one event loop.
 
 The HTTP front calls `submit` and `cancel`; tokens come back through a `Sink`, synchronously, as they arrive. Decisions
-are in dispatch.py, policy.py and fleet.py; this file carries them out.
+are in dispatch.py, placing.py, policy.py and fleet.py; this file carries them out.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.hash_probe import mismatch
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
-from penstock.common.page_hash import page_hashes, root_hash
-from penstock.common.redis_state import FleetReader, Lookup, Reservations
+from penstock.common.redis_state import FleetReader
+from penstock.common.reservations import Reservations
 from penstock.common.tasks import end_tasks
 from penstock.router.dispatch import Dispatcher
 from penstock.router.dispatch_events import (
@@ -48,13 +48,13 @@ from penstock.router.dispatch_events import (
 )
 from penstock.router.fleet import Fleet
 from penstock.router.hit_check import HitCheck
+from penstock.router.off_loop import OffLoop
+from penstock.router.placing import Placing
 from penstock.router.policies import make_policy
-from penstock.router.policy import RequestFacts
 
 TICK_S = 0.1
 DISCOVER_S = 1.0
 DISCOVER_FIRST_S = 0.1  # while no worker is known
-HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
 FLUSH_MS = 200  # what the last aborts get to leave
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,18 @@ class RouterService:
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._config = config
         self._fleet = Fleet((*config.served_model_name, config.model))
-        self._policy = make_policy(config.routing_policy)
         self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s)
         self._reader = FleetReader(config.redis_url, config.namespace, self.router_id)
         self._reservations = Reservations(config.redis_url, config.namespace, self.router_id, config.lease_s)
+        self.off_loop = OffLoop()
+        self._placing = Placing(
+            self._fleet,
+            make_policy(config.routing_policy),
+            self._reader,
+            self._reservations,
+            self.off_loop,
+            config.min_remote_prefill_tokens,
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, AsyncBusLink] = {}  # by address
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
@@ -127,6 +135,7 @@ class RouterService:
             link.close(FLUSH_MS)
         self._links.clear()
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+        self.off_loop.close()
 
     async def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Take one choice. Every end of it, a refusal included, goes to `sink`."""
@@ -189,11 +198,9 @@ class RouterService:
                 if address is not None:  # else its WorkerDown was just handled
                     self._links[address].send(command.message)
             elif isinstance(command, Reserve):
-                total = self._fleet.reserve(command.incarnation, command.tokens)
-                self._reservations.publish(command.incarnation, total)
+                self._placing.reserve(command.incarnation, command.tokens)
             elif isinstance(command, Release):
-                total = self._fleet.release(command.incarnation, command.tokens)
-                self._reservations.publish(command.incarnation, total)
+                self._placing.release(command.incarnation, command.tokens)
 
     def _deliver(self, command: Deliver) -> None:
         delta = command.delta
@@ -223,42 +230,26 @@ class RouterService:
     # ------------------------------------------------------------ placing
 
     async def _place(self, command: Place) -> None:
-        """Ask Redis, choose with what is known then, and reserve in the same breath: no await between."""
+        """Choose, and hand the choice over in the same breath: no await between."""
         request = command.request
         try:
-            found = await self._look_up(request) if self._fleet.has_choice() else {}
-            tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-            facts = RequestFacts(tokens, command.avoid, self._fleet.hit_share())
-            minimum = self._config.min_remote_prefill_tokens
-            placement = self._policy.choose(facts, self._fleet.candidates(found), minimum)
+            found = await self._placing.place(request, command.avoid)
         except Exception:  # a bug, but one that must not leave the client waiting
             log.exception("request %s could not be placed", request.request_id)
             self._handle(PlaceFailed(request.request_id, request.choice, request.attempt))
             return
+        placement = found.placement
         if placement is not None:
             self._fleet.give(placement)
             worker = placement.prefill or placement.decode
-            if placement.source is None and worker.incarnation in found:  # else nothing is known, or pages come first
-                key, held_pages = (request.request_id, request.choice), found[worker.incarnation].held_pages
-                self._hits.predicted(key, request.attempt, worker.worker_id, held_pages, worker.page_size, tokens)
+            lookup = found.lookups.get(worker.incarnation)
+            if lookup is not None and placement.source is None:  # else nothing is known, or pages come first
+                tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+                key = request.request_id, request.choice
+                self._hits.predicted(
+                    key, request.attempt, worker.worker_id, lookup.held_pages, worker.page_size, tokens
+                )
         self._handle(Placed(request.request_id, request.choice, request.attempt, placement))
-
-    async def _look_up(self, request: GenerateRequest) -> dict[str, Lookup]:
-        """Prefixes held and load reserved by others; workers Redis does not answer for are simply missing."""
-        groups: dict[tuple[str, int], list[str]] = {}
-        for member in self._fleet.members:
-            groups.setdefault((member.worker.hash_scope, member.worker.page_size), []).append(member.worker.incarnation)
-        found: dict[str, Lookup] = {}
-        for (scope, page_size), incarnations in groups.items():
-            hashes = await self._hashes(request, scope, page_size)
-            found |= await self._reader.look_up(incarnations, hashes) or {}
-        return found
-
-    async def _hashes(self, request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
-        if len(request.prompt_token_ids) < HASH_OFF_LOOP_TOKENS:
-            return _page_hashes(request, scope, page_size)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, _page_hashes, request, scope, page_size)
 
     # ------------------------------------------------------------ fleet
 
@@ -334,8 +325,3 @@ class RouterService:
         if self._addresses.get(worker.incarnation) == address:
             del self._addresses[worker.incarnation]
         self._handle(WorkerDown(worker.incarnation))
-
-
-def _page_hashes(request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
-    tokens = request.prompt_token_ids + request.output_token_ids
-    return list(page_hashes(root_hash(scope, (request.cache_salt,)), tokens, page_size))

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from penstock.common import redis_state
+from penstock.common import redis_state, reservations, router_redis
 from penstock.common.messages import WorkerInfo, encode
 from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.prefix_index import pack
-from penstock.common.redis_state import FleetReader, RegistryWriter, Reservations
+from penstock.common.redis_state import FleetReader, RegistryWriter
+from penstock.common.reservations import Reservations
 from tests.index_view import index_view, pages_held
 
 HASHES = list(page_hashes(root_hash("scope"), list(range(4 * 200)), 4))
@@ -219,7 +220,7 @@ def test_a_dead_routers_reservations_vanish(redis_server):
         load.publish("i1", 5)
         await asyncio.sleep(0.8)  # renewed while it lives
         with contextlib.closing(redis_server.client()) as client:
-            assert client.hgetall("ns:load:r1") == {b"i1": b"5"}
+            assert client.hgetall("ns:load:r1") == {b"": b"0", b"i1": b"5"}
             assert load._task is not None
             load._task.cancel()
             eventually(lambda: client.exists("ns:load:r1") == 0)
@@ -233,7 +234,8 @@ def test_a_dead_routers_reservations_vanish(redis_server):
 
 
 def test_readers_answer_none_while_redis_is_away_and_recover(own_redis, monkeypatch):
-    monkeypatch.setattr(redis_state, "AWAY_S", 0.2)
+    for module in (redis_state, reservations, router_redis):
+        monkeypatch.setattr(module, "AWAY_S", 0.2)
     writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
 
     async def scenario() -> None:
@@ -255,7 +257,7 @@ def test_readers_answer_none_while_redis_is_away_and_recover(own_redis, monkeypa
             while await reader.workers() != [worker(lease_s=0.6)]:
                 await asyncio.sleep(0.01)
             with contextlib.closing(own_redis.client()) as client:
-                while client.hgetall("ns:load:r1") != {b"i1": b"3"}:
+                while client.hgetall("ns:load:r1") != {b"": b"0", b"i1": b"3"}:
                     await asyncio.sleep(0.01)
         await load.close()
         await reader.close()

@@ -20,6 +20,7 @@ from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
 from penstock.router.app import RouterServer, create_app
+from penstock.router.off_loop import OffLoop
 from tests.tiny_tokenizers import TEMPLATE, byte_level
 
 ANSWER = "Hello 😀 wörld, the water falls."
@@ -89,6 +90,7 @@ class FakeService:
         self._quiet: list[Any] = []
 
     async def start(self) -> None:
+        self.off_loop = OffLoop()
         self.started += 1
 
     async def stop(self, drain_s: float) -> None:
@@ -97,6 +99,7 @@ class FakeService:
             await asyncio.wait(self._tasks, timeout=drain_s)
         for sink in self._quiet:
             sink.on_error(Unavailable("this router is shutting down"))
+        self.off_loop.close()
 
     async def submit(self, request: GenerateRequest, sink: Any) -> None:
         self.requests.append(request)

@@ -429,7 +429,7 @@ def test_nobody_notices_an_outage_of_redis(own_redis, start_worker):
             assert late.submitted
             with contextlib.closing(own_redis.client()) as client:
                 key = f"penstock:load:{service.router_id}"
-                await until(lambda: not client.exists(key))
+                await until(lambda: client.hgetall(key) == {b"": b"0"})
 
     play(scenario())
     for worker in workers:

@@ -1,0 +1,114 @@
+"""Finds the workers for a request: asks Redis, lets the policy choose, and tells the other routers before it is sent.
+
+Used by service.py. The choice itself is pure (policy.py); what several routers need beyond it is here. A router that is
+alone asks Redis once. Otherwise its load, with the new request in it, is written first (`Reservations.claim`), and a
+worker to which another router has given load at the same moment is reconsidered: the one that was first keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from penstock.common.messages import GenerateRequest
+from penstock.common.page_hash import page_hashes, root_hash
+from penstock.common.redis_state import FleetReader, Lookup
+from penstock.common.reservations import Reservations
+from penstock.router.fleet import Fleet
+from penstock.router.off_loop import OffLoop
+from penstock.router.policy import Placement, Policy, RequestFacts
+
+MAX_CLAIMS = 4  # how often a placement is reconsidered because other routers chose the same worker
+HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
+
+
+@dataclass(frozen=True)
+class Found:
+    """A placement (None: no worker takes it), and what Redis said of workers, by incarnation."""
+
+    placement: Placement | None
+    lookups: Mapping[str, Lookup]
+
+
+class Placing:
+    """One router's way to place requests."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: Policy,
+        reader: FleetReader,
+        reservations: Reservations,
+        off_loop: OffLoop,
+        min_remote_prefill_tokens: int,
+    ) -> None:
+        self._fleet, self._policy = fleet, policy
+        self._reader, self._reservations = reader, reservations
+        self._off_loop = off_loop
+        self._minimum = min_remote_prefill_tokens
+
+    async def place(self, request: GenerateRequest, avoid: frozenset[str]) -> Found:
+        """Workers for a request. What they are to be given is not reserved yet: do it before the next `await`."""
+        lookups = await self._look_up(request) if self._fleet.has_choice() else {}
+        tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        facts = RequestFacts(tokens, avoid, self._fleet.hit_share())
+        placement = self._choose(facts, lookups)
+        for _ in range(MAX_CLAIMS):
+            if placement is None or not lookups or not self._reader.other_routers:
+                break
+            others = await self._claim(placement)
+            if others is None or not _grown(placement, lookups, others):
+                break
+            lookups = {i: replace(one, reserved_tokens=others.get(i, 0)) for i, one in lookups.items()}
+            before, placement = placement, self._choose(facts, lookups)
+            if placement is not None and placement.load == before.load:  # still the best, and claimed already
+                break
+        return Found(placement, lookups)
+
+    def reserve(self, incarnation: str, tokens: int) -> None:
+        """More load at a worker, for this router's own choices and, soon, for the other routers'."""
+        self._reservations.publish(incarnation, self._fleet.reserve(incarnation, tokens))
+
+    def release(self, incarnation: str, tokens: int) -> None:
+        """The reverse."""
+        self._reservations.publish(incarnation, self._fleet.release(incarnation, tokens))
+
+    def _choose(self, facts: RequestFacts, lookups: Mapping[str, Lookup]) -> Placement | None:
+        return self._policy.choose(facts, self._fleet.candidates(lookups), self._minimum)
+
+    async def _claim(self, placement: Placement) -> dict[str, int] | None:
+        """What others had reserved when they could first see this placement's load; None while Redis is away."""
+        load = placement.load
+        for incarnation, tokens in load.items():
+            self.reserve(incarnation, tokens)
+        try:
+            return await self._reservations.claim()
+        finally:
+            for incarnation, tokens in load.items():
+                self.release(incarnation, tokens)
+
+    async def _look_up(self, request: GenerateRequest) -> Mapping[str, Lookup]:
+        """Prefixes held and load reserved by others; workers Redis does not answer for are simply missing."""
+        groups: dict[tuple[str, int], list[str]] = {}
+        for member in self._fleet.members:
+            groups.setdefault((member.worker.hash_scope, member.worker.page_size), []).append(member.worker.incarnation)
+        found: dict[str, Lookup] = {}
+        for (scope, page_size), incarnations in groups.items():
+            hashes = await self._hashes(request, scope, page_size)
+            found |= await self._reader.look_up(incarnations, hashes) or {}
+        return found
+
+    async def _hashes(self, request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
+        if len(request.prompt_token_ids) < HASH_OFF_LOOP_TOKENS:
+            return _page_hashes(request, scope, page_size)
+        return await self._off_loop.run(lambda: _page_hashes(request, scope, page_size))
+
+
+def _grown(placement: Placement, lookups: Mapping[str, Lookup], others: Mapping[str, int]) -> bool:
+    """Others have reserved more at these workers than was known when they were chosen."""
+    return any(others.get(i, 0) > lookups[i].reserved_tokens for i in placement.load if i in lookups)
+
+
+def _page_hashes(request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
+    tokens = request.prompt_token_ids + request.output_token_ids
+    return list(page_hashes(root_hash(scope, (request.cache_salt,)), tokens, page_size))
