@@ -43,6 +43,7 @@ async def ask(
                 else:
                     record.ttft = now - record.start
                 pieces, last = pieces + 1, now
+            record.timeline = event.get("timeline", record.timeline)
             usage = event.get("usage")
             if usage:
                 record.output_len = usage.get("completion_tokens") or 0

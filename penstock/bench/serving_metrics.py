@@ -25,6 +25,7 @@ class RequestRecord:
     output_len: int = 0
     text: str = ""
     error: str = ""
+    timeline: list[dict[str, Any]] | None = None  # a Penstock's, if it was asked for
 
     @property
     def tpot(self) -> float:
