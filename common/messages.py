@@ -112,14 +112,20 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     running: int = 0
     waiting: int = 0
+    deferred: int = 0  # of those that wait: for pages from a prefill worker
     queued_tokens: int = 0  # prompt tokens that are still to be computed
     num_pages: int = 0
     free_pages: int = 0  # not held by anybody (cached prefixes included)
+    promised_pages: int = 0  # of the free ones
     lent_pages: int = 0  # offered to decode workers
     quarantined_pages: int = 0  # may still be written by an unsettled transfer
     draining: bool = False
+    registered: bool = False  # Redis has its lease and its pages
     steps: int = 0  # grows while the worker makes progress
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    cached_tokens: int = 0  # of prompts computed here, found in the prefix cache
+    asked_tokens: int = 0  # prompt tokens asked of prefill workers
+    received_tokens: int = 0  # of those, whose pages came
     generation_tokens: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
@@ -130,6 +136,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transfer_pages: int = 0
     checksum_failures: int = 0
     rates: MeasuredRates = MeasuredRates()
+    expired_loans: int = 0  # prompts whose lent pages were taken back from a silent peer
+    histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
 
 
 # ---------------------------------------------------------------- requests: router -> worker, decode -> prefill

@@ -31,6 +31,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from penstock.common.announcements import Announcements
+from penstock.common.histogram import LOOKUP_SECONDS, Histogram
 from penstock.common.index_writer import IndexWriter, Sweeper
 from penstock.common.messages import WorkerInfo, decode_worker_info, encode
 from penstock.common.prefix_index import LOOK_UP, REANNOUNCE_S, pack
@@ -180,6 +181,12 @@ class FleetReader:
         self._router_id = router_id
         self._turn = asyncio.Semaphore(MAX_CONNECTIONS)  # a burst waits for connections; that is no failure
         self._look_up = self._redis.client.register_script(LOOK_UP)
+        self.lookup_s = Histogram(LOOKUP_SECONDS)
+
+    @property
+    def away(self) -> bool:
+        """Redis did not answer a moment ago."""
+        return self._redis.is_away()
 
     @property
     def failures(self) -> int:
@@ -217,8 +224,10 @@ class FleetReader:
         async with self._turn:
             if self._redis.is_away():  # it went while we waited
                 return None
+            began = time.monotonic()
             try:
                 answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, pages, *incarnations])
+                self.lookup_s.observe(time.monotonic() - began)
             except (redis.RedisError, OSError) as error:
                 self._redis.failed(error)
                 return None

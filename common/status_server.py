@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from penstock.common.messages import WorkerLoad
+from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.worker_metrics import worker_metric_families
 
 CLIENT_TIMEOUT_S = 10.0
@@ -34,7 +34,7 @@ class StatusServer:
         health: (healthy, one line that says why).
         snapshot: the worker's ledger, JSON-serialisable: pages, leases, requests, transfers.
         load: the newest load.
-        model_name, worker_id: labels of the metrics.
+        info: the worker, for the labels of its metrics.
 
     Raises:
         OSError: the address cannot be bound.
@@ -48,13 +48,12 @@ class StatusServer:
         health: Callable[[], tuple[bool, str]],
         snapshot: Callable[[], dict[str, object]],
         load: Callable[[], WorkerLoad],
-        model_name: str,
-        worker_id: str,
+        info: WorkerInfo,
     ) -> None:
         self._health = health
         self._snapshot = snapshot
         self._metrics = CollectorRegistry()
-        self._metrics.register(_LoadCollector(model_name, worker_id, load))
+        self._metrics.register(_LoadCollector(info, load))
         self._host = host
         self._server = _HttpServer(host, port, self.answer)
         self._thread = Thread(target=self._server.serve_forever, args=(0.1,), name="status-server", daemon=True)
@@ -94,16 +93,15 @@ class StatusServer:
 class _LoadCollector:
     """Reads the worker's load whenever Prometheus asks."""
 
-    def __init__(self, model_name: str, worker_id: str, load: Callable[[], WorkerLoad]) -> None:
-        self._model_name = model_name
-        self._worker_id = worker_id
+    def __init__(self, info: WorkerInfo, load: Callable[[], WorkerLoad]) -> None:
+        self._info = info
         self._load = load
 
     def describe(self) -> list[Metric]:
-        return worker_metric_families(self._model_name, [])
+        return worker_metric_families(self._info.served_models[0], [])
 
     def collect(self) -> Iterator[Metric]:
-        yield from worker_metric_families(self._model_name, [(self._worker_id, self._load())])
+        yield from worker_metric_families(self._info.served_models[0], [(self._info, self._load())])
 
 
 class _HttpServer(ThreadingMixIn, TCPServer):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from penstock.common.histogram import READ_BYTES, READ_PAGES, READ_SECONDS, Histogram
 from penstock.common.messages import (
     Abort,
     GenerateRequest,
@@ -84,6 +85,22 @@ class HandOffCounters:
     transfer_bytes: int = 0
     transfer_pages: int = 0
     checksum_failures: int = 0
+    asked_tokens: int = 0
+    received_tokens: int = 0
+    read_s: Histogram = field(default_factory=lambda: Histogram(READ_SECONDS))
+    read_bytes: Histogram = field(default_factory=lambda: Histogram(READ_BYTES))
+    read_pages: Histogram = field(default_factory=lambda: Histogram(READ_PAGES))
+
+    def read(self, seconds: float, size_bytes: int, num_pages: int) -> None:
+        """A ticket's pages have arrived."""
+        self.transfer_bytes += size_bytes
+        self.read_s.observe(seconds)
+        self.read_bytes.observe(size_bytes)
+        self.read_pages.observe(num_pages)
+
+    def histograms(self) -> dict[str, list[float]]:
+        """As they travel in `WorkerLoad`."""
+        return {name: getattr(self, name).packed() for name in ("read_s", "read_bytes", "read_pages")}
 
 
 @dataclass
@@ -125,6 +142,7 @@ class HandOffIn:
     def begin(self, entry: Entry, worker: WorkerInfo, router_id: str, now: float) -> None:
         """Ask the prefill worker for the pages that are not held here yet."""
         self.counters.handoffs += 1
+        self.counters.asked_tokens += entry.num_tokens - entry.held_tokens
         self._open[entry.key] = _HandOff(entry, worker)
         held_pages = entry.held_tokens // self.pages.page_size
         self.landings.promise(entry.key, held_pages, self.pages.pages_for(entry.num_tokens) - held_pages)
@@ -244,8 +262,8 @@ class HandOffIn:
         if isinstance(event, ReadDone):
             handoff.landed_at = event.finished_at
             handoff.size_bytes += event.size_bytes
-            self.counters.transfer_bytes += event.size_bytes
             self.rates.read(event.size_bytes, event.seconds)
+            self.counters.read(event.seconds, event.size_bytes, event.size_bytes // handoff.worker.page_bytes)
             self.landings.read_done(event.tag, event.finished_at)
             if self.landings.state(handoff.entry.key) is LandingState.FAILED:
                 reason = "pages landed after the lender's lease may have ended"
@@ -316,6 +334,7 @@ class HandOffIn:
         tokens = min(handoff.entry.held_tokens + len(outcome.landed) * size, handoff.ticketed_tokens)
         tokens = max(tokens, handoff.entry.held_tokens)
         handoff.num_pages = len(outcome.landed)
+        self.counters.received_tokens += tokens - handoff.entry.held_tokens
         self.counters.transfer_pages += len(outcome.landed)
         table = self.pages.table(key)
         for index in range(handoff.entry.held_tokens // size, min(tokens // size, len(handoff.entry.hashes))):

@@ -49,6 +49,7 @@ class DecodeRole:
         self._transfers: dict[str, Spans] = {}  # figures of hand-offs whose requests are in the engine now
         self._prefix_queries = 0
         self._prefix_hits = 0
+        self._cached_tokens = 0
 
     # ------------------------------------------------------------ messages
 
@@ -142,6 +143,7 @@ class DecodeRole:
                 router_id, _ = split_identity(entry.identity)
                 self._handoffs.begin(entry, entry.prefill, router_id, now)
             else:
+                self._cached_tokens += entry.held_tokens
                 self._engine.add(entry.request, arrived=entry.arrived, computed=entry.held_tokens)
 
     def _start(self, ready: Ready, now: float) -> None:
@@ -207,16 +209,23 @@ class DecodeRole:
         counters = self._handoffs.counters
         return {
             "waiting": len(self._admission) + len(self._handoffs),
+            "deferred": len(self._handoffs),
             "queued_tokens": self._admission.queued_tokens,
             "quarantined_pages": self._handoffs.quarantined_pages,
             "prefix_queries": self._prefix_queries,
             "prefix_hits": self._prefix_hits,
+            "cached_tokens": self._cached_tokens,
+            "asked_tokens": counters.asked_tokens,
+            "received_tokens": counters.received_tokens,
             "handoffs": counters.handoffs,
             "handoff_failures": counters.handoff_failures,
             "transfer_bytes": counters.transfer_bytes,
             "transfer_pages": counters.transfer_pages,
             "checksum_failures": counters.checksum_failures,
         }
+
+    def histograms(self) -> dict[str, list[float]]:
+        return self._handoffs.counters.histograms()
 
     def ledger(self) -> dict[str, Any]:
         return {

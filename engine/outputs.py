@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
+from penstock.common.histogram import STEP_TOKENS, Histogram
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs
 
 HANDED_OFF = Finish(reason="handoff")
@@ -49,3 +50,4 @@ class SchedulerCounters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))

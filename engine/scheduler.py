@@ -117,7 +117,8 @@ class Scheduler:
         step = self._step + 1
         started: list[SequenceStart] = []
         work = self._decode(decodes, budget, step)
-        budget -= sum([item.num_tokens for item in work])
+        step_tokens = sum([item.num_tokens for item in work])
+        budget -= step_tokens
         owners, total = decodes, self.max_num_batched_tokens
         gathered = prompts or not decodes or self._gathered(len(decodes))
         budget = min(budget, self.policy.prefill_budget(total, total - budget))
@@ -128,15 +129,18 @@ class Scheduler:
                 work.append(_work(request, num_tokens, (), step))
                 owners.append(request)
                 budget -= num_tokens
+                step_tokens += num_tokens
         for request, num_tokens in self._start_waiting(budget, now) if gathered else ():
             if not request.is_decoding:
                 self.counters.prompt_tokens += num_tokens
             started.append(_sequence_start(request))
             work.append(_work(request, num_tokens, tuple(self.pages.table(request.key)), step))
             owners.append(request)
+            step_tokens += num_tokens
         if not work:
             return None
         self._step = step
+        self.counters.step_tokens.observe(step_tokens)
         plan = StepPlan(step, tuple(self._ended), tuple(started), tuple(work))
         self._ended = []
         self._in_flight.append((plan, owners))

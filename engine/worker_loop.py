@@ -63,6 +63,9 @@ class Role(Protocol):
     def load(self) -> dict[str, int]:
         """The role's own fields of `WorkerLoad`."""
 
+    def histograms(self) -> dict[str, list[float]]:
+        """The role's own entries of `WorkerLoad.histograms`."""
+
     def ledger(self) -> dict[str, Any]:
         """The role's part of /debug/ledger."""
 
@@ -175,7 +178,7 @@ class WorkerLoop:
         if registry is not None and (added or removed):
             registry.publish(added, removed)
         if self._turned_at - self._load_at >= LOAD_EVERY_S or not self.engine.has_work():
-            self.load, self._load_at = self._current_load(role), self._turned_at
+            self.load, self._load_at = self._current_load(role, registry), self._turned_at
         while not self._questions.empty():
             question, future = self._questions.get()
             try:
@@ -183,7 +186,7 @@ class WorkerLoop:
             except Exception as error:  # handed to the thread that asked
                 future.set_exception(error)
 
-    def _current_load(self, role: Role) -> WorkerLoad:
+    def _current_load(self, role: Role, registry: RegistryWriter | None) -> WorkerLoad:
         scheduler, pages = self.engine.scheduler, self.engine.pages
         counters = scheduler.counters
         fields = {
@@ -191,6 +194,7 @@ class WorkerLoop:
             "queued_tokens": scheduler.queued_tokens,
             "prefix_queries": counters.prefix_queries,
             "prefix_hits": counters.prefix_hits,
+            "cached_tokens": counters.prefix_hits,
         }
         for name, value in role.load().items():
             fields[name] = fields.get(name, 0) + value
@@ -198,12 +202,15 @@ class WorkerLoop:
             running=len(scheduler.running),
             num_pages=pages.num_pages,
             free_pages=pages.num_available,
+            promised_pages=pages.num_promised,
             draining=self.peers.draining,
+            registered=registry is not None and registry.connected,
             steps=self.engine.steps,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
             preemptions=counters.preemptions,
             rates=self.engine.rates.rates(),
+            histograms={"step_tokens": counters.step_tokens.packed(), **role.histograms()},
             **fields,
         )
 

@@ -70,8 +70,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         health=loop.health,
         snapshot=lambda: loop.ask(lambda: loop.ledger(role)),
         load=lambda: loop.load,
-        model_name=info.served_models[0],
-        worker_id=info.worker_id,
+        info=info,
     )
     announced = status.url.replace(config.bus_host, bus.address.removeprefix("tcp://").rpartition(":")[0])
     registered = WorkerInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | {"status_url": announced})

@@ -22,6 +22,7 @@ class LoanBook:
 
     def __init__(self, lease_s: float, remember: int = 4096) -> None:
         """`remember`: how many ended keys are kept, so that a late `lend` does not open a loan nobody will end."""
+        self.expired = 0  # hand-offs whose loans a silent peer has lost
         self._lease_s = lease_s
         self._remember = remember
         self._loans: dict[str, dict[Hashable, list[int]]] = {}
@@ -66,6 +67,7 @@ class LoanBook:
     def expire(self, now: float) -> list[int]:
         """End the loans of peers that have been silent for lease_s."""
         silent = [peer for peer, renewed in self._renewed.items() if now >= renewed + self._lease_s]
+        self.expired += sum(len(self._loans.get(peer, ())) for peer in silent)
         return [page for peer in silent for page in self.drop_peer(peer)]
 
     def _end(self, peer: str, key: Hashable) -> None:

@@ -254,7 +254,15 @@ class HandOffOut:
         return bool(self._open) or self._book.lent_pages > 0
 
     def load(self) -> dict[str, int]:
-        return {"handoffs": self._count, "lent_pages": self._book.lent_pages, "transfer_pages": self._lent_total}
+        return {
+            "handoffs": self._count,
+            "lent_pages": self._book.lent_pages,
+            "transfer_pages": self._lent_total,
+            "expired_loans": self._book.expired,
+        }
+
+    def histograms(self) -> dict[str, list[float]]:
+        return {}
 
     def ledger(self) -> dict[str, Any]:
         return {"handoffs": len(self._open), "lent_pages": self._book.lent_pages}

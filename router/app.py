@@ -37,6 +37,7 @@ from penstock.router.endpoints import Answering, Generation, Scope, internal_err
 from penstock.router.error_bodies import Send, error_body, send_error
 from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
+from penstock.router.http_metrics import HttpMeter
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import fields_of
 from penstock.router.reply import Plan, Receive
@@ -119,6 +120,8 @@ def create_app(
         Route("/tokenize", Answering(front, tokenize), methods=["POST"]),
         Route("/detokenize", Answering(front, detokenize), methods=["POST"]),
     ]
+    paths = frozenset(path for route in app.routes if "{" not in (path := getattr(route, "path", "{")))
+    app.add_middleware(HttpMeter, metrics=front.metrics.http, paths=paths)
     return app
 
 

@@ -95,6 +95,7 @@ class Choice:
         """The service gave the choice up."""
         if not self.ended:
             self.ended = True
+            self._metrics.cancelled(len(self.request.prompt_token_ids), self.text.num_tokens, "error")
             self._listener.on_failure(error)
 
     def cancel(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,8 @@ class Reply(ABC):
         try:
             await self._submit()
             await self._answer(send)
+            if not self._gone and self._error is None:
+                self._metrics.answered(self._longest())
         finally:
             watcher.cancel()
             self._cancel_running()
@@ -138,6 +140,14 @@ class Reply(ABC):
             if not choice.ended:
                 choice.cancel()
                 self._metrics.cancelled(len(choice.request.prompt_token_ids), choice.text.num_tokens)
+
+    def _longest(self) -> Iterable[int]:
+        """Of each prompt, the output tokens of its longest choice."""
+        longest: dict[str, int] = {}
+        for choice in self._choices:
+            request_id = choice.request.request_id
+            longest[request_id] = max(longest.get(request_id, 0), choice.text.num_tokens)
+        return longest.values()
 
     def _wake(self) -> None:
         self._news = True

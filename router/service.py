@@ -22,6 +22,7 @@ from penstock.common.bus import AsyncBusLink, Connected, Disconnected, LinkItem
 from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.hash_probe import mismatch
+from penstock.common.histogram import Histogram
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import FleetReader
 from penstock.common.reservations import Reservations
@@ -177,7 +178,12 @@ class RouterService:
             "in_flight": len(self._dispatcher.choices),
             "reserved_tokens": sum(self._fleet.reservations.values()),
             "links": len(self._links),
+            "redis_up": int(not self._reader.away),
         }
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Durations, for metrics."""
+        return {"index_lookup_seconds": self._reader.lookup_s}
 
     # ------------------------------------------------------------ dispatcher in, commands out
 

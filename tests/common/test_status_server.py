@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.common.messages import MeasuredRates, WorkerLoad
+from penstock.common.histogram import STEP_TOKENS, Histogram
+from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 from penstock.common.status_server import StatusServer
 from penstock.common.worker_metrics import worker_metric_families
 
@@ -22,14 +23,20 @@ LOAD = WorkerLoad(
 )
 
 
+def worker(worker_id: str) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=worker_id, incarnation="a", role="decode", address="", fingerprint="f", model="m",
+        served_models=["tiny"], page_size=16, num_pages=100, page_bytes=4096, max_model_len=512, max_num_seqs=8,
+        vocab_size=400,
+    )  # fmt: skip
+
+
 @contextmanager
 def serving(
     health: Callable[[], tuple[bool, str]] = lambda: (True, "ready"),
     snapshot: Callable[[], dict[str, object]] = lambda: {"pages": {"held": 25}},
 ) -> Iterator[StatusServer]:
-    server = StatusServer(
-        "127.0.0.1", 0, health=health, snapshot=snapshot, load=lambda: LOAD, model_name="tiny", worker_id="decode-0"
-    )
+    server = StatusServer("127.0.0.1", 0, health=health, snapshot=snapshot, load=lambda: LOAD, info=worker("decode-0"))
     try:
         yield server
     finally:
@@ -107,7 +114,7 @@ def test_metrics_carry_vllm_names_and_labels() -> None:
 
 def test_every_field_of_the_load_reaches_a_metric() -> None:
     def values(load: WorkerLoad) -> list[float]:
-        families = worker_metric_families("tiny", [("decode-0", load)])
+        families = worker_metric_families("tiny", [(worker("decode-0"), load)])
         return [sample.value for family in families for sample in family.samples]
 
     def changes(base: WorkerLoad, name: str) -> list[WorkerLoad]:
@@ -119,20 +126,39 @@ def test_every_field_of_the_load_reaches_a_metric() -> None:
 
     base = WorkerLoad(num_pages=10, free_pages=5)
     for name in (field.name for field in msgspec.structs.fields(WorkerLoad)):
+        if isinstance(getattr(base, name), dict):
+            continue  # of histograms: the next test
         for changed in changes(base, name):
             assert values(changed) != values(base), f"{name} is shown by no metric"
 
 
+def test_histograms_of_the_load_are_shown_cumulative() -> None:
+    steps = Histogram(STEP_TOKENS)
+    for tokens in (1, 5, 8, 20000):
+        steps.observe(tokens)
+    shown = worker_metric_families("tiny", [(worker("d"), WorkerLoad(histograms={"step_tokens": steps.packed()}))])
+    family = next(family for family in shown if family.name == "vllm:iteration_tokens_total")
+    samples = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
+    assert (samples["1.0"], samples["8.0"], samples["16384.0"], samples["+Inf"]) == (1, 3, 3, 4)
+    assert samples["vllm:iteration_tokens_total_sum"] == 1 + 5 + 8 + 20000
+
+
+def test_histograms_of_other_bounds_are_not_misread() -> None:
+    assert Histogram.unpacked((1, 2), [1, 2, 3, 4, 5]).counts == [0, 0, 0]
+    counted = Histogram.unpacked((1, 2), [1, 2, 3, 9.5])
+    assert (counted.counts, counted.total) == ([1, 2, 3], 9.5)
+
+
 def test_one_sample_for_each_worker() -> None:
     families = worker_metric_families(
-        "tiny", [("prefill-0", WorkerLoad(running=1)), ("decode-0", WorkerLoad(running=2))]
+        "tiny", [(worker("prefill-0"), WorkerLoad(running=1)), (worker("decode-0"), WorkerLoad(running=2))]
     )
     running = next(family for family in families if family.name == "vllm:num_requests_running")
     assert [(s.labels["engine"], s.value) for s in running.samples] == [("prefill-0", 1), ("decode-0", 2)]
 
 
 def test_metrics_of_a_worker_without_pages() -> None:
-    families = worker_metric_families("tiny", [("decode-0", WorkerLoad())])
+    families = worker_metric_families("tiny", [(worker("decode-0"), WorkerLoad())])
     usage = next(family for family in families if family.name == "vllm:kv_cache_usage_perc")
     assert usage.samples[0].value == 0.0
 

@@ -67,6 +67,9 @@ class OneRequest:
     def load(self) -> dict[str, int]:
         return {}
 
+    def histograms(self) -> dict[str, list[float]]:
+        return {}
+
     def give_up(self, finish: Finish) -> None:
         raise AssertionError(finish)
 

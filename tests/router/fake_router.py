@@ -18,6 +18,7 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
 from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.histogram import Histogram
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
 from penstock.router.app import RouterServer, create_app
 from penstock.router.off_loop import OffLoop
@@ -144,6 +145,9 @@ class FakeService:
         )  # fmt: skip
         load = WorkerLoad(running=3, waiting=2, num_pages=100, free_pages=75, transfer_bytes=4096, lent_pages=5)
         return [(info, load)]
+
+    def histograms(self) -> dict[str, Histogram]:
+        return {}
 
     def counters(self) -> dict[str, int]:
         return {"retries": 4, "worker_losses": 1, "in_flight": len(self._tasks)}

@@ -14,6 +14,8 @@ def scrape(router: Router) -> dict[tuple[str, str], float]:
     found = {}
     for family in text_string_to_metric_families(router.http.get("/metrics").text):
         for sample in family.samples:
+            if not sample.name.startswith(("vllm:", "penstock:")) or "websocket" in sample.name:
+                continue
             assert sample.labels["model_name"] == "tiny"
             extra = sample.labels.get("finished_reason") or sample.labels.get("code") or sample.labels["engine"]
             if "le" not in sample.labels:
@@ -46,6 +48,10 @@ def test_figures() -> None:
     assert found["vllm:request_queue_time_seconds_sum", "router"] == pytest.approx(4 * 0.0015)
     assert found["vllm:request_params_n_sum", "router"] == 2 + 1 + 1 + 1  # the refused one was valid
     assert found["vllm:request_params_max_tokens_sum", "router"] == 99 + 3 + 99 + 16
+    assert found["vllm:request_max_num_generation_tokens_sum", "router"] == 2 * tokens + 3
+    assert found["vllm:request_max_num_generation_tokens_count", "router"] == 3  # once for n = 2
+    assert found["vllm:request_prefill_kv_computed_tokens_sum", "router"] == 10 - 3  # the others' prompts are shorter
+    assert found["penstock:handoff_exposed_seconds_sum", "router"] == pytest.approx(4 * 0.001)
     assert found["penstock:retries_total", "router"] == 4
     assert found["vllm:num_requests_running", "decode-0"] == 3
     assert found["vllm:num_requests_waiting", "decode-0"] == 2
@@ -62,3 +68,38 @@ def test_buckets_are_cumulative() -> None:
     samples = families["vllm:request_prompt_tokens"].samples
     buckets = {s.labels["le"]: s.value for s in samples if s.name.endswith("_bucket")}
     assert (buckets["5.0"], buckets["10.0"], buckets["50.0"], buckets["100.0"], buckets["+Inf"]) == (0, 1, 1, 2, 2)
+    assert max(float(bound) for bound in buckets if bound != "+Inf") == 500  # the context is 512 tokens
+
+
+def test_finer_steps_stand_under_our_own_name() -> None:
+    with running() as router:
+        router.openai.completions.create(model="tiny", prompt="a")
+        families = {f.name: f for f in text_string_to_metric_families(router.http.get("/metrics").text)}
+    bounds = {
+        prefix: {s.labels["le"] for s in families[f"{prefix}:inter_token_latency_seconds"].samples if "le" in s.labels}
+        for prefix in ("vllm", "penstock")
+    }
+    assert bounds["penstock"] - bounds["vllm"] == {"0.001", "0.0025", "0.005"} and bounds["vllm"] < bounds["penstock"]
+
+
+def test_http_requests_are_told_apart() -> None:
+    with running() as router:
+        list(router.openai.completions.create(model="tiny", prompt="a", stream=True))
+        assert router.post("/v1/completions", {"prompt": ""}).status_code == 400
+        assert router.http.get("/v1/models/tiny").status_code == 200
+        assert router.http.get("/nowhere").status_code == 404
+        assert router.http.get("/health").status_code == 200  # not counted
+        families = {f.name: f for f in text_string_to_metric_families(router.http.get("/metrics").text)}
+    counts = {
+        (s.labels["method"], s.labels["handler"], s.labels["status"]): s.value
+        for s in families["http_requests"].samples
+        if s.name == "http_requests_total"
+    }
+    assert counts == {
+        ("POST", "/v1/completions", "2xx"): 1,
+        ("POST", "/v1/completions", "4xx"): 1,
+        ("GET", "/v1/models/{name:path}", "2xx"): 1,
+        ("GET", "none", "4xx"): 1,
+    }
+    durations = families["http_request_duration_highr_seconds"].samples
+    assert [s.value for s in durations if s.name.endswith("_count")] == [4]
