@@ -31,9 +31,11 @@ from penstock.common.errors import BadRequest, NotFound, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
+from penstock.router.anthropic.answer import anthropic_error
+from penstock.router.anthropic.routes import count_tokens, plan_message
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
-from penstock.router.endpoints import Answering, Generation, Scope, internal_error
+from penstock.router.endpoints import Answering, ErrorBody, Generation, Scope, internal_error
 from penstock.router.error_bodies import Send, error_body, send_error
 from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
@@ -59,23 +61,32 @@ _PAGE_HEADERS = {
 
 
 class KeyGate:
-    """ASGI middleware: paths under /v1, and the fleet's addresses, need one of the keys."""
+    """ASGI middleware: paths under /v1, and the fleet's addresses, need one of the keys.
+
+    It comes as `Authorization: Bearer KEY`, or as Anthropic's clients send it: `x-api-key: KEY`.
+    """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], keys: tuple[str, ...]) -> None:
         self._app, self._keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and (scope["path"] + "/").startswith(("/v1/", "/fleet/"))
-        if guarded and not self._known(dict(scope["headers"]).get(b"authorization", b"")):
-            await send_error(send, Unauthorized("the API key is missing or wrong"), [])
+        if guarded and not self._known(dict(scope["headers"])):
+            await send_error(send, Unauthorized("the API key is missing or wrong"), [], errors_of(scope["path"]))
             return
         await self._app(scope, receive, send)
 
-    def _known(self, authorization: bytes) -> bool:
-        scheme, _, given = authorization.partition(b" ")
+    def _known(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
         # All keys are compared, and each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        matches = [hmac.compare_digest(value, key) for value in given for key in self._keys]
+        return any(matches)
+
+
+def errors_of(path: str) -> ErrorBody:
+    """How errors of a path are written."""
+    return anthropic_error if (path + "/").startswith("/v1/messages/") else error_body
 
 
 def create_app(
@@ -116,6 +127,8 @@ def create_app(
     app.router.routes += [
         Route("/v1/completions", Generation(front, plan_completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(front, plan_chat), methods=["POST"]),
+        Route("/v1/messages", Generation(front, plan_message, anthropic_error), methods=["POST"]),
+        Route("/v1/messages/count_tokens", Answering(front, count_tokens, anthropic_error), methods=["POST"]),
         Route("/invocations", Generation(front, _plan_invocation), methods=["POST"]),
         Route("/tokenize", Answering(front, tokenize), methods=["POST"]),
         Route("/detokenize", Answering(front, detokenize), methods=["POST"]),
@@ -250,10 +263,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
     known = NotFound(f"{path}: no such route") if error.status_code == 404 else BadRequest(f"{path}: {error.detail}")
-    return Response(error_body(known), error.status_code, dict(error.headers or {}), media_type="application/json")
+    body = errors_of(request.url.path)(known)
+    return Response(body, error.status_code, dict(error.headers or {}), media_type="application/json")
 
 
-async def _internal_error(_: Request, __: Exception) -> Response:
+async def _internal_error(request: Request, __: Exception) -> Response:
     """A fault of ours outside the generating routes; the server logs it."""
-    error = internal_error()
-    return Response(error_body(error), 500, media_type="application/json")
+    body = errors_of(request.url.path)(internal_error())
+    return Response(body, 500, media_type="application/json")

@@ -1,0 +1,1 @@
+"""The Anthropic Messages API, translated to chat and back."""
