@@ -124,6 +124,8 @@ class RouterConfig(FleetConfig):
     queue_timeout_s: float = option(60.0, "how long a request may wait for room")
     progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
+    response_store_mib: int = option(64, "memory for stored answers of /v1/responses; 0: none is stored")
+    response_ttl_s: float = option(3600.0, "how long a stored answer of /v1/responses is kept")
     routing_policy: str = option("cost", "how workers are chosen (docs/routing.md)", choices=ROUTING_POLICIES)
     min_remote_prefill_tokens: int = option(0, "uncached prompt tokens from which a prefill worker is used")
 

@@ -39,6 +39,7 @@ class Usage(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt's
+    reasoning_tokens: int = 0  # of the completion's
 
 
 @dataclass

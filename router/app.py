@@ -35,7 +35,7 @@ from penstock.router.anthropic.answer import anthropic_error
 from penstock.router.anthropic.routes import count_tokens, plan_message
 from penstock.router.chat import plan_chat
 from penstock.router.completions import plan_completion
-from penstock.router.endpoints import Answering, ErrorBody, Generation, Scope, internal_error
+from penstock.router.endpoints import ErrorBody, Generation, Scope, answering, internal_error
 from penstock.router.error_bodies import Send, error_body, send_error
 from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
@@ -43,6 +43,7 @@ from penstock.router.http_metrics import HttpMeter
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import fields_of
 from penstock.router.reply import Plan, Receive
+from penstock.router.responses.routes import Responses
 from penstock.router.token_routes import detokenize, tokenize
 
 if TYPE_CHECKING:
@@ -109,12 +110,15 @@ def create_app(
         seeds=random.Random(config.seed or None),
     )
 
+    responses = Responses(front)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         try:
             yield
         finally:
+            await responses.close()
             if not getattr(app.state, "service_stopped", False):  # under a server other than ours
                 await service.stop(0.0)
 
@@ -127,11 +131,12 @@ def create_app(
     app.router.routes += [
         Route("/v1/completions", Generation(front, plan_completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(front, plan_chat), methods=["POST"]),
+        *responses.routes(),
         Route("/v1/messages", Generation(front, plan_message, anthropic_error), methods=["POST"]),
-        Route("/v1/messages/count_tokens", Answering(front, count_tokens, anthropic_error), methods=["POST"]),
+        Route("/v1/messages/count_tokens", answering(front, count_tokens, anthropic_error), methods=["POST"]),
         Route("/invocations", Generation(front, _plan_invocation), methods=["POST"]),
-        Route("/tokenize", Answering(front, tokenize), methods=["POST"]),
-        Route("/detokenize", Answering(front, detokenize), methods=["POST"]),
+        Route("/tokenize", answering(front, tokenize), methods=["POST"]),
+        Route("/detokenize", answering(front, detokenize), methods=["POST"]),
     ]
     paths = frozenset(path for route in app.routes if "{" not in (path := getattr(route, "path", "{")))
     app.add_middleware(HttpMeter, metrics=front.metrics.http, paths=paths)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import BadRequest
+from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat, Said
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.choices_format import ChoicesFormat, finite
@@ -106,14 +107,20 @@ class ChatFormat(ChoicesFormat):
         """One entry a token, with the bytes of tokens, for text that is not whole characters."""
         if not tokens:
             return None
-        return {"content": [self._scored(token) for token in tokens], "refusal": None}
+        return {"content": scored_tokens(self._tokenizer, tokens), "refusal": None}
 
-    def _scored(self, token: ScoredToken) -> dict[str, Any]:
+
+def scored_tokens(tokenizer: Tokenizer, tokens: Sequence[ScoredToken]) -> list[dict[str, Any]]:
+    """Tokens with their scores, as chats and responses tell them."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
+
+    def scored(token: ScoredToken) -> dict[str, Any]:
         scores = token.logprobs
         assert scores is not None, "output tokens are scored"
-        top = [self._token(i, p) for i, p in zip(scores.top_ids, scores.top_logprobs, strict=True)]
-        return self._token(token.token_id, scores.logprob) | {"top_logprobs": top}
+        top = [entry(i, p) for i, p in zip(scores.top_ids, scores.top_logprobs, strict=True)]
+        return entry(token.token_id, scores.logprob) | {"top_logprobs": top}
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
+    return [scored(token) for token in tokens]

@@ -1,6 +1,6 @@
 """ASGI endpoints: from an HTTP request to an answer, or to the one error that says why there is none.
 
-`Generation` runs the model, `Answering` makes one JSON answer at once; both read their body whole. app.py makes them.
+`Generation` runs the model, `answering` makes one JSON answer of a body at once; `Guarded` is for the rest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Generation:
             timeline.mark("tokenised", time.monotonic())
             kind = BeamReply if plan.beams else StreamReply if plan.stream else WholeReply
             reply = kind(plan, front.service, front.tokenizer, front.metrics, timeline, headers)
-            await reply.run(receive, send)
+            if plan.background is None:
+                await reply.run(receive, send)
+            else:
+                await plan.background(reply, receive, send, headers)
         except PenstockError as error:
             if reply is None or not reply.failed:
                 front.metrics.failed(error.code)
@@ -59,26 +62,40 @@ class Generation:
             await send_error(send, internal_error(), headers, self._errors)
 
 
-class Answering:
-    """ASGI endpoint of a route that makes one JSON answer of its body at once."""
+class Guarded:
+    """ASGI endpoint of a route that generates nothing; `handle` also gets headers for the response."""
 
     def __init__(
-        self, front: Front, answer: Callable[[bytes, Front], Awaitable[bytes]], errors: ErrorBody = error_body
+        self,
+        front: Front,
+        handle: Callable[[Scope, Receive, Send, list[tuple[bytes, bytes]]], Awaitable[None]],
+        errors: ErrorBody = error_body,
     ) -> None:
-        self._front, self._answer, self._errors = front, answer, errors
+        self._front, self._handle, self._errors = front, handle, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         head, headers = request_head(scope)
         try:
-            body = await read_body(receive)
-            if body is not None:
-                await send_json(send, await self._answer(body, self._front), headers)
+            await self._handle(scope, receive, send, headers)
         except PenstockError as error:
             self._front.metrics.failed(error.code)
             await send_error(send, error, headers, self._errors)
         except Exception:
             log.exception("request %s", head.request_id)
             await send_error(send, internal_error(), headers, self._errors)
+
+
+def answering(
+    front: Front, answer: Callable[[bytes, Front], Awaitable[bytes]], errors: ErrorBody = error_body
+) -> Guarded:
+    """ASGI endpoint of a route that makes one JSON answer of its body at once."""
+
+    async def handle(scope: Scope, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        body = await read_body(receive)
+        if body is not None:
+            await send_json(send, await answer(body, front), headers)
+
+    return Guarded(front, handle, errors)
 
 
 def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:

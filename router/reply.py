@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+Background = Callable[["Reply", Receive, Send, list[tuple[bytes, bytes]]], Awaitable[None]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -40,6 +42,7 @@ class Plan:
     timeline: bool = False  # the client asked for it
     beams: bool = False  # the choices of a prompt are the results of a beam search
     length_penalty: float = 1.0
+    background: Background | None = None  # runs the reply apart from the client, and answers that one itself
 
 
 class Reply(ABC):
