@@ -23,6 +23,7 @@ from penstock.common.logs import SUPERVISED_ENV
 
 ENV_PREFIX = "PENSTOCK_"
 CONFIG_ENV = "PENSTOCK_CONFIG"  # stands for --config
+CLIENT_ENV_PREFIX = "PENSTOCK_CLIENT_"  # options of the commands that ask a server: penstock/client_options.py
 _RESERVED_ENV = {CONFIG_ENV, SUPERVISED_ENV}
 # A Kubernetes Service called penstock (or penstock-router) puts these into every pod; they are not meant for us.
 _KUBERNETES_ENV = re.compile(r"SERVICE_(HOST|PORT\w*)$|PORT_\d+_(TCP|UDP)\w*$")
@@ -238,7 +239,7 @@ def _given_flags(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
         if not name.startswith("-"):
             raise ConfigError(f"unexpected argument {name!r}; see {parser.prog} --help")
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise ConfigError(f"unknown option {name}{_nearest(name, flags)}")
+        raise ConfigError(f"unknown option {name}{nearest(name, flags)}")
     return vars(namespace)
 
 
@@ -247,15 +248,17 @@ def _from_environment(environ: Mapping[str, str], known: Mapping[str, Option]) -
     every_name = options(ServeConfig).keys()
     for variable, text in sorted(environ.items()):
         name = variable.removeprefix(ENV_PREFIX).lower()
-        if not variable.startswith(ENV_PREFIX) or variable in _RESERVED_ENV or not text:
+        if not variable.startswith(ENV_PREFIX) or not text:
             continue  # an empty variable is an unset one: compose files write VAR=${VAR:-}
+        if variable in _RESERVED_ENV or variable.startswith(CLIENT_ENV_PREFIX):
+            continue
         if _KUBERNETES_ENV.search(variable) or (variable.endswith("_PORT") and _KUBERNETES_LINK.match(text)):
             continue
         if name in known:
             values[name] = _convert(known[name], text, variable)
         elif name not in every_name:
-            nearest = _nearest(variable, [ENV_PREFIX + other.upper() for other in every_name])
-            raise ConfigError(f"unknown environment variable {variable}{nearest}")
+            hint = nearest(variable, [ENV_PREFIX + other.upper() for other in every_name])
+            raise ConfigError(f"unknown environment variable {variable}{hint}")
     return values
 
 
@@ -266,7 +269,7 @@ def _from_file(path: str, known: Mapping[str, Option]) -> dict[str, object]:
     for key, value in read_config_file(path).items():
         name = key.replace("-", "_")
         if name not in every_name:
-            raise ConfigError(f"{Path(path).name}: unknown option {key}{_nearest(name, every_name)}")
+            raise ConfigError(f"{Path(path).name}: unknown option {key}{nearest(name, every_name)}")
         if name in known:
             try:
                 values[name] = known[name].from_value(value)
@@ -285,7 +288,8 @@ def _convert(option: Option, text: str, source: str) -> object:
     return value
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" where something known is near, else ""."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, list(known), n=1)

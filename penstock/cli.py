@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from penstock import __version__
 from penstock.common import logs
 from penstock.common.config import EngineConfig, FleetConfig, RouterConfig, ServeConfig, WorkerConfig
-from penstock.common.config_loader import Config, load_config
+from penstock.common.config_loader import Config, load_config, nearest
 from penstock.common.errors import ConfigError, ModelError
 from penstock.models.errors import ModelError as CheckpointError
 
@@ -27,7 +27,10 @@ commands:
   router MODEL   one router: the OpenAI API in front of the workers it finds in Redis
   prefill MODEL  one prefill worker
   decode MODEL   one decode worker (it also runs whole requests by itself)
+  chat           a conversation with a running server; `--quick TEXT` asks once
+  complete       continues texts on a running server, likewise
   doctor         what this machine has and lacks for serving: software, devices, links, Redis, ports, limits
+  collect-env    what a bug report should say of this machine
   tap            what passes on the bus of a running fleet, a line a message
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
   simulate TRACE routing policies on virtual workers: hit ratios, balance, latency, how many workers
@@ -38,7 +41,8 @@ options:
   -h, --help     this text; `penstock COMMAND --help` lists the options of a command
   --version      the version
 
-Every option can also stand in a file (--config FILE) or in the environment (PENSTOCK_MAX_MODEL_LEN=32K).
+Every option can also stand in a file (--config FILE) or in the environment: PENSTOCK_MAX_MODEL_LEN=32K for processes
+and the engine, PENSTOCK_CLIENT_URL=http://host:8000 for the commands that ask a running server.
 """
 # The launcher decides these for each of its workers.
 _NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "memory_share")
@@ -50,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in ([], ["-h"], ["--help"], ["help"]):
         print(USAGE, end="")
         return 0 if arguments else 2
-    if arguments[0] in ("--version", "-V"):
+    if arguments[0] in ("--version", "-V", "-v"):
         print(f"penstock {__version__}")
         return 0
     try:
         if arguments[0] not in _COMMANDS:
-            raise ConfigError(f"unknown command {arguments[0]!r}; there are {', '.join(_COMMANDS)}")
+            near = nearest(arguments[0], _COMMANDS) or f"; there are {', '.join(_COMMANDS)}"
+            raise ConfigError(f"unknown command {arguments[0]!r}{near}")
         return _COMMANDS[arguments[0]](arguments[1:])
     except (ConfigError, ModelError, CheckpointError) as error:
         print(f"{logs.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
@@ -115,6 +120,24 @@ def _run_batch(arguments: list[str]) -> int:
         return error.exit_status
 
 
+def _chat(arguments: list[str]) -> int:
+    from penstock.talk import chat
+
+    return chat(arguments)
+
+
+def _complete(arguments: list[str]) -> int:
+    from penstock.talk import complete
+
+    return complete(arguments)
+
+
+def _collect_env(arguments: list[str]) -> int:
+    from penstock.collect_env import main as run
+
+    return run(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     from penstock.doctor.command import run
 
@@ -148,6 +171,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "benchmark": _bench,
     "run-batch": _run_batch,
+    "chat": _chat,
+    "complete": _complete,
+    "collect-env": _collect_env,
     "simulate": _simulate,
     "doctor": _doctor,
     "tap": _tap,

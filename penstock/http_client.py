@@ -7,7 +7,7 @@ nothing of aiohttp is seen outside.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -60,7 +60,7 @@ class Client:
             async with self._session.post(self.base_url + path, json=body, headers=_named(request_id)) as response:
                 return response.status, await response.json(content_type=None)
 
-    async def stream(self, path: str, body: Any, request_id: str = "") -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, path: str, body: Any, request_id: str = "") -> AsyncGenerator[dict[str, Any], None]:
         """Payloads of the server-sent events, each as soon as it is complete, without the closing [DONE].
 
         Raises:

@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from penstock.client_options import api_key
 from penstock.common.errors import ConfigError
 from penstock.http_client import Client, RequestError, connect
 
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--base-url", help="a running server; without it, a fleet is started: MODEL and serve's options"
     )
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="of the running server")
+    parser.add_argument("--api-key", default=api_key(os.environ), help="of the running server")
     parser.add_argument("--disable-tqdm", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     try:

@@ -7,7 +7,6 @@ Every message has a worker at one end, so a tap asks the workers for copies (com
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import secrets
@@ -22,6 +21,7 @@ from typing import Any
 import msgpack
 import zmq
 
+from penstock.client_options import ClientParser, api_key
 from penstock.common.bus_access import curve_keys
 from penstock.common.bus_tap import LEASE_S, REQUEST
 from penstock.common.errors import ConfigError
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: no fleet, no such worker, or an address that is none.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse(arguments, os.environ)
     if not options.url.startswith(("http://", "https://")) or options.limit < 0:
         raise ConfigError("--url must begin with http:// or https://, --limit must not be negative")
     if options.bus:
@@ -241,14 +241,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="penstock tap", description="Print what passes on the bus of a running fleet.", allow_abbrev=False
-    )
-    key = {name: os.environ.get(f"PENSTOCK_{name.upper()}", "") for name in ("api_key", "cluster_key")}
+def _parser() -> ClientParser:
+    parser = ClientParser("penstock tap", "Print what passes on the bus of a running fleet.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="a router of the fleet: it knows the workers")
-    parser.add_argument("--api-key", default=key["api_key"], help="if the router wants one")
-    parser.add_argument("--cluster-key", default=key["cluster_key"], help="if the bus is encrypted")
+    parser.add_argument("--api-key", default=api_key(os.environ), help="if the router wants one")
+    cluster_key = os.environ.get("PENSTOCK_CLUSTER_KEY", "")
+    parser.add_argument("--cluster-key", default=cluster_key, help="if the bus is encrypted")
     parser.add_argument(
         "--bus", action="append", default=[], metavar="ADDRESS", help="a worker's bus, without a router"
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from penstock.client_options import ClientParser, api_key
 from penstock.common.errors import ConfigError
 
 _CLEAR = "\x1b[H\x1b[J"
@@ -23,12 +23,12 @@ _HEAD = ("WORKER", "ROLE", "RUN", "WAIT", "QUEUED", "PAGES", "HELD", "HITS", "PR
 
 def main(arguments: Sequence[str]) -> int:
     """Show the fleet until Ctrl-C, or --once; 1 if the router cannot be asked."""
-    parser = argparse.ArgumentParser(prog="penstock top", description="A fleet in the terminal.", allow_abbrev=False)
+    parser = ClientParser("penstock top", "A fleet in the terminal.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="a router of the fleet")
-    parser.add_argument("--api-key", default=os.environ.get("PENSTOCK_API_KEY", ""), help="if the router wants one")
+    parser.add_argument("--api-key", default=api_key(os.environ), help="if the router wants one")
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
     parser.add_argument("--once", action="store_true", help="two looks, one picture, and leave")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments, os.environ)
     if not options.url.startswith(("http://", "https://")) or options.interval <= 0:
         raise ConfigError("--url must begin with http:// or https://, --interval must be above 0")
     before: Mapping[str, Any] | None = None

@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import random
-import re
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
 from penstock.bench.arrivals import STRATEGIES, arrivals, ramp_up
 from penstock.bench.datasets import DATASETS, TRACE_PAGE_TOKENS
 from penstock.bench.serving_metrics import GOODPUT_METRICS, METRICS
+from penstock.client_options import ClientParser, api_key
 from penstock.common.errors import ConfigError
 
 BACKENDS = ("openai", "openai-chat", "vllm")
@@ -44,11 +43,6 @@ _AT_LEAST_1 = (
 _AT_LEAST_0 = ("num_warmups", "random_prefix_len", "prefix_repetition_prefix_len", "ready_check_timeout_sec")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options.
 
@@ -59,17 +53,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         flag = argument.partition("=")[0].replace("_", "-")
         if flag in _REFUSED:
             raise ConfigError(f"vLLM's {flag} is not supported: {_REFUSED[flag]}")
-    dashed = [re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), argument) for argument in arguments]
-    parser = _Parser(
-        prog="penstock bench serve",
-        description="A load on an OpenAI-compatible server, and what its clients saw.",
-        allow_abbrev=False,
-    )
+    parser = ClientParser("penstock bench serve", "A load on an OpenAI-compatible server, and what its clients saw.")
     _add_server(parser)
     _add_load(parser)
     _add_dataset(parser)
     _add_result(parser)
-    options = parser.parse_args(dashed)
+    options = parser.parse(arguments, os.environ)
     _check(options)
     return options
 
@@ -81,7 +70,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--endpoint", help="default: /v1/completions, or /v1/chat/completions")
-    add("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="default: $OPENAI_API_KEY")
+    add("--api-key", default=api_key(os.environ), help="default: $OPENAI_API_KEY")
     add("--header", nargs="+", default=[], metavar="KEY=VALUE", help="headers of every request")
     add("--insecure", action="store_true", help="do not check the server's certificate")
     add("--ready-check-timeout-sec", type=float, default=0.0, metavar="S", help="how long to wait for the server")

@@ -45,15 +45,15 @@ def gather(
 ) -> Facts:
     """All facts. `ports`: what would listen where. `tell` hears what takes long."""
     tell("looking at torch and CUDA")
-    torch_facts = _torch_facts()
-    gpus: tuple[Gpu, ...] = torch_facts.get("gpus", ())
+    found = torch_facts()
+    gpus: tuple[Gpu, ...] = found.get("gpus", ())
     nixl_error, ucx_modules = _nixl()
     if gpus:
         tell("compiling a kernel")
     return Facts(
         python=sys.version_info[:3],
-        versions={name: _version(name) for name in PACKAGES},
-        driver=_driver(),
+        versions={name: version_of(name) for name in PACKAGES},
+        driver=driver_version(),
         c_compiler=environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "",
         python_headers=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         triton_error=_run_triton(environ) if gpus else "",
@@ -63,12 +63,12 @@ def gather(
         rdma_devices=_names("/sys/class/infiniband"),
         links=measure_all(len(gpus), tell) if measure_links else (),
         links_skipped=not measure_links,
-        redis=given_redis(redis_url) if redis_url else _private_redis(),
+        redis=given_redis(redis_url) if redis_url else private_redis(),
         ports=tuple(listen(purpose, host, port) for purpose, (host, port) in ports.items()),
         cores=len(os.sched_getaffinity(0)),
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        **torch_facts,
-        **_limits(),
+        **found,
+        **limits(),
     )
 
 
@@ -118,12 +118,12 @@ def nvlinks(topology: str) -> dict[tuple[int, int], int]:
     return found
 
 
-def _torch_facts() -> dict[str, Any]:
+def torch_facts() -> dict[str, Any]:
     """torch's build, the devices and their pairs."""
     try:
         import torch
     except Exception as error:  # a broken installation raises whatever it likes
-        return {"torch_error": _first_line(error)} if _version("torch") else {}
+        return {"torch_error": _first_line(error)} if version_of("torch") else {}
     facts: dict[str, Any] = {"torch_cuda": torch.version.cuda or ""}
     if not torch.cuda.is_available():
         return facts
@@ -148,13 +148,14 @@ def _torch_facts() -> dict[str, Any]:
 
 def _nvlinks_by_uuid() -> dict[tuple[str, str], int]:
     """nvidia-smi numbers all devices, torch the visible ones: their UUIDs join the two."""
-    uuids = _output("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").split()
-    pairs = nvlinks(_output("nvidia-smi", "topo", "-m"))
+    uuids = output_of("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").split()
+    pairs = nvlinks(output_of("nvidia-smi", "topo", "-m"))
     return {(uuids[i], uuids[j]): count for (i, j), count in pairs.items() if max(i, j) < len(uuids)}
 
 
-def _driver() -> str:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+def driver_version() -> str:
+    """NVIDIA's driver, "" without one."""
+    lines = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else ""
 
 
@@ -190,16 +191,17 @@ def _nixl() -> tuple[str, tuple[str, ...]]:
     return "", tuple(sorted(names))
 
 
-def _private_redis() -> RedisFact:
+def private_redis() -> RedisFact:
+    """The redis-server that `serve` would start."""
     try:
         server = find_redis_server()
     except ConfigError as error:
         return RedisFact("private", error=str(error))
-    version = re.search(r"v=([\d.]+)", _output(server, "--version"))
+    version = re.search(r"v=([\d.]+)", output_of(server, "--version"))
     return RedisFact("private", f"redis-server {version[1] if version else 'of unknown version'}")
 
 
-def _limits() -> dict[str, Any]:
+def limits() -> dict[str, Any]:
     """What this process, and so each one that it starts, may use."""
     facts: dict[str, Any] = {
         "open_files": _limit(resource.RLIMIT_NOFILE),
@@ -222,14 +224,15 @@ def _names(folder: str) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in Path(folder).glob("*")))
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """Of a distribution, "" where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
     """What a command prints, or "" if it is missing or fails."""
     try:
         return subprocess.run(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NoReturn
 
+from penstock.client_options import ClientParser
 from penstock.common.config import ROUTING_POLICIES
 from penstock.common.errors import ConfigError
 from penstock.router.rates import WorkerRates
@@ -27,18 +28,13 @@ Llama-3.1-8B on one H200 unless the options below say otherwise. docs/routing.md
 _HEAD = "policy            hit  oracle  max/mean    TTFT p50      p99   ITL p99  within SLO  goodput/s"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Simulate and return the exit status.
 
     Raises:
         ConfigError: an option or the trace is wrong, or a file cannot be written.
     """
-    options = _parser().parse_args(list(arguments))
+    options = _parser().parse(list(arguments), os.environ)
     if options.plot is not None:
         need_matplotlib()
     shape = FleetShape(
@@ -68,10 +64,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="penstock simulate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> ClientParser:
+    parser = ClientParser("penstock simulate", _DESCRIPTION)
     parser.add_argument("trace", metavar="TRACE")
     parser.add_argument("--workers", type=int, required=True, help="all workers, of both roles")
     parser.add_argument("--pages-per-worker", type=int, required=True)

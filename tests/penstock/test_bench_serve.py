@@ -233,7 +233,7 @@ def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixtu
         (["--hf-name", "x"], "vLLM's --hf-name is not supported: give the data set as a file"),
         (["--num-prompts", "0"], "--num-prompts must be at least 1"),
         (["--lora-modules", "a"], "LoRA adapters are not supported"),
-        (["--nonsense"], "unrecognized arguments"),
+        (["--num-promts", "3"], "unknown option --num-promts; did you mean --num-prompts?"),
         (["--extra-body", "[]"], "must be a JSON object"),
     ],
 )

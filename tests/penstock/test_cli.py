@@ -50,7 +50,8 @@ def test_serve_help_lists_the_promised_flags(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["sevre"], "unknown command 'sevre'; there are serve, router, prefill, decode, top, bench"),
+        (["sevre"], "unknown command 'sevre'; did you mean serve?"),
+        (["x"], "unknown command 'x'; there are serve, router, prefill, decode, top, bench"),
         (["serve"], "MODEL is missing"),
         (["serve", "tiny", "--prot", "1"], "unknown option --prot; did you mean --port?"),
         (["serve", "tiny", "--decode-workers", "0"], "decode_workers must be at least 1"),
