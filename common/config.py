@@ -127,6 +127,9 @@ class RouterConfig(FleetConfig):
     response_store_mib: int = option(64, "memory for stored answers of /v1/responses; 0: none is stored")
     response_ttl_s: float = option(3600.0, "how long a stored answer of /v1/responses is kept")
     routing_policy: str = option("cost", "how workers are chosen (docs/routing.md)", choices=ROUTING_POLICIES)
+    fetch_prefixes: bool = option(
+        True, "cost policy: read a prefix from a worker that has it where computing is slower"
+    )
     min_remote_prefill_tokens: int = option(0, "uncached prompt tokens from which a prefill worker is used")
 
     def __post_init__(self) -> None:

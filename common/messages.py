@@ -8,6 +8,7 @@ Protocol versions:
 1  first version
 2  sampling has logit_bias, allowed_token_ids and bad_words_token_ids, which a worker must not overlook
 3  sampling has prompt_logprobs, and the first TokenDelta their answer; requests have a priority
+4  prefixes are fetched: Submit and Prefill name a source, workers of any role ask each other with Fetch
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
     """Base of everything that travels."""
 
 
-# ---------------------------------------------------------------- handshake, both links (router and decode -> worker)
+# ---------------------------------------------------------------- handshake, all links (router and workers -> worker)
 
 
 class Hello(Message, tag="hello", frozen=True, kw_only=True):
     """First message on a connection, and again whenever the connection was cut."""
 
     protocol: int
-    peer_id: str  # stable over reconnects: the router's or decode worker's incarnation
+    peer_id: str  # stable over reconnects: the router's or worker's incarnation
     session: int  # grows with each connection of this peer; a newer session ends the older one's requests
-    role: str  # "router" | "decode"
+    role: str  # "router" | "prefill" | "decode"
     fingerprint: str  # "" from a router: it serves whatever the worker serves
 
 
@@ -124,7 +125,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     steps: int = 0  # grows while the worker makes progress
     prompt_tokens: int = 0  # computed
     cached_tokens: int = 0  # of prompts computed here, found in the prefix cache
-    asked_tokens: int = 0  # prompt tokens asked of prefill workers
+    asked_tokens: int = 0  # prompt tokens asked of other workers: hand-offs and fetches
     received_tokens: int = 0  # of those, whose pages came
     generation_tokens: int = 0
     prefix_queries: int = 0  # tokens looked up in the prefix cache
@@ -135,6 +136,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     transfer_bytes: int = 0
     transfer_pages: int = 0
     checksum_failures: int = 0
+    fetches: int = 0  # prefixes asked of other workers rather than computed
+    fetch_failures: int = 0  # of those, given up; the rest of the prefix was computed here
+    fetched_tokens: int = 0  # tokens whose pages were read from other workers
     rates: MeasuredRates = MeasuredRates()
     expired_loans: int = 0  # prompts whose lent pages were taken back from a silent peer
     histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
@@ -167,11 +171,20 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         return self.sampling.prompt_logprobs is not None and not self.output_token_ids
 
 
+def request_key(request_id: str, choice: int, attempt: int) -> str:
+    """A worker's name for one attempt at one choice; also its page holder."""
+    return f"{request_id}:{choice}:{attempt}"
+
+
 class Submit(Message, tag="submit", frozen=True, kw_only=True):
-    """Router -> decode worker: run this request; `prefill` names the prefill worker to use, or None to prefill here."""
+    """Router -> decode worker: run this request; `prefill` names the prefill worker to use, or None to prefill here.
+
+    Whoever computes the prompt first fetches what `source` holds of it.
+    """
 
     request: GenerateRequest
     prefill: WorkerInfo | None = None
+    source: WorkerInfo | None = None
 
 
 class Abort(Message, tag="abort", frozen=True, kw_only=True):
@@ -188,13 +201,36 @@ class Prefill(Message, tag="prefill", frozen=True, kw_only=True):
     request: GenerateRequest
     router_id: str  # peer_id of the router that gets the first token directly
     held_tokens: int = 0  # leading tokens (whole pages) the decode worker already has: do not offer these
+    source: WorkerInfo | None = None  # fetch what it holds of the prompt, rather than compute it
 
 
 # ---------------------------------------------------------------- hand-off: prefill <-> decode
 
 
+class Fetch(Message, tag="fetch", frozen=True, kw_only=True):
+    """Worker -> worker that holds a prefix: lend me the pages with these hashes, as far as you cache them.
+
+    Answered with tickets and `FetchDone`; ended with `PagesLanded`, also when the reader gives up.
+    """
+
+    request_id: str
+    attempt: int
+    choice: int = 0
+    first_page: int  # of the request, whose hash is the first one
+    hashes: list[bytes]
+
+
+class FetchDone(Message, tag="fetch_done", frozen=True, kw_only=True):
+    """Source -> reader, after the last ticket: of the pages asked for these were the first `num_pages`, all it has."""
+
+    request_id: str
+    attempt: int
+    choice: int = 0
+    num_pages: int
+
+
 class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
-    """Prefill -> decode: a ticket. These pages are complete and lent to you until `PagesLanded`, or your lease ends.
+    """Lender -> reader: a ticket. These pages are complete and lent to you until `PagesLanded`, or your lease ends.
 
     Page i of the lists holds tokens [(first_page + i) * page_size, ...) of the request. One list per KV group.
     """
@@ -203,7 +239,7 @@ class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
     attempt: int
     choice: int = 0
     first_page: int
-    pages: list[list[int]]  # per KV group: page ids in the prefill worker's pool
+    pages: list[list[int]]  # per KV group: page ids in the lender's pool
     checksums: list[list[int]] = []  # of each page's bytes; [] when this ticket is not checked
     num_tokens: int  # tokens of the request complete after this ticket
     heartbeat_seq: int = 0  # newest heartbeat of this peer that had been processed when the pages were lent
@@ -238,7 +274,7 @@ class PrefillFailed(Message, tag="prefill_failed", frozen=True, kw_only=True):
 
 
 class PagesLanded(Message, tag="pages_landed", frozen=True, kw_only=True):
-    """Decode -> prefill: everything of this attempt is read (or given up); the loan ends."""
+    """Reader -> lender: everything of this attempt is read (or given up); the loan ends."""
 
     request_id: str
     attempt: int
@@ -291,6 +327,10 @@ class Spans(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     preemptions: int = 0
     local_prefill: bool = False  # a decode worker computed (part of) the prompt itself
     checksum_failures: int = 0
+    fetch_ms: float = 0.0  # asking another worker for a prefix until its last page landed, or it was given up
+    fetch_bytes: int = 0
+    fetched_tokens: int = 0
+    source: str = ""  # worker id of whom the prefix was fetched from
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -322,6 +362,8 @@ AnyMessage = (
     | Submit
     | Abort
     | Prefill
+    | Fetch
+    | FetchDone
     | PagesReady
     | PrefillDone
     | PrefillFailed

@@ -68,7 +68,8 @@ class _Peer:
 class Peers:
     """The peers of one worker by wire identity, at most one session of each.
 
-    Set `draining` to refuse everybody who comes from now on; peers that are known keep their lease.
+    Set `draining` to refuse routers that come from now on; peers that are known keep their lease. Workers may still
+    come to read pages.
     """
 
     worker: WorkerInfo
@@ -88,7 +89,7 @@ class Peers:
         return self._newest.get(peer_id)
 
     def role(self, identity: bytes) -> str:
-        """ "router" or "decode"."""
+        """ "router", "prefill" or "decode"."""
         return self._by_identity[identity].role
 
     def hello(self, identity: bytes, hello: Hello, now: float) -> tuple[Welcome | Refused, list[PeerEvent]]:
@@ -142,10 +143,10 @@ class Peers:
         known = self._newest.get(hello.peer_id)
         if known is not None and self._by_identity[known].session > hello.session:
             return self._refuse("unknown", f"a newer session of {hello.peer_id} is connected")
-        needs_fingerprint = hello.role == "decode" or hello.fingerprint != ""
+        needs_fingerprint = hello.role != "router" or hello.fingerprint != ""
         if needs_fingerprint and hello.fingerprint != self.worker.fingerprint:
             return self._refuse("fingerprint", f"fingerprint {hello.fingerprint!r} is not {self.worker.fingerprint!r}")
-        if self.draining and identity not in self._by_identity:
+        if self.draining and hello.role == "router" and identity not in self._by_identity:
             return self._refuse("draining", "this worker is draining")
         return None
 

@@ -3,7 +3,7 @@
 A process marks with its own monotonic clock. Monotonic clocks of two hosts cannot be compared, so what travels is
 durations: each process sends `since`-style spans and the router, which saw the request come and go, places them.
 Marks of the router: received, tokenised, routed, first_token, finished.
-Spans of the workers (milliseconds, see `Spans` in messages.py): admission, queue, prefill, transfer, decode.
+Spans of the workers (milliseconds, see `Spans` in messages.py): admission, queue, fetch, prefill, transfer, decode.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Timeline:
         """The request's life for people, in order. Each entry has `name`, `ms` and `kind`.
 
         kind "mark": `ms` since the first mark. kind "span": `ms` a worker spent on it, with what it moved or saved
-        (prefill: cached_tokens, computed_tokens; transfer: transfer_bytes, transfer_pages, transport, exposed_ms).
+        (prefill: cached_tokens, computed_tokens; transfer: transfer_bytes, transfer_pages, transport, exposed_ms;
+        fetch: fetched_tokens, fetch_bytes, source, transport).
         `spans` are those of the workers in the order in which they ended their part: prefill worker, decode worker.
         """
         start = min(self.marks.values(), default=0.0)
@@ -67,6 +68,9 @@ def _admission(span: Spans, num_spans: int) -> list[dict[str, Any]]:
 
 def _prefill(span: Spans, num_spans: int) -> list[dict[str, Any]]:
     entries = [] if _receives(span, num_spans) else [_span("queue", span.queue_ms)]
+    if span.source:
+        facts = {"fetched_tokens": span.fetched_tokens, "fetch_bytes": span.fetch_bytes, "source": span.source}
+        entries.append(_span("fetch", span.fetch_ms, **facts, transport=span.transport))
     if span.computed_tokens or span.cached_tokens or span.prefill_ms:
         facts = {"cached_tokens": span.cached_tokens, "computed_tokens": span.computed_tokens}
         entries.append(_span("prefill", span.prefill_ms, **facts))

@@ -165,6 +165,15 @@ _COUNTERS = (
     ),
     _Figure("penstock:kv_transfer_bytes", "Bytes of KV moved between workers.", lambda load: load.transfer_bytes),
     _Figure("penstock:kv_transfer_pages", "KV pages moved between workers.", lambda load: load.transfer_pages),
+    _Figure("penstock:fetches", "Prefixes asked of other workers rather than computed.", lambda load: load.fetches),
+    _Figure(
+        "penstock:fetch_failures",
+        "Fetches given up; the rest of the prefix was computed.",
+        lambda load: load.fetch_failures,
+    ),
+    _Figure(
+        "penstock:fetched_tokens", "Prompt tokens whose pages came from other workers.", lambda load: load.fetched_tokens
+    ),
     _Figure(
         "penstock:kv_checksum_failures", "Moved pages whose checksum differed.", lambda load: load.checksum_failures
     ),

@@ -10,9 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
-from penstock.common.messages import GenerateRequest, WorkerInfo
+from penstock.common.messages import GenerateRequest, WorkerInfo, request_key
 from penstock.engine.pages import PageManager
-from penstock.engine.request import request_key
 
 
 @dataclass(eq=False)
@@ -26,6 +25,7 @@ class Entry:
     hashes: list[bytes]  # of its full pages
     held_tokens: int = 0  # leading tokens found in this worker's prefix cache at admission
     admitted: float = 0.0
+    source: WorkerInfo | None = None  # a worker to fetch the prefix from
 
     def __post_init__(self) -> None:
         self.key = request_key(self.request.request_id, self.request.choice, self.request.attempt)

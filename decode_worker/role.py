@@ -1,9 +1,9 @@
-"""The decode worker's role: admit, take hand-offs in (or compute prompts here), decode, stream tokens to the routers.
+"""The decode worker's role: admit, get the prompt's pages or compute them here, decode, stream tokens to the routers.
 
-In: `Submit`, `Abort` from routers; tickets, `PrefillDone`, `PrefillFailed` over its own links to prefill workers.
-Out: `TokenBatch` to the routers; `Prefill`, `Abort`, `PagesLanded` to prefill workers.
+In: `Submit`, `Abort` from routers; `Fetch`, `PagesLanded` from workers; tickets and their ends over its own links.
+Out: `TokenBatch` to the routers; `Prefill`, `Fetch`, `Abort`, `PagesLanded` to workers it reads from; tickets.
 
-    Submit -> Admission -> (hand-off -> ready | local) -> engine -> finished
+    Submit -> Admission -> (hand-off | fetch | nothing to read) -> engine -> finished
 Every entry is in exactly one of these places; `_entries` has all that left Admission.
 """
 
@@ -19,19 +19,19 @@ from penstock.common.messages import (
     Abort,
     AnyMessage,
     Finish,
-    PagesReady,
-    PrefillDone,
-    PrefillFailed,
+    Prefill,
     Spans,
     Submit,
+    WorkerInfo,
+    request_key,
 )
 from penstock.decode_worker.admission import Admission, Entry
-from penstock.decode_worker.handoff import HandOffIn, Ready
-from penstock.decode_worker.prefill_links import PrefillFound, PrefillLost
 from penstock.engine.outputs import StepOutput
 from penstock.engine.replies import to_delta
-from penstock.engine.request import Request, request_key
+from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
+from penstock.kv_transfer.exchange import PageExchange
+from penstock.kv_transfer.reader import Read, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,15 @@ logger = logging.getLogger(__name__)
 class DecodeRole:
     """Implements `Role` for the decode worker; with no prefill worker named, it runs whole requests."""
 
-    def __init__(self, loop: WorkerLoop, handoffs: HandOffIn) -> None:
+    def __init__(self, loop: WorkerLoop, exchange: PageExchange) -> None:
         self._loop = loop
         self._engine = loop.engine
         self._pages = loop.engine.pages
-        self._handoffs = handoffs
+        self._exchange = exchange
+        self._reader = exchange.reader
         self._admission = Admission(loop.engine.pages, loop.engine.scheduler.max_num_seqs)
         self._entries: dict[str, Entry] = {}
-        self._transfers: dict[str, Spans] = {}  # figures of hand-offs whose requests are in the engine now
+        self._transfers: dict[str, Spans] = {}  # what was read for requests that are in the engine now
         self._prefix_queries = 0
         self._prefix_hits = 0
         self._cached_tokens = 0
@@ -58,13 +59,14 @@ class DecodeRole:
             self._submit(identity, message, now)
         elif isinstance(message, Abort):
             self._abort(request_key(message.request_id, message.choice, message.attempt))
-        else:
+        elif not self._exchange.handle(identity, message, now):
             logger.warning("a decode worker has no use for %s", type(message).__name__)
 
     def peer_renewed(self, identity: bytes, now: float) -> None:
-        """Nothing is lent to routers."""
+        self._exchange.lender.renew(identity, now)
 
     def peer_gone(self, identity: bytes) -> None:
+        self._exchange.lender.peer_gone(identity)
         for entry in self._all_entries():
             if entry.identity == identity:
                 self._abort(entry.key)
@@ -89,7 +91,8 @@ class DecodeRole:
             # To score a prompt all of it is computed: nothing that is cached is of use.
             known = 0 if request.wants_prompt_logprobs else shape.num_known
             hashes = shape.extend_hashes(scheduler.hash_scope, size, known)
-            self._admission.submit(Entry(identity, request, message.prefill, now, list(hashes)))
+            entry = Entry(identity, request, message.prefill, now, list(hashes), source=message.source)
+            self._admission.submit(entry)
 
     def _refuse(self, identity: bytes, message: Submit, code: str, text: str, *, retryable: bool) -> None:
         finish = Finish(reason="error", code=code, message=text, retryable=retryable)
@@ -99,26 +102,17 @@ class DecodeRole:
         """Free everything of a request, wherever it is. Not answered."""
         if self._admission.cancel(key) is not None:
             return
-        if self._entries.pop(key, None) is not None and self._handoffs.cancel(key) is None:
-            self._engine.scheduler.abort(key)
-            self._transfers.pop(key, None)
+        if self._entries.pop(key, None) is not None:
+            if self._reader.cancel(key):
+                self._pages.release(key)
+            else:
+                self._engine.scheduler.abort(key)
+                self._transfers.pop(key, None)
 
     # ------------------------------------------------------------ turns
 
     def tick(self, now: float) -> None:
-        for incarnation, event in self._handoffs.links.poll(now):
-            if isinstance(event, PrefillFound):
-                self._handoffs.found(event.worker)
-            elif isinstance(event, PrefillLost):
-                self._handoffs.lost(event)
-            elif isinstance(event, PagesReady):
-                self._handoffs.ticket(incarnation, event, now)
-            elif isinstance(event, PrefillDone):
-                self._handoffs.prefill_done(event, now)
-            elif isinstance(event, PrefillFailed):
-                self._handoffs.prefill_failed(event)
-        for completion in self._handoffs.mover.poll_done():
-            self._handoffs.completed(completion, now)
+        self._exchange.poll(now)
         for entry in self._admission.expired(now):
             finish = Finish(
                 reason="error",
@@ -127,29 +121,57 @@ class DecodeRole:
             )
             self._loop.replies.end(entry.identity, entry.request, finish)
         self._admit(now)
-        for ready in self._handoffs.take_ready():
-            self._start(ready, now)
+        for read in self._reader.take_ended():
+            self._start(read)
 
     def _admit(self, now: float) -> None:
         preempted = any(request.preemptions for request in self._engine.scheduler.waiting)
         for entry in self._admission.admit(now, len(self._entries), preempted=preempted):
             self._entries[entry.key] = entry
-            remote = entry.prefill is not None and entry.num_tokens - entry.held_tokens > self._pages.page_size
-            if remote or entry.held_tokens:  # else the scheduler looks, and counts, itself
+            lender = self._lender_of(entry)
+            if lender is not None or entry.held_tokens:  # else the scheduler looks, and counts, itself
                 self._prefix_queries += entry.num_tokens
                 self._prefix_hits += entry.held_tokens
-            if remote:
-                assert entry.prefill is not None
-                router_id, _ = split_identity(entry.identity)
-                self._handoffs.begin(entry, entry.prefill, router_id, now)
-            else:
+            if lender is None:
                 self._cached_tokens += entry.held_tokens
                 self._engine.add(entry.request, arrived=entry.arrived, computed=entry.held_tokens)
+            elif lender is entry.prefill:
+                router_id, _ = split_identity(entry.identity)
+                prefill = Prefill(
+                    request=entry.request, router_id=router_id, held_tokens=entry.held_tokens, source=entry.source
+                )
+                self._reader.hand_off(self._wanted(entry, entry.num_tokens), lender, prefill, now)
+            else:
+                full = (entry.num_tokens - 1) // self._pages.page_size * self._pages.page_size
+                self._reader.fetch(self._wanted(entry, full), lender, now)
 
-    def _start(self, ready: Ready, now: float) -> None:
-        """A hand-off has ended: decode, or compute what is missing first."""
-        entry = ready.entry
-        first = ready.first
+    def _lender_of(self, entry: Entry) -> WorkerInfo | None:
+        """Who computes the prompt for us or lends what it caches of it; None: all that is missing is computed here."""
+        size = self._pages.page_size
+        if entry.num_tokens - entry.held_tokens <= size:
+            return None
+        if entry.prefill is not None or entry.request.wants_prompt_logprobs:
+            return entry.prefill
+        return entry.source
+
+    def _wanted(self, entry: Entry, num_tokens: int) -> Wanted:
+        """The pages that the first `num_tokens` tokens lack."""
+        request, held = entry.request, entry.held_tokens // self._pages.page_size
+        return Wanted(
+            key=entry.key,
+            request_id=request.request_id,
+            attempt=request.attempt,
+            choice=request.choice,
+            first_page=held,
+            num_pages=self._pages.pages_for(num_tokens) - held,
+            num_tokens=num_tokens,
+            hashes=entry.hashes,
+        )
+
+    def _start(self, read: Read) -> None:
+        """A hand-off or fetch has ended: decode, or compute what is missing first."""
+        entry = self._entries[read.key]
+        first = read.first
         if first is not None and first.undelivered is not None:
             self._loop.replies.add(entry.identity, first.undelivered)
         if first is not None and first.finish is not None:
@@ -160,11 +182,11 @@ class DecodeRole:
         if first is not None:
             request = msgspec.structs.replace(request, output_token_ids=[*request.output_token_ids, *first.token_ids])
         # Without its first token the request still needs the logits of its last one.
-        computed = ready.computed if first is not None else min(ready.computed, entry.num_tokens - 1)
+        computed = read.computed if first is not None else min(read.computed, entry.num_tokens - 1)
         if first is None and request.wants_prompt_logprobs:  # the scores of what has landed are lost
             self._pages.release(entry.key)
             computed = 0
-        self._transfers[entry.key] = ready.spans
+        self._transfers[entry.key] = read.spans
         self._engine.add(request, arrived=entry.arrived, computed=computed)
 
     def stepped(self, output: StepOutput, now: float) -> None:
@@ -203,39 +225,24 @@ class DecodeRole:
     # ------------------------------------------------------------ figures
 
     def busy(self) -> bool:
-        return bool(self._entries) or len(self._admission) > 0 or not self._handoffs.settled
+        return bool(self._entries) or len(self._admission) > 0 or self._exchange.busy()
 
     def load(self) -> dict[str, int]:
-        counters = self._handoffs.counters
         return {
-            "waiting": len(self._admission) + len(self._handoffs),
-            "deferred": len(self._handoffs),
+            **self._exchange.load(),
+            "waiting": len(self._admission) + len(self._reader),
+            "deferred": len(self._reader),
             "queued_tokens": self._admission.queued_tokens,
-            "quarantined_pages": self._handoffs.quarantined_pages,
             "prefix_queries": self._prefix_queries,
             "prefix_hits": self._prefix_hits,
             "cached_tokens": self._cached_tokens,
-            "asked_tokens": counters.asked_tokens,
-            "received_tokens": counters.received_tokens,
-            "handoffs": counters.handoffs,
-            "handoff_failures": counters.handoff_failures,
-            "transfer_bytes": counters.transfer_bytes,
-            "transfer_pages": counters.transfer_pages,
-            "checksum_failures": counters.checksum_failures,
         }
 
     def histograms(self) -> dict[str, list[float]]:
-        return self._handoffs.counters.histograms()
+        return self._reader.histograms.packed()
 
     def ledger(self) -> dict[str, Any]:
-        return {
-            "requests": len(self._entries),
-            "admission": len(self._admission),
-            "handoffs": len(self._handoffs),
-            "quarantined_pages": self._handoffs.quarantined_pages,
-            "prefill_links": len(self._handoffs.links),
-        }
+        return {"requests": len(self._entries), "admission": len(self._admission), **self._exchange.ledger()}
 
     def close(self) -> bool:
-        self._handoffs.links.close()
-        return self._handoffs.mover.close()
+        return self._exchange.close()

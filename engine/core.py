@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock.common.messages import GenerateRequest
+from penstock.common.messages import GenerateRequest, request_key
 from penstock.common.rate_estimator import RateEstimator
 from penstock.engine.outputs import StepOutput
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import Executor, StepHandle, StepPlan
-from penstock.engine.request import Request, request_key
+from penstock.engine.request import Request
 from penstock.engine.scheduler import Scheduler
 
 

@@ -13,7 +13,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs
+from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs, request_key
 from penstock.common.page_hash import next_hash, root_hash
 
 
@@ -23,11 +23,6 @@ class Status(enum.Enum):
     WAITING = "waiting"  # no work planned: it holds no pages, or only those that came with it
     RUNNING = "running"  # in the batch
     FINISHED = "finished"
-
-
-def request_key(request_id: str, choice: int, attempt: int) -> str:
-    """The engine's name for one attempt at one choice; also its page holder."""
-    return f"{request_id}:{choice}:{attempt}"
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +42,8 @@ class Request:
     first_planned: float | None = None
     prefilled: float | None = None
     reported: bool = False  # its spans were given out once
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # known when it was first planned, found here or brought by others
+    prompt_tokens: int = 0  # of its first prompt, those that were computed here
     preemptions: int = 0
     finish: Finish | None = None
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens from the second on
@@ -132,6 +128,6 @@ class Request:
             prefill_ms=(prefilled - began) * 1e3,
             decode_ms=(now - prefilled) * 1e3,
             cached_tokens=self.cached_tokens,
-            computed_tokens=max(0, self.prompt_len - self.cached_tokens),
+            computed_tokens=self.prompt_tokens,
             preemptions=self.preemptions,
         )

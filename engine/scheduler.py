@@ -269,6 +269,8 @@ class Scheduler:
         if request.first_planned is None:
             request.first_planned = now
             request.cached_tokens = request.computed
+            # Of a request that goes on behind an earlier attempt its output was prompt, but for the token that comes.
+            request.prompt_tokens = max(0, max(request.prompt_len, request.prompt_end) - request.computed)
             if request.is_decoding:  # a hand-off: computed elsewhere
                 request.prefilled = now
         self.waiting.remove(request)

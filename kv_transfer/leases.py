@@ -1,7 +1,7 @@
 """Who may read and write which page, until when: pure bookkeeping for both ends of a hand-off; the clock is passed in.
 
-`LoanBook` is the lender's side (prefill worker). The reader's side (decode worker) is `Landings`, and `HeartbeatLog`,
-its memory of when it sent which heartbeat. A key names one hand-off.
+`LoanBook` is the lender's side. The reader's side is `Landings`, and `HeartbeatLog`, its memory of when it sent which
+heartbeat. A key names one hand-off, or one fetch.
 
     lender   lend ──ticket──> ... <──heartbeats renew── ... land │ drop_peer │ expire: the hold on the pages is dropped
     reader   promise ──> start(ticket) ──> read_done ... ──> complete ──> LANDED ──> take
@@ -211,11 +211,15 @@ class Landings:
             self.fail(self._keys[tag])
         return []
 
-    def complete(self, key: Hashable) -> None:
-        """No more tickets will come (PrefillDone); pages that no ticket covered fail the hand-off."""
+    def complete(self, key: Hashable, end_page: int | None = None) -> None:
+        """No more tickets will come (PrefillDone, FetchDone); pages that no ticket covered fail the hand-off.
+
+        `end_page`: the lender has fewer pages than were promised room, up to this one.
+        """
         handoff = self._handoffs.get(key)
         if handoff is not None:
             handoff.complete = True
+            handoff.end_page = min(handoff.end_page, end_page) if end_page is not None else handoff.end_page
             self._advance(handoff)
 
     def fail(self, key: Hashable) -> None:

@@ -22,7 +22,7 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import EngineConfig
 from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
-from penstock.common.messages import GenerateRequest, TokenLogprobs
+from penstock.common.messages import GenerateRequest, TokenLogprobs, request_key
 from penstock.common.output_text import OutputText
 from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
@@ -30,7 +30,6 @@ from penstock.engine.build import build_engine
 from penstock.engine.core import Engine
 from penstock.engine.outputs import Output
 from penstock.engine.policy import THROUGHPUT
-from penstock.engine.request import request_key
 from penstock.frozen_heap import FrozenHeap
 from penstock.interrupt import HeldInterrupt
 from penstock.results import CompletionOutput, Logprob, RequestOutput

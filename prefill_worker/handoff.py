@@ -3,6 +3,8 @@
 In: `Prefill`, `Abort`, `PagesLanded` from decode workers. Out: a ticket (`PagesReady`) whenever a chunk's pages are
 complete and sealed, the first token straight to the request's router, `PrefillDone` after the last ticket.
 
+    Prefill ──> (fetch from a worker that holds the prefix ──>) engine ──> tickets, first token ──> done
+
 A page is held by the request's key until the engine is done with it, and by LOANS from the moment it is to be lent
 until the decode worker has read it (`PagesLanded`), is gone, or its lease has ended.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,75 +23,75 @@ from penstock.common.messages import (
     AnyMessage,
     Finish,
     GenerateRequest,
-    PagesLanded,
-    PagesReady,
     Prefill,
     PrefillDone,
     PrefillFailed,
     Spans,
+    WorkerInfo,
+    request_key,
 )
 from penstock.engine.outputs import HANDED_OFF, Output, StepOutput
 from penstock.engine.replies import to_delta
-from penstock.engine.request import request_key
+from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
-from penstock.kv_transfer.leases import LoanBook
-from penstock.kv_transfer.mover import PageMover, Sealed, SealJob
+from penstock.kv_transfer.exchange import PageExchange
+from penstock.kv_transfer.lender import Loan
+from penstock.kv_transfer.reader import Read, Wanted
 
 logger = logging.getLogger(__name__)
-LOANS = "loans"
-SAMPLE_EVERY = 16
 
 
 @dataclass(eq=False)
 class _HandOff:
     """One prompt being computed for a decode worker."""
 
-    identity: bytes
     request: GenerateRequest
     router_id: str
-    key: str
-    next_page: int  # first page of the table that was not sealed yet
-    checked: bool
-    tickets: list[tuple[int, int, list[int]]] = field(default_factory=list)  # sealing: first page, tokens, page ids
-    sealed: int = 0  # tickets numbered so far
-    done: PrefillDone | None = None  # waits for the last ticket
+    loan: Loan
+    arrived: float
+    fetched: Spans | None = None  # the figures of its fetch, if it began with one
+
+    @property
+    def key(self) -> str:
+        return self.loan.key
 
 
 class HandOffOut:
     """Implements `Role` for the prefill worker."""
 
-    def __init__(
-        self, loop: WorkerLoop, mover: PageMover, book: LoanBook, kv_checksum: str, clock: Callable[[], float]
-    ):
+    def __init__(self, loop: WorkerLoop, exchange: PageExchange, clock: Callable[[], float]):
         self._loop = loop
         self._engine = loop.engine
         self._pages = loop.engine.pages
-        self._mover = mover
-        self._book = book
-        self._checksum = kv_checksum
+        self._exchange = exchange
+        self._lender = exchange.lender
+        self._reader = exchange.reader
         self._clock = clock
         self._open: dict[str, _HandOff] = {}
         self._count = 0
-        self._lent_total = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
 
     # ------------------------------------------------------------ messages
 
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
         if isinstance(message, Prefill):
             self._begin(identity, message, now)
-        elif isinstance(message, (PagesLanded, Abort)):
-            self._end(identity, request_key(message.request_id, message.choice, message.attempt))
+        elif isinstance(message, Abort):
+            key = request_key(message.request_id, message.choice, message.attempt)
+            self._end(identity, key)
+            self._lender.landed(identity, key)
+        elif self._exchange.handle(identity, message, now):
+            self._drop_ended()
         else:
             logger.warning("a prefill worker has no use for %s", type(message).__name__)
 
     def peer_renewed(self, identity: bytes, now: float) -> None:
-        self._book.renew(_name(identity), now)
+        self._lender.renew(identity, now)
 
     def peer_gone(self, identity: bytes) -> None:
-        # A peer that merely connected anew may still read: it will not trust what it reads, having lost the hand-off.
-        for handoff in [h for h in self._open.values() if h.identity == identity]:
-            self._drop(handoff)
-        self._unlend(self._book.drop_peer(_name(identity)))
+        self._lender.peer_gone(identity)
+        self._drop_ended()
 
     def _begin(self, identity: bytes, message: Prefill, now: float) -> None:
         request = message.request
@@ -97,30 +99,57 @@ class HandOffOut:
         if key in self._open:
             return
         self._count += 1
-        handoff = _HandOff(
-            identity,
-            request,
-            message.router_id,
-            key,
-            next_page=message.held_tokens // self._pages.page_size,
-            checked=self._checksum == "all" or (self._checksum == "sample" and self._count % SAMPLE_EVERY == 1),
-        )
         if self._loop.peers.draining:
-            self._fail(handoff, "unavailable", "the prefill worker is draining")
+            self._fail(identity, request, "unavailable", "the prefill worker is draining")
             return
+        first_page = message.held_tokens // self._pages.page_size
+        loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page)
+        handoff = self._open[key] = _HandOff(request, message.router_id, loan, now)
+        if message.source is None or not self._fetch(handoff, message.source, now):
+            self._compute(handoff, 0)
+
+    def _fetch(self, handoff: _HandOff, source: WorkerInfo, now: float) -> bool:
+        """Ask a worker that holds more of the prompt for its pages; False if there is no room, or nothing to gain."""
+        pages, size = self._pages, self._pages.page_size
+        shape = Request(handoff.request, handoff.arrived)  # for its hashes
+        if shape.scores_prompt or shape.num_known >= self._engine.scheduler.max_model_len:
+            return False
+        hashes = shape.extend_hashes(self._engine.scheduler.hash_scope, size, shape.num_known - 1)
+        held = pages.match(hashes)
+        missing = pages.pages_for(shape.num_known) - len(held)
+        if len(held) == len(hashes) or not pages.has_room(handoff.key, held, missing):
+            return False
+        pages.hold(handoff.key, held)
+        pages.promise(handoff.key, missing)
+        self._prefix_queries += shape.num_known
+        self._prefix_hits += len(held) * size
+        request = handoff.request
+        wanted = Wanted(
+            key=handoff.key,
+            request_id=request.request_id,
+            attempt=request.attempt,
+            choice=request.choice,
+            first_page=len(held),
+            num_pages=len(hashes) - len(held),
+            num_tokens=len(hashes) * size,
+            hashes=hashes,
+        )
+        self._reader.fetch(wanted, source, now)
+        return True
+
+    def _compute(self, handoff: _HandOff, computed: int) -> None:
+        """Queue the prompt, of which the first `computed` tokens are in its pages already."""
         try:
-            self._engine.add(request, arrived=now)
+            self._engine.add(handoff.request, arrived=handoff.arrived, computed=computed)
         except ValueError as error:
-            self._fail(handoff, "invalid_request", str(error))
-            return
-        self._open[key] = handoff
+            self._drop(handoff)
+            self._fail(handoff.loan.identity, handoff.request, "invalid_request", str(error))
 
     def _end(self, identity: bytes, key: str) -> None:
-        """The decode worker has all it wants of this hand-off, finished or not."""
+        """The decode worker does not want this hand-off any more."""
         handoff = self._open.get(key)
-        if handoff is not None and handoff.identity == identity:
+        if handoff is not None and handoff.loan.identity == identity:
             self._drop(handoff)
-        self._unlend(self._book.land(_name(identity), key))
 
     # ------------------------------------------------------------ turns
 
@@ -129,13 +158,21 @@ class HandOffOut:
             handoff = self._open.get(request.key)
             if handoff is not None:
                 self._drop(handoff)
-                self._fail(handoff, "queue_timeout", "the prefill worker had no room in time")
-        for completion in self._mover.poll_done():
-            if isinstance(completion, Sealed):
-                key, _, _ = completion.tag.rpartition("#")
-                if key in self._open:
-                    self._lend(self._open[key], completion.checksums)
-        self._unlend(self._book.expire(now))
+                identity, source = handoff.loan.identity, handoff.request
+                self._fail(identity, source, "queue_timeout", "the prefill worker had no room in time")
+        self._exchange.poll(now)
+        self._drop_ended()
+        for read in self._reader.take_ended():
+            self._fetched(read, now)
+
+    def _fetched(self, read: Read, now: float) -> None:
+        """A fetch has ended: lend on what has come, and compute the rest."""
+        handoff = self._open.get(read.key)
+        if handoff is None:  # aborted in the turn in which its fetch failed
+            return
+        handoff.fetched = read.spans
+        self._offer(handoff, read.computed, now)
+        self._compute(handoff, read.computed)
 
     def stepped(self, output: StepOutput, now: float) -> None:
         finished = {o.key: o for o in output.outputs}
@@ -145,60 +182,41 @@ class HandOffOut:
                 continue
             last = finished.get(progress.key)
             if last is None or last.finish is HANDED_OFF:
-                self._seal(handoff, progress.computed, whole=last is not None)
-            if last is not None and progress.key in self._open:  # else its reader has just been found silent
+                self._offer(handoff, progress.computed, self._clock(), whole=last is not None)
+            if handoff.loan.ended:  # its reader has just been found silent
+                self._drop(handoff)
+            elif last is not None:
                 self._finish(handoff, last)
 
-    def _seal(self, handoff: _HandOff, computed: int, *, whole: bool) -> None:
-        """Offer the pages that are complete now (with the prompt's end: the partial last one, too)."""
+    def _offer(self, handoff: _HandOff, computed: int, now: float, *, whole: bool = False) -> None:
+        """Lend the pages that are complete now (with the prompt's end: the partial last one, too)."""
         size = self._pages.page_size
         end = self._pages.pages_for(computed) if whole else computed // size
-        if end <= handoff.next_page:
-            return
-        pages = self._pages.table(handoff.key)[handoff.next_page : end]
-        self._pages.hold(LOANS, pages)
-        handoff.tickets.append((handoff.next_page, computed, list(pages)))
-        handoff.next_page = end
-        if handoff.checked:
-            handoff.sealed += 1
-            self._mover.seal(SealJob(f"{handoff.key}#{handoff.sealed}", tuple(pages)))
-        else:
-            self._mover.expect_readers()
-            self._lend(handoff, [])
-
-    def _lend(self, handoff: _HandOff, checksums: list[int]) -> None:
-        """Send the oldest ticket of a hand-off; seals come back in order."""
-        first_page, num_tokens, pages = handoff.tickets.pop(0)
-        peer = _name(handoff.identity)
-        refused = self._book.lend(peer, handoff.key, pages, self._clock())
-        if refused:  # its loans have ended: the peer was silent for a lease
-            self._unlend(refused)
-            self._drop(handoff)
-            return
-        self._lent_total += len(pages)
-        self._loop.bus.send(
-            handoff.identity,
-            PagesReady(
-                request_id=handoff.request.request_id,
-                attempt=handoff.request.attempt,
-                choice=handoff.request.choice,
-                first_page=first_page,
-                pages=[pages],
-                checksums=[checksums] if checksums else [],
-                num_tokens=num_tokens,
-                heartbeat_seq=self._loop.peers.heartbeat_seq(handoff.identity),
-            ),
-        )
-        self._close_if_done(handoff)
+        if end > handoff.loan.next_page:
+            pages = self._pages.table(handoff.key)[handoff.loan.next_page : end]
+            self._lender.offer(handoff.loan, pages, computed, now)
 
     def _finish(self, handoff: _HandOff, output: Output) -> None:
         """The first token: to the router at once, to the decode worker behind the last ticket."""
-        spans = msgspec.structs.replace(output.spans or Spans(), worker=self._loop.info.worker_id)
+        spans = output.spans or Spans()
+        if handoff.fetched is not None:
+            fetched = handoff.fetched
+            spans = msgspec.structs.replace(
+                spans,
+                cached_tokens=spans.cached_tokens - fetched.fetched_tokens,
+                fetch_ms=fetched.fetch_ms,
+                fetch_bytes=fetched.fetch_bytes,
+                fetched_tokens=fetched.fetched_tokens,
+                source=fetched.source,
+                transport=fetched.transport,
+                checksum_failures=fetched.checksum_failures,
+            )
+        spans = msgspec.structs.replace(spans, worker=self._loop.info.worker_id)
         delta = to_delta(output, spans)
         router = self._loop.peers.identity_of(handoff.router_id)
         if router is not None:
             self._loop.replies.add(router, delta)
-        handoff.done = PrefillDone(
+        done = PrefillDone(
             request_id=handoff.request.request_id,
             attempt=handoff.request.attempt,
             choice=handoff.request.choice,
@@ -208,68 +226,64 @@ class HandOffOut:
             # A last token that is lost on the way would be missed by nobody: the decode worker says it again.
             undelivered=delta if router is None or delta.finish is not None else None,
         )
-        self._close_if_done(handoff)
-
-    def _close_if_done(self, handoff: _HandOff) -> None:
-        if handoff.done is not None and not handoff.tickets:
-            self._loop.bus.send(handoff.identity, handoff.done)
-            del self._open[handoff.key]
-            self._pages.release(handoff.key)
+        del self._open[handoff.key]
+        self._pages.release(handoff.key)  # what is offered is held by LOANS
+        self._lender.close(handoff.loan, done)
 
     # ------------------------------------------------------------ ends
 
     def _drop(self, handoff: _HandOff) -> None:
-        """Stop computing and forget what was not lent yet.
+        """Stop computing, or fetching, and forget what was not lent yet.
 
         Pages that a submitted step still writes are the scheduler's until it is done: the key has none of them then.
         """
         del self._open[handoff.key]
         source = handoff.request
-        self._engine.abort(source.request_id, source.choice, source.attempt)
+        if not self._reader.cancel(handoff.key):
+            self._engine.abort(source.request_id, source.choice, source.attempt)
         self._pages.release(handoff.key)
-        for _, _, pages in handoff.tickets:
-            self._unlend(pages)
+        self._lender.drop(handoff.loan)
 
-    def _fail(self, handoff: _HandOff, code: str, message: str) -> None:
-        source = handoff.request
+    def _drop_ended(self) -> None:
+        """Whose loan has ended, because the reader is gone, silent, or has had enough."""
+        for handoff in [h for h in self._open.values() if h.loan.ended]:
+            self._drop(handoff)
+
+    def _fail(self, identity: bytes, source: GenerateRequest, code: str, message: str) -> None:
         self._loop.bus.send(
-            handoff.identity,
+            identity,
             PrefillFailed(
                 request_id=source.request_id, attempt=source.attempt, choice=source.choice, code=code, message=message
             ),
         )
 
-    def _unlend(self, pages: list[int]) -> None:
-        if pages:
-            self._pages.release_some(LOANS, pages)
-
     def give_up(self, finish: Finish) -> None:
         for handoff in list(self._open.values()):
-            self._fail(handoff, finish.code or "internal_error", finish.message)
+            self._fail(handoff.loan.identity, handoff.request, finish.code or "internal_error", finish.message)
         self._open.clear()
 
     # ------------------------------------------------------------ figures
 
     def busy(self) -> bool:
-        return bool(self._open) or self._book.lent_pages > 0
+        return bool(self._open) or self._exchange.busy()
 
     def load(self) -> dict[str, int]:
+        load = self._exchange.load()
+        load["handoffs"] += self._count
         return {
-            "handoffs": self._count,
-            "lent_pages": self._book.lent_pages,
-            "transfer_pages": self._lent_total,
-            "expired_loans": self._book.expired,
+            **load,
+            "waiting": len(self._reader),
+            "deferred": len(self._reader),
+            "prefix_queries": self._prefix_queries,
+            "prefix_hits": self._prefix_hits,
+            "cached_tokens": self._prefix_hits,
         }
 
     def histograms(self) -> dict[str, list[float]]:
-        return {}
+        return self._reader.histograms.packed()
 
     def ledger(self) -> dict[str, Any]:
-        return {"handoffs": len(self._open), "lent_pages": self._book.lent_pages}
+        return {"handoffs": len(self._open), **self._exchange.ledger()}
 
     def close(self) -> bool:
-        return self._mover.close()
-
-
-def _name(identity: bytes) -> str:
-    return identity.decode()
+        return self._exchange.close()

@@ -11,14 +11,13 @@ from penstock.engine.policy import BatchPolicy, PrefillPolicy
 from penstock.engine.worker_loop import Role, WorkerLoop
 from penstock.engine.worker_process import run_worker
 from penstock.kv_transfer.base import Transport
-from penstock.kv_transfer.leases import LoanBook
-from penstock.kv_transfer.mover import PageMover
+from penstock.kv_transfer.exchange import open_exchange
 from penstock.kv_transfer.select import open_transports
 from penstock.prefill_worker.handoff import HandOffOut
 
 
 class PrefillJoint:
-    """Joins engine, mover and loans into the prefill role."""
+    """Joins engine and page exchange into the prefill role."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.policy: BatchPolicy = PrefillPolicy()
@@ -33,8 +32,20 @@ class PrefillJoint:
 
     def make_role(self, loop: WorkerLoop) -> Role:
         assert self._pool is not None, "open_transports comes first"
-        mover = PageMover(self._pool.region(), self._transports, loop.wake, checksum=self._pool.checksum())
-        return HandOffOut(loop, mover, LoanBook(self._config.lease_s), self._config.kv_checksum, time.monotonic)
+        exchange = open_exchange(
+            self._config,
+            loop.info,
+            loop.engine.pages,
+            self._pool.region(),
+            self._transports,
+            checksum=self._pool.checksum(),
+            wake=loop.wake,
+            poller=loop.poller,
+            send=loop.bus.send,
+            heartbeat_seq=loop.peers.heartbeat_seq,
+            rates=loop.engine.rates,
+        )
+        return HandOffOut(loop, exchange, time.monotonic)
 
 
 def main(config: WorkerConfig) -> None:

@@ -222,7 +222,7 @@ class Dispatcher:
         choice.reserved = self._reserve(placement.decode.incarnation, placement.decode_tokens)
         computing = placement.prefill or placement.decode
         choice.prompt_reserved = self._reserve(computing.incarnation, placement.prefill_tokens)
-        submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill)
+        submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill, source=placement.source)
         self._commands.append(SendSubmit(placement.decode.incarnation, submit))
 
     def _not_placed(self, choice: Choice, event: PlaceFailed, now: float) -> None:

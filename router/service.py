@@ -97,7 +97,7 @@ class RouterService:
         self.off_loop = OffLoop()
         self._placing = Placing(
             self._fleet,
-            make_policy(config.routing_policy),
+            make_policy(config.routing_policy, fetch=config.fetch_prefixes),
             self._reader,
             self._reservations,
             self.off_loop,

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.common.messages import GenerateRequest, TokenLogprobs
+from penstock.common.messages import GenerateRequest, TokenLogprobs, request_key
 from penstock.common.sampling import SamplingParams
 from penstock.engine import decode_graphs, mixed_steps
 from penstock.engine.core import Engine
@@ -28,7 +28,6 @@ from penstock.engine.kv_pool import KVLayout, KVPool
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import SequenceStart, SequenceWork, StepPlan
 from penstock.engine.policy import THROUGHPUT, DecodePolicy
-from penstock.engine.request import request_key
 from penstock.engine.sampler import SamplingRow, noise_seed, sample
 from penstock.engine.scheduler import Scheduler
 from penstock.kernels.paged_batch import PagedBatch

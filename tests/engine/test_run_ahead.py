@@ -13,14 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.common.messages import GenerateRequest
+from penstock.common.messages import GenerateRequest, request_key
 from penstock.common.sampling import SamplingParams
 from penstock.engine.core import Engine
 from penstock.engine.outputs import HANDED_OFF, Output
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import SampledTokens, StepPlan, StepResult
 from penstock.engine.policy import DecodePolicy, PrefillPolicy
-from penstock.engine.request import request_key
 from penstock.engine.scheduler import Scheduler, step_holder
 
 PAGE = 4

@@ -10,6 +10,8 @@ import pytest
 
 from penstock.common.messages import (
     Abort,
+    Fetch,
+    FetchDone,
     GenerateRequest,
     Message,
     PagesLanded,
@@ -18,14 +20,21 @@ from penstock.common.messages import (
     PrefillDone,
     PrefillFailed,
     TokenBatch,
+    WorkerInfo,
 )
 from penstock.common.sampling import SamplingParams
 from penstock.engine.core import Engine
+from penstock.engine.pages import NoRoom
 from penstock.engine.plan import StepPlan, StepResult
 from penstock.engine.policy import PrefillPolicy
 from penstock.engine.replies import Replies
-from penstock.kv_transfer.leases import LoanBook
-from penstock.kv_transfer.mover import Sealed, SealJob
+from penstock.engine.request import Request
+from penstock.kv_transfer.exchange import PageExchange
+from penstock.kv_transfer.leases import Landings, LoanBook
+from penstock.kv_transfer.lender import Lender
+from penstock.kv_transfer.mover import Completion, ReadDone, ReadJob, Sealed, SealJob
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.reader import FETCH_PATIENCE_S, Reader
 from penstock.prefill_worker.handoff import HandOffOut
 from tests.engine.test_scheduler import FakeExecutor, make_scheduler, oracle
 
@@ -50,16 +59,48 @@ class Submitting:
 @dataclass
 class NotingMover:
     seals: list[SealJob] = field(default_factory=list)
-    done: list[Sealed] = field(default_factory=list)
+    done: list[Completion] = field(default_factory=list)
+    reads: list[ReadJob] = field(default_factory=list)
+
+    def connect(self, peer: str, transport: str, description: bytes) -> None: ...
+
+    def read(self, job: ReadJob) -> None:
+        self.reads.append(job)
+
+    def disconnect(self, peer: str) -> None: ...
+
+    def cancel(self, tag: str) -> None: ...
 
     def seal(self, job: SealJob) -> None:
         self.seals.append(job)
 
     def expect_readers(self) -> None: ...
 
-    def poll_done(self) -> list[Sealed]:
+    def poll_done(self) -> list[Completion]:
         done, self.done = self.done, []
         return done
+
+
+@dataclass
+class NotingLinks:
+    sent: list[Message] = field(default_factory=list)
+    events: list[tuple[str, LinkEvent]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return 0
+
+    def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
+        self.sent.append(message)
+
+    def send_if_linked(self, incarnation: str, message: Message) -> None:
+        self.sent.append(message)
+
+    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
+        return 0.0
+
+    def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
+        events, self.events = self.events, []
+        return events
 
 
 class Case:
@@ -69,18 +110,28 @@ class Case:
         self.sent: list[tuple[bytes, Message]] = []
         self.now = 0.0
         scheduler = make_scheduler(16, 4, policy=PrefillPolicy())
-        self.engine = Engine(scheduler, Submitting(16, run_ahead), lambda: self.now)
+        self.executor = Submitting(16, run_ahead)
+        self.engine = Engine(scheduler, self.executor, lambda: self.now)
         peers = SimpleNamespace(draining=False, identity_of=lambda name: router, heartbeat_seq=lambda identity: 3)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
         info = SimpleNamespace(worker_id="prefill-0")
         self.loop: Any = SimpleNamespace(info=info, engine=self.engine, peers=peers, bus=bus, replies=Replies(bus.send))
         self.mover = NotingMover()
-        self.role = HandOffOut(self.loop, self.mover, LoanBook(10.0), checksum, lambda: self.now)  # type: ignore[arg-type]
+        self.links = NotingLinks()
+        mover: Any = self.mover
+        links: Any = self.links
+        pages = self.engine.pages
+        lender = Lender(
+            pages, mover, LoanBook(10.0), bus.send, peers.heartbeat_seq, page_bytes=16 << 20, checksum=checksum
+        )
+        reader = Reader(pages, mover, links, Landings(10.0), ["nixl"], "auto")
+        self.role = HandOffOut(self.loop, PageExchange(lender, reader, mover, links), lambda: self.now)
 
-    def prefill(self, held_tokens: int = 0, name: str = "r", **sampling: Any) -> None:
+    def prefill(self, held_tokens: int = 0, name: str = "r", source: WorkerInfo | None = None, **sampling: Any) -> None:
         params = SamplingParams(**{"max_tokens": 5, **sampling})
         request = GenerateRequest(request_id=name, prompt_token_ids=PROMPT, sampling=params)
-        self.role.handle(DECODE, Prefill(request=request, router_id="router", held_tokens=held_tokens), self.now)
+        message = Prefill(request=request, router_id="router", held_tokens=held_tokens, source=source)
+        self.role.handle(DECODE, message, self.now)
 
     def step(self) -> None:
         self.role.tick(self.now)
@@ -93,6 +144,19 @@ class Case:
         self.mover.seals.clear()
         self.role.tick(self.now)
 
+    def arrive(self) -> list[ReadJob]:
+        """What was to be read has landed: pages from the prompt's first one on."""
+        jobs = list(self.mover.reads)
+        slots = self.executor.fake.slots
+        slots |= {
+            (page, slot): (4 * index + slot, PROMPT[slot])
+            for job in jobs
+            for index, page in enumerate(job.dst_pages)
+            for slot in range(4)
+        }
+        self.mover.done += [ReadDone(job.tag, 64 * len(job.dst_pages), 0.1, 0.5) for job in jobs]
+        return jobs
+
     def of(self, kind: type) -> list[Any]:
         return [message for _, message in self.sent if isinstance(message, kind)]
 
@@ -103,7 +167,7 @@ class Case:
         self.engine.pages.check()
         assert self.engine.pages.num_held == 0
         assert not self.role.busy()
-        assert self.role.ledger() == {"handoffs": 0, "lent_pages": 0}
+        assert not any(self.role.ledger().values())
 
 
 def test_a_ticket_for_each_chunk_the_token_to_the_router_and_the_end_behind_the_last_ticket() -> None:
@@ -264,3 +328,147 @@ def test_waiting_too_long_fails() -> None:
     assert case.of(PrefillFailed)[0].code == "queue_timeout"
     case.engine.pages.release("somebody")
     case.finish()
+
+
+# ---------------------------------------------------------------- prefixes of others
+
+
+SOURCE = WorkerInfo(
+    worker_id="decode-1",
+    incarnation="d1",
+    role="decode",
+    address="tcp://127.0.0.1:1",
+    fingerprint="f",
+    model="m",
+    served_models=["m"],
+    page_size=4,
+    num_pages=64,
+    page_bytes=64,
+    max_model_len=256,
+    max_num_seqs=8,
+    vocab_size=100,
+    transports={"nixl": b""},
+)
+
+
+def _fetching(case: Case) -> Fetch:
+    """A prompt of 10 tokens begins with asking for its two full pages."""
+    case.prefill(source=SOURCE)
+    (asked,) = case.links.sent
+    assert isinstance(asked, Fetch) and (asked.first_page, len(asked.hashes)) == (0, 2)
+    assert not case.engine.has_work()
+    case.links.events.append(("d1", PeerFound(SOURCE)))
+    return asked
+
+
+def test_a_prefix_is_fetched_lent_on_and_only_the_rest_computed() -> None:
+    case = Case(checksum="off")
+    asked = _fetching(case)
+    ticket = PagesReady(request_id="r", attempt=0, first_page=0, pages=[[40, 41]], num_tokens=8)
+    case.links.events += [("d1", ticket), ("d1", FetchDone(request_id="r", attempt=0, num_pages=2))]
+    case.step()
+    (job,) = case.arrive()
+    assert job.src_pages == (40, 41)
+    case.step()
+    assert isinstance(case.links.sent[-1], PagesLanded)
+    assert [(t.first_page, t.pages) for t in case.of(PagesReady)[:1]] == [(0, [list(job.dst_pages)])]
+    assert case.engine.steps == 1  # of three that the whole prompt takes
+    (batch,) = case.of(TokenBatch)
+    assert batch.deltas[0].spans.fetched_tokens == 8 and batch.deltas[0].spans.computed_tokens == 2
+    assert batch.deltas[0].spans.cached_tokens == 0 and batch.deltas[0].spans.source == "decode-1"
+    assert [t.first_page for t in case.of(PagesReady)] == [0, 2]
+    assert case.engine.pages.match(asked.hashes) == list(job.dst_pages)  # the next prompt finds them
+    assert case.role.load()["fetched_tokens"] == 8
+    case.land()
+    case.finish()
+
+
+def test_what_a_source_no_longer_holds_is_computed() -> None:
+    for num_pages in (0, 1):
+        case = Case(checksum="off")
+        _fetching(case)
+        if num_pages:
+            ticket = PagesReady(request_id="r", attempt=0, first_page=0, pages=[[40]], num_tokens=4)
+            case.links.events.append(("d1", ticket))
+        case.links.events.append(("d1", FetchDone(request_id="r", attempt=0, num_pages=num_pages)))
+        case.step()
+        assert len(case.arrive()) == num_pages
+        for _ in range(3):
+            case.step()
+        assert case.engine.steps == 3 - num_pages
+        assert case.of(TokenBatch)[0].deltas[0].spans.computed_tokens == 10 - 4 * num_pages
+        assert case.role.load()["fetch_failures"] == 0
+        case.land()
+        case.finish()
+
+
+def test_a_source_that_is_lost_or_slow_is_not_waited_for() -> None:
+    for end in ("lost", "slow"):
+        case = Case(checksum="off")
+        _fetching(case)
+        case.step()
+        if end == "lost":
+            case.links.events.append(("d1", PeerLost("d1", "cut")))
+        else:
+            case.now = FETCH_PATIENCE_S + 0.1
+        for _ in range(4):
+            case.step()
+        assert case.engine.steps == 3
+        assert case.role.load()["fetch_failures"] == 1
+        case.land()
+        case.finish()
+
+
+def test_a_fetching_prompt_that_is_aborted_leaves_nothing() -> None:
+    case = Case()
+    _fetching(case)
+    case.step()
+    case.role.handle(DECODE, Abort(request_id="r", attempt=0), case.now)
+    assert isinstance(case.links.sent[-1], PagesLanded)
+    case.finish()
+
+
+def test_no_fetch_without_room_nor_of_what_is_here() -> None:
+    case = Case(checksum="off")
+    case.engine.pages.allocate("somebody", 15)
+    case.prefill(source=SOURCE)
+    assert case.links.sent == []
+    case.engine.pages.release("somebody")
+    for _ in range(3):
+        case.step()
+    case.land()
+    case.prefill(name="again", source=SOURCE)  # its full pages are in the cache
+    assert case.links.sent == []
+    case.step()
+    case.land("again")
+    case.finish()
+
+
+def test_cached_pages_are_lent_to_who_fetches_them() -> None:
+    for lend_to in ("reader", "silent", "gone"):
+        case = Case()
+        case.prefill()
+        for _ in range(3):
+            case.step()
+        case.seal_all()
+        case.land()
+        shape = Request(GenerateRequest(request_id="q", prompt_token_ids=PROMPT, sampling=SamplingParams()), 0.0)
+        hashes = shape.extend_hashes(case.engine.scheduler.hash_scope, 4, 10)
+        case.sent.clear()
+        other = b"decode/2"
+        case.role.handle(other, Fetch(request_id="q", attempt=0, first_page=0, hashes=[*hashes, b"unknown"]), 0.0)
+        assert case.role.load()["lent_pages"] == 2  # while they are sealed, too
+        case.seal_all()
+        ticket, done = (message for _, message in case.sent)
+        assert (ticket.first_page, ticket.pages, ticket.num_tokens) == (0, [case.engine.pages.match(hashes)], 8)
+        assert ticket.checksums == [[7, 7]] and done.num_pages == 2
+        with pytest.raises(NoRoom):  # they are not evicted while they are lent
+            case.engine.pages.allocate("somebody", 15)
+        if lend_to == "reader":
+            case.role.handle(other, PagesLanded(request_id="q", attempt=0), 1.0)
+        elif lend_to == "gone":
+            case.role.peer_gone(other)
+        else:
+            case.now = 10.1
+            case.role.tick(case.now)
+        case.finish()

@@ -25,7 +25,7 @@ from tests.conftest import free_port
 
 LEASE_S = 3.0
 EMPTY = ("running", "waiting", "held_pages", "promised_pages")
-EMPTY_IF_THERE = ("requests", "admission", "handoffs", "lent_pages", "quarantined_pages")
+EMPTY_IF_THERE = ("requests", "admission", "handoffs", "reads", "lent_pages", "quarantined_pages")
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def _a_stopped_prefill_worker_then_killed(
     deadline = time.monotonic() + 0.2
     while time.monotonic() < deadline:
         router.turn()
-    assert decode.ledger()["handoffs"] == len(prompts)
+    assert decode.ledger()["reads"] == len(prompts)
     prefill.kill(signal.SIGKILL)
     router.collect(30)
     assert [router.answers[f"kill-{i}", 0].tokens for i in range(len(prompts))] == expected

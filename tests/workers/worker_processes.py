@@ -52,7 +52,7 @@ class WorkerProcess:
         names = ("running", "waiting", "held_pages", "promised_pages")
         self.wait_for(**dict.fromkeys(names, 0))
         extra = self.ledger()
-        for name in ("requests", "admission", "handoffs", "lent_pages", "quarantined_pages"):
+        for name in ("requests", "admission", "handoffs", "reads", "lent_pages", "quarantined_pages"):
             assert extra.get(name, 0) == 0, extra
 
     def metric(self, name: str) -> float:

@@ -1,7 +1,7 @@
-"""The decode worker's links to prefill workers: one per incarnation, made when first needed, kept until it is cut.
+"""A worker's links to workers whose pages it reads: one per incarnation, made when first needed, kept until it is cut.
 
-In: messages to send. Out: what came back, and which prefill workers are lost. A message for a link that is still
-connecting waits until its Welcome.
+In: messages to send. Out: what came back, and which workers are lost. A message for a link that is still connecting
+waits until its Welcome.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SESSIONS_A_LINK = 1_000_000
 
 
 @dataclass(frozen=True)
-class PrefillLost:
-    """The link to this prefill worker is gone: nothing more will come of what was asked on it."""
+class PeerLost:
+    """The link to this worker is gone: nothing more will come of what was asked on it."""
 
     incarnation: str
     reason: str
 
 
 @dataclass(frozen=True)
-class PrefillFound:
-    """The handshake with this prefill worker is complete; `worker` says how its pages can be read."""
+class PeerFound:
+    """The handshake with this worker is complete; `worker` says how its pages can be read."""
 
     worker: WorkerInfo
 
@@ -44,14 +44,17 @@ class _Link:
     waiting: list[Message] = field(default_factory=list)
 
 
-LinkEvent = PrefillLost | PrefillFound | AnyMessage
+LinkEvent = PeerLost | PeerFound | AnyMessage
 
 
-class PrefillLinks:
-    """All links of one decode worker; used from its loop thread."""
+class PeerLinks:
+    """All links of one worker; used from its loop thread."""
 
-    def __init__(self, peer_id: str, fingerprint: str, cluster_key: str, lease_s: float, poller: zmq.Poller) -> None:
+    def __init__(
+        self, peer_id: str, role: str, fingerprint: str, cluster_key: str, lease_s: float, poller: zmq.Poller
+    ) -> None:
         self._peer_id = peer_id
+        self._role = role
         self._fingerprint = fingerprint
         self._cluster_key = cluster_key
         self._lease_s = lease_s
@@ -64,7 +67,7 @@ class PrefillLinks:
         return len(self._links)
 
     def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
-        """Send to a prefill worker, over a new link if there is none; lost if that link is cut before."""
+        """Send to a worker, over a new link if there is none; lost if that link is cut before."""
         if worker.incarnation not in self._links:
             self._open(worker, now)
         self.send_if_linked(worker.incarnation, message)
@@ -86,27 +89,27 @@ class PrefillLinks:
         """What happened on all links, as (incarnation, event). A lost link is closed and forgotten."""
         events: list[tuple[str, LinkEvent]] = []
         for incarnation, link in list(self._links.items()):
-            lost: PrefillLost | None = None
+            lost: PeerLost | None = None
             seq = link.link.state.heartbeat_seq
             for item in link.link.receive(now):
                 if isinstance(item, Connected):
                     if item.worker.incarnation != incarnation:
-                        lost = PrefillLost(incarnation, f"restarted as {item.worker.incarnation}")
+                        lost = PeerLost(incarnation, f"restarted as {item.worker.incarnation}")
                         break
-                    events.append((incarnation, PrefillFound(item.worker)))
+                    events.append((incarnation, PeerFound(item.worker)))
                     for message in link.waiting:
                         link.link.send(message)
                     link.waiting.clear()
                 elif isinstance(item, Disconnected):
-                    lost = PrefillLost(incarnation, item.reason)
+                    lost = PeerLost(incarnation, item.reason)
                 elif not isinstance(item, HeartbeatAck):
                     events.append((incarnation, item))
             if link.link.state.heartbeat_seq > seq:
                 link.heartbeats.sent(link.link.state.heartbeat_seq, now)
             if lost is None and not link.link.connected and now - link.opened > CONNECT_WITHIN_S:
-                lost = PrefillLost(incarnation, f"no answer within {CONNECT_WITHIN_S:.0f} s")
+                lost = PeerLost(incarnation, f"no answer within {CONNECT_WITHIN_S:.0f} s")
             if lost is not None:
-                logger.warning("prefill worker %s is lost: %s", link.worker.worker_id, lost.reason)
+                logger.warning("worker %s, whose pages were read, is lost: %s", link.worker.worker_id, lost.reason)
                 self._close(incarnation)
                 events.append((incarnation, lost))
         return events
@@ -121,7 +124,7 @@ class PrefillLinks:
         link = BusLink(
             worker.address,
             self._peer_id,
-            "decode",
+            self._role,
             self._sessions,
             self._fingerprint,
             self._cluster_key,

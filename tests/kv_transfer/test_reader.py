@@ -20,9 +20,6 @@ from penstock.common.messages import (
 )
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
-from penstock.decode_worker.admission import Entry
-from penstock.decode_worker.handoff import QUARANTINE, HandOffIn
-from penstock.decode_worker.prefill_links import PrefillLost
 from penstock.engine.pages import PageManager
 from penstock.kv_transfer.cuda_ipc import IpcPool
 from penstock.kv_transfer.leases import Landings
@@ -35,6 +32,8 @@ from penstock.kv_transfer.mover import (
     ReadSettled,
     ReadStalled,
 )
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.reader import QUARANTINE, Reader, Wanted
 from penstock.kv_transfer.shm import host_id
 
 LENDER = WorkerInfo(
@@ -93,7 +92,7 @@ class Case:
         self.pages = PageManager(num_pages, 4)
         self.mover = NotingMover()
         self.links = NotingLinks()
-        self.handoffs = HandOffIn(
+        self.reader = Reader(
             pages=self.pages,
             mover=self.mover,  # type: ignore[arg-type]
             links=self.links,  # type: ignore[arg-type]
@@ -102,11 +101,18 @@ class Case:
             kv_transport="auto",
         )
         tokens = list(range(10))
-        request = GenerateRequest(request_id="r", prompt_token_ids=tokens, sampling=SamplingParams())
-        self.entry = Entry(b"router/1", request, LENDER, 0.0, list(page_hashes(root_hash("t"), tokens, 4)))
-        self.pages.promise(self.entry.key, 3)
-        self.handoffs.begin(self.entry, LENDER, "router", 0.0)
-        self.handoffs.found(LENDER)
+        self.request = GenerateRequest(request_id="r", prompt_token_ids=tokens, sampling=SamplingParams())
+        self.wanted = Wanted("r:0:0", "r", 0, 0, 0, 3, list(page_hashes(root_hash("t"), tokens, 4)))
+        self.key = self.wanted.key
+        self.ask()
+        self.event(PeerFound(LENDER))
+
+    def ask(self, now: float = 0.0) -> None:
+        self.pages.promise(self.key, 3)
+        self.reader.hand_off(self.wanted, LENDER, Prefill(request=self.request, router_id="router"), now)
+
+    def event(self, event: LinkEvent, now: float = 1.0) -> None:
+        self.reader.link_event("p1", event, now)
 
     def ticket(self, first_page: int, count: int, num_tokens: int) -> ReadJob | None:
         before = set(self.mover.jobs)
@@ -119,7 +125,7 @@ class Case:
             checksums=[[7] * count],
             num_tokens=num_tokens,
         )
-        self.handoffs.ticket("p1", message, 1.0)
+        self.event(message)
         new = set(self.mover.jobs) - before
         return self.mover.jobs[new.pop()] if new else None
 
@@ -129,17 +135,17 @@ class Case:
         return job
 
     def done(self, job: ReadJob, at: float = 2.0) -> None:
-        self.handoffs.completed(ReadDone(job.tag, 64 * len(job.dst_pages), 0.1, at), at)
+        self.reader.completed(ReadDone(job.tag, 64 * len(job.dst_pages), 0.1, at), at)
 
     def first_token(self) -> None:
-        self.handoffs.prefill_done(PrefillDone(request_id="r", attempt=0, token_ids=[42]), 3.0)
+        self.event(PrefillDone(request_id="r", attempt=0, token_ids=[42]), 3.0)
 
     def finish(self) -> None:
-        """Whatever happened: once the entry ends, nothing is held or promised."""
-        self.pages.release(self.entry.key)
+        """Whatever happened: once the request ends, nothing is held or promised."""
+        self.pages.release(self.key)
         self.pages.check()
         assert self.pages.num_held == self.pages.num_promised == 0
-        assert self.handoffs.settled
+        assert self.reader.settled
 
 
 def test_all_pages_land() -> None:
@@ -147,20 +153,20 @@ def test_all_pages_land() -> None:
     first, second = case.read(0, 2, 8), case.read(2, 1, 10)
     assert first.src_pages == (40, 41)
     assert first.checksums == (7, 7)
-    assert [*first.dst_pages, *second.dst_pages] == case.pages.table(case.entry.key)
+    assert [*first.dst_pages, *second.dst_pages] == case.pages.table(case.key)
     case.done(first)
     case.first_token()
-    assert case.handoffs.take_ready() == []
+    assert case.reader.take_ended() == []
     case.done(second, at=4.0)
-    (ready,) = case.handoffs.take_ready()
-    assert ready.computed == 10
-    assert ready.first is not None
-    assert ready.first.token_ids == [42]
-    assert ready.spans.transfer_bytes == 192
-    assert ready.spans.exposed_transfer_ms == 1000.0  # from the first token to the last page
+    (read,) = case.reader.take_ended()
+    assert read.computed == 10
+    assert read.first is not None
+    assert read.first.token_ids == [42]
+    assert read.spans.transfer_bytes == 192
+    assert read.spans.exposed_transfer_ms == 1000.0  # from the first token to the last page
     assert isinstance(case.links.sent[0], Prefill)
     assert isinstance(case.links.sent[-1], PagesLanded)
-    assert case.pages.match(case.entry.hashes) == list(first.dst_pages)  # named: the next prompt finds them
+    assert case.pages.match(case.wanted.hashes) == list(first.dst_pages)  # named: the next prompt finds them
     case.finish()
 
 
@@ -170,14 +176,14 @@ def test_a_failed_read_keeps_what_landed() -> None:
         first, second = case.read(0, 1, 4), case.read(1, 2, 10)
         case.done(first)
         bad = ReadFailed(second.tag, "cut") if event is ReadFailed else ReadMismatch(second.tag, [second.dst_pages[0]])
-        case.handoffs.completed(bad, 2.0)
-        (ready,) = case.handoffs.take_ready()
-        assert ready.computed == 4
-        assert ready.first is None
-        assert ready.spans.local_prefill
-        assert case.pages.table(case.entry.key) == list(first.dst_pages)
+        case.reader.completed(bad, 2.0)
+        (read,) = case.reader.take_ended()
+        assert read.computed == 4
+        assert read.first is None
+        assert read.spans.local_prefill
+        assert case.pages.table(case.key) == list(first.dst_pages)
         assert any(isinstance(message, Abort) for message in case.links.sent)
-        assert case.handoffs.counters.checksum_failures == (1 if event is ReadMismatch else 0)
+        assert case.reader.counters.checksum_failures == (1 if event is ReadMismatch else 0)
         case.first_token()  # late: changes nothing
         case.finish()
 
@@ -185,35 +191,35 @@ def test_a_failed_read_keeps_what_landed() -> None:
 def test_a_stalled_read_keeps_its_pages_in_quarantine_until_it_settles() -> None:
     case = Case()
     job = case.read(0, 2, 8)
-    case.handoffs.completed(ReadStalled(job.tag, 5.0), 6.0)
-    (ready,) = case.handoffs.take_ready()
-    assert ready.computed == 0
+    case.reader.completed(ReadStalled(job.tag, 5.0), 6.0)
+    (read,) = case.reader.take_ended()
+    assert read.computed == 0
     assert case.pages.table(QUARANTINE) == list(job.dst_pages)
-    case.pages.release(case.entry.key)
+    case.pages.release(case.key)
     assert case.pages.num_held == 2
-    assert not case.handoffs.settled
-    case.handoffs.completed(ReadSettled(job.tag), 60.0)
+    assert not case.reader.settled
+    case.reader.completed(ReadSettled(job.tag), 60.0)
     case.finish()
 
 
 def test_cancelled_while_reading_the_pages_wait_for_the_read() -> None:
     case = Case()
     job = case.read(0, 2, 8)
-    assert case.handoffs.cancel(case.entry.key) is case.entry
+    assert case.reader.cancel(case.key)
     assert case.mover.cancelled == [job.tag]
     assert case.pages.num_held == 2
     case.done(job)  # it was too late to cancel
     case.finish()
-    assert case.handoffs.cancel(case.entry.key) is None
+    assert not case.reader.cancel(case.key)
 
 
 def test_a_lost_prefill_worker_and_late_tickets() -> None:
     case = Case()
     job = case.read(0, 1, 4)
     case.done(job)
-    case.handoffs.lost(PrefillLost("p1", "cut"))
-    (ready,) = case.handoffs.take_ready()
-    assert ready.computed == 4
+    case.event(PeerLost("p1", "cut"))
+    (read,) = case.reader.take_ended()
+    assert read.computed == 4
     sent = len(case.links.sent)
     assert case.ticket(1, 1, 8) is None
     assert isinstance(case.links.sent[sent], PagesLanded)  # so that the lender does not keep that loan
@@ -225,64 +231,63 @@ def test_duplicate_and_unexpected_tickets_bind_nothing() -> None:
     case.read(0, 1, 4)
     assert case.ticket(0, 1, 4) is None
     assert case.ticket(2, 1, 10) is None  # a gap
-    assert len(case.pages.table(case.entry.key)) == 1
+    assert len(case.pages.table(case.key)) == 1
 
 
 def test_pages_that_landed_after_the_lease_are_not_trusted() -> None:
     case = Case()
     job = case.read(0, 2, 8)
     case.done(job, at=10.0)  # lent at 0, lease 10
-    (ready,) = case.handoffs.take_ready()
-    assert ready.computed == 0
+    (read,) = case.reader.take_ended()
+    assert read.computed == 0
     case.finish()
 
 
 def test_refused_and_finished_by_the_first_token() -> None:
     case = Case()
-    case.handoffs.prefill_failed(PrefillFailed(request_id="r", attempt=0, code="unavailable", message="draining"))
-    (ready,) = case.handoffs.take_ready()
-    assert ready.computed == 0
+    case.event(PrefillFailed(request_id="r", attempt=0, code="unavailable", message="draining"))
+    (read,) = case.reader.take_ended()
+    assert read.computed == 0
     case.finish()
     case = Case()
     job = case.read(0, 2, 8)
     done = PrefillDone(request_id="r", attempt=0, token_ids=[1], finish=Finish(reason="stop"))
-    case.handoffs.prefill_done(done, 2.0)
-    (ready,) = case.handoffs.take_ready()
-    assert ready.first is done
-    assert case.handoffs.counters.handoff_failures == 0
-    case.pages.release(case.entry.key)
-    case.handoffs.completed(ReadFailed(job.tag, "cancelled"), 2.0)
+    case.event(done, 2.0)
+    (read,) = case.reader.take_ended()
+    assert read.first is done
+    assert case.reader.counters.handoff_failures == 0
+    case.pages.release(case.key)
+    case.reader.completed(ReadFailed(job.tag, "cancelled"), 2.0)
     case.finish()
 
 
 def test_a_peer_that_cannot_be_read_is_not_asked_again() -> None:
     case = Case()
-    case.handoffs.completed(ConnectFailed("p1", "nixl", "no route"), 1.0)
-    assert len(case.handoffs.take_ready()) == 1
-    case.pages.release(case.entry.key)
-    case.pages.promise(case.entry.key, 3)
+    case.reader.completed(ConnectFailed("p1", "nixl", "no route"), 1.0)
+    assert len(case.reader.take_ended()) == 1
+    case.pages.release(case.key)
     asked = len([m for m in case.links.sent if isinstance(m, Prefill)])
-    case.handoffs.begin(case.entry, LENDER, "router", 2.0)
-    assert len(case.handoffs.take_ready()) == 1
+    case.ask(2.0)
+    assert len(case.reader.take_ended()) == 1
     assert len([m for m in case.links.sent if isinstance(m, Prefill)]) == asked
     case.finish()
 
 
 def test_another_transport_is_tried_when_one_does_not_open() -> None:
     case = Case()
-    case.handoffs.own_transports = ["cuda_ipc", "nixl"]
+    case.reader.own_transports = ["cuda_ipc", "nixl"]
     pool = IpcPool(host_id().partition("/")[0], "another", "GPU-1", b"", 0, 0, page_bytes=64, num_pages=64)
     offers = {"cuda_ipc": msgspec.msgpack.encode(pool), "nixl": b""}
     worker = msgspec.structs.replace(LENDER, transports=offers)
-    case.handoffs.found(worker)
-    assert case.handoffs._peers == {"p1": "cuda_ipc"}
-    case.handoffs.completed(ConnectFailed("p1", "cuda_ipc", "no peer access"), 1.0)
-    assert case.handoffs._peers == {"p1": "nixl"} and not case.handoffs._unreadable
-    assert len(case.handoffs.take_ready()) == 1  # what was under way is computed here
-    case.handoffs.completed(ConnectFailed("p1", "nixl", "no route"), 2.0)
-    assert case.handoffs._unreadable == {"p1": "cuda_ipc: no peer access; nixl: no route"}
-    case.handoffs.lost(PrefillLost("p1", "gone"))
-    case.handoffs.found(worker)  # a new link is a new try
-    assert case.handoffs._peers == {"p1": "cuda_ipc"}
-    case.pages.release(case.entry.key)
+    case.event(PeerFound(worker))
+    assert case.reader._peers == {"p1": "cuda_ipc"}
+    case.reader.completed(ConnectFailed("p1", "cuda_ipc", "no peer access"), 1.0)
+    assert case.reader._peers == {"p1": "nixl"} and not case.reader._unreadable
+    assert len(case.reader.take_ended()) == 1  # what was under way is computed here
+    case.reader.completed(ConnectFailed("p1", "nixl", "no route"), 2.0)
+    assert case.reader._unreadable == {"p1": "cuda_ipc: no peer access; nixl: no route"}
+    case.event(PeerLost("p1", "gone"))
+    case.event(PeerFound(worker))  # a new link is a new try
+    assert case.reader._peers == {"p1": "cuda_ipc"}
+    case.pages.release(case.key)
     case.finish()

@@ -1,0 +1,208 @@
+"""The lender's side of pages that move: tickets out, sealed and in order, until the reader has all of them.
+
+    open ──offer──> sealing ──sealed──> ticket sent ──close──> last message behind the last ticket
+                                             └── landed │ peer gone │ silent for a lease: the holder LOANS lets go
+
+Used by both workers: a prefill worker offers what it computes; whoever caches a prefix offers it to who fetches it. A
+page is held by LOANS from its offer until its loan has ended, so that it is neither evicted nor written meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.common.messages import Fetch, FetchDone, Message, PagesReady
+from penstock.kv_transfer.jobs import Sealed, SealJob
+from penstock.kv_transfer.leases import LoanBook
+from penstock.kv_transfer.mover import PageMover
+
+LOANS = "loans"
+SAMPLE_EVERY = 16
+TICKET_BYTES = 32 << 20  # of a prefix: the first pages are read while the next ones are sealed
+
+
+class LentPages(Protocol):
+    """What a lender needs of the page ledger."""
+
+    page_size: int
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]: ...
+    def hold(self, holder: str, pages: Sequence[int]) -> None: ...
+    def release_some(self, holder: str, pages: Iterable[int]) -> None: ...
+
+
+@dataclass(eq=False)
+class Loan:
+    """One hand-off's or fetch's pages, to one reader. `ended`: no ticket goes out any more."""
+
+    identity: bytes
+    request_id: str
+    attempt: int
+    choice: int
+    key: str
+    next_page: int  # of the request's table: the first that was not offered yet
+    checked: bool
+    tickets: list[tuple[int, int, list[int]]] = field(default_factory=list)  # sealing: first page, tokens, page ids
+    sealed: int = 0  # tickets numbered so far
+    last: Message | None = None  # to follow the last ticket
+    ended: bool = False
+
+
+class Lender:
+    """All loans of one worker. Used from its loop thread; checksums are the mover's.
+
+    `send` and `heartbeat_seq` are the bus's and the peers' (engine/worker_loop.py); `checksum` is all, sample or off.
+    """
+
+    def __init__(
+        self,
+        pages: LentPages,
+        mover: PageMover,
+        book: LoanBook,
+        send: Callable[[bytes, Message], None],
+        heartbeat_seq: Callable[[bytes], int],
+        *,
+        page_bytes: int,
+        checksum: str,
+    ) -> None:
+        self.lent_total = 0  # pages, since the start
+        self._pages = pages
+        self._mover = mover
+        self._book = book
+        self._send = send
+        self._heartbeat_seq = heartbeat_seq
+        self._checksum = checksum
+        self._ticket_pages = max(1, TICKET_BYTES // page_bytes)
+        self._open: dict[tuple[bytes, str], Loan] = {}
+        self._tags: dict[str, Loan] = {}  # being sealed
+        self._count = 0
+        self._seals = 0
+
+    @property
+    def lent_pages(self) -> int:
+        """Pages that a reader may be reading, or that are about to be offered to it."""
+        return self._book.lent_pages + sum(len(pages) for loan in self._open.values() for _, _, pages in loan.tickets)
+
+    @property
+    def expired(self) -> int:
+        """Loans taken back from silent peers, since the start."""
+        return self._book.expired
+
+    # ------------------------------------------------------------ one loan
+
+    def open(self, identity: bytes, key: str, request_id: str, attempt: int, choice: int, first_page: int) -> Loan:
+        """Begin to lend to this peer, from this page of the request on."""
+        self._count += 1
+        checked = self._checksum == "all" or (self._checksum == "sample" and self._count % SAMPLE_EVERY == 1)
+        loan = self._open[identity, key] = Loan(identity, request_id, attempt, choice, key, first_page, checked)
+        return loan
+
+    def offer(self, loan: Loan, pages: Sequence[int], num_tokens: int, now: float) -> None:
+        """The request's next pages are complete, `num_tokens` tokens of it with them. They must stay as they are."""
+        if loan.ended or not pages:
+            return
+        self._pages.hold(LOANS, pages)
+        loan.tickets.append((loan.next_page, num_tokens, list(pages)))
+        loan.next_page += len(pages)
+        if loan.checked:
+            self._seals += 1
+            tag = f"seal-{self._seals}"
+            self._tags[tag] = loan
+            self._mover.seal(SealJob(tag, tuple(pages)))
+        else:
+            self._mover.expect_readers()
+            self._lend(loan, [], now)
+
+    def close(self, loan: Loan, last: Message) -> None:
+        """All has been offered: send `last` behind the last ticket."""
+        loan.last = last
+        self._close_if_done(loan)
+
+    def drop(self, loan: Loan) -> None:
+        """Send no more tickets; those that are out live on until the reader is done with them."""
+        if not loan.ended:
+            loan.ended = True
+            del self._open[loan.identity, loan.key]
+            for _, _, pages in loan.tickets:
+                self._unlend(pages)
+            loan.tickets.clear()
+
+    def fetch(self, identity: bytes, key: str, message: Fetch, now: float) -> None:
+        """Lend what is cached of the pages that a peer asks for."""
+        if (identity, key) in self._open:
+            return
+        pages = self._pages.match(message.hashes)
+        loan = self.open(identity, key, message.request_id, message.attempt, message.choice, message.first_page)
+        for start in range(0, len(pages), self._ticket_pages):
+            batch = pages[start : start + self._ticket_pages]
+            self.offer(loan, batch, (loan.next_page + len(batch)) * self._pages.page_size, now)
+        done = FetchDone(
+            request_id=message.request_id, attempt=message.attempt, choice=message.choice, num_pages=len(pages)
+        )
+        self.close(loan, done)
+
+    # ------------------------------------------------------------ what happens
+
+    def sealed(self, completion: Sealed, now: float) -> None:
+        """The mover has the checksums of the oldest ticket of a loan: seals come back in order."""
+        loan = self._tags.pop(completion.tag)
+        if not loan.ended:
+            self._lend(loan, completion.checksums, now)
+
+    def landed(self, identity: bytes, key: str) -> None:
+        """The reader has all it wants, finished or not."""
+        loan = self._open.get((identity, key))
+        if loan is not None:
+            self.drop(loan)
+        self._unlend(self._book.land(identity.decode(), key))
+
+    def renew(self, identity: bytes, now: float) -> None:
+        """A heartbeat: what this peer was lent stays lent."""
+        self._book.renew(identity.decode(), now)
+
+    def peer_gone(self, identity: bytes) -> None:
+        """The peer is gone, or connected anew: then it may still read, but will not trust what it reads."""
+        for loan in [loan for loan in self._open.values() if loan.identity == identity]:
+            self.drop(loan)
+        self._unlend(self._book.drop_peer(identity.decode()))
+
+    def expire(self, now: float) -> None:
+        """End the loans of peers that were silent for a lease."""
+        self._unlend(self._book.expire(now))
+
+    # ------------------------------------------------------------ inside
+
+    def _lend(self, loan: Loan, checksums: list[int], now: float) -> None:
+        """Send the oldest ticket of a loan."""
+        first_page, num_tokens, pages = loan.tickets[0]
+        if self._book.lend(loan.identity.decode(), loan.key, pages, now):  # the peer was silent for a lease
+            self.drop(loan)
+            return
+        del loan.tickets[0]
+        self.lent_total += len(pages)
+        self._send(
+            loan.identity,
+            PagesReady(
+                request_id=loan.request_id,
+                attempt=loan.attempt,
+                choice=loan.choice,
+                first_page=first_page,
+                pages=[pages],
+                checksums=[checksums] if checksums else [],
+                num_tokens=num_tokens,
+                heartbeat_seq=self._heartbeat_seq(loan.identity),
+            ),
+        )
+        self._close_if_done(loan)
+
+    def _close_if_done(self, loan: Loan) -> None:
+        if loan.last is not None and not loan.tickets and not loan.ended:
+            loan.ended = True
+            del self._open[loan.identity, loan.key]
+            self._send(loan.identity, loan.last)
+
+    def _unlend(self, pages: Sequence[int]) -> None:
+        if pages:
+            self._pages.release_some(LOANS, pages)

@@ -1,0 +1,461 @@
+"""The reader's side of pages that move: tickets in, pages read into our pool, verified, and the lender told.
+
+    begin ── Prefill or Fetch ──> tickets: bind our pages, read, verify ──> Prefill-/FetchDone, all landed ──> Read
+                                      └── failed, lost, refused, stalled, mismatched, too slow ──> Read: what did land
+
+A hand-off (a prefill worker computes the prompt for us) and a fetch (a worker lends what it caches) differ in what asks
+for them and in what ends them. Either way the engine computes the tokens that did not come. Pages that a stalled read
+may still write go to quarantine until that read has settled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.common.histogram import READ_BYTES, READ_PAGES, READ_SECONDS, Histogram
+from penstock.common.messages import (
+    Abort,
+    Fetch,
+    FetchDone,
+    PagesLanded,
+    PagesReady,
+    Prefill,
+    PrefillDone,
+    PrefillFailed,
+    Spans,
+    WorkerInfo,
+    request_key,
+)
+from penstock.common.rate_estimator import RateEstimator
+from penstock.kv_transfer.base import TransportError
+from penstock.kv_transfer.jobs import (
+    Completion,
+    ConnectFailed,
+    ReadDone,
+    ReadFailed,
+    ReadJob,
+    ReadMismatch,
+    ReadSettled,
+    ReadStalled,
+    Sealed,
+)
+from penstock.kv_transfer.leases import Landings, LandingState
+from penstock.kv_transfer.mover import PageMover
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLinks, PeerLost
+from penstock.kv_transfer.select import choose, same_host
+
+logger = logging.getLogger(__name__)
+QUARANTINE = "quarantine"
+FETCH_PATIENCE_S = 2.0  # a fetch without any progress for so long is given up: computing may well be faster
+_Event = ReadDone | ReadFailed | ReadMismatch | ReadSettled | ReadStalled
+
+
+class ReadPages(Protocol):
+    """What a reader needs of the page ledger."""
+
+    page_size: int
+
+    def table(self, holder: str) -> list[int]: ...
+    def allocate(self, holder: str, count: int) -> list[int]: ...
+    def promise(self, holder: str, count: int) -> None: ...
+    def release_some(self, holder: str, pages: Iterable[int]) -> None: ...
+    def move(self, holder: str, new_holder: str, pages: Iterable[int]) -> None: ...
+    def name(self, page: int, page_hash: bytes, parent: bytes = b"") -> None: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Pages [first_page, first_page + num_pages) of a request's table. Those before are held by `key`, these promised
+    to it; `hashes` are of the request's full pages, from its beginning."""
+
+    key: str
+    request_id: str
+    attempt: int
+    choice: int
+    first_page: int
+    num_pages: int
+    num_tokens: int  # that are known with all of them
+    hashes: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A hand-off or fetch has ended: the first `computed` tokens of the request are in the pages of `key`.
+
+    `first` came from the prefill worker, if it got so far. `spans` has figures of the transfer only.
+    """
+
+    key: str
+    computed: int
+    first: PrefillDone | None
+    spans: Spans
+
+
+@dataclass(eq=False)
+class _Reading:
+    wanted: Wanted
+    worker: WorkerInfo
+    fetch: bool
+    began_at: float
+    moved_at: float  # when it last made progress
+    transport: str = ""
+    first: PrefillDone | None = None
+    failed: str = ""
+    ticketed_tokens: int = 0
+    first_ticket_at: float | None = None
+    done_at: float | None = None
+    landed_at: float = 0.0
+    size_bytes: int = 0
+    num_pages: int = 0
+    mismatches: int = 0
+
+
+@dataclass
+class ReaderCounters:
+    """Since the start of the worker; as in `WorkerLoad`."""
+
+    handoffs: int = 0
+    handoff_failures: int = 0
+    transfer_bytes: int = 0
+    transfer_pages: int = 0
+    checksum_failures: int = 0
+    asked_tokens: int = 0
+    received_tokens: int = 0
+    fetches: int = 0
+    fetch_failures: int = 0
+    fetched_tokens: int = 0
+
+    def load(self) -> dict[str, int]:
+        """Fields of `WorkerLoad`."""
+        return dict(vars(self))
+
+
+@dataclass
+class ReadHistograms:
+    """Of the tickets that have been read."""
+
+    read_s: Histogram = field(default_factory=lambda: Histogram(READ_SECONDS))
+    read_bytes: Histogram = field(default_factory=lambda: Histogram(READ_BYTES))
+    read_pages: Histogram = field(default_factory=lambda: Histogram(READ_PAGES))
+
+    def read(self, seconds: float, size_bytes: int, num_pages: int) -> None:
+        """A ticket's pages have arrived."""
+        self.read_s.observe(seconds)
+        self.read_bytes.observe(size_bytes)
+        self.read_pages.observe(num_pages)
+
+    def packed(self) -> dict[str, list[float]]:
+        """As they travel in `WorkerLoad`."""
+        return {name: histogram.packed() for name, histogram in vars(self).items()}
+
+
+@dataclass
+class Reader:
+    """All reads of one worker. Used from its loop thread; copying is the mover's."""
+
+    pages: ReadPages
+    mover: PageMover
+    links: PeerLinks
+    landings: Landings
+    own_transports: list[str]
+    kv_transport: str  # as configured: "auto" or one name
+    rates: RateEstimator = field(default_factory=RateEstimator)  # is told how long reads take
+    counters: ReaderCounters = field(default_factory=ReaderCounters)
+    histograms: ReadHistograms = field(default_factory=ReadHistograms)
+    _open: dict[str, _Reading] = field(default_factory=dict)  # by key
+    _peers: dict[str, str] = field(default_factory=dict)  # incarnation -> transport it is read with
+    _unreadable: dict[str, str] = field(default_factory=dict)  # incarnation -> why there is no transport
+    _found: dict[str, WorkerInfo] = field(default_factory=dict)
+    _refused: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # by incarnation: transport -> why it did not open
+    _reads: dict[str, str] = field(default_factory=dict)  # tag of a read that may still write -> its key
+    _ended: list[Read] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._open
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is wanted, and no read may still write."""
+        return not self._open and not self._reads
+
+    @property
+    def quarantined_pages(self) -> int:
+        return len(self.pages.table(QUARANTINE))
+
+    # ------------------------------------------------------------ begin and end
+
+    def hand_off(self, wanted: Wanted, worker: WorkerInfo, message: Prefill, now: float) -> None:
+        """Ask a prefill worker to compute the prompt and to lend its pages."""
+        self.counters.handoffs += 1
+        self._begin(_Reading(wanted, worker, False, now, now), message, now)
+
+    def fetch(self, wanted: Wanted, worker: WorkerInfo, now: float) -> None:
+        """Ask a worker to lend what it caches of these pages, which are full ones."""
+        self.counters.fetches += 1
+        first, end = wanted.first_page, wanted.first_page + wanted.num_pages
+        message = Fetch(
+            request_id=wanted.request_id,
+            attempt=wanted.attempt,
+            choice=wanted.choice,
+            first_page=first,
+            hashes=list(wanted.hashes[first:end]),
+        )
+        self._begin(_Reading(wanted, worker, True, now, now), message, now)
+
+    def cancel(self, key: str) -> bool:
+        """The request has ended: end its reading on both sides. Its pages are the caller's to release, but for those
+        that may still be written. False if nothing is read for it."""
+        reading = self._open.get(key)
+        if reading is None:
+            return False
+        self._give_up(reading)
+        self._settle(reading)
+        return True
+
+    def take_ended(self) -> list[Read]:
+        """What has ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def expire(self, now: float) -> None:
+        """Give up fetches that do not get on. (A prompt that is being computed may take its time.)"""
+        for reading in [r for r in self._open.values() if r.fetch and now - r.moved_at > FETCH_PATIENCE_S]:
+            self._fail(reading, f"no progress for {now - reading.moved_at:.1f} s", now)
+
+    # ------------------------------------------------------------ from the lender
+
+    def link_event(self, incarnation: str, event: LinkEvent, now: float) -> None:
+        """Something came over the link to this worker."""
+        if isinstance(event, PeerFound):
+            self._find(event.worker, now)
+        elif isinstance(event, PeerLost):
+            self._lose(event, now)
+        elif isinstance(event, PagesReady):
+            self._ticket(incarnation, event, now)
+        elif isinstance(event, (PrefillDone, FetchDone, PrefillFailed)):
+            reading = self._open.get(_key(event))
+            if reading is None or reading.worker.incarnation != incarnation:
+                return
+            if isinstance(event, PrefillFailed):
+                self._fail(reading, f"{event.code}: {event.message}", now)
+            else:
+                self._all_lent(reading, event, now)
+
+    def _find(self, worker: WorkerInfo, now: float) -> None:
+        """Handshake done: choose the transport, of those that have not been refused, and connect it."""
+        self._found[worker.incarnation] = worker
+        refused = self._refused.get(worker.incarnation, {})
+        offered = {n: d for n, d in worker.transports.items() if self.kv_transport in ("auto", n) and n not in refused}
+        try:
+            transport = choose(self.own_transports, offered, same_host(worker.transports))
+        except TransportError as error:
+            reason = "; ".join(f"{name}: {why}" for name, why in refused.items()) or str(error)
+            self._unreadable[worker.incarnation] = reason
+            self._fail_all(worker.incarnation, reason, now)
+            return
+        self._peers[worker.incarnation] = transport
+        self.mover.connect(worker.incarnation, transport, worker.transports[transport])
+        logger.info("reading pages of %s over %s", worker.worker_id, transport)
+
+    def _lose(self, event: PeerLost, now: float) -> None:
+        """The lender is gone: what has landed is kept, the rest is computed here."""
+        self._fail_all(event.incarnation, event.reason, now)
+        self._unreadable.pop(event.incarnation, None)
+        self._found.pop(event.incarnation, None)
+        self._refused.pop(event.incarnation, None)
+        if self._peers.pop(event.incarnation, None) is not None:
+            self.mover.disconnect(event.incarnation)
+
+    def _ticket(self, incarnation: str, message: PagesReady, now: float) -> None:
+        """Bind our pages to a ticket and read; duplicate, late and unknown tickets change nothing."""
+        key = _key(message)
+        reading = self._open.get(key)
+        pages = message.pages[0]
+        if reading is None or reading.worker.incarnation != incarnation:
+            self.links.send_if_linked(incarnation, _landed(message))
+            return
+        transport = self._peers.get(incarnation)
+        if reading.failed or transport is None or not self.landings.accepts(key, message.first_page, len(pages)):
+            return
+        bound = self.pages.allocate(key, len(pages))  # out of what was promised to it
+        reading.transport = transport
+        reading.ticketed_tokens = message.num_tokens
+        reading.first_ticket_at = now if reading.first_ticket_at is None else reading.first_ticket_at
+        reading.moved_at = now
+        lent_at = self.links.lent_at(incarnation, message.heartbeat_seq)
+        tag = self.landings.start(key, message.first_page, bound, lent_at)
+        self._reads[tag] = key
+        checksums = message.checksums[0] if message.checksums else []
+        self.mover.read(ReadJob(tag, incarnation, reading.transport, tuple(pages), tuple(bound), tuple(checksums)))
+
+    def _all_lent(self, reading: _Reading, message: PrefillDone | FetchDone, now: float) -> None:
+        reading.done_at = now
+        wanted = reading.wanted
+        if isinstance(message, PrefillDone):
+            reading.first = message
+        if reading.failed == "":
+            if isinstance(message, FetchDone):
+                self.landings.complete(wanted.key, wanted.first_page + message.num_pages)
+            elif message.finish is not None:
+                self._give_up(reading)  # ended with its first token: the pages are not needed
+            else:
+                self.landings.complete(wanted.key)
+        self._try_end(reading, now)
+
+    # ------------------------------------------------------------ from the mover
+
+    def completed(self, event: Completion, now: float) -> None:
+        """A read of ours ended, stalled or settled."""
+        if isinstance(event, ConnectFailed):
+            self._fail_all(event.peer, f"{event.transport}: {event.reason}", now)
+            self._peers.pop(event.peer, None)
+            self._refused.setdefault(event.peer, {})[event.transport] = event.reason
+            if event.peer in self._found:  # later ones may come over another
+                self._find(self._found[event.peer], now)
+        elif not isinstance(event, Sealed):
+            key = self._reads[event.tag]
+            if not isinstance(event, ReadStalled):
+                del self._reads[event.tag]
+            reading = self._open.get(key)
+            if reading is not None:
+                self._read_event(reading, event, now)
+            elif not isinstance(event, ReadStalled):  # of what was given up: its pages leave quarantine
+                self.pages.release_some(QUARANTINE, self.landings.read_ended(event.tag))
+
+    def _read_event(self, reading: _Reading, event: _Event, now: float) -> None:
+        reason = ""
+        if isinstance(event, ReadDone):
+            reading.landed_at = event.finished_at
+            reading.moved_at = now
+            reading.size_bytes += event.size_bytes
+            self.counters.transfer_bytes += event.size_bytes
+            self.histograms.read(event.seconds, event.size_bytes, event.size_bytes // reading.worker.page_bytes)
+            self.rates.read(event.size_bytes, event.seconds)
+            self.landings.read_done(event.tag, event.finished_at)
+            if self.landings.state(reading.wanted.key) is LandingState.FAILED:
+                reason = "pages landed after the lender's lease may have ended"
+        elif isinstance(event, ReadStalled):
+            self.landings.read_stalled(event.tag)
+            reason = f"no progress for {event.seconds:.1f} s"
+        else:
+            self.landings.read_ended(event.tag)
+            if isinstance(event, ReadMismatch):
+                self.counters.checksum_failures += len(event.pages)
+                reading.mismatches += len(event.pages)
+                reason = f"checksums of {len(event.pages)} pages differ"
+            else:
+                reason = event.reason if isinstance(event, ReadFailed) else "the read was given up"
+        if reason:
+            self._fail(reading, reason, now)
+        else:
+            self._try_end(reading, now)
+
+    # ------------------------------------------------------------ inside
+
+    def _begin(self, reading: _Reading, message: Prefill | Fetch, now: float) -> None:
+        wanted, incarnation = reading.wanted, reading.worker.incarnation
+        self._open[wanted.key] = reading
+        self.counters.asked_tokens += wanted.num_tokens - wanted.first_page * self.pages.page_size
+        self.landings.promise(wanted.key, wanted.first_page, wanted.num_pages)
+        if incarnation in self._unreadable:
+            self._fail(reading, self._unreadable[incarnation], now)
+        else:
+            self.links.send(reading.worker, message, now)
+
+    def _fail_all(self, incarnation: str, reason: str, now: float) -> None:
+        for reading in [r for r in self._open.values() if r.worker.incarnation == incarnation]:
+            self._fail(reading, reason, now)
+
+    def _fail(self, reading: _Reading, reason: str, now: float) -> None:
+        if not reading.failed:
+            reading.failed = reason
+            if reading.fetch:
+                self.counters.fetch_failures += 1
+            else:
+                self.counters.handoff_failures += 1
+            logger.warning(
+                "%s failed, computing the rest here: %s",
+                "fetch" if reading.fetch else "hand-off",
+                reason,
+                extra={"request_id": reading.wanted.request_id},
+            )
+            self._give_up(reading)
+        self._try_end(reading, now)
+
+    def _give_up(self, reading: _Reading) -> None:
+        """Tell a prefill worker to stop computing; reads under way are cut short."""
+        wanted = reading.wanted
+        if not reading.fetch:
+            abort = Abort(request_id=wanted.request_id, attempt=wanted.attempt, choice=wanted.choice)
+            self.links.send_if_linked(reading.worker.incarnation, abort)
+        for tag, key in self._reads.items():
+            if key == wanted.key:
+                self.mover.cancel(tag)
+        self.landings.fail(wanted.key)
+
+    def _try_end(self, reading: _Reading, now: float) -> None:
+        """Over, if all has landed. What failed is over at once: reads that may still write keep their pages."""
+        if self.landings.state(reading.wanted.key) in (LandingState.LANDED, LandingState.FAILED):
+            computed = self._settle(reading)
+            self._ended.append(Read(reading.wanted.key, computed, reading.first, self._spans(reading, now)))
+
+    def _settle(self, reading: _Reading) -> int:
+        """Close the books: keep the leading landed pages, free or quarantine the rest. Tokens kept, in all."""
+        wanted, size = reading.wanted, self.pages.page_size
+        outcome = self.landings.take(wanted.key)
+        del self._open[wanted.key]
+        self.links.send_if_linked(reading.worker.incarnation, _landed(wanted))
+        if outcome.idle:  # their contents are unknown; the engine will need as many, so they stay promised
+            self.pages.release_some(wanted.key, outcome.idle)
+            self.pages.promise(wanted.key, len(outcome.idle))
+        if outcome.quarantined:
+            self.pages.move(wanted.key, QUARANTINE, outcome.quarantined)
+        held_tokens = wanted.first_page * size
+        tokens = max(held_tokens, min(held_tokens + len(outcome.landed) * size, reading.ticketed_tokens))
+        reading.num_pages = len(outcome.landed)
+        self.counters.transfer_pages += len(outcome.landed)
+        self.counters.received_tokens += tokens - held_tokens
+        if reading.fetch:
+            self.counters.fetched_tokens += tokens - held_tokens
+        table, hashes = self.pages.table(wanted.key), wanted.hashes
+        for index in range(wanted.first_page, min(tokens // size, len(hashes))):
+            self.pages.name(table[index], hashes[index], hashes[index - 1] if index else b"")
+        return tokens
+
+    def _spans(self, reading: _Reading, now: float) -> Spans:
+        if reading.fetch:
+            return Spans(
+                fetch_ms=max(0.0, now - reading.began_at) * 1e3,
+                fetch_bytes=reading.size_bytes,
+                fetched_tokens=reading.num_pages * self.pages.page_size,
+                source=reading.worker.worker_id,
+                transport=reading.transport,
+                checksum_failures=reading.mismatches,
+            )
+        began, landed = reading.first_ticket_at, reading.landed_at
+        exposed_from = reading.done_at if reading.done_at is not None else landed
+        return Spans(
+            transfer_ms=max(0.0, landed - began) * 1e3 if began is not None else 0.0,
+            exposed_transfer_ms=max(0.0, landed - exposed_from) * 1e3,
+            transfer_bytes=reading.size_bytes,
+            transfer_pages=reading.num_pages,
+            transport=reading.transport,
+            checksum_failures=reading.mismatches,
+            local_prefill=bool(reading.failed),
+        )
+
+
+def _key(message: PagesReady | PrefillDone | FetchDone | PrefillFailed) -> str:
+    return request_key(message.request_id, message.choice, message.attempt)
+
+
+def _landed(source: Wanted | PagesReady) -> PagesLanded:
+    return PagesLanded(request_id=source.request_id, attempt=source.attempt, choice=source.choice)
