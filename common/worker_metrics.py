@@ -172,7 +172,9 @@ _COUNTERS = (
         lambda load: load.fetch_failures,
     ),
     _Figure(
-        "penstock:fetched_tokens", "Prompt tokens whose pages came from other workers.", lambda load: load.fetched_tokens
+        "penstock:fetched_tokens",
+        "Prompt tokens whose pages came from other workers.",
+        lambda load: load.fetched_tokens,
     ),
     _Figure(
         "penstock:kv_checksum_failures", "Moved pages whose checksum differed.", lambda load: load.checksum_failures

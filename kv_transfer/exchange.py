@@ -20,6 +20,7 @@ from penstock.kv_transfer.leases import Landings, LoanBook
 from penstock.kv_transfer.lender import Lender, LentPages
 from penstock.kv_transfer.mover import PageMover
 from penstock.kv_transfer.peer_links import PeerLinks
+from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader, ReadPages
 
 
@@ -114,6 +115,6 @@ def open_exchange(
         page_bytes=region.page_bytes,
         checksum=config.kv_checksum,
     )
-    names = [transport.name for transport in transports]
-    reader = Reader(pages, mover, links, Landings(config.lease_s), names, config.kv_transport, rates)
+    chosen = PeerTransports([transport.name for transport in transports], config.kv_transport)
+    reader = Reader(pages, mover, links, Landings(config.lease_s), chosen, rates)
     return PageExchange(lender, reader, mover, links)

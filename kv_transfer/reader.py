@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from penstock.common.histogram import READ_BYTES, READ_PAGES, READ_SECONDS, Histogram
 from penstock.common.messages import (
     Abort,
     Fetch,
@@ -30,7 +29,6 @@ from penstock.common.messages import (
     request_key,
 )
 from penstock.common.rate_estimator import RateEstimator
-from penstock.kv_transfer.base import TransportError
 from penstock.kv_transfer.jobs import (
     Completion,
     ConnectFailed,
@@ -45,7 +43,8 @@ from penstock.kv_transfer.jobs import (
 from penstock.kv_transfer.leases import Landings, LandingState
 from penstock.kv_transfer.mover import PageMover
 from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLinks, PeerLost
-from penstock.kv_transfer.select import choose, same_host
+from penstock.kv_transfer.peer_transports import PeerTransports
+from penstock.kv_transfer.read_figures import ReaderCounters, ReadHistograms
 
 logger = logging.getLogger(__name__)
 QUARANTINE = "quarantine"
@@ -114,45 +113,6 @@ class _Reading:
 
 
 @dataclass
-class ReaderCounters:
-    """Since the start of the worker; as in `WorkerLoad`."""
-
-    handoffs: int = 0
-    handoff_failures: int = 0
-    transfer_bytes: int = 0
-    transfer_pages: int = 0
-    checksum_failures: int = 0
-    asked_tokens: int = 0
-    received_tokens: int = 0
-    fetches: int = 0
-    fetch_failures: int = 0
-    fetched_tokens: int = 0
-
-    def load(self) -> dict[str, int]:
-        """Fields of `WorkerLoad`."""
-        return dict(vars(self))
-
-
-@dataclass
-class ReadHistograms:
-    """Of the tickets that have been read."""
-
-    read_s: Histogram = field(default_factory=lambda: Histogram(READ_SECONDS))
-    read_bytes: Histogram = field(default_factory=lambda: Histogram(READ_BYTES))
-    read_pages: Histogram = field(default_factory=lambda: Histogram(READ_PAGES))
-
-    def read(self, seconds: float, size_bytes: int, num_pages: int) -> None:
-        """A ticket's pages have arrived."""
-        self.read_s.observe(seconds)
-        self.read_bytes.observe(size_bytes)
-        self.read_pages.observe(num_pages)
-
-    def packed(self) -> dict[str, list[float]]:
-        """As they travel in `WorkerLoad`."""
-        return {name: histogram.packed() for name, histogram in vars(self).items()}
-
-
-@dataclass
 class Reader:
     """All reads of one worker. Used from its loop thread; copying is the mover's."""
 
@@ -160,18 +120,11 @@ class Reader:
     mover: PageMover
     links: PeerLinks
     landings: Landings
-    own_transports: list[str]
-    kv_transport: str  # as configured: "auto" or one name
+    transports: PeerTransports
     rates: RateEstimator = field(default_factory=RateEstimator)  # is told how long reads take
     counters: ReaderCounters = field(default_factory=ReaderCounters)
     histograms: ReadHistograms = field(default_factory=ReadHistograms)
     _open: dict[str, _Reading] = field(default_factory=dict)  # by key
-    _peers: dict[str, str] = field(default_factory=dict)  # incarnation -> transport it is read with
-    _unreadable: dict[str, str] = field(default_factory=dict)  # incarnation -> why there is no transport
-    _found: dict[str, WorkerInfo] = field(default_factory=dict)
-    _refused: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # by incarnation: transport -> why it did not open
     _reads: dict[str, str] = field(default_factory=dict)  # tag of a read that may still write -> its key
     _ended: list[Read] = field(default_factory=list)
 
@@ -250,28 +203,17 @@ class Reader:
                 self._all_lent(reading, event, now)
 
     def _find(self, worker: WorkerInfo, now: float) -> None:
-        """Handshake done: choose the transport, of those that have not been refused, and connect it."""
-        self._found[worker.incarnation] = worker
-        refused = self._refused.get(worker.incarnation, {})
-        offered = {n: d for n, d in worker.transports.items() if self.kv_transport in ("auto", n) and n not in refused}
-        try:
-            transport = choose(self.own_transports, offered, same_host(worker.transports))
-        except TransportError as error:
-            reason = "; ".join(f"{name}: {why}" for name, why in refused.items()) or str(error)
-            self._unreadable[worker.incarnation] = reason
-            self._fail_all(worker.incarnation, reason, now)
-            return
-        self._peers[worker.incarnation] = transport
-        self.mover.connect(worker.incarnation, transport, worker.transports[transport])
-        logger.info("reading pages of %s over %s", worker.worker_id, transport)
+        """Handshake done: connect the pool of this worker."""
+        transport = self.transports.find(worker)
+        if transport:
+            self.mover.connect(worker.incarnation, transport, worker.transports[transport])
+        else:
+            self._fail_all(worker.incarnation, self.transports.unreadable[worker.incarnation], now)
 
     def _lose(self, event: PeerLost, now: float) -> None:
         """The lender is gone: what has landed is kept, the rest is computed here."""
         self._fail_all(event.incarnation, event.reason, now)
-        self._unreadable.pop(event.incarnation, None)
-        self._found.pop(event.incarnation, None)
-        self._refused.pop(event.incarnation, None)
-        if self._peers.pop(event.incarnation, None) is not None:
+        if self.transports.forget(event.incarnation):
             self.mover.disconnect(event.incarnation)
 
     def _ticket(self, incarnation: str, message: PagesReady, now: float) -> None:
@@ -282,7 +224,7 @@ class Reader:
         if reading is None or reading.worker.incarnation != incarnation:
             self.links.send_if_linked(incarnation, _landed(message))
             return
-        transport = self._peers.get(incarnation)
+        transport = self.transports.chosen.get(incarnation)
         if reading.failed or transport is None or not self.landings.accepts(key, message.first_page, len(pages)):
             return
         bound = self.pages.allocate(key, len(pages))  # out of what was promised to it
@@ -316,10 +258,9 @@ class Reader:
         """A read of ours ended, stalled or settled."""
         if isinstance(event, ConnectFailed):
             self._fail_all(event.peer, f"{event.transport}: {event.reason}", now)
-            self._peers.pop(event.peer, None)
-            self._refused.setdefault(event.peer, {})[event.transport] = event.reason
-            if event.peer in self._found:  # later ones may come over another
-                self._find(self._found[event.peer], now)
+            worker = self.transports.refuse(event.peer, event.transport, event.reason)
+            if worker is not None:  # later ones may come over another
+                self._find(worker, now)
         elif not isinstance(event, Sealed):
             key = self._reads[event.tag]
             if not isinstance(event, ReadStalled):
@@ -338,7 +279,8 @@ class Reader:
             reading.size_bytes += event.size_bytes
             self.counters.transfer_bytes += event.size_bytes
             self.histograms.read(event.seconds, event.size_bytes, event.size_bytes // reading.worker.page_bytes)
-            self.rates.read(event.size_bytes, event.seconds)
+            if not reading.fetch:
+                self.rates.read(event.size_bytes, event.seconds)
             self.landings.read_done(event.tag, event.finished_at)
             if self.landings.state(reading.wanted.key) is LandingState.FAILED:
                 reason = "pages landed after the lender's lease may have ended"
@@ -365,8 +307,8 @@ class Reader:
         self._open[wanted.key] = reading
         self.counters.asked_tokens += wanted.num_tokens - wanted.first_page * self.pages.page_size
         self.landings.promise(wanted.key, wanted.first_page, wanted.num_pages)
-        if incarnation in self._unreadable:
-            self._fail(reading, self._unreadable[incarnation], now)
+        if incarnation in self.transports.unreadable:
+            self._fail(reading, self.transports.unreadable[incarnation], now)
         else:
             self.links.send(reading.worker, message, now)
 
@@ -432,6 +374,8 @@ class Reader:
 
     def _spans(self, reading: _Reading, now: float) -> Spans:
         if reading.fetch:
+            if reading.size_bytes and not reading.failed:  # asking for it is part of what it costs
+                self.rates.read(reading.size_bytes, reading.landed_at - reading.began_at)
             return Spans(
                 fetch_ms=max(0.0, now - reading.began_at) * 1e3,
                 fetch_bytes=reading.size_bytes,

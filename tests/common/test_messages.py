@@ -104,13 +104,21 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         {"type": "heartbeat_ack", "seq": 7, "load": {"running": 2, "free_pages": 300, "draining": True}},
     ),
     (
-        m.Submit(request=REQUEST, prefill=WORKER),
-        {"type": "submit", "request": REQUEST_MAP, "prefill": WORKER_MAP},
+        m.Submit(request=REQUEST, prefill=WORKER, source=WORKER),
+        {"type": "submit", "request": REQUEST_MAP, "prefill": WORKER_MAP, "source": WORKER_MAP},
     ),
     (m.Abort(request_id="r1", attempt=1, choice=2), {"type": "abort", "request_id": "r1", "attempt": 1, "choice": 2}),
     (
         m.Prefill(request=REQUEST, router_id="router-1", held_tokens=32),
         {"type": "prefill", "request": REQUEST_MAP, "router_id": "router-1", "held_tokens": 32},
+    ),
+    (
+        m.Fetch(request_id="r1", attempt=1, first_page=2, hashes=[b"\x01", b"\x02"]),
+        {"type": "fetch", "request_id": "r1", "attempt": 1, "first_page": 2, "hashes": [b"\x01", b"\x02"]},
+    ),
+    (
+        m.FetchDone(request_id="r1", attempt=1, num_pages=2),
+        {"type": "fetch_done", "request_id": "r1", "attempt": 1, "num_pages": 2},
     ),
     (
         m.PagesReady(

@@ -31,6 +31,9 @@ def test_order() -> None:
     assert names([ALONE]) == [*begin, "queue", "prefill", "first_token", "decode", end]
     split = [*begin, "admission", "queue", "prefill", "first_token", "transfer", "decode", end]
     assert names([PREFILL, DECODE]) == split
+    split.insert(split.index("prefill"), "fetch")
+    fetched = Spans(queue_ms=1.0, prefill_ms=9.0, computed_tokens=4, fetch_ms=3.0, fetched_tokens=96, source="decode-1")
+    assert names([fetched, DECODE]) == split
 
 
 def test_values() -> None:

@@ -33,6 +33,7 @@ from penstock.kv_transfer.mover import (
     ReadStalled,
 )
 from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import QUARANTINE, Reader, Wanted
 from penstock.kv_transfer.shm import host_id
 
@@ -97,12 +98,11 @@ class Case:
             mover=self.mover,  # type: ignore[arg-type]
             links=self.links,  # type: ignore[arg-type]
             landings=Landings(10.0),
-            own_transports=["nixl"],
-            kv_transport="auto",
+            transports=PeerTransports(["nixl"], "auto"),
         )
         tokens = list(range(10))
         self.request = GenerateRequest(request_id="r", prompt_token_ids=tokens, sampling=SamplingParams())
-        self.wanted = Wanted("r:0:0", "r", 0, 0, 0, 3, list(page_hashes(root_hash("t"), tokens, 4)))
+        self.wanted = Wanted("r:0:0", "r", 0, 0, 0, 3, 10, list(page_hashes(root_hash("t"), tokens, 4)))
         self.key = self.wanted.key
         self.ask()
         self.event(PeerFound(LENDER))
@@ -275,19 +275,19 @@ def test_a_peer_that_cannot_be_read_is_not_asked_again() -> None:
 
 def test_another_transport_is_tried_when_one_does_not_open() -> None:
     case = Case()
-    case.reader.own_transports = ["cuda_ipc", "nixl"]
+    case.reader.transports = PeerTransports(["cuda_ipc", "nixl"], "auto")
     pool = IpcPool(host_id().partition("/")[0], "another", "GPU-1", b"", 0, 0, page_bytes=64, num_pages=64)
     offers = {"cuda_ipc": msgspec.msgpack.encode(pool), "nixl": b""}
     worker = msgspec.structs.replace(LENDER, transports=offers)
     case.event(PeerFound(worker))
-    assert case.reader._peers == {"p1": "cuda_ipc"}
+    assert case.reader.transports.chosen == {"p1": "cuda_ipc"}
     case.reader.completed(ConnectFailed("p1", "cuda_ipc", "no peer access"), 1.0)
-    assert case.reader._peers == {"p1": "nixl"} and not case.reader._unreadable
+    assert case.reader.transports.chosen == {"p1": "nixl"} and not case.reader.transports.unreadable
     assert len(case.reader.take_ended()) == 1  # what was under way is computed here
     case.reader.completed(ConnectFailed("p1", "nixl", "no route"), 2.0)
-    assert case.reader._unreadable == {"p1": "cuda_ipc: no peer access; nixl: no route"}
+    assert case.reader.transports.unreadable == {"p1": "cuda_ipc: no peer access; nixl: no route"}
     case.event(PeerLost("p1", "gone"))
     case.event(PeerFound(worker))  # a new link is a new try
-    assert case.reader._peers == {"p1": "cuda_ipc"}
+    assert case.reader.transports.chosen == {"p1": "cuda_ipc"}
     case.pages.release(case.key)
     case.finish()

@@ -34,6 +34,7 @@ from penstock.kv_transfer.leases import Landings, LoanBook
 from penstock.kv_transfer.lender import Lender
 from penstock.kv_transfer.mover import Completion, ReadDone, ReadJob, Sealed, SealJob
 from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import FETCH_PATIENCE_S, Reader
 from penstock.prefill_worker.handoff import HandOffOut
 from tests.engine.test_scheduler import FakeExecutor, make_scheduler, oracle
@@ -124,7 +125,7 @@ class Case:
         lender = Lender(
             pages, mover, LoanBook(10.0), bus.send, peers.heartbeat_seq, page_bytes=16 << 20, checksum=checksum
         )
-        reader = Reader(pages, mover, links, Landings(10.0), ["nixl"], "auto")
+        reader = Reader(pages, mover, links, Landings(10.0), PeerTransports(["nixl"], "auto"))
         self.role = HandOffOut(self.loop, PageExchange(lender, reader, mover, links), lambda: self.now)
 
     def prefill(self, held_tokens: int = 0, name: str = "r", source: WorkerInfo | None = None, **sampling: Any) -> None:

@@ -50,7 +50,9 @@ class FakeWorker:
         self.limit = 1 << 30
         self.step_s = 0.001
         self.cached_tokens = 0  # what it says to have found of every prompt
+        self.queued_tokens = 0  # what it says waits for it
         self.submitted: list[GenerateRequest] = []
+        self.sources: list[str] = []  # incarnations of workers that it was to fetch prefixes from
         self.aborted: list[tuple[str, int]] = []  # (request id, choice)
         self.prefill_worker: FakeWorker | None = None
         self.first_tokens: deque[tuple[str, GenerateRequest]] = deque()  # (router, request) for a prefill worker
@@ -120,7 +122,7 @@ class FakeWorker:
                     if isinstance(event, PeerReplaced):
                         self._forget(event)
             elif isinstance(message, Heartbeat) and self.peers.heartbeat(identity, message.seq, now):
-                load = WorkerLoad(running=len(self.running))
+                load = WorkerLoad(running=len(self.running), queued_tokens=self.queued_tokens)
                 self._server.send(identity, HeartbeatAck(seq=message.seq, load=load))
             elif identity not in self.peers:
                 self._server.send(identity, self.peers.unknown())
@@ -133,6 +135,8 @@ class FakeWorker:
     def _admit(self, identity: bytes, submit: Submit) -> None:
         request = submit.request
         self.submitted.append(request)
+        if submit.source is not None:
+            self.sources.append(submit.source.incarnation)
         key = (identity, request.request_id, request.choice, request.attempt)
         self.running[key] = request
         self._next_index[key] = len(request.output_token_ids)

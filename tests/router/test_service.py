@@ -244,7 +244,7 @@ def test_a_prompt_goes_where_its_prefix_is(redis_server, start_worker):
     holder.registry.publish(chained(list(page_hashes(root_hash("scope"), prompt[:200], 4))), [])
 
     async def scenario() -> None:
-        async with running(redis_server.url, 2) as service:
+        async with running(redis_server.url, 2, fetch_prefixes=False) as service:
             with contextlib.closing(redis_server.client()) as client:
                 await until(lambda: pages_held(client, "penstock", holder.info.incarnation) == 50)
             for i in range(3):
@@ -253,6 +253,24 @@ def test_a_prompt_goes_where_its_prefix_is(redis_server, start_worker):
             counters = service.counters()
             assert counters["predicted_hit_tokens"] == 3 * 200 and counters["realised_hit_tokens"] == 3 * 196
             assert counters["missed_hit_tokens"] == 3 * 4
+
+    play(scenario())
+
+
+def test_a_prefix_is_fetched_from_a_holder_that_is_busy(redis_server, start_worker):
+    idle, holder = start_worker("d1"), start_worker("d2")
+    holder.queued_tokens = 100_000
+    prompt = list(range(3000))
+    hashes = list(page_hashes(root_hash("scope"), prompt, 4))
+    holder.registry.publish(chained(hashes), [])
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            with contextlib.closing(redis_server.client()) as client:
+                await until(lambda: pages_held(client, "penstock", holder.info.incarnation) == len(hashes))
+            await until(lambda: any(load.queued_tokens for _, load in service.loads()))
+            await ended(await send(service, request("r", prompt=prompt)))
+            assert idle.sources == [holder.info.incarnation] and not holder.submitted
 
     play(scenario())
 

@@ -112,8 +112,32 @@ def test_a_corrupted_byte_shows(checkpoints: dict[str, Path], redis_server: Redi
                 assert tokens == expected
                 assert decode.metric("penstock:kv_checksum_failures_total") >= len(prompts)
                 assert decode.metric("penstock:handoff_failures_total") == len(prompts)
+                _corrupted_prefixes_are_dropped(router, fleet, path)
             else:
                 assert all(got != want for got, want in zip(tokens, expected, strict=True))
                 assert decode.metric("penstock:kv_checksum_failures_total") == 0
             decode.assert_idle()
             prefill.assert_idle()
+
+
+def _corrupted_prefixes_are_dropped(
+    router: RouterDouble,
+    fleet: dict,  # type: ignore[type-arg]
+    path: Path,
+) -> None:
+    """The prefill worker fetches prefixes that the decode worker holds, and the decode worker reads what it makes."""
+    prefill, decode = fleet["prefill-0"], fleet["decode-0"]
+    prompts = random_prompts([64, 40, 90], seed=31)
+    router.answers.clear()
+    for request in _requests(prompts, "alone-"):
+        router.submit(decode.info, Submit(request=request))
+    router.collect()
+    longer = [[*prompt, 5, 6, 7, 8, 9] for prompt in prompts]
+    for request in _requests(longer, "fetched-"):
+        router.submit(decode.info, Submit(request=request, prefill=prefill.info, source=decode.info))
+    router.collect()
+    expected = reference_tokens(path, longer, NEW_TOKENS)
+    assert [router.answers[f"fetched-{i}", 0].tokens for i in range(len(longer))] == expected
+    assert prefill.metric("penstock:kv_checksum_failures_total") == sum(len(prompt) // 4 for prompt in prompts)
+    assert prefill.metric("penstock:fetch_failures_total") == len(prompts)
+    assert prefill.metric("penstock:fetched_tokens_total") == 0
