@@ -15,6 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROLES = ("prefill", "decode")
 ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
 TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
+CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
@@ -118,6 +119,15 @@ class RouterConfig(FleetConfig):
     api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all", secret=True)
     generation_config: str = option("auto", "default sampling: auto (the model's), vllm (neutral), or a directory")
     chat_template: str = option("", "file with a chat template; default: the tokenizer's")
+    chat_template_content_format: str = option(
+        "auto", "messages' content for the template: string, openai (lists of parts), or auto", choices=CONTENT_FORMATS
+    )
+    default_chat_template_kwargs: str = option("", "JSON object: variables for the chat template, under the client's")
+    enable_auto_tool_choice: bool = option(False, "the model may call tools; needs --tool-call-parser")
+    tool_call_parser: str = option("", "format of the model's tool calls (docs/tools.md)")
+    tool_parser_plugin: str = option("", "Python file with more tool parsers")
+    reasoning_parser: str = option("", "format of the model's reasoning (docs/tools.md)")
+    reasoning_parser_plugin: str = option("", "Python file with more reasoning parsers")
     seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")
     max_inflight: int = option(16384, "most choices in flight at a router; more are refused at once with 429")
     max_attempts: int = option(3, "how often a request is tried when workers are lost")
@@ -135,6 +145,9 @@ class RouterConfig(FleetConfig):
     def __post_init__(self) -> None:
         _positive(self, "max_inflight")
         _in(self, "routing_policy", ROUTING_POLICIES)
+        _in(self, "chat_template_content_format", CONTENT_FORMATS)
+        if self.enable_auto_tool_choice and not self.tool_call_parser:
+            raise ConfigError("enable_auto_tool_choice needs tool_call_parser")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ Joined pieces equal the decoding of all tokens at once, however the tokens were 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from penstock.common.tokenizer import Tokenizer
 
@@ -20,15 +20,22 @@ class Detokenizer:
     """Decodes the output of one choice.
 
     `prompt_ids` are the tokens the output continues: with them, a leading space of the first word is kept.
+    `shown_ids` are special tokens that are not skipped.
     Invalid UTF-8 becomes U+FFFD. (SentencePiece byte fallback differs from `Tokenizer.decode` in one point: there one
     bad byte spoils the valid characters of its whole run of byte tokens, which cannot be known while streaming.)
     """
 
     __slots__ = ("_bytes", "_strip", "_tokenizer", "_utf8", "_window", "skipped")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: Set[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
-        self.skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self.skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._bytes = tokenizer.byte_tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if self._bytes else None
         self._strip = tokenizer.strips_first_space and not prompt_ids

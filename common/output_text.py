@@ -5,7 +5,7 @@ The router (one per streamed choice) and `LLM` push what the worker sent and sho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from penstock.common.detokenizer import Detokenizer
 from penstock.common.messages import Finish
@@ -34,8 +34,9 @@ class OutputText:
         sampling: SamplingParams,
         prompt_ids: Sequence[int] = (),
         track_offsets: bool = False,
+        shown_ids: Set[int] = frozenset(),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens, prompt_ids)
+        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens, prompt_ids, shown_ids)
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
         self._show_stop_token = sampling.include_stop_str_in_output

@@ -138,6 +138,10 @@ class Tokenizer:
         """A token as the vocabulary writes it ("Ġwater"); "" for an id that it does not have."""
         return self._backend.id_to_token(token_id) or ""
 
+    def token_id(self, entry: str) -> int | None:
+        """The id of a vocabulary entry, such as a special token's text; None if there is none."""
+        return self._backend.token_to_id(entry)
+
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands in running text: its leading space is kept, broken UTF-8 becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -171,7 +175,7 @@ class Tokenizer:
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
-        return None if text is None else self._backend.token_to_id(text)
+        return None if text is None else self.token_id(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

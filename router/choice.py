@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -49,7 +49,8 @@ class Choice:
     """Implements `penstock.router.service.Sink`.
 
     `index` is the choice's place in the response, `echo` the prompt text to show before the output, `text` the state
-    of the output; `ended` is set once, by a finish, a stop string, an error or `cancel`.
+    of the output; `ended` is set once, by a finish, a stop string, an error or `cancel`. `shown_ids` are special tokens
+    that the text has in any case.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Choice:
         metrics: RouterMetrics,
         timeline: Timeline,
         listener: Listener,
+        shown_ids: Set[int] = frozenset(),
     ) -> None:
         self.request, self.index, self.echo = request, index, echo
         self._spans: dict[str, Spans] = {}  # by worker: its newest
@@ -70,7 +72,7 @@ class Choice:
         self._tokenizer = tokenizer
         self.ended = False
         self._scores = request.sampling.logprobs is not None
-        self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores)
+        self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores, shown_ids)
         self._service, self._metrics, self._listener = service, metrics, listener
         self._timeline = timeline
         self._first_at = self._last_at = 0.0

@@ -18,6 +18,7 @@ from penstock.common.messages import GenerateRequest
 from penstock.common.timeline import Timeline
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat, Delta, Said, Usage
+from penstock.router.answer_parser import AnswerParsing
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.error_bodies import Send, send_json
 from penstock.router.metrics import RouterMetrics
@@ -38,6 +39,7 @@ class Plan:
     echoes: list[str]  # per choice: prompt text to show before the output
     format: AnswerFormat
     stream: bool
+    parsing: AnswerParsing | None = None  # what to tell apart in the answers' text
     usage_in_chunks: bool = False
     timeline: bool = False  # the client asked for it
     beams: bool = False  # the choices of a prompt are the results of a beam search
@@ -63,10 +65,12 @@ class Reply(ABC):
     ) -> None:
         self._plan, self._service, self._metrics = plan, service, metrics
         self._format, self._timeline, self._headers = plan.format, timeline, headers
+        shown = frozenset[int]() if plan.parsing is None else plan.parsing.shown_ids
         self._choices = [
-            Choice(request, index, plan.echoes[index], tokenizer, service, metrics, timeline, self)
+            Choice(request, index, plan.echoes[index], tokenizer, service, metrics, timeline, self, shown)
             for index, request in enumerate(plan.requests)
         ]
+        self._parsers = None if plan.parsing is None else [plan.parsing.start() for _ in plan.requests]
         self._running = len(self._choices)
         self._error: PenstockError | None = None
         self.started = False  # the first bytes are on their way: no other status is possible
@@ -93,7 +97,12 @@ class Reply(ABC):
 
     def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
         """See `Listener`."""
-        self.on_delta(choice, Delta(text, tokens=tokens, finish_reason=choice.text.finish_reason))
+        finish_reason = choice.text.finish_reason
+        if self._parsers is None:
+            delta = Delta(text, tokens=tokens, finish_reason=finish_reason)
+        else:
+            delta = self._parsers[choice.index].delta(text, finish_reason)._replace(tokens=tokens)
+        self.on_delta(choice, delta)
 
     @abstractmethod
     def on_delta(self, choice: Choice, delta: Delta) -> None:
