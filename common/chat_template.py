@@ -23,6 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from penstock.common.errors import BadRequest, ConfigError
 from penstock.common.tokenizer import Tokenizer
 
+PROBE = "penstock-probe"
+
 
 class ChatTemplate:
     """One compiled template.
@@ -31,9 +33,11 @@ class ChatTemplate:
         ConfigError: (constructor) the source is not valid Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, with_tools: str = "") -> None:
+        """`with_tools` is the source for conversations with tools, where the model has one of its own for them."""
         try:
             self._template = _environment().from_string(source)
+            self._with_tools = _environment().from_string(with_tools) if with_tools else self._template
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not valid: {error}") from error
         self._special_tokens = dict(special_tokens or {})
@@ -45,13 +49,21 @@ class ChatTemplate:
         Raises:
             ConfigError: the file cannot be read, or the template is not valid Jinja.
         """
-        source = tokenizer.chat_templates.get("default")
+        source, with_tools = tokenizer.chat_templates.get("default"), tokenizer.chat_templates.get("tool_use", "")
         if path:
             try:
-                source = Path(path).read_text(encoding="utf-8")
+                source, with_tools = Path(path).read_text(encoding="utf-8"), ""
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"--chat-template: {error}") from error
-        return None if source is None else cls(source, tokenizer.special_tokens)
+        return None if source is None else cls(source, tokenizer.special_tokens, with_tools)
+
+    def shows(self, content: object) -> bool:
+        """Whether a user's message with this content, which holds `PROBE`, becomes text that has it as it should."""
+        try:
+            text = self.render([{"role": "user", "content": content}])
+        except BadRequest:
+            return False
+        return PROBE in text and "'type'" not in text and '"type"' not in text
 
     def render(
         self,
@@ -60,6 +72,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
     ) -> str:
         """The prompt text; `variables` are the client's `chat_template_kwargs`.
 
@@ -71,13 +85,14 @@ class ChatTemplate:
         if continue_final_message:
             marker = f"\ue000{secrets.token_hex(8)}\ue000"
             # The space tells whether the template trims the end of a message: then it does so with ours, too.
-            chat[-1]["content"] = str(chat[-1].get("content", "")) + marker + " "
+            chat[-1]["content"] = _with_end(chat[-1].get("content"), marker + " ")
         values = {**self._special_tokens, **(variables or {})}
         values |= {"messages": chat, "add_generation_prompt": add_generation_prompt}
-        values.setdefault("tools", None)
-        values.setdefault("documents", None)
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value is not None or name not in values:
+                values[name] = value
         try:
-            text = self._template.render(values)
+            text = (self._with_tools if tools else self._template).render(values)
         except jinja2.TemplateError as error:
             raise BadRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -86,6 +101,14 @@ class ChatTemplate:
                 f"the chat template cannot render these messages: {kind}: {error}", param="messages"
             ) from error
         return _cut_at(text, marker) if marker else text
+
+
+def _with_end(content: Any, end: str) -> Any:
+    """A message's content with more text: a string, or a list of text parts."""
+    if isinstance(content, list) and content:
+        *parts, last = content
+        return [*parts, {**last, "text": last["text"] + end}]
+    return str(content or "") + end
 
 
 def _cut_at(text: str, marker: str) -> str:

@@ -34,6 +34,7 @@ from penstock.common.version import __version__
 from penstock.router.anthropic.answer import anthropic_error
 from penstock.router.anthropic.routes import count_tokens, plan_message
 from penstock.router.chat import plan_chat
+from penstock.router.chat_setup import ChatSetup
 from penstock.router.completions import plan_completion
 from penstock.router.endpoints import ErrorBody, Generation, Scope, answering, internal_error
 from penstock.router.error_bodies import Send, error_body, send_error
@@ -107,6 +108,7 @@ def create_app(
         defaults=defaults or GenerationDefaults(),
         metrics=RouterMetrics(service, models[0]),
         models=models,
+        chat=ChatSetup.load(config, tokenizer, template),
         seeds=random.Random(config.seed or None),
     )
 

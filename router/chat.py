@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import msgspec
 
 from penstock.common.errors import BadRequest
+from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
-from penstock.router.answer_format import AnswerFormat, Said
+from penstock.router.answer_format import AnswerFormat, CallDelta, Delta, Said
+from penstock.router.chat_messages import Message, template_messages
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.choices_format import ChoicesFormat, finite
 from penstock.router.front import Front, RequestHead
 from penstock.router.protocol import ChatRequest, decode_request
+from penstock.router.reasoning.parser import Beginning
 from penstock.router.reply import Plan
+from penstock.router.tools.forced import forced_schema
 
+MAX_MARKER_CHARS = 256  # of a prompt's end, to see whether the template has begun the reasoning
+_json = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 
@@ -41,32 +48,100 @@ async def plan_messages(
         PenstockError: see `plan_chat`.
     """
     request.check_choices(1)
-    ids = await front.in_thread(lambda: chat_token_ids(request, front), size_chars)
+    use, one_call = request.tool_use(), request.parallel_tool_calls is False
+    front.chat.check_tools(use)
+    if use.mode in ("required", "named"):
+        request.constrain(StructuredOutputsParams(json=forced_schema(use, one_call)), "tool_choice")
+    prompt = await front.in_thread(lambda: chat_prompt(request, front), size_chars)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = (front.defaults.max_new_tokens, "messages")
-    return front.plan(request, head, format, [ids], [""], max_tokens, logprobs)
+    parsing = front.chat.parsing(
+        use,
+        prompt.beginning,
+        reasons=request.structured_outputs is None,  # constrained from its first token on
+        show_reasoning=request.include_reasoning is not False,
+        one_call=one_call,
+    )
+    plan = front.plan(request, head, format, [prompt.token_ids], [""], max_tokens, logprobs)
+    return replace(plan, parsing=parsing)
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation as the template writes it, and what a reasoning parser has to know of its end."""
+
+    token_ids: list[int]
+    beginning: Beginning
 
 
 def chat_token_ids(request: ChatRequest, front: Front) -> list[int]:
+    """See `chat_prompt`."""
+    return chat_prompt(request, front).token_ids
+
+
+def chat_prompt(request: ChatRequest, front: Front) -> ChatPrompt:
     """The messages as the template writes them, tokenised; raises BadRequest, or PromptTooLong."""
     if front.template is None:
         raise BadRequest("this model has no chat template; give one with --chat-template", param="messages")
     continues = bool(request.continue_final_message)
-    variables = dict(request.chat_template_kwargs or {})
-    for reserved in ("messages", "add_generation_prompt", "continue_final_message"):
-        if reserved in variables:
-            raise BadRequest(f"chat_template_kwargs must not hold {reserved!r}", param="chat_template_kwargs")
+    messages = template_messages(request.messages or (), front.chat.forms)
+    variables = _variables(request, front)
     text = front.template.render(
-        request.flat_messages(),
+        messages,
         add_generation_prompt=not continues and request.add_generation_prompt is not False,
         continue_final_message=continues,
         variables=variables,
+        tools=request.tools or None,
+        documents=request.documents,
     )
     front.check_length(text, "messages", truncates=request.truncate_prompt_tokens is not None)
     ids = front.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     if not ids:
         raise BadRequest("the messages give an empty prompt", param="messages")
-    return request.truncated(ids, front.model_info().max_model_len)
+    thinking = variables.get("enable_thinking", variables.get("thinking"))
+    beginning = Beginning(
+        _text_of(messages[-1]) if continues else text[-MAX_MARKER_CHARS:],
+        continues,
+        thinking if isinstance(thinking, bool) else None,
+    )
+    return ChatPrompt(request.truncated(ids, front.model_info().max_model_len), beginning)
+
+
+def _variables(request: ChatRequest, front: Front) -> dict[str, Any]:
+    """What the template may look at, beside the conversation."""
+    given = request.chat_template_kwargs or {}
+    for reserved in ("messages", "add_generation_prompt", "continue_final_message"):
+        if reserved in given:
+            raise BadRequest(f"chat_template_kwargs must not hold {reserved!r}", param="chat_template_kwargs")
+    variables = {**front.chat.variables, **given}
+    if request.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", request.reasoning_effort)
+        variables.setdefault("enable_thinking", request.reasoning_effort != "none")
+    return variables
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def _message(said: Said) -> dict[str, Any]:
+    bare = bool(said.calls or said.reasoning) and not said.content
+    reasoning = said.reasoning or None
+    message: dict[str, Any] = {"role": "assistant", "content": None if bare else said.content, "refusal": None}
+    message |= {"reasoning": reasoning, "reasoning_content": reasoning}
+    if said.calls:
+        message["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in said.calls
+        ]
+    return message
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.call, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.call, "id": call.call_id, "type": "function", "function": function}
 
 
 class ChatFormat(ChoicesFormat):
@@ -81,11 +156,22 @@ class ChatFormat(ChoicesFormat):
         """The role comes first, in a chunk of its own."""
         return self.opening_chunk(choice, "", before_text=b',"delta":{"role":"assistant","content":')
 
+    def said(self, delta: Delta) -> bytes:
+        """See `ChoicesFormat`; reasoning has vLLM's name and DeepSeek's."""
+        fields: dict[str, Any] = {}
+        if delta.reasoning:
+            fields |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
+        if delta.content:
+            fields["content"] = delta.content
+        if delta.calls:
+            fields["tool_calls"] = [_call_delta(call) for call in delta.calls]
+        return b',"delta":' + _json(fields)
+
     def choice(self, choice: Choice, said: Said) -> dict[str, Any]:
         """See `ChoicesFormat`."""
         fields: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": said.content, "refusal": None},
+            "message": _message(said),
             "logprobs": self.logprobs(said.tokens),
             "finish_reason": said.finish_reason,
             "stop_reason": choice.text.stop_reason,

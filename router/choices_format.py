@@ -54,11 +54,16 @@ class ChoicesFormat(AnswerFormat):
         head = _json({"id": answer_id, "object": self.chunk_object_name, "created": created, "model": model})
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if usage_field else b"}]}\n\n"
-        self._plain = self.after_text + b',"logprobs":null,"finish_reason":null' + self._tail
+        self._plain_end = b',"logprobs":null,"finish_reason":null' + self._tail
+        self._plain = self.after_text + self._plain_end
 
     @abstractmethod
     def choice(self, choice: Choice, said: Said) -> dict[str, Any]:
         """A choice of an answer in one piece."""
+
+    def said(self, delta: Delta) -> bytes:
+        """More than content, between the choice's index and the rest of a chunk."""
+        raise NotImplementedError("this route has nothing but content")
 
     @abstractmethod
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
@@ -95,10 +100,13 @@ class ChoicesFormat(AnswerFormat):
 
     def delta(self, choice: Choice, delta: Delta, usage: Usage | None) -> bytes:
         """See `AnswerFormat.delta`: one chunk."""
-        start = b"%b%d%b" % (self._head, choice.index, self.before_text)
-        text = _json(delta.content)
+        start = b"%b%d" % (self._head, choice.index)
+        if delta.reasoning or delta.calls:
+            said = self.said(delta)
+        else:
+            said = b"".join((self.before_text, _json(delta.content), self.after_text))
         if not delta.tokens and delta.finish_reason is None and usage is None and not self.token_ids:
-            return b"".join((start, text, self._plain))
+            return b"".join((start, said, self._plain_end))
         ending: dict[str, Any] = {"logprobs": self.logprobs(delta.tokens), "finish_reason": delta.finish_reason}
         if delta.finish_reason is not None:
             ending["stop_reason"] = choice.text.stop_reason
@@ -106,7 +114,7 @@ class ChoicesFormat(AnswerFormat):
             ending["token_ids"] = choice.token_ids[self._ids_written.get(choice.index, 0) :]
             self._ids_written[choice.index] = len(choice.token_ids)
         tail = self._tail if usage is None else b'}],"usage":' + _json(usage_fields(usage)) + b"}\n\n"
-        return b"".join((start, text, self.after_text, b",", _json(ending)[1:-1], tail))
+        return b"".join((start, said, b",", _json(ending)[1:-1], tail))
 
     def closing(self, usage: Usage, timeline: list[dict[str, Any]] | None) -> bytes:
         """See `AnswerFormat.closing`: a chunk without choices, if there is something to tell, and the end."""

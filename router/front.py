@@ -19,6 +19,7 @@ from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.messages import GenerateRequest
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat
+from penstock.router.chat_setup import ChatSetup
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import GenerationRequest
 from penstock.router.reply import Plan
@@ -51,6 +52,7 @@ class Front:
     defaults: GenerationDefaults
     metrics: RouterMetrics
     models: tuple[str, ...]  # names clients may use; the first is shown
+    chat: ChatSetup = field(default_factory=ChatSetup)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
 

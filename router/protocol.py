@@ -19,6 +19,8 @@ from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.sampling import SamplingParams
 from penstock.common.structured_outputs import StructuredOutputsParams
+from penstock.router.chat_messages import check_messages
+from penstock.router.tools.request import ToolUse, tool_use
 
 MAX_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -43,7 +45,6 @@ _NOT_WITH_BEAMS = (
 # Field -> the values that ask for nothing. None asks for nothing everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
@@ -62,8 +63,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "web_search_options": (),
 }
 
@@ -326,6 +325,12 @@ class ChatRequest(GenerationRequest, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     def check(self) -> None:
         """See `GenerationRequest.check`."""
@@ -338,43 +343,19 @@ class ChatRequest(GenerationRequest, kw_only=True):
             raise BadRequest("top_logprobs needs logprobs=true", param="top_logprobs")
         if not self.messages:
             raise BadRequest("messages must hold at least one message", param="messages")
+        check_messages(self.messages)
+        demanded = self.tool_use().mode in ("required", "named")
+        if demanded and self.use_beam_search:
+            raise not_supported("tool_choice", "a call that is demanded, together with use_beam_search,")
+        if demanded and "structured_outputs" in _NEUTRAL:  # no worker constrains its output yet
+            raise not_supported("tool_choice", "a call that is demanded")
         if self.continue_final_message and self.add_generation_prompt:
             field = "continue_final_message"
             raise BadRequest(f"{field} and add_generation_prompt cannot both be true", param=field)
 
-    def flat_messages(self) -> list[dict[str, Any]]:
-        """Messages for a template: text parts joined by newlines into one string, other keys as they came."""
-        return [_flat(message, f"messages[{at}]") for at, message in enumerate(self.messages or [])]
-
-
-def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(message.get("role"), str):
-        raise BadRequest(f"{where}.role must be a string", param=f"{where}.role")
-    for field in ("tool_calls", "function_call", "audio"):
-        if message.get(field):
-            raise not_supported(f"{where}.{field}")
-    content = message.get("content")
-    if content is None:
-        return message | {"content": ""}
-    if isinstance(content, str):
-        return message
-    if not isinstance(content, list):
-        raise BadRequest(f"{where}.content must be a string or a list of parts", param=f"{where}.content")
-    return message | {"content": "\n".join(_text(part, f"{where}.content[{at}]") for at, part in enumerate(content))}
-
-
-def _text(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str):
-        raise BadRequest(f"{where} must be a part with a type", param=where)
-    if kind not in ("text", "input_text", "output_text"):
-        raise not_supported(where, f"a content part of type {kind!r} ({where})")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise BadRequest(f"{where}.text must be a string", param=f"{where}.text")
-    return text
+    def tool_use(self) -> ToolUse:
+        """What is asked about tools; raises BadRequest."""
+        return tool_use(self.tools, self.tool_choice)
 
 
 _PROMPT_DECODERS: tuple[msgspec.json.Decoder[Any], ...] = (

@@ -37,7 +37,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("structured_outputs", {"regex": "a"}), ("guided_json", {}), ("guided_regex", "a"), ("guided_choice", ["a"]),
     ("prompt_embeds", "x"),
     ("best_of", 2), ("kv_transfer_params", {"a": 1}),
-    ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("suffix", "x"),
+    ("suffix", "x"),
     ("modalities", ["audio"]), ("audio", {"voice": "x"}), ("functions", [{}]),
 ]  # fmt: skip
 NEUTRAL: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_wrong_chat_fields(router: Router, fields: dict[str, Any], param: str) -
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[0].content[0]"),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages[0].content[0]"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": None, "function_call": {"name": "x"}}, "messages[0].function_call"),
     ],
     ids=str,
 )
@@ -217,6 +217,7 @@ VALUES = st.recursive(
 FIELDS = sorted(
     {field for field, _ in WRONG + UNSUPPORTED}
     | {"prompt", "messages", "logprobs", "top_logprobs", "echo", "add_special_tokens", "chat_template_kwargs", "user"}
+    | {"tools", "tool_choice", "documents", "reasoning_effort", "include_reasoning"}
 )
 
 
