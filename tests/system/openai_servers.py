@@ -15,6 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from penstock.fleet import Fleet
 
+KEY = "sk-first"
+CONTEXT = 160
+PAGE = 4
+END_IDS = (1, *range(40, 60))  # in generation_config.json only, but for the first
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
+WILD: dict[str, Any] = {"temperature": 4.0, "max_tokens": 12}
 TEXT = "The reservoir fills in the wet months and is drawn down in the dry ones."
 MESSAGES: Any = [{"role": "system", "content": "Grüße."}, {"role": "user", "content": "水力? Why does it fill?"}]
 MESSAGES_AS_TEXT = "<|begin|><|system|>Grüße.<|end|><|user|>水力? Why does it fill?<|end|><|assistant|>"
