@@ -24,7 +24,8 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     """A configuration field. `extra` may hold:
 
     choices: the values allowed | positional: also the command's argument | excludes: an option that may not be given
-    too | human: sizes such as 4GiB or 32K are understood | secret: never shown in logs or by `repr`.
+    too | human: sizes such as 4GiB or 32K are understood | secret: never shown in logs or by `repr` | several: the flag
+    takes more than one value.
     """
     return field(default=default, repr=not extra.get("secret"), metadata={"help": help, **extra})
 
@@ -84,7 +85,7 @@ class FleetConfig:
         "", "secret of the fleet; needed when the bus leaves this host (encrypts it with CURVE)", secret=True
     )
     lease_s: float = option(10.0, "how long a silent peer keeps what it holds")
-    served_model_name: tuple[str, ...] = option((), "names clients may use; default: MODEL")
+    served_model_name: tuple[str, ...] = option((), "names clients may use; default: MODEL", several=True)
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
 
@@ -114,9 +115,10 @@ class RouterConfig(FleetConfig):
     """One router process."""
 
     model: str = option("", "where tokenizer, chat template and generation_config are", positional=True)
+    tokenizer: str = option("", "where the tokenizer is, if not with the model")
     host: str = option("127.0.0.1", "address of the HTTP server")
     port: int = option(8000, "port of the HTTP server")
-    api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all", secret=True)
+    api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all", secret=True, several=True)
     generation_config: str = option("auto", "default sampling: auto (the model's), vllm (neutral), or a directory")
     chat_template: str = option("", "file with a chat template; default: the tokenizer's")
     chat_template_content_format: str = option(

@@ -20,10 +20,12 @@ from penstock.common.config import FleetConfig, ServeConfig
 from penstock.common.config_file import read_config_file
 from penstock.common.errors import ConfigError
 from penstock.common.logs import SUPERVISED_ENV
+from penstock.common.vllm_options import VALUES, foreign_flags, foreign_option
 
 ENV_PREFIX = "PENSTOCK_"
 CONFIG_ENV = "PENSTOCK_CONFIG"  # stands for --config
 CLIENT_ENV_PREFIX = "PENSTOCK_CLIENT_"  # options of the commands that ask a server: penstock/client_options.py
+VLLM_ENV = {"VLLM_API_KEY": "api_key", "VLLM_LOGGING_LEVEL": "log_level"}  # heard where ours do not say it
 _RESERVED_ENV = {CONFIG_ENV, SUPERVISED_ENV}
 # A Kubernetes Service called penstock (or penstock-router) puts these into every pod; they are not meant for us.
 _KUBERNETES_ENV = re.compile(r"SERVICE_(HOST|PORT\w*)$|PORT_\d+_(TCP|UDP)\w*$")
@@ -58,6 +60,10 @@ class Option:
 
     def from_text(self, text: str) -> object:
         """The value written in a flag or environment variable; raises ConfigError when it is not one."""
+        ours = VALUES.get((self.name, text.lower()), text)
+        if ours is None:
+            return self.field.default
+        text = ours
         try:
             if self.kind == "switch":
                 return _BOOLEANS[text.lower()]
@@ -75,6 +81,8 @@ class Option:
             return None
         if self.kind == "switch" and isinstance(value, bool):
             return value
+        if (self.name, str(value)) in VALUES:
+            return self.from_text(str(value))
         if self.kind == "integer" and isinstance(value, int) and not isinstance(value, bool):
             return value
         if self.kind == "number" and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -214,7 +222,10 @@ def _parser(known: Iterable[Option], prog: str, description: str, hidden: frozen
         if option.kind == "switch":
             parser.add_argument(option.flag, action=BooleanOptionalAction, default=SUPPRESS, help=help_text)
         elif option.kind == "list":
-            parser.add_argument(option.flag, action="append", metavar="A,B", help=help_text)
+            several = "+" if option.field.metadata.get("several") else None
+            parser.add_argument(
+                option.flag, action="extend" if several else "append", nargs=several, metavar="A,B", help=help_text
+            )
         else:
             if option.field.metadata.get("positional"):
                 parser.add_argument(option.name, nargs="?", metavar=option.name.upper(), help=help_text)
@@ -233,18 +244,25 @@ def _help(option: Option) -> str:
 def _given_flags(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
     """The flags in `argv`, unconverted. Underscores in a flag's name are as good as dashes."""
     dashed = [re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), argument) for argument in argv]
-    namespace, unknown = parser.parse_known_args(dashed)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    kept, refusal = foreign_flags(dashed, flags)
+    if refusal:
+        raise ConfigError(refusal)
+    namespace, unknown = parser.parse_known_args(kept)
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
             raise ConfigError(f"unexpected argument {name!r}; see {parser.prog} --help")
-        flags = [flag for action in parser._actions for flag in action.option_strings]
         raise ConfigError(f"unknown option {name}{nearest(name, flags)}")
     return vars(namespace)
 
 
 def _from_environment(environ: Mapping[str, str], known: Mapping[str, Option]) -> dict[str, object]:
-    values: dict[str, object] = {}
+    values: dict[str, object] = {
+        name: _convert(known[name], environ[variable].lower() if name == "log_level" else environ[variable], variable)
+        for variable, name in VLLM_ENV.items()
+        if name in known and environ.get(variable)
+    }
     every_name = options(ServeConfig).keys()
     for variable, text in sorted(environ.items()):
         name = variable.removeprefix(ENV_PREFIX).lower()
@@ -257,6 +275,10 @@ def _from_environment(environ: Mapping[str, str], known: Mapping[str, Option]) -
         if name in known:
             values[name] = _convert(known[name], text, variable)
         elif name not in every_name:
+            if foreign := foreign_option(name.replace("_", "-")):
+                if refusal := foreign.refusal(text):
+                    raise ConfigError(f"{variable} is {refusal}")
+                continue
             hint = nearest(variable, [ENV_PREFIX + other.upper() for other in every_name])
             raise ConfigError(f"unknown environment variable {variable}{hint}")
     return values
@@ -269,6 +291,10 @@ def _from_file(path: str, known: Mapping[str, Option]) -> dict[str, object]:
     for key, value in read_config_file(path).items():
         name = key.replace("-", "_")
         if name not in every_name:
+            if foreign := foreign_option(name.replace("_", "-")):
+                if refusal := foreign.refusal(str(value)):
+                    raise ConfigError(f"{Path(path).name}: {key} is {refusal}")
+                continue
             raise ConfigError(f"{Path(path).name}: unknown option {key}{nearest(name, every_name)}")
         if name in known:
             try:

@@ -22,7 +22,7 @@ from types import TracebackType
 import penstock
 from penstock.child_process import ProcessSpec
 from penstock.common.config import FleetConfig, ServeConfig
-from penstock.common.config_loader import ENV_PREFIX, explicit_values
+from penstock.common.config_loader import ENV_PREFIX, VLLM_ENV, explicit_values
 from penstock.common.errors import ConfigError
 from penstock.common.logs import SUPERVISED_ENV
 from penstock.common.messages import WorkerInfo
@@ -160,7 +160,9 @@ def _as_json(config: FleetConfig) -> str:
 
 def _child_environ() -> dict[str, str]:
     """Our environment without our own options (a child's come on its standard input), with penstock importable."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX) and name not in VLLM_ENV
+    }
     environ[SUPERVISED_ENV] = "1"
     environ["PYTHONUNBUFFERED"] = "1"
     checkout = Path(penstock.__file__).parent.parent

@@ -189,7 +189,7 @@ def serve(config: RouterConfig) -> None:
     """
     from penstock.router.service import RouterService
 
-    tokenizer = Tokenizer.load(config.model)
+    tokenizer = Tokenizer.load(config.tokenizer or config.model)
     template = ChatTemplate.load(tokenizer, config.chat_template)
     defaults = GenerationDefaults.load(config.model, config.generation_config)
     service = RouterService(config)

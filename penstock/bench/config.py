@@ -23,16 +23,7 @@ _WHY_NOT = {
     "--async-engine": "offline benchmarks call LLM.generate",
     "--prequeue-requests": "all requests are queued before the first step anyway",
     "--lora-path": "LoRA adapters are not supported",
-    "--enable-lora": "LoRA adapters are not supported",
-    "--tensor-parallel-size": "one engine uses one device so far",
-    "--pipeline-parallel-size": "one engine uses one device so far",
-    "--data-parallel-size": "one engine uses one device so far",
-    "--quantization": "quantised weights are not supported",
-    "--kv-cache-dtype": "KV pages have the type of the model",
-    "--speculative-config": "speculative decoding is not supported",
 }
-_SHORT_FLAGS = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size"}
-_SHORT_FLAGS |= {"-q": "--quantization"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +150,14 @@ class ThroughputConfig(BenchConfig):
 
 
 def refuse_vllm_only(arguments: Sequence[str]) -> None:
-    """Say why a flag of vLLM's benchmarks cannot be had; other unknown flags are the loader's to report.
+    """Say why a flag of vLLM's benchmarks cannot be had; those of its engine and others are the loader's to report.
 
     Raises:
         ConfigError: there is one among the arguments.
     """
     for argument in arguments:
         name = argument.partition("=")[0]
-        flag = _SHORT_FLAGS.get(name, name.replace("_", "-"))
+        flag = name.replace("_", "-")
         if flag in _WHY_NOT:
             raise ConfigError(f"vLLM's {name} is not supported: {_WHY_NOT[flag]}")
 

@@ -117,7 +117,7 @@ def test_help_lists_vllms_flags(capsys: pytest.CaptureFixture[str]) -> None:
         (["latncy"], "unknown benchmark 'latncy'; there are latency, throughput"),
         (["latency"], "MODEL is missing"),
         (["latency", "m", "--use-beam-search"], "vLLM's --use-beam-search is not supported: beam search"),
-        (["latency", "m", "-tp=2"], "vLLM's -tp is not supported: one engine uses one device"),
+        (["latency", "m", "-tp=2"], "-tp 2 is not supported: one worker uses one device"),
         (["throughput", "m", "--backend", "hf"], "vLLM's --backend is not supported"),
         (["throughput", "m", "--async_engine"], "vLLM's --async_engine is not supported"),
         (["latency", "m", "--num-itters", "3"], "unknown option --num-itters; did you mean --num-iters?"),
