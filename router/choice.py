@@ -70,6 +70,7 @@ class Choice:
         self.token_ids: list[int] = []  # kept output tokens
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
         self._tokenizer = tokenizer
+        self.reasoning_tokens = 0  # how many of the output's came before its reasoning had ended
         self.ended = False
         self._scores = request.sampling.logprobs is not None
         self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores, shown_ids)

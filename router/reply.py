@@ -102,6 +102,8 @@ class Reply(ABC):
             delta = Delta(text, tokens=tokens, finish_reason=finish_reason)
         else:
             delta = self._parsers[choice.index].delta(text, finish_reason)._replace(tokens=tokens)
+            if delta.reasoning:
+                choice.reasoning_tokens = choice.text.num_tokens
         self.on_delta(choice, delta)
 
     @abstractmethod
@@ -188,7 +190,8 @@ class Reply(ABC):
             request_id = choice.request.request_id
             cached[request_id] = max(cached[request_id], *(span.cached_tokens for span in choice.spans), 0)
         output_tokens = sum(choice.text.num_tokens for choice in self._choices)
-        return Usage(sum(prompts.values()), output_tokens, sum(cached.values()))
+        reasoning_tokens = sum(choice.reasoning_tokens for choice in self._choices)
+        return Usage(sum(prompts.values()), output_tokens, sum(cached.values()), reasoning_tokens)
 
 
 class WholeReply(Reply):

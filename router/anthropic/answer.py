@@ -21,7 +21,6 @@ from penstock.router.answer_format import AnswerFormat, Delta, Said, Usage
 from penstock.router.choice import Choice
 
 _json = msgspec.json.Encoder().encode
-_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}  # the rest ended by itself
 # The first that fits; what is left is "api_error".
 _ERROR_TYPES: tuple[tuple[tuple[type[PenstockError], ...], str], ...] = (
     ((BadRequest,), "invalid_request_error"),
@@ -46,7 +45,8 @@ class MessagesFormat(AnswerFormat):
         self._answer_id, self._model = answer_id, model
         self._index = -1  # of the newest content block
         self._open: str | int | None = None  # what it holds: "thinking", "text", or the number of a tool call
-        self._last: tuple[dict[str, Any], Choice] | None = None
+        self._stop: dict[str, Any] = {}
+        self._called = False
 
     def whole(
         self, choices: Sequence[Choice], said: Sequence[Said], usage: Usage, timeline: list[dict[str, Any]] | None
@@ -62,7 +62,7 @@ class MessagesFormat(AnswerFormat):
             content.append(
                 {"type": "tool_use", "id": call.call_id, "name": call.name, "input": _arguments(call.arguments)}
             )
-        message = self._message(content, usage) | _stop_fields(choice, output.finish_reason)
+        message = self._message(content, usage) | _stop_fields(choice, output.finish_reason, bool(output.calls))
         return _json(message if timeline is None else message | {"timeline": timeline})
 
     def opening(self, choice: Choice) -> bytes:
@@ -80,19 +80,19 @@ class MessagesFormat(AnswerFormat):
         if delta.content:
             events.append(self._block("text", {"type": "text", "text": "", "citations": None}))
             events.append(self._piece({"type": "text_delta", "text": delta.content}))
+        self._called = self._called or bool(delta.calls)
         for piece in delta.calls:
             block: dict[str, Any] = {"type": "tool_use", "id": piece.call_id, "name": piece.name, "input": {}}
             events.append(self._block(piece.call, block))
             if piece.arguments:
                 events.append(self._piece({"type": "input_json_delta", "partial_json": piece.arguments}))
         if delta.finish_reason is not None:
-            self._last = (_stop_fields(choice, delta.finish_reason), choice)
+            self._stop = _stop_fields(choice, delta.finish_reason, self._called)
         return b"".join(events)
 
     def closing(self, usage: Usage, timeline: list[dict[str, Any]] | None) -> bytes:
         """See `AnswerFormat.closing`."""
-        assert self._last is not None, "the choice has ended"
-        fields: dict[str, Any] = {"delta": self._last[0], "usage": _usage(usage)}
+        fields: dict[str, Any] = {"delta": self._stop, "usage": _usage(usage)}
         if timeline is not None:
             fields["timeline"] = timeline
         return self._end_block() + _event("message_delta", fields) + _event("message_stop", {})
@@ -147,11 +147,16 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def _stop_fields(choice: Choice, finish_reason: str | None) -> dict[str, Any]:
+def _stop_fields(choice: Choice, finish_reason: str | None, called: bool) -> dict[str, Any]:
+    """Why it ended. In this API the call of a tool that the client has chosen is no other than one of the model's."""
     reason = choice.text.stop_reason
-    if finish_reason == "stop" and isinstance(reason, str):
+    if finish_reason == "length":
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if called:
+        return {"stop_reason": "tool_use", "stop_sequence": None}
+    if isinstance(reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": reason}
-    return {"stop_reason": _STOP_REASONS.get(finish_reason or "", "end_turn"), "stop_sequence": None}
+    return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class ResponseFormat(AnswerFormat):
         self._open: str | int | None = None  # what the newest item is: "reasoning", "message", or a call's number
         self._text: list[str] = []  # of the open item
         self._logprobs: list[dict[str, Any]] = []
+        self._unwritten: list[ScoredToken] = []  # whose text has not come yet
         self._finish_reason: str | None = None
 
     @property
@@ -72,9 +73,13 @@ class ResponseFormat(AnswerFormat):
         if delta.reasoning:
             events.append(self._begin("reasoning", "rs", {"type": "reasoning", "summary": [], "content": []}))
             events.append(self._piece("reasoning_text.delta", delta.reasoning, {"content_index": 0}))
-        if delta.content or delta.tokens:
+        if delta.reasoning or delta.calls:
+            self._unwritten.clear()
+        self._unwritten.extend(delta.tokens)
+        if delta.content or (delta.tokens and self._open == "message"):
             events.append(self._begin("message", "msg", {"type": "message", "role": "assistant", "content": []}))
-            logprobs = self._scores(delta.tokens)
+            logprobs = self._scores(self._unwritten)
+            self._unwritten.clear()
             self._logprobs += logprobs
             events.append(self._piece("output_text.delta", delta.content, {"content_index": 0, "logprobs": logprobs}))
         for piece in delta.calls:

@@ -230,6 +230,30 @@ def test_keys() -> None:
         assert caught.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+def test_reasoning_and_a_call(step: int) -> None:
+    call = '<tool_call>{"name": "rain", "arguments": {"place": "Bergen"}}</tool_call>'
+    tool: Any = {"name": "rain", "input_schema": {"type": "object", "properties": {"place": {"type": "string"}}}}
+    options: Any = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "deepseek_r1"}
+    with (
+        running(**options) as router,
+        anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=20) as client,
+    ):
+        router.service.script, router.service.step = say(f"Hmm.</think>Let me see.{call}"), step
+        whole = create(client, tools=[tool])
+        with client.messages.stream(model="tiny", max_tokens=100, messages=[USER], tools=[tool]) as stream:
+            streamed = stream.get_final_message()
+        for message in (whole, streamed):
+            thought, text, use = message.content
+            assert (thought.thinking, text.text, message.stop_reason) == ("Hmm.", "Let me see.", "tool_use")
+            assert (use.name, use.input) == ("rain", {"place": "Bergen"}) and use.id
+        result = {"type": "tool_result", "tool_use_id": use.id, "content": "wet"}
+        turns = [USER, {"role": "assistant", "content": streamed.content}, {"role": "user", "content": [result]}]
+        create(client, tools=[tool], messages=turns)
+        assert "wet<|im_end|>" in prompt_of(router)
+        create(client, tools=[tool], thinking={"type": "disabled"})
+
+
 # ------------------------------------------------------------ what the scripted worker cannot say
 
 

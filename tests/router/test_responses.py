@@ -302,6 +302,30 @@ def test_a_failure_in_a_stream_is_an_event(router: Router) -> None:
     assert last.response.output_text == "ab" and last.response.output[0].status == "incomplete"
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+def test_reasoning_and_a_call(step: int) -> None:
+    call = '<tool_call>{"name": "rain", "arguments": {"place": "Bergen"}}</tool_call>'
+    parameters = {"type": "object", "properties": {"place": {"type": "string"}}}
+    tools = [{"type": "function", "name": "rain", "parameters": parameters, "strict": None}]
+    options: Any = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "deepseek_r1"}
+    with running(**options) as router:
+        router.service.script, router.service.step = say(f"Hmm.</think>Let me see.{call}"), step
+        whole = create(router, tools=tools)
+        with router.openai.responses.stream(model="tiny", input="Hello?", tools=tools) as stream:  # type: ignore[arg-type]
+            list(stream)
+            streamed = stream.get_final_response()
+        for response in (whole, streamed):
+            thought, message, use = response.output
+            assert (thought.content[0].text, message.content[0].text) == ("Hmm.", "Let me see.")
+            assert (use.name, use.arguments, response.status) == ("rain", '{"place": "Bergen"}', "completed")
+        if step == 1:
+            reasoned = streamed.usage.output_tokens_details.reasoning_tokens
+            assert len(ids_of("Hmm.")) <= reasoned <= len(ids_of("Hmm.</think>"))
+        output = {"type": "function_call_output", "call_id": whole.output[2].call_id, "output": "wet"}
+        create(router, previous_response_id=whole.id, input=[output], tools=tools)
+        assert "Let me see." in prompt_of(router) and "wet<|im_end|>" in prompt_of(router)
+
+
 # ------------------------------------------------------------ what the scripted worker cannot say
 
 
