@@ -80,7 +80,8 @@ class ChatTemplate:
         Raises:
             BadRequest: the template refuses the messages, or cannot deal with them.
         """
-        chat = [dict(message) for message in messages]
+        # As transformers does: templates deal with an absent key, but write "None" for one that is None.
+        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         marker = ""
         if continue_final_message:
             marker = f"\ue000{secrets.token_hex(8)}\ue000"

@@ -51,10 +51,10 @@ def _message(message: Message, where: str, forms: ContentForms) -> Message:
         result["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
     if role == "assistant":
         reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if reasoning is not None:  # templates have both names
+        if reasoning is not None:  # templates know it by one of these names
             if not isinstance(reasoning, str):
                 raise BadRequest(f"{where}.reasoning_content must be a string", param=f"{where}.reasoning_content")
-            result |= {"reasoning_content": reasoning, "reasoning": reasoning}
+            result |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), reasoning)
     if role == "tool":
         forms = ContentForms()  # templates take results of tools as text
     result["content"] = _content(message.get("content"), f"{where}.content", forms, may_lack=bool(calls))

@@ -55,6 +55,36 @@ def test_same_text_as_transformers(template: str, options: dict[str, bool], chat
     assert ours.render(chat, variables={"flag": "F"}, **options) == expected
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}]
+DOCUMENTS = [{"title": "t", "text": "<x>"}]
+WITH_TOOLS = (
+    "{{ tools | tojson(indent=2) }}{% for d in documents or [] %}{{ d.title }}:{{ d.text }}{% endfor %}"
+    "{% for m in messages %}{{ m.role }}"
+    "{% if m.content is none or m.content is undefined %}-{% else %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("given", [{}, {"tools": TOOLS}, {"tools": TOOLS, "documents": DOCUMENTS}], ids=str)
+def test_tools_and_documents_as_transformers_give_them(given: dict[str, Any]) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+    chat = [*CHATS[0], {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    expected = oracle(WITH_TOOLS).apply_chat_template(chat, tokenize=False, **given)
+    assert ChatTemplate(WITH_TOOLS).render(chat, **given, add_generation_prompt=False) == expected
+
+
+def test_a_template_of_its_own_for_tools() -> None:
+    template = ChatTemplate("plain", with_tools="{{ tools | length }} tools")
+    assert template.render(CHATS[0]) == template.render(CHATS[0], tools=[]) == "plain"
+    assert template.render(CHATS[0], tools=TOOLS) == "1 tools"
+
+
+def test_a_message_of_parts_is_continued() -> None:
+    parts = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
+    chat = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert ChatTemplate(parts).render(chat, continue_final_message=True) == "[a][b"
+
+
 def test_same_tokens_as_transformers() -> None:
     text = ChatTemplate(TEMPLATE, SETTINGS).render(CHATS[1])
     expected = oracle(TEMPLATE).apply_chat_template(CHATS[1], add_generation_prompt=True, return_dict=False)

@@ -198,7 +198,7 @@ def test_what_the_template_gets(tools: Router) -> None:
     create(tools, messages=messages, extra_body={"documents": [{"title": "t"}], "reasoning_effort": "low"})
     assert prompt_of(tools) == (
         f"tools:{json.dumps(TOOLS)}\n" '[{"title": "t"}]user:Weather?;'
-        "assistant:Nonecall_1 weather([('city', 'Oslo')])call_2 now([])hm;tool:raincall_1;"
+        "assistant:call_1 weather([('city', 'Oslo')])call_2 now([])hm;tool:raincall_1;"
         "thinking=Truelowassistant:"
     )  # fmt: skip
 
@@ -241,6 +241,17 @@ def test_auto_needs_the_options(router: Router) -> None:
         assert error["param"] == "tool_choice" and "--enable-auto-tool-choice" in error["message"]
     router.service.script = say("plain")
     assert create(router, tool_choice="none").choices[0].message.content == "plain"
+
+
+def test_the_documents_plugin(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/tools.md").read_text()
+    path = tmp_path / "brackets.py"
+    path.write_text(text.split("```python\n")[1].split("```")[0])
+    options = {"tool_parser_plugin": str(path), "tool_call_parser": "brackets", "enable_auto_tool_choice": True}
+    with running(**options) as router:
+        router.service.script = say('Yes. <<weather {"city": "x"}>><<now {}>>')
+        message = create(router).choices[0].message
+        assert message.content == "Yes. " and calls_of(message) == [("weather", {"city": "x"}), ("now", {})]
 
 
 PLUGIN = """
