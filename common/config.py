@@ -87,6 +87,8 @@ class FleetConfig:
     lease_s: float = option(10.0, "how long a silent peer keeps what it holds")
     served_model_name: tuple[str, ...] = option((), "names clients may use; default: MODEL", several=True)
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", "text, or json: a JSON object a line", choices=("text", "json"))
+    enable_log_requests: bool = option(False, "log every request: what it asked for and how it ended, never its text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ class RouterConfig(FleetConfig):
         True, "cost policy: read a prefix from a worker that has it where computing is slower"
     )
     min_remote_prefill_tokens: int = option(0, "uncached prompt tokens from which a prefill worker is used")
+    otlp_traces_endpoint: str = option("", "OpenTelemetry collector that gets a trace of each request (needs [otel])")
 
     def __post_init__(self) -> None:
         _positive(self, "max_inflight")

@@ -2,7 +2,9 @@
 
 `setup` is called once at the start of a process. `report_progress` tells whoever started the process how far loading
 is: a supervised child writes marked lines that the launcher turns into bars, a process on its own logs start and end.
-Give a request's id as `logger.info("...", extra={"request_id": request_id})`.
+A record that concerns a request has `extra=about(request)`, or `extra={"request_id": ...}` where there is only the id;
+as JSON (`--log-format json`) a record has every field of its `extra`. What is logged of every request, if asked for
+(`--enable-log-requests`), goes to `requests`.
 """
 
 from __future__ import annotations
@@ -10,14 +12,45 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Protocol
 
 SUPERVISED_ENV = "PENSTOCK_SUPERVISED"  # set by the launcher, which prefixes every line with the process name itself
 ERROR_PREFIX = "penstock: error: "  # the one line a process prints on stderr before it exits because of a bad set-up
 _PROGRESS_PREFIX = "@progress "
 
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
+
 logger = logging.getLogger(__name__)
+requests = logging.getLogger("penstock.requests")
+
+
+class Numbered(Protocol):
+    """A request, or a message about one."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def choice(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+
+
+def about(source: Numbered, **facts: object) -> dict[str, object]:
+    """The `extra` of a record that concerns a request's choice; of a request, not a message, with its trace's id."""
+    known = {"request_id": source.request_id, "choice": source.choice, "attempt": source.attempt}
+    return known | trace_id(getattr(source, "traceparent", "")) | facts
+
+
+def trace_id(traceparent: str) -> dict[str, object]:
+    """The field `trace_id` for a record, of a W3C traceparent; none of one that is not valid."""
+    match = _TRACEPARENT.fullmatch(traceparent)
+    return {"trace_id": match[1]} if match else {}
 
 
 @dataclass(frozen=True)
@@ -29,21 +62,24 @@ class Progress:
     total: int
 
 
-def setup(name: str, level: str = "info") -> None:
-    """Send this process's log to stderr as `time LEVEL name [request] message`.
+def setup(name: str, level: str = "info", format: str = "text", *, log_requests: bool = False) -> None:
+    """Send this process's log to stderr as `time LEVEL name [request] message`, or as JSON.
 
     Args:
-        name: "router", or the worker id. Left out of the lines of a supervised child.
+        name: "router", or the worker id. Left out of the lines of a supervised child, whose launcher prefixes them.
         level: debug, info, warning or error. Other libraries are shown from warning on (from info on with debug).
+        format: text or json.
+        log_requests: show what is logged of every request.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(_LineFormatter("" if supervised() else name))
+    handler.setFormatter(_JsonFormatter(name) if format == "json" else _LineFormatter("" if supervised() else name))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.INFO if level == "debug" else logging.WARNING)
     logging.getLogger("penstock").setLevel(level.upper())
+    requests.setLevel(logging.NOTSET if log_requests else logging.WARNING)
 
 
 def supervised() -> bool:
@@ -108,3 +144,27 @@ class _LineFormatter(logging.Formatter):
         request_id = getattr(record, "request_id", "")
         request = f" [{request_id}]" if request_id else ""
         return f"{time}.{record.msecs:03.0f} {record.levelname}{self._name}{request} {record.message}"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a record: time (UTC), level, process, logger, message, `extra`'s fields, exception."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = json_record(self._name, record.getMessage(), record.levelname, record.created)
+        fields |= {"logger": record.name}
+        fields |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            fields["stack"] = record.stack_info
+        return json.dumps(fields, default=str, ensure_ascii=False)
+
+
+def json_record(process: str, message: str, level: str, time_s: float) -> dict[str, object]:
+    """What every JSON record begins with; `time_s` is since the epoch."""
+    time = datetime.fromtimestamp(time_s, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"time": time, "level": level, "process": process, "message": message}

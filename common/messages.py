@@ -164,6 +164,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     cache_salt: str = ""
     queue_timeout_s: float = 60.0  # how long it may wait for room before it is refused
     priority: int = 0  # lower ones are served first; equal ones as they came
+    traceparent: str = ""  # W3C trace context, for logs
 
     @property
     def wants_prompt_logprobs(self) -> bool:

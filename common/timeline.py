@@ -57,17 +57,17 @@ def _span(name: str, ms: float, **facts: Any) -> dict[str, Any]:
     return {"name": name, "ms": round(ms, 3), "kind": "span", **facts}
 
 
-def _receives(span: Spans, num_spans: int) -> bool:
+def receives(span: Spans, num_spans: int) -> bool:
     """True for a decode worker whose prompt was computed elsewhere."""
     return span.transfer_pages > 0 or (num_spans > 1 and not span.computed_tokens)
 
 
 def _admission(span: Spans, num_spans: int) -> list[dict[str, Any]]:
-    return [_span("admission", span.queue_ms)] if _receives(span, num_spans) else []
+    return [_span("admission", span.queue_ms)] if receives(span, num_spans) else []
 
 
 def _prefill(span: Spans, num_spans: int) -> list[dict[str, Any]]:
-    entries = [] if _receives(span, num_spans) else [_span("queue", span.queue_ms)]
+    entries = [] if receives(span, num_spans) else [_span("queue", span.queue_ms)]
     if span.source:
         facts = {"fetched_tokens": span.fetched_tokens, "fetch_bytes": span.fetch_bytes, "source": span.source}
         entries.append(_span("fetch", span.fetch_ms, **facts, transport=span.transport))

@@ -27,7 +27,7 @@ from penstock.common.messages import (
 )
 from penstock.decode_worker.admission import Admission, Entry
 from penstock.engine.outputs import StepOutput
-from penstock.engine.replies import to_delta
+from penstock.engine.replies import log_end, to_delta
 from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
 from penstock.kv_transfer.exchange import PageExchange
@@ -194,6 +194,7 @@ class DecodeRole:
             entry = self._entries[item.key]
             spans = item.spans and self._complete(item.spans, entry)
             if item.finish is not None:
+                log_end(item, spans)
                 del self._entries[item.key]
                 self._transfers.pop(item.key, None)
             self._loop.replies.add(entry.identity, to_delta(item, spans))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+import msgspec
+
+from penstock.common.logs import about, requests
 from penstock.common.messages import Finish, GenerateRequest, Message, Spans, TokenBatch, TokenDelta
 from penstock.engine.outputs import HANDED_OFF, Output
 
@@ -45,3 +49,14 @@ def to_delta(output: Output, spans: Spans | None = None) -> TokenDelta:
         spans or output.spans,
         None if output.prompt_logprobs is None else list(output.prompt_logprobs),
     )
+
+
+def log_end(output: Output, spans: Spans | None) -> None:
+    """Tell the log how a request ended here, if it is to know of every request."""
+    if output.finish is None or not requests.isEnabledFor(logging.INFO):
+        return
+    known = msgspec.to_builtins(spans) if spans is not None else {}  # without those that are zero
+    facts = {name: round(value, 3) if isinstance(value, float) else value for name, value in known.items()}
+    facts |= {"reason": output.finish.reason, "output_tokens": output.index + len(output.token_ids)}
+    shown = " ".join(f"{name}={value}" for name, value in facts.items())
+    requests.info("ended here: %s", shown, extra=about(output.request, **facts))

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from penstock.common.logs import about
 from penstock.common.messages import (
     Abort,
     Fetch,
@@ -327,7 +328,7 @@ class Reader:
                 "%s failed, computing the rest here: %s",
                 "fetch" if reading.fetch else "hand-off",
                 reason,
-                extra={"request_id": reading.wanted.request_id},
+                extra=about(reading.wanted),
             )
             self._give_up(reading)
         self._try_end(reading, now)

@@ -78,7 +78,7 @@ def _serve(arguments: list[str]) -> int:
 def _router(arguments: list[str]) -> int:
     config = _load(RouterConfig, "router", "Start one router.", arguments)
     _need_redis(config)
-    logs.setup("router", config.log_level)
+    _set_up_logs("router", config)
     from penstock.router.app import serve
 
     serve(config)
@@ -197,7 +197,11 @@ def _load(
 def _prepare_worker(config: WorkerConfig) -> None:
     _need_model(config)
     _need_redis(config)
-    logs.setup(config.worker_id or config.role, config.log_level)
+    _set_up_logs(config.worker_id or config.role, config)
+
+
+def _set_up_logs(name: str, config: FleetConfig) -> None:
+    logs.setup(name, config.log_level, config.log_format, log_requests=config.enable_log_requests)
 
 
 def _need_model(config: EngineConfig) -> None:

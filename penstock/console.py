@@ -5,21 +5,27 @@ Written to by process_group.py from several threads.
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from threading import Lock
 from typing import Any, TextIO
 
-from penstock.common.logs import Progress
+from penstock.common.logs import Progress, json_record
 
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)  # ANSI foregrounds that read well on dark and on light
 
 
 class Console:
-    """Prefixed lines and progress on `stream` (default: stderr), which gets colours and bars if it is a terminal."""
+    """Prefixed lines and progress on `stream` (default: stderr), which gets colours and bars if it is a terminal.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    `json_lines`: children write JSON, which passes as it is; everything else becomes a record of its own.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, json_lines: bool = False) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._terminal = self._stream.isatty()
+        self._json = json_lines
+        self._terminal = self._stream.isatty() and not json_lines
         self._lock = Lock()
         self._prefixes: dict[str, str] = {}
         self._bars: dict[str, Any] = {}  # tqdm bars
@@ -28,7 +34,7 @@ class Console:
     def line(self, name: str, text: str) -> None:
         """Show a line of process `name`."""
         with self._lock:
-            self._write(f"{self._prefix(name)}{text}")
+            self._write_line(name, text)
 
     def progress(self, name: str, progress: Progress) -> None:
         """Show how far process `name` is: its bar, or without a terminal a line a quarter."""
@@ -40,7 +46,7 @@ class Console:
             if last is None or last.stage != progress.stage or _quarter(last) != _quarter(progress):
                 self._shown[name] = progress
                 share = f" {100 * progress.done // progress.total} %" if progress.total else ""
-                self._write(f"{self._prefix(name)}{progress.stage}{share}")
+                self._write_line(name, f"{progress.stage}{share}")
 
     def forget(self, name: str) -> None:
         """Process `name` is loaded or gone: take its bar away."""
@@ -65,6 +71,13 @@ class Console:
         bar.set_description_str(f"{name} {progress.stage}", refresh=False)
         bar.update(progress.done - bar.n)
         bar.refresh()
+
+    def _write_line(self, name: str, text: str) -> None:
+        if not self._json:
+            text = f"{self._prefix(name)}{text}"
+        elif not (text.startswith("{") and text.endswith("}")):
+            text = json.dumps(json_record(name, text, "INFO", time.time()), ensure_ascii=False)
+        self._write(text)
 
     def _write(self, text: str) -> None:
         if self._bars:

@@ -65,7 +65,7 @@ class Fleet:
         self.specs = [private_redis.spec()] if private_redis else []
         self.specs += [self._worker_spec(placement) for placement in self.placements]
         self.specs.append(self._router_spec())
-        self._group = ProcessGroup(self.specs, console or Console())
+        self._group = ProcessGroup(self.specs, console or Console(json_lines=config.log_format == "json"))
 
     def __enter__(self) -> Fleet:
         self.start()

@@ -14,7 +14,6 @@ from types import FrameType
 from penstock.common import logs
 from penstock.common.config import ServeConfig
 from penstock.common.config_loader import redacted
-from penstock.console import Console
 from penstock.fleet import Fleet
 from penstock.process_group import LaunchError, ProcessGroup
 
@@ -29,9 +28,9 @@ def launch(config: ServeConfig) -> int:
     Raises:
         ConfigError: as `Fleet`.
     """
-    logs.setup("launcher", config.log_level)
+    logs.setup("launcher", config.log_level, config.log_format)
     logger.debug("configuration: %s", redacted(config))
-    fleet = Fleet(config, console=Console())
+    fleet = Fleet(config)
     return run_in_foreground(fleet.group, lambda: ready_line(fleet))
 
 

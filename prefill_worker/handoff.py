@@ -31,7 +31,7 @@ from penstock.common.messages import (
     request_key,
 )
 from penstock.engine.outputs import HANDED_OFF, Output, StepOutput
-from penstock.engine.replies import to_delta
+from penstock.engine.replies import log_end, to_delta
 from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
 from penstock.kv_transfer.exchange import PageExchange
@@ -212,6 +212,7 @@ class HandOffOut:
                 checksum_failures=fetched.checksum_failures,
             )
         spans = msgspec.structs.replace(spans, worker=self._loop.info.worker_id)
+        log_end(output, spans)
         delta = to_delta(output, spans)
         router = self._loop.peers.identity_of(handoff.router_id)
         if router is not None:

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
-from penstock.common.errors import BadRequest, NotFound, Unauthorized
+from penstock.common.errors import BadRequest, ConfigError, NotFound, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
@@ -36,6 +36,7 @@ from penstock.router.anthropic.routes import count_tokens, plan_message
 from penstock.router.chat import plan_chat
 from penstock.router.chat_setup import ChatSetup
 from penstock.router.completions import plan_completion
+from penstock.router.ended import RequestLog
 from penstock.router.endpoints import ErrorBody, Generation, Scope, answering, internal_error
 from penstock.router.error_bodies import Send, error_body, send_error
 from penstock.router.fleet_view import fleet_view
@@ -49,6 +50,7 @@ from penstock.router.token_routes import detokenize, tokenize
 
 if TYPE_CHECKING:
     from penstock.router.service import RouterService
+    from penstock.router.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application; it starts and stops `service` with its own life."""
     models = config.served_model_name or (config.model,)
+    tracing = _tracing(config.otlp_traces_endpoint)
     front = Front(
         service=service,
         config=config,
@@ -110,6 +113,8 @@ def create_app(
         models=models,
         chat=ChatSetup.load(config, tokenizer, template),
         seeds=random.Random(config.seed or None),
+        observers=[*([RequestLog()] if RequestLog.wanted() else []), *([tracing] if tracing else [])],
+        tracing=tracing,
     )
 
     responses = Responses(front)
@@ -123,6 +128,8 @@ def create_app(
             await responses.close()
             if not getattr(app.state, "service_stopped", False):  # under a server other than ours
                 await service.stop(0.0)
+            if tracing is not None:
+                await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
     app = FastAPI(title="Penstock", version=__version__, lifespan=lifespan)
     if config.api_key:
@@ -143,6 +150,17 @@ def create_app(
     paths = frozenset(path for route in app.routes if "{" not in (path := getattr(route, "path", "{")))
     app.add_middleware(HttpMeter, metrics=front.metrics.http, paths=paths)
     return app
+
+
+def _tracing(endpoint: str) -> Tracing | None:
+    """What makes traces, if they are asked for; raises ConfigError if it cannot."""
+    if not endpoint:
+        return None
+    try:
+        from penstock.router.tracing import Tracing
+    except ImportError as error:
+        raise ConfigError(f"--otlp-traces-endpoint needs penstock[otel]: {error}") from error
+    return Tracing(endpoint)
 
 
 class RouterServer(uvicorn.Server):

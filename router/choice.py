@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from penstock.common.errors import InternalError, PenstockError, from_code
+from penstock.common.logs import about
 from penstock.common.messages import GenerateRequest, Spans, TokenDelta, TokenLogprobs
 from penstock.common.output_text import OutputText
 from penstock.common.timeline import Timeline
@@ -76,7 +77,7 @@ class Choice:
         self.text = OutputText(tokenizer, request.sampling, request.prompt_token_ids, self._scores, shown_ids)
         self._service, self._metrics, self._listener = service, metrics, listener
         self._timeline = timeline
-        self._first_at = self._last_at = 0.0
+        self.first_at = self.last_at = 0.0  # of its tokens so far, monotonic; 0: none yet
 
     @property
     def spans(self) -> list[Spans]:
@@ -90,7 +91,7 @@ class Choice:
         try:
             self._take(delta)
         except Exception:
-            log.exception("request %s, choice %d", self.request.request_id, self.index)
+            log.exception("a choice failed", extra=about(self.request))
             self.cancel()
             self._listener.on_failure(InternalError("internal error; the router's log has the cause"))
 
@@ -125,13 +126,13 @@ class Choice:
         self._listener.on_text(self, text, tokens)
 
     def _observe(self, now: float) -> None:
-        if self._last_at:
-            self._metrics.inter_token_latency.observe(now - self._last_at)
+        if self.last_at:
+            self._metrics.inter_token_latency.observe(now - self.last_at)
         else:
-            self._first_at = now
+            self.first_at = now
             self._timeline.mark("first_token", now)
             self._metrics.time_to_first_token.observe(now - self._timeline.marks["received"])
-        self._last_at = now
+        self.last_at = now
 
     def _scored(self, delta: TokenDelta) -> Sequence[ScoredToken]:
         if delta.logprobs is None:
@@ -156,6 +157,6 @@ class Choice:
         self.ended = True
         now = time.monotonic()
         latency_s = now - self._timeline.marks["received"]
-        reason, decoding_s = self.text.finish_reason or "", self._last_at - self._first_at
+        reason, decoding_s = self.text.finish_reason or "", self.last_at - self.first_at
         prompt_tokens, output_tokens = len(self.request.prompt_token_ids), self.text.num_tokens
         self._metrics.finished(reason, prompt_tokens, output_tokens, latency_s, decoding_s, self.spans)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -15,9 +16,10 @@ from typing import Any
 from penstock.common.errors import BadRequest, InternalError, PenstockError
 from penstock.common.timeline import Timeline
 from penstock.router.beams import BeamReply
+from penstock.router.ended import Ended
 from penstock.router.error_bodies import Send, error_body, send_error, send_json
 from penstock.router.front import Front, RequestHead
-from penstock.router.reply import Plan, Receive, StreamReply, WholeReply
+from penstock.router.reply import Plan, Receive, Reply, StreamReply, WholeReply
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,9 @@ class Generation:
         timeline = Timeline()
         timeline.mark("received", time.monotonic())
         head, headers = request_head(scope)
-        front, reply = self._front, None
+        front, reply, failure = self._front, None, None
+        if front.tracing is not None:
+            head = front.tracing.begin(head, timeline.marks["received"])
         try:
             body = await read_body(receive)
             if body is None:
@@ -50,16 +54,34 @@ class Generation:
             if plan.background is None:
                 await reply.run(receive, send)
             else:
+                reply.over = functools.partial(self._tell, head, scope["path"], timeline, reply)
                 await plan.background(reply, receive, send, headers)
         except PenstockError as error:
+            failure = error
             if reply is None or not reply.failed:
                 front.metrics.failed(error.code)
             await send_error(send, error, headers, self._errors)
         except Exception:
-            log.exception("request %s", head.request_id)
+            failure = internal_error()
+            log.exception("a request failed", extra=head.for_log)
             if reply is not None and reply.started:
                 raise  # the server cuts the connection, so that nobody takes the answer for whole
-            await send_error(send, internal_error(), headers, self._errors)
+            await send_error(send, failure, headers, self._errors)
+        finally:
+            if reply is None or reply.over is None:  # else it may still run
+                self._tell(head, scope["path"], timeline, reply, failure)
+
+    def _tell(
+        self, head: RequestHead, path: str, timeline: Timeline, reply: Reply | None, error: PenstockError | None
+    ) -> None:
+        if not self._front.observers:
+            return
+        ended = Ended.of(head, path, self._front.models[0], timeline, reply, error)
+        for observer in self._front.observers:
+            try:
+                observer.ended(ended)
+            except Exception:  # the request is answered, whatever becomes of what is told of it
+                log.exception("a request's end could not be told", extra=head.for_log)
 
 
 class Guarded:
@@ -81,7 +103,7 @@ class Guarded:
             self._front.metrics.failed(error.code)
             await send_error(send, error, headers, self._errors)
         except Exception:
-            log.exception("request %s", head.request_id)
+            log.exception("a request failed", extra=head.for_log)
             await send_error(send, internal_error(), headers, self._errors)
 
 
@@ -100,15 +122,17 @@ def answering(
 
 def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
     """(ids and wishes from the request's headers, headers of the response)."""
-    given, timeline = None, False
+    given, timeline, context = None, False, {}
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             given = value
         elif name == b"x-penstock-timeline":
             timeline = value.strip().lower() in (b"1", b"true")
+        elif name in (b"traceparent", b"tracestate"):
+            context[name.decode()] = value.decode("latin-1")
     unique = uuid.uuid4().hex
     answer_id = unique if given is None else given.decode("ascii")
-    head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline)
+    head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline, **context)
     return head, [(b"x-request-id", answer_id.encode())]
 
 

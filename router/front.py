@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +16,7 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
 from penstock.common.errors import BadRequest, NotFound, PromptTooLong, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.logs import trace_id
 from penstock.common.messages import GenerateRequest
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat
@@ -25,7 +26,9 @@ from penstock.router.protocol import GenerationRequest
 from penstock.router.reply import Plan
 
 if TYPE_CHECKING:
+    from penstock.router.ended import Observer
     from penstock.router.service import ModelInfo, RouterService
+    from penstock.router.tracing import Tracing
 
 TRUNCATED_FROM = 8  # contexts that a prompt may fill before truncate_prompt_tokens
 THREAD_FROM_CHARS = 4000  # about 1 ms of tokenising; below, a thread costs more than it frees
@@ -39,6 +42,14 @@ class RequestHead:
     answer_id: str  # as the client sees it
     request_id: str  # as the workers see it: unique even if a client repeats its X-Request-Id
     timeline: bool
+    traceparent: str = ""  # W3C trace context of the caller, as given
+    tracestate: str = ""
+
+    @property
+    def for_log(self) -> dict[str, object]:
+        """The `extra` of a record about this request: the workers' id, and the client's where it gave one."""
+        client = {} if self.answer_id == self.request_id else {"client_request_id": self.answer_id}
+        return {"request_id": self.request_id, **client, **trace_id(self.traceparent)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,8 @@ class Front:
     chat: ChatSetup = field(default_factory=ChatSetup)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
+    observers: Sequence[Observer] = ()  # told of every request that has ended
+    tracing: Tracing | None = None  # then also among the observers
 
     def model_info(self) -> ModelInfo:
         """What the fleet serves; raises Unavailable while no worker is known."""
@@ -135,6 +148,7 @@ class Front:
                 cache_salt=request.cache_salt or "",
                 queue_timeout_s=self.config.queue_timeout_s,
                 priority=request.priority or 0,
+                traceparent=head.traceparent,
             )
             for at, ids in enumerate(prompts)
             for choice in range(n)
@@ -145,7 +159,7 @@ class Front:
             format=format,
             stream=bool(request.stream),
             usage_in_chunks=request.usage_in_stream[1],
-            timeline=head.timeline,
+            timeline=head.timeline or bool(request.timeline),
             beams=bool(request.use_beam_search),
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
         )

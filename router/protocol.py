@@ -112,6 +112,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     add_special_tokens: bool | None = None
     echo: bool | None = None
     cache_salt: str | None = None
+    timeline: bool | None = None
     user: str | None = None
 
     def check(self) -> None:

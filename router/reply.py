@@ -74,6 +74,7 @@ class Reply(ABC):
         self._running = len(self._choices)
         self._error: PenstockError | None = None
         self.started = False  # the first bytes are on their way: no other status is possible
+        self.over: Callable[[PenstockError | None], None] | None = None  # called when nothing of it runs any more
         self._gone = False
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
@@ -83,17 +84,37 @@ class Reply(ABC):
         """A choice failed after it was submitted (and was counted)."""
         return self._error is not None
 
+    @property
+    def choices(self) -> Sequence[Choice]:
+        return self._choices
+
+    @property
+    def error(self) -> PenstockError | None:
+        """What a choice failed with."""
+        return self._error
+
+    @property
+    def gone(self) -> bool:
+        """The client hung up before it had everything."""
+        return self._gone and self._running > 0
+
     async def run(self, receive: Receive, send: Send) -> None:
         """Submit, answer, and leave nothing running behind, whatever happens."""
         watcher = asyncio.get_running_loop().create_task(self._watch(receive))
+        failure: PenstockError | None = None
         try:
             await self._submit()
             await self._answer(send)
             if not self._gone and self._error is None:
                 self._metrics.answered(self._longest())
+        except PenstockError as error:
+            failure = error
+            raise
         finally:
             watcher.cancel()
             self._cancel_running()
+            if self.over is not None:
+                self.over(failure)
 
     def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
         """See `Listener`."""

@@ -23,6 +23,7 @@ from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.hash_probe import mismatch
 from penstock.common.histogram import Histogram
+from penstock.common.logs import about
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import FleetReader
 from penstock.common.reservations import Reservations
@@ -218,7 +219,7 @@ class RouterService:
         try:
             command.sink.on_delta(command.delta)
         except Exception:  # one client's bug must not cost the others of this step their tokens
-            log.exception("the sink of request %s failed", command.delta.request_id)
+            log.exception("the sink of a request failed", extra=about(command.delta))
             self._handle(Cancelled(command.delta.request_id, command.delta.choice))
         if command.delta.finish is not None:
             self._counters["finished"] += 1
@@ -241,7 +242,7 @@ class RouterService:
         try:
             found = await self._placing.place(request, command.avoid)
         except Exception:  # a bug, but one that must not leave the client waiting
-            log.exception("request %s could not be placed", request.request_id)
+            log.exception("a request could not be placed", extra=about(request))
             self._handle(PlaceFailed(request.request_id, request.choice, request.attempt))
             return
         placement = found.placement

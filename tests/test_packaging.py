@@ -68,7 +68,7 @@ def _third_party(paths: Iterable[Path]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (ROUTER_FOLDERS, ()),
+        (ROUTER_FOLDERS, ("otel",)),
         (WORKER_FOLDERS, ("worker",)),
         (("penstock",), ("worker", "demo", "plot")),
         (("tests", "scripts", "benchmarks"), ("worker", "dev")),

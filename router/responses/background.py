@@ -8,6 +8,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from penstock.common.errors import PenstockError
+from penstock.common.logs import about
 from penstock.router.endpoints import internal_error
 from penstock.router.error_bodies import Send
 from penstock.router.reply import Receive, Reply
@@ -66,7 +67,7 @@ class BackgroundResponse:
         except PenstockError as error:  # refused, or failed before its first token
             self._take(self.format.failure(error))
         except Exception:
-            log.exception("response %s", self.format.response["id"])
+            log.exception("response %s failed", self.format.response["id"], extra=about(reply.choices[0].request))
             self._take(self.format.failure(internal_error()))
         finally:
             self._complete = True

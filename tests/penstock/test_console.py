@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import logging
 import os
 import pty
 import re
 import struct
 import termios
+from datetime import datetime
 
 import pytest
 
@@ -113,3 +115,47 @@ def test_repeated_warnings_are_counted_not_shown(caplog: pytest.LogCaptureFixtur
         "Redis is away",
         "something else",
     ]
+
+
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    root, ours = logging.getLogger(), logging.getLogger("penstock")
+    handlers, levels = root.handlers[:], (root.level, ours.level, logs.requests.level)
+    try:
+        logs.setup("decode-0", "info", "json", log_requests=True)
+        logging.getLogger("penstock.test").info("hand-off %d failed", 7, extra={"request_id": "abc", "choice": 1})
+        logs.requests.info("ended")
+        try:
+            raise ValueError("Größe\nzwei Zeilen")
+        except ValueError:
+            logging.getLogger("uvicorn.error").exception("a crash")
+        logs.setup("decode-0", "info", "json")
+        logs.requests.info("not asked for")
+    finally:
+        for handler in root.handlers[:]:
+            root.removeHandler(handler)
+        for handler in handlers:
+            root.addHandler(handler)
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
+        logs.requests.setLevel(levels[2])
+    first, second, third = map(json.loads, capsys.readouterr().err.splitlines())
+    assert datetime.fromisoformat(first.pop("time").replace("Z", "+00:00")).tzinfo is not None
+    assert first == {
+        "level": "INFO", "process": "decode-0", "message": "hand-off 7 failed", "logger": "penstock.test",
+        "request_id": "abc", "choice": 1,
+    }  # fmt: skip
+    assert (second["logger"], second["message"]) == ("penstock.requests", "ended")
+    assert (third["process"], third["logger"], third["level"]) == ("decode-0", "uvicorn.error", "ERROR")
+    assert "ValueError: Größe\nzwei Zeilen" in third["exception"]
+
+
+def test_a_console_of_json_wraps_what_is_not() -> None:
+    output = io.StringIO()
+    console = Console(output, json_lines=True)
+    console.line("decode-0", '{"message": "as it is"}')
+    console.line("redis", "# Ready to accept connections")
+    console.progress("decode-0", Progress("loading weights", 1, 2))
+    lines = list(map(json.loads, output.getvalue().splitlines()))
+    assert lines[0] == {"message": "as it is"}
+    assert (lines[1]["process"], lines[1]["message"]) == ("redis", "# Ready to accept connections")
+    assert (lines[2]["process"], lines[2]["message"]) == ("decode-0", "loading weights 50 %")

@@ -20,6 +20,7 @@ import redis
 from openai import AsyncOpenAI
 
 from penstock.common.config import ServeConfig
+from penstock.console import Console
 from penstock.fleet import Fleet
 from tests.conftest import free_port
 
@@ -29,11 +30,11 @@ EMPTY_IF_THERE = ("requests", "admission", "handoffs", "reads", "lent_pages", "q
 
 
 @contextlib.contextmanager
-def fleet(model: Path, **options: Any) -> Iterator[Fleet]:
+def fleet(model: Path, *, console: Console | None = None, **options: Any) -> Iterator[Fleet]:
     """A running fleet that must be idle, everywhere, when the block ends."""
     values: dict[str, Any] = {"device": "cpu", "lease_s": LEASE_S, "drain_s": 5.0, "served_model_name": ("tiny",)}
     values |= {"kv_cache_memory_bytes": 16 << 20, "block_size": 4, "port": 0, **options}
-    with Fleet(ServeConfig(model=str(model), **values)) as running:
+    with Fleet(ServeConfig(model=str(model), **values), console=console) as running:
         yield running
         assert_idle(running)
 
