@@ -9,6 +9,7 @@ Protocol versions:
 2  sampling has logit_bias, allowed_token_ids and bad_words_token_ids, which a worker must not overlook
 3  sampling has prompt_logprobs, and the first TokenDelta their answer; requests have a priority
 4  prefixes are fetched: Submit and Prefill name a source, workers of any role ask each other with Fetch
+5  workers are drained: Drain, and Move, answered with the finish "moved"
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -33,7 +34,7 @@ class Hello(Message, tag="hello", frozen=True, kw_only=True):
     protocol: int
     peer_id: str  # stable over reconnects: the router's or worker's incarnation
     session: int  # grows with each connection of this peer; a newer session ends the older one's requests
-    role: str  # "router" | "prefill" | "decode"
+    role: str  # "router" | "prefill" | "decode" | "operator"
     fingerprint: str  # "" from a router: it serves whatever the worker serves
 
 
@@ -139,6 +140,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fetches: int = 0  # prefixes asked of other workers rather than computed
     fetch_failures: int = 0  # of those, given up; the rest of the prefix was computed here
     fetched_tokens: int = 0  # tokens whose pages were read from other workers
+    moved: int = 0  # requests given up to other workers, with their pages
     rates: MeasuredRates = MeasuredRates()
     expired_loans: int = 0  # prompts whose lent pages were taken back from a silent peer
     histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
@@ -194,6 +196,21 @@ class Abort(Message, tag="abort", frozen=True, kw_only=True):
     request_id: str
     attempt: int
     choice: int = 0
+
+
+class Move(Message, tag="move", frozen=True, kw_only=True):
+    """Router -> draining decode worker: stop this attempt as soon as its pages can be fetched, and keep them for that.
+
+    Answered, behind the tokens, with the finish "moved"; the next attempt, elsewhere, has this worker as its source.
+    """
+
+    request_id: str
+    attempt: int
+    choice: int = 0
+
+
+class Drain(Message, tag="drain", frozen=True, kw_only=True):
+    """Operator -> worker: as SIGTERM. Take nothing new, let what runs move or end, then leave."""
 
 
 class Prefill(Message, tag="prefill", frozen=True, kw_only=True):
@@ -286,7 +303,7 @@ class PagesLanded(Message, tag="pages_landed", frozen=True, kw_only=True):
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a request ended. `reason`: "stop", "length", "abort" or "error".
+    """Why a request ended. `reason`: "stop", "length", "abort", "error", or "moved": it is to go on elsewhere (Move).
 
     `stop_reason` is the stop token id that matched; `code` and `message` are set for "error" (see errors.py);
     `retryable` says that another worker may succeed.
@@ -362,6 +379,8 @@ AnyMessage = (
     | HeartbeatAck
     | Submit
     | Abort
+    | Move
+    | Drain
     | Prefill
     | Fetch
     | FetchDone

@@ -89,8 +89,12 @@ class Peers:
         return self._newest.get(peer_id)
 
     def role(self, identity: bytes) -> str:
-        """ "router", "prefill" or "decode"."""
+        """ "router", "prefill", "decode" or "operator"."""
         return self._by_identity[identity].role
+
+    def routers(self) -> list[bytes]:
+        """The routers among them."""
+        return [identity for identity, peer in self._by_identity.items() if peer.role == "router"]
 
     def hello(self, identity: bytes, hello: Hello, now: float) -> tuple[Welcome | Refused, list[PeerEvent]]:
         """Accept or refuse: the answer to send, and what happened to this peer and its older session."""
@@ -143,7 +147,7 @@ class Peers:
         known = self._newest.get(hello.peer_id)
         if known is not None and self._by_identity[known].session > hello.session:
             return self._refuse("unknown", f"a newer session of {hello.peer_id} is connected")
-        needs_fingerprint = hello.role != "router" or hello.fingerprint != ""
+        needs_fingerprint = hello.role in ("prefill", "decode") or hello.fingerprint != ""
         if needs_fingerprint and hello.fingerprint != self.worker.fingerprint:
             return self._refuse("fingerprint", f"fingerprint {hello.fingerprint!r} is not {self.worker.fingerprint!r}")
         if self.draining and hello.role == "router" and identity not in self._by_identity:

@@ -165,6 +165,9 @@ _COUNTERS = (
     ),
     _Figure("penstock:kv_transfer_bytes", "Bytes of KV moved between workers.", lambda load: load.transfer_bytes),
     _Figure("penstock:kv_transfer_pages", "KV pages moved between workers.", lambda load: load.transfer_pages),
+    _Figure(
+        "penstock:moved_requests", "Requests given up to other workers, with their pages.", lambda load: load.moved
+    ),
     _Figure("penstock:fetches", "Prefixes asked of other workers rather than computed.", lambda load: load.fetches),
     _Figure(
         "penstock:fetch_failures",

@@ -18,7 +18,9 @@ from penstock.common.bus import split_identity
 from penstock.common.messages import (
     Abort,
     AnyMessage,
+    Fetch,
     Finish,
+    Move,
     Prefill,
     Spans,
     Submit,
@@ -26,6 +28,7 @@ from penstock.common.messages import (
     request_key,
 )
 from penstock.decode_worker.admission import Admission, Entry
+from penstock.decode_worker.moves import MovedPages
 from penstock.engine.outputs import StepOutput
 from penstock.engine.replies import log_end, to_delta
 from penstock.engine.request import Request
@@ -48,6 +51,8 @@ class DecodeRole:
         self._admission = Admission(loop.engine.pages, loop.engine.scheduler.max_num_seqs)
         self._entries: dict[str, Entry] = {}
         self._transfers: dict[str, Spans] = {}  # what was read for requests that are in the engine now
+        self._moved = MovedPages(loop.engine.pages, loop.peers.lease_s)
+        self._to_move: set[str] = set()  # keys, as soon as they run
         self._prefix_queries = 0
         self._prefix_hits = 0
         self._cached_tokens = 0
@@ -59,7 +64,12 @@ class DecodeRole:
             self._submit(identity, message, now)
         elif isinstance(message, Abort):
             self._abort(request_key(message.request_id, message.choice, message.attempt))
-        elif not self._exchange.handle(identity, message, now):
+        elif isinstance(message, Move):
+            self._to_move.add(request_key(message.request_id, message.choice, message.attempt))
+        elif self._exchange.handle(identity, message, now):
+            if isinstance(message, Fetch):  # its pages are lent now
+                self._moved.release(message.request_id, message.choice)
+        else:
             logger.warning("a decode worker has no use for %s", type(message).__name__)
 
     def peer_renewed(self, identity: bytes, now: float) -> None:
@@ -123,6 +133,29 @@ class DecodeRole:
         self._admit(now)
         for read in self._reader.take_ended():
             self._start(read)
+        self._moved.expire(now)
+        if self._to_move:
+            self._move(now)
+
+    def _move(self, now: float) -> None:
+        """End what is to go on elsewhere: at once if it waits for room; if it reads pages, when it has them."""
+        finish = Finish(reason="moved")
+        for key in list(self._to_move):
+            waiting = self._admission.cancel(key)
+            entry = self._entries.get(key)
+            request = self._engine.scheduler.get(key)
+            if waiting is not None:
+                self._loop.replies.end(waiting.identity, waiting.request, finish)
+            elif entry is not None and request is not None:
+                scheduler = self._engine.scheduler
+                hashes = request.extend_hashes(scheduler.hash_scope, self._pages.page_size, request.num_known - 1)
+                self._moved.keep(entry.request.request_id, entry.request.choice, self._pages.match(hashes), now)
+                index = request.num_output
+                self._abort(key)
+                self._loop.replies.end(entry.identity, entry.request, finish, index=index)
+            elif entry is not None:
+                continue
+            self._to_move.discard(key)
 
     def _admit(self, now: float) -> None:
         preempted = any(request.preemptions for request in self._engine.scheduler.waiting)
@@ -226,7 +259,7 @@ class DecodeRole:
     # ------------------------------------------------------------ figures
 
     def busy(self) -> bool:
-        return bool(self._entries) or len(self._admission) > 0 or self._exchange.busy()
+        return bool(self._entries) or len(self._admission) > 0 or len(self._moved) > 0 or self._exchange.busy()
 
     def load(self) -> dict[str, int]:
         return {
@@ -234,6 +267,7 @@ class DecodeRole:
             "waiting": len(self._admission) + len(self._reader),
             "deferred": len(self._reader),
             "queued_tokens": self._admission.queued_tokens,
+            "moved": self._moved.total,
             "prefix_queries": self._prefix_queries,
             "prefix_hits": self._prefix_hits,
             "cached_tokens": self._cached_tokens,

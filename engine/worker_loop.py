@@ -21,10 +21,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+import msgspec
 import zmq
 
 from penstock.common.bus import BusServer, Peers
-from penstock.common.messages import AnyMessage, Finish, Heartbeat, HeartbeatAck, Hello, WorkerInfo, WorkerLoad
+from penstock.common.messages import AnyMessage, Drain, Finish, Heartbeat, HeartbeatAck, Hello, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import RegistryWriter
 from penstock.engine.build import BuiltEngine
 from penstock.engine.outputs import StepOutput
@@ -103,7 +104,7 @@ class WorkerLoop:
         os.eventfd_write(self._wake_fd, 1)
 
     def request_stop(self) -> None:
-        """Drain: refuse new peers, finish what runs for up to drain_s, then leave `run`."""
+        """Drain: refuse new requests, let what runs move to others or end for up to drain_s, then leave `run`."""
         self._stop_requested.set()
         self.wake()
 
@@ -167,6 +168,9 @@ class WorkerLoop:
                 self.peers.heartbeat(identity, message.seq, now)
                 role.peer_renewed(identity, now)
                 self.bus.send(identity, HeartbeatAck(seq=message.seq, load=self.load))
+            elif isinstance(message, Drain):
+                logger.info("told to drain by %s", identity.decode())
+                self.request_stop()
             else:
                 role.handle(identity, message, now)
         for expired in self.peers.expire(now):
@@ -235,6 +239,9 @@ class WorkerLoop:
         if self._stop_by is None:
             self._stop_by = now + self._drain_s
             self.peers.draining = True
+            self.load = msgspec.structs.replace(self.load, draining=True)
+            for router in self.peers.routers():  # now, not with the next heartbeat: what runs here is to move
+                self.bus.send(router, HeartbeatAck(seq=0, load=self.load))
             logger.info("draining for up to %.0f s", self._drain_s)
         if not self.engine.has_work() and not role.busy():
             return True

@@ -31,6 +31,7 @@ commands:
   complete       continues texts on a running server, likewise
   doctor         what this machine has and lacks for serving: software, devices, links, Redis, ports, limits
   collect-env    what a bug report should say of this machine
+  drain WORKER   a worker gives its requests, with their pages, to the others, and leaves
   tap            what passes on the bus of a running fleet, a line a message
   top            a running fleet in the terminal: workers, pages, hit rates, queues, rates
   simulate TRACE routing policies on virtual workers: hit ratios, balance, latency, how many workers
@@ -144,6 +145,12 @@ def _doctor(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _drain(arguments: list[str]) -> int:
+    from penstock.drain import main as run
+
+    return run(arguments)
+
+
 def _tap(arguments: list[str]) -> int:
     from penstock.tap import main as run
 
@@ -176,6 +183,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "collect-env": _collect_env,
     "simulate": _simulate,
     "doctor": _doctor,
+    "drain": _drain,
     "tap": _tap,
 }
 

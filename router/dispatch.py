@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import InternalError, PenstockError, Timeout, Unavailable, WorkerLost, from_code
-from penstock.common.messages import Abort, Finish, GenerateRequest, Submit, TokenDelta
+from penstock.common.messages import Abort, Finish, GenerateRequest, Move, Submit, TokenDelta, WorkerInfo
 from penstock.router.dispatch_events import (
     Cancelled,
     Command,
@@ -36,11 +36,13 @@ from penstock.router.dispatch_events import (
     Release,
     Reserve,
     SendAbort,
+    SendMove,
     SendSubmit,
     Shutdown,
     Submitted,
     Tick,
     WorkerDown,
+    WorkerLeaving,
     WorkerUp,
 )
 from penstock.router.policy import Placement
@@ -71,6 +73,11 @@ class _Lost:
 
 
 @dataclass(frozen=True)
+class _Moved:
+    """Its worker is leaving, and keeps the pages of this attempt for the next one."""
+
+
+@dataclass(frozen=True)
 class _Expired:
     """A deadline has passed."""
 
@@ -84,6 +91,9 @@ class Choice:
     deadline: float  # moves with progress
     state: State = State.PLACING
     attempt: int = 0
+    moves: int = 0  # attempts that were not lost, but moved to another worker
+    moving: bool = False  # this attempt's worker was asked to give it up
+    source: WorkerInfo | None = None  # whom the next attempt comes from
     delivered: list[int] = field(default_factory=list)
     steady: bool = False  # this attempt has delivered, and nothing of it is early
     early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
@@ -115,6 +125,7 @@ class Dispatcher:
         self.retries = 0
         self.stale_deltas = 0  # of older attempts, ended choices, or repeated
         self.divergences = 0
+        self.moves = 0  # attempts that went on at another worker, with their pages
         self._max_attempts = max_attempts
         self._progress_timeout_s = progress_timeout_s
         self._live: set[str] = set()  # decode workers
@@ -176,6 +187,14 @@ class Dispatcher:
                 self._release_prompt(choice)  # if the worker is dead the decode worker computes the prompt
                 self._check_gap(choice, now)
 
+    def _worker_leaving(self, event: WorkerLeaving, now: float) -> None:
+        for choice in self._where(lambda c: c.state is State.RUNNING and not c.moving):
+            if choice.placement is not None and choice.placement.decode.incarnation == event.incarnation:
+                choice.moving = True
+                request_id, number = choice.key
+                move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
+                self._commands.append(SendMove(event.incarnation, move))
+
     def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
         choice = self.choices.get((event.request_id, event.choice))
         if choice is not None and choice.attempt == event.attempt:  # else it was cancelled meanwhile
@@ -209,7 +228,7 @@ class Dispatcher:
     def _place(self, choice: Choice, now: float) -> None:
         choice.state = State.PLACING
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        self._commands.append(Place(choice.as_it_stands(), frozenset(choice.failed)))
+        self._commands.append(Place(choice.as_it_stands(), frozenset(choice.failed), choice.source))
 
     def _placed(self, choice: Choice, event: Placed, now: float) -> None:
         placement = event.placement
@@ -243,11 +262,12 @@ class Dispatcher:
         if event.abort:
             self._abort(choice)
         choice.failed.add(choice.placement.decode.incarnation)
+        choice.source = None
         self._let_go(choice)
         limit = choice.request.sampling.max_tokens
         if limit is not None and len(choice.delivered) >= limit:  # all tokens came, only the finish was lost
             self._finish(choice, Finish(reason="length"))
-        elif choice.attempt + 1 < self._max_attempts:
+        elif choice.attempt - choice.moves + 1 < self._max_attempts:
             self.retries += 1
             choice.attempt += 1
             self._place(choice, now)
@@ -256,6 +276,15 @@ class Dispatcher:
             self._fail(choice, event.error or lost)
         else:
             self._fail(choice, Unavailable(f"no worker is up: {event.reason}"))
+
+    def _move(self, choice: Choice, event: _Moved, now: float) -> None:
+        assert choice.placement is not None
+        choice.source = choice.placement.decode
+        self._let_go(choice)
+        self.moves += 1
+        choice.moves += 1
+        choice.attempt += 1
+        self._place(choice, now)
 
     def _cancel(self, choice: Choice, event: Cancelled, now: float) -> None:
         self._abort(choice)
@@ -306,6 +335,9 @@ class Dispatcher:
         if not delta.token_ids and delta.finish is None:
             self.stale_deltas += 1
             return False
+        if delta.finish is not None and delta.finish.reason == "moved":
+            self._apply(choice, _Moved(), now)
+            return True
         choice.deadline = now + self._progress_timeout_s
         choice.delivered += delta.token_ids
         self._release_prompt(choice)  # a token came: the prompt is computed
@@ -351,8 +383,7 @@ class Dispatcher:
             choice.reserved = None
         self._release_prompt(choice)
         choice.early.clear()
-        choice.steady = False
-        choice.prefill_cut = False
+        choice.steady = choice.moving = choice.prefill_cut = False
         choice.placement = None
 
     def _reserve(self, incarnation: str, tokens: int) -> Release | None:
@@ -385,6 +416,7 @@ _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
     PlaceFailed: Dispatcher._place_answered,
     WorkerUp: Dispatcher._worker_up,
     WorkerDown: Dispatcher._worker_down,
+    WorkerLeaving: Dispatcher._worker_leaving,
     Cancelled: Dispatcher._cancelled_event,
     Tick: Dispatcher._ticked,
     Shutdown: Dispatcher._shut_down,
@@ -401,6 +433,7 @@ _TABLE: dict[tuple[State, type], Callable[[Dispatcher, Choice, Any, float], None
     (State.WAITING, _Expired): Dispatcher._no_worker,
     (State.WAITING, Shutdown): Dispatcher._leave,
     (State.RUNNING, _Lost): Dispatcher._lost,
+    (State.RUNNING, _Moved): Dispatcher._move,
     (State.RUNNING, Cancelled): Dispatcher._cancel,
     (State.RUNNING, _Expired): Dispatcher._time_out,
     (State.RUNNING, Shutdown): Dispatcher._leave,

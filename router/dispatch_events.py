@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import PenstockError
-from penstock.common.messages import Abort, GenerateRequest, Submit, TokenDelta
+from penstock.common.messages import Abort, GenerateRequest, Move, Submit, TokenDelta, WorkerInfo
 from penstock.router.policy import Placement
 
 # ---------------------------------------------------------------- events
@@ -49,6 +49,12 @@ class WorkerDown(msgspec.Struct, frozen=True):
     incarnation: str
 
 
+class WorkerLeaving(msgspec.Struct, frozen=True):
+    """A decode worker drains, and another one takes requests: what runs there is to move."""
+
+    incarnation: str
+
+
 class Cancelled(msgspec.Struct, frozen=True):
     """The client does not want it any more."""
 
@@ -64,7 +70,7 @@ class Shutdown(msgspec.Struct, frozen=True):
     """The router leaves: end everything with an error."""
 
 
-Event = Submitted | Placed | PlaceFailed | WorkerUp | WorkerDown | Cancelled | Tick | Shutdown
+Event = Submitted | Placed | PlaceFailed | WorkerUp | WorkerDown | WorkerLeaving | Cancelled | Tick | Shutdown
 
 # ---------------------------------------------------------------- commands
 
@@ -74,6 +80,7 @@ class Place(msgspec.Struct, frozen=True):
 
     request: GenerateRequest
     avoid: frozenset[str]
+    source: WorkerInfo | None = None  # it comes from there, with its pages
 
 
 class SendSubmit(msgspec.Struct, frozen=True):
@@ -88,6 +95,13 @@ class SendAbort(msgspec.Struct, frozen=True):
 
     incarnation: str
     message: Abort
+
+
+class SendMove(msgspec.Struct, frozen=True):
+    """Send to a decode worker."""
+
+    incarnation: str
+    message: Move
 
 
 class Deliver(msgspec.Struct, frozen=True):
@@ -118,4 +132,4 @@ class Release(msgspec.Struct, frozen=True):
     tokens: int
 
 
-Command = Place | SendSubmit | SendAbort | Deliver | Fail | Reserve | Release
+Command = Place | SendSubmit | SendAbort | SendMove | Deliver | Fail | Reserve | Release

@@ -149,6 +149,12 @@ class Fleet:
         queries = sum(member.load.prefix_queries for member in self._members.values())
         return sum(member.load.prefix_hits for member in self._members.values()) / queries if queries else 0.0
 
+    def leaving(self) -> list[str]:
+        """Decode workers that drain, while there is another one that takes requests."""
+        decoders = [member for member in self._members.values() if member.worker.role == "decode"]
+        draining = [member.worker.incarnation for member in decoders if member.load.draining]
+        return draining if len(draining) < len(decoders) else []
+
     @property
     def reservations(self) -> Mapping[str, int]:
         """Tokens this router has reserved, by incarnation."""

@@ -13,7 +13,7 @@ from penstock.common.messages import WorkerInfo, WorkerLoad
 _TOTALS = (
     *("steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions"),
     *("handoffs", "handoff_failures", "transfer_bytes", "transfer_pages", "checksum_failures"),
-    *("fetches", "fetch_failures", "fetched_tokens"),
+    *("fetches", "fetch_failures", "fetched_tokens", "moved"),
 )
 
 

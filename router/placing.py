@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from penstock.common.messages import GenerateRequest
+from penstock.common.messages import GenerateRequest, WorkerInfo
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup
 from penstock.common.reservations import Reservations
 from penstock.router.fleet import Fleet
 from penstock.router.off_loop import OffLoop
-from penstock.router.policy import Placement, Policy, RequestFacts
+from penstock.router.policy import Placement, Policy, RequestFacts, moved
 
 MAX_CLAIMS = 4  # how often a placement is reconsidered because other routers chose the same worker
 HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
@@ -47,12 +47,15 @@ class Placing:
         self._off_loop = off_loop
         self._minimum = min_remote_prefill_tokens
 
-    async def place(self, request: GenerateRequest, avoid: frozenset[str]) -> Found:
-        """Workers for a request. What they are to be given is not reserved yet: do it before the next `await`."""
+    async def place(self, request: GenerateRequest, avoid: frozenset[str], source: WorkerInfo | None = None) -> Found:
+        """Workers for a request; if `source` is given it comes from there, with its pages.
+
+        What they are to be given is not reserved yet: do it before the next `await`.
+        """
         lookups = await self._look_up(request) if self._fleet.has_choice() else {}
         tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         facts = RequestFacts(tokens, avoid, self._fleet.hit_share())
-        placement = self._choose(facts, lookups)
+        placement = self._choose(facts, lookups, source)
         for _ in range(MAX_CLAIMS):
             if placement is None or not lookups or not self._reader.other_routers:
                 break
@@ -60,7 +63,7 @@ class Placing:
             if others is None or not _grown(placement, lookups, others):
                 break
             lookups = {i: replace(one, reserved_tokens=others.get(i, 0)) for i, one in lookups.items()}
-            before, placement = placement, self._choose(facts, lookups)
+            before, placement = placement, self._choose(facts, lookups, source)
             if placement is not None and placement.load == before.load:  # still the best, and claimed already
                 break
         return Found(placement, lookups)
@@ -73,8 +76,11 @@ class Placing:
         """The reverse."""
         self._reservations.publish(incarnation, self._fleet.release(incarnation, tokens))
 
-    def _choose(self, facts: RequestFacts, lookups: Mapping[str, Lookup]) -> Placement | None:
-        return self._policy.choose(facts, self._fleet.candidates(lookups), self._minimum)
+    def _choose(
+        self, facts: RequestFacts, lookups: Mapping[str, Lookup], source: WorkerInfo | None
+    ) -> Placement | None:
+        placement = self._policy.choose(facts, self._fleet.candidates(lookups), self._minimum)
+        return placement if placement is None or source is None else moved(placement, source, facts.num_tokens)
 
     async def _claim(self, placement: Placement) -> dict[str, int] | None:
         """What others had reserved when they could first see this placement's load; None while Redis is away."""

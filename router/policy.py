@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
@@ -160,3 +160,11 @@ def placement(
         computing.rates.prefill_ms(tokens),
         EXPECTED_OUTPUT_TOKENS * decoder.rates.sequences_ms(1, facts.num_tokens),
     )
+
+
+def moved(placement: Placement, source: WorkerInfo, num_tokens: int) -> Placement:
+    """The choice for a request that has `num_tokens` tokens at `source`, which is leaving: their pages go with it."""
+    if source.fingerprint != placement.decode.fingerprint or source.incarnation == placement.decode.incarnation:
+        return placement
+    held = (num_tokens - 1) // source.page_size * source.page_size
+    return replace(placement, prefill=None, prefill_tokens=num_tokens - held, source=source, source_tokens=held)

@@ -41,11 +41,13 @@ from penstock.router.dispatch_events import (
     Release,
     Reserve,
     SendAbort,
+    SendMove,
     SendSubmit,
     Shutdown,
     Submitted,
     Tick,
     WorkerDown,
+    WorkerLeaving,
     WorkerUp,
 )
 from penstock.router.fleet import Fleet
@@ -174,6 +176,7 @@ class RouterService:
             "retries": self._dispatcher.retries,
             "stale_deltas": self._dispatcher.stale_deltas,
             "divergences": self._dispatcher.divergences,
+            "moves": self._dispatcher.moves,
             "redis_failures": self._reader.failures,
             "workers_refused": len(self._refused),
             "in_flight": len(self._dispatcher.choices),
@@ -200,7 +203,7 @@ class RouterService:
                 command.sink.on_error(command.error)
             elif isinstance(command, Place):
                 self._spawn(self._place(command), f"place {command.request.request_id}")
-            elif isinstance(command, (SendSubmit, SendAbort)):
+            elif isinstance(command, (SendSubmit, SendAbort, SendMove)):
                 address = self._addresses.get(command.incarnation)
                 if address is not None:  # else its WorkerDown was just handled
                     self._links[address].send(command.message)
@@ -240,7 +243,7 @@ class RouterService:
         """Choose, and hand the choice over in the same breath: no await between."""
         request = command.request
         try:
-            found = await self._placing.place(request, command.avoid)
+            found = await self._placing.place(request, command.avoid, command.source)
         except Exception:  # a bug, but one that must not leave the client waiting
             log.exception("a request could not be placed", extra=about(request))
             self._handle(PlaceFailed(request.request_id, request.choice, request.attempt))
@@ -303,6 +306,8 @@ class RouterService:
             self._carry_out(self._dispatcher.tokens(item.deltas, time.monotonic()))
         elif isinstance(item, HeartbeatAck):
             self._fleet.report(address, item.load)
+            for incarnation in self._fleet.leaving():
+                self._handle(WorkerLeaving(incarnation))
         elif isinstance(item, Connected):
             self._on_connected(address, item.worker)
         elif isinstance(item, Disconnected):

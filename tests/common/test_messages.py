@@ -112,6 +112,8 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         m.Prefill(request=REQUEST, router_id="router-1", held_tokens=32),
         {"type": "prefill", "request": REQUEST_MAP, "router_id": "router-1", "held_tokens": 32},
     ),
+    (m.Move(request_id="r1", attempt=1, choice=2), {"type": "move", "request_id": "r1", "attempt": 1, "choice": 2}),
+    (m.Drain(), {"type": "drain"}),
     (
         m.Fetch(request_id="r1", attempt=1, first_page=2, hashes=[b"\x01", b"\x02"]),
         {"type": "fetch", "request_id": "r1", "attempt": 1, "first_page": 2, "hashes": [b"\x01", b"\x02"]},

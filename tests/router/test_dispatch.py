@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.common.errors import PenstockError, QueueTimeout, Timeout, Unavailable, WorkerLost
-from penstock.common.messages import Abort, Finish, GenerateRequest, TokenDelta, TokenLogprobs, WorkerInfo
+from penstock.common.messages import Abort, Finish, GenerateRequest, Move, TokenDelta, TokenLogprobs, WorkerInfo
 from penstock.common.sampling import SamplingParams
 from penstock.router import dispatch
 from penstock.router.dispatch import Dispatcher, InvalidTransition, State
@@ -26,11 +26,13 @@ from penstock.router.dispatch_events import (
     Release,
     Reserve,
     SendAbort,
+    SendMove,
     SendSubmit,
     Shutdown,
     Submitted,
     Tick,
     WorkerDown,
+    WorkerLeaving,
     WorkerUp,
 )
 from penstock.router.policy import Placement
@@ -224,6 +226,34 @@ def test_a_finish_before_what_was_delivered_diverges():
     h.run()
     h.tokens(delta(0, 5), delta(1, 6), delta(2, 7))
     the(Place, h.tokens(delta(1, 6, finish=STOP)))
+
+
+def test_a_leaving_worker_gives_its_choices_up():
+    """Behind its last token, not counted as a failed attempt, and the next attempt knows where it comes from."""
+    h = Harness(max_attempts=1)
+    h.run(prefill="p1")
+    h.do(WorkerUp("d2"))
+    moved = Finish(reason="moved")
+    assert the(SendMove, h.do(WorkerLeaving("d1"))).message == Move(request_id="a", attempt=0)
+    assert h.do(WorkerLeaving("d1"), WorkerLeaving("d9")) == []  # asked already; nothing runs there
+    assert h.tokens(delta(1, 6)) == []
+    assert h.tokens(delta(2, finish=moved)) == []  # the first token is still on its way from the prefill worker
+    place = the(Place, h.tokens(delta(0, 5)))
+    assert place.request.output_token_ids == [5, 6] and place.source == worker("d1") and place.avoid == frozenset()
+    assert h.core.moves == 1 and h.core.retries == 0 and h.reserved() == {}
+    h.do(Placed("a", 0, 1, placement("d2")))
+    assert the(SendMove, h.do(WorkerLeaving("d2"))).message.attempt == 1  # and again
+    h.tokens(delta(2, 7, attempt=1), delta(3, attempt=1, finish=moved))
+    h.do(Placed("a", 0, 2, placement("d1")))
+    h.tokens(delta(3, 8, attempt=2, finish=STOP))
+    assert h.delivered() == [5, 6, 7, 8] and h.reserved() == {}
+    h = Harness(max_attempts=2)
+    h.run()
+    h.do(WorkerUp("d2"), WorkerLeaving("d1"))
+    h.tokens(delta(0, finish=moved))
+    h.do(Placed("a", 0, 1, placement("d2")))
+    again = the(Place, h.do(WorkerDown("d2")))
+    assert again.source is None and again.avoid == {"d2"}  # a lost attempt has no pages to come with
 
 
 def test_errors_of_a_worker():

@@ -1,0 +1,42 @@
+"""Pages of moved requests: kept until they are asked for, or for so long."""
+
+from __future__ import annotations
+
+from penstock.decode_worker.moves import MovedPages
+from penstock.engine.pages import PageManager
+
+
+def test_kept_until_asked_for_or_expired() -> None:
+    pages = PageManager(8, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    for name in ("a", "b"):
+        held = pages.allocate(name, 2)
+        pages.name(held[0], f"{name}0".encode())
+        pages.name(held[1], f"{name}1".encode())
+        moved.keep(name, 0, pages.match([f"{name}0".encode(), f"{name}1".encode()]), now=5.0)
+        pages.release(name)
+    moved.keep("empty", 0, [], now=5.0)
+    assert moved.total == 3 and len(moved) == 2 and pages.num_held == 4
+    moved.release("a", 0)
+    moved.release("unknown", 0)
+    assert pages.num_held == 2 and len(pages.match([b"a0", b"a1"])) == 2  # cached, like any other
+    moved.expire(14.9)
+    assert len(moved) == 1
+    moved.expire(15.0)
+    assert len(moved) == 0 and pages.num_held == 0
+    pages.check()
+
+
+def test_a_request_that_comes_back_and_moves_again_is_held_once() -> None:
+    pages = PageManager(4, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    held = pages.allocate("a", 1)
+    pages.name(held[0], b"h")
+    moved.keep("a", 0, held, now=0.0)
+    moved.keep("a", 0, held, now=8.0)
+    pages.release("a")
+    moved.expire(12.0)
+    assert pages.num_held == 1
+    moved.expire(18.0)
+    assert pages.num_held == 0
+    pages.check()
