@@ -1,0 +1,1 @@
+"""Names under which vLLM's users start servers (`python -m ...entrypoints.openai.api_server`)."""
