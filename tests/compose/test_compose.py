@@ -123,6 +123,27 @@ def test_without_a_cluster_key_nothing_starts(file: str) -> None:
         _compose(file, {"PENSTOCK_MODEL": "org/model"})
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_monitoring_is_optional_and_stays_on_this_host(file: str) -> None:
+    services, base = _compose(file)["services"], _compose("monitoring.yaml")["services"]
+    for name, service in base.items():
+        assert services[name]["extends"] == {"file": "monitoring.yaml", "service": name}
+        assert services[name]["profiles"] == ["monitoring"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        for volume in service["volumes"]:
+            assert (ROOT / "compose" / volume.partition(":")[0]).is_dir(), volume
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_prometheus_watches_every_process_where_it_listens(file: str) -> None:
+    services = _compose(file)["services"]
+    jobs = yaml.safe_load((ROOT / "compose" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    watched = {name: found["port"] for job in jobs for found in job["dns_sd_configs"] for name in found["names"]}
+    router, prefill, decode = (_config(services[name]) for name in ("router", "prefill", "decode"))
+    assert isinstance(router, RouterConfig) and isinstance(prefill, WorkerConfig) and isinstance(decode, WorkerConfig)
+    assert watched == {"router": router.port, "prefill": prefill.metrics_port, "decode": decode.metrics_port}
+
+
 def test_images_are_built_from_stages_that_exist() -> None:
     stages = set(re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "compose" / "Dockerfile").read_text(), re.MULTILINE))
     for file in FILES:
@@ -136,7 +157,7 @@ def test_images_are_built_from_stages_that_exist() -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_docker_compose_reads_the_file_as_we_do(file: str) -> None:
     done = subprocess.run(
-        ["docker-compose", "-f", str(ROOT / "compose" / file), "config"],
+        ["docker-compose", "-f", str(ROOT / "compose" / file), "--profile", "monitoring", "config"],
         env={"PATH": os.environ["PATH"], **SETTINGS},
         capture_output=True,
         text=True,
@@ -146,6 +167,6 @@ def test_docker_compose_reads_the_file_as_we_do(file: str) -> None:
     theirs, ours = yaml.safe_load(done.stdout)["services"], _compose(file)["services"]
     assert theirs.keys() == ours.keys()
     for name, service in ours.items():
-        assert theirs[name]["command"] == service["command"]
+        assert theirs[name]["command"] == service["command"] if "command" in service else "extends" in service
         for key, value in service.get("environment", {}).items():
             assert theirs[name]["environment"][key] == value

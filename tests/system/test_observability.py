@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import runpy
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,9 +23,11 @@ from penstock.console import Console
 from penstock.fleet import Fleet
 from tests.system.fleets import complete_all, fleet
 from tests.system.otlp_receiver import Collector, http_collector
+from tests.system.prometheus import PROMTOOL, needs_prometheus, prometheus
 from tests.vllm_metrics import ANNOUNCED, Expected, served_always
 
 pytestmark = pytest.mark.system
+COMPOSE = Path(__file__).resolve().parents[2] / "compose"
 CONTEXT = 256
 PROMPTS = [[5 + i, *range(20, 60)] for i in range(3)]
 OUTPUT = 4
@@ -238,3 +244,67 @@ def test_every_process_logs_the_request_under_its_id(observed: Observed, followe
     for record in observed.records():
         assert {"time", "level", "process", "message"} <= record.keys()
     assert {"router", "prefill-0", "decode-0"} <= {record["process"] for record in observed.records()}
+
+
+# ------------------------------------------------------------ the dashboard and the alerts, over a real Prometheus
+
+
+def panel_queries() -> list[tuple[str, str]]:
+    """(panel, query) with Grafana's variables filled in."""
+    found = []
+    for panel in json.loads((COMPOSE / "grafana" / "dashboards" / "penstock.json").read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"].replace("$__rate_interval", "1m").replace("$model_name", ".*")
+            assert "$" not in query
+            found.append((panel["title"], query))
+    return found
+
+
+def rule_figures() -> list[tuple[str, str]]:
+    """(alert, its expression without the limit at its end)."""
+    groups = yaml.safe_load((COMPOSE / "prometheus" / "alerts.yml").read_text())["groups"]
+    found = []
+    for rule in (rule for group in groups for rule in group["rules"]):
+        figure = re.fullmatch(r"(.*) [<>] [\d.]+", rule["expr"], re.DOTALL)
+        assert figure is not None, rule["alert"]
+        found.append((rule["alert"], figure[1]))
+    return found
+
+
+@needs_prometheus
+def test_every_panel_and_every_rule_finds_data(observed: Observed, tmp_path: Path) -> None:
+    """Asked while the fleet works; nothing that watches for trouble fires."""
+    wanted = panel_queries() + rule_figures()
+    with prometheus(tmp_path, observed.fleet.url) as server:
+        deadline = time.monotonic() + 60
+        seed = 0
+        while missing := [name for name, query in wanted if not server.values(query)]:
+            assert time.monotonic() < deadline, f"without data: {missing}"
+            prompts = [[30 + seed % 50, 30 + seed // 50, *range(40, 70)] for seed in range(seed, seed + 3)]
+            complete_all(observed.fleet, prompts, OUTPUT, spread_s=0.0)
+            httpx.post(f"{observed.fleet.url}/v1/completions", json={"model": "tiny", "prompt": ""}, timeout=60)
+            seed += 3
+        rules = [rule for group in server.get("/api/v1/rules")["groups"] for rule in group["rules"]]
+        assert {rule["name"] for rule in rules} == {name for name, _ in rule_figures()}
+        assert all(rule["health"] in ("ok", "unknown") for rule in rules), rules
+        assert {rule["name"] for rule in rules if rule["state"] == "firing"} == set()
+
+
+@needs_prometheus
+def test_promtool_accepts_configuration_and_rules() -> None:
+    assert PROMTOOL is not None
+    command = [PROMTOOL, "check", "config", str(COMPOSE / "prometheus" / "prometheus.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_is_what_its_program_writes() -> None:
+    folder = COMPOSE / "grafana"
+    names = runpy.run_path(str(folder / "make_dashboard.py"))
+    assert names["text"]() == (folder / "dashboards" / "penstock.json").read_text()
+
+
+def test_every_alert_has_a_line_in_the_documentation() -> None:
+    text = (COMPOSE.parent / "docs" / "observability.md").read_text()
+    for name, _ in rule_figures():
+        assert f"| `{name}` |" in text, name
