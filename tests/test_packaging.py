@@ -71,7 +71,7 @@ def _third_party(paths: Iterable[Path]) -> dict[str, str]:
         (ROUTER_FOLDERS, ("otel",)),
         (WORKER_FOLDERS, ("worker",)),
         (("penstock",), ("worker", "demo", "plot")),
-        (("tests", "scripts", "benchmarks"), ("worker", "dev")),
+        (("tests", "scripts", "benchmarks"), ("worker", "dev", "contract")),
     ],
     ids=["router", "worker", "penstock", "development"],
 )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from penstock.fleet import Fleet
 
 KEY = "sk-first"
+MODES = ("one-phase", "pair")
 CONTEXT = 160
 PAGE = 4
 END_IDS = (1, *range(40, 60))  # in generation_config.json only, but for the first

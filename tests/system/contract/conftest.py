@@ -15,9 +15,7 @@ import pytest
 import tokenizers
 
 from tests.system.fleets import fleet
-from tests.system.openai_servers import CONTEXT, END_IDS, KEY, PAGE, Reference, Server
-
-MODES = ("one-phase", "pair")
+from tests.system.openai_servers import CONTEXT, END_IDS, KEY, MODES, PAGE, Reference, Server
 
 
 @pytest.fixture(scope="package")
