@@ -120,6 +120,13 @@ class RouterConfig(FleetConfig):
     tokenizer: str = option("", "where the tokenizer is, if not with the model")
     host: str = option("127.0.0.1", "address of the HTTP server")
     port: int = option(8000, "port of the HTTP server")
+    router_procs: int = option(
+        1, "router processes that share the port: one passes on some hundreds of requests a second"
+    )
+    admin_port: int = option(
+        0, "port on loopback where a router process answers for itself alone; the next ports are the other processes'"
+    )
+    group_ports: tuple[str, ...] = option((), "admin ports of all processes that share the port; the launcher sets it")
     api_key: tuple[str, ...] = option((), "keys clients may use; none: open to all", secret=True, several=True)
     generation_config: str = option("auto", "default sampling: auto (the model's), vllm (neutral), or a directory")
     chat_template: str = option("", "file with a chat template; default: the tokenizer's")
@@ -148,7 +155,7 @@ class RouterConfig(FleetConfig):
     otlp_traces_endpoint: str = option("", "OpenTelemetry collector that gets a trace of each request (needs [otel])")
 
     def __post_init__(self) -> None:
-        _positive(self, "max_inflight")
+        _positive(self, "max_inflight", "router_procs")
         _in(self, "routing_policy", ROUTING_POLICIES)
         _in(self, "chat_template_content_format", CONTENT_FORMATS)
         if self.enable_auto_tool_choice and not self.tool_call_parser:

@@ -20,7 +20,7 @@ from penstock.common.config import FleetConfig, ServeConfig
 from penstock.common.config_file import read_config_file
 from penstock.common.errors import ConfigError
 from penstock.common.logs import SUPERVISED_ENV
-from penstock.common.vllm_options import VALUES, foreign_flags, foreign_option
+from penstock.common.vllm_options import RENAMED, VALUES, foreign_flags, foreign_option
 
 ENV_PREFIX = "PENSTOCK_"
 CONFIG_ENV = "PENSTOCK_CONFIG"  # stands for --config
@@ -265,7 +265,8 @@ def _from_environment(environ: Mapping[str, str], known: Mapping[str, Option]) -
     }
     every_name = options(ServeConfig).keys()
     for variable, text in sorted(environ.items()):
-        name = variable.removeprefix(ENV_PREFIX).lower()
+        dashed = variable.removeprefix(ENV_PREFIX).lower().replace("_", "-")
+        name = RENAMED.get(dashed, dashed).replace("-", "_")
         if not variable.startswith(ENV_PREFIX) or not text:
             continue  # an empty variable is an unset one: compose files write VAR=${VAR:-}
         if variable in _RESERVED_ENV or variable.startswith(CLIENT_ENV_PREFIX):
@@ -289,7 +290,8 @@ def _from_file(path: str, known: Mapping[str, Option]) -> dict[str, object]:
     every_name = {field.name for field in fields(ServeConfig)}
     values: dict[str, object] = {}
     for key, value in read_config_file(path).items():
-        name = key.replace("-", "_")
+        dashed = key.replace("_", "-")
+        name = RENAMED.get(dashed, dashed).replace("-", "_")
         if name not in every_name:
             if foreign := foreign_option(name.replace("_", "-")):
                 if refusal := foreign.refusal(str(value)):

@@ -36,6 +36,8 @@ SHORT = {
     "-cc": "--compilation-config",
     "-ac": "--attention-config",
 }
+# Options that both have under different names.
+RENAMED: Mapping[str, str] = {"api-server-count": "router-procs"}
 # Values of options that both have: ours, None for the default.
 VALUES: Mapping[tuple[str, str], str | None] = {
     ("dtype", "half"): "float16",
@@ -52,7 +54,6 @@ _ANYWAY: Mapping[str, tuple[str, ...]] = {
     "data-parallel-size": ("1",),
     "prefill-context-parallel-size": ("1",),
     "decode-context-parallel-size": ("1",),
-    "api-server-count": ("1",),
     "nnodes": ("1",),
     "distributed-executor-backend": ("mp", "uni"),
     "enable-chunked-prefill": ("true",),
@@ -175,7 +176,7 @@ _WHY_NOT: Mapping[str, str] = {
     "traces are not exported": "otlp-traces-endpoint collect-detailed-traces enable-layerwise-nvtx-tracing",
     "the server is not profiled over HTTP": "profiler-config",
     "--drain-s says how long running requests are waited for": "shutdown-timeout",
-    "one router serves HTTP": "api-server-count disable-frontend-multiprocessing",
+    "--router-procs says how many processes serve HTTP": "disable-frontend-multiprocessing",
     "there is HTTP only": "grpc",
     "requests say it for themselves": """
         enable-force-include-usage return-tokens-as-token-ids stream-interval enable-prompt-tokens-details""",
@@ -228,6 +229,10 @@ def foreign_flags(arguments: Iterable[str], known: Iterable[str]) -> tuple[list[
         given, equals, value = argument.partition("=")
         flag = re.sub(r"^(-O)(\d)$", "--optimization-level", given.partition(".")[0])
         flag = SHORT.get(flag, flag)
+        renamed = "--" + RENAMED.get(flag[2:], "")
+        if renamed in ours:
+            kept.append(renamed + equals + value)
+            continue
         option, negated = None, False
         if flag.startswith("--") and flag not in ours:
             option = foreign_option(flag[2:])

@@ -46,7 +46,7 @@ Every option can also stand in a file (--config FILE) or in the environment: PEN
 and the engine, PENSTOCK_CLIENT_URL=http://host:8000 for the commands that ask a running server.
 """
 # The launcher decides these for each of its workers.
-_NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "memory_share")
+_NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "memory_share", "group_ports")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,10 +77,14 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _router(arguments: list[str]) -> int:
-    config = _load(RouterConfig, "router", "Start one router.", arguments)
+    config = _load(RouterConfig, "router", "Start one router.", arguments, ("group_ports",))
     _need_redis(config)
+    if config.router_procs > 1 and not config.group_ports:
+        from penstock.launcher import launch_routers
+
+        return launch_routers(config)
     _set_up_logs("router", config)
-    from penstock.router.app import serve
+    from penstock.router.server import serve
 
     serve(config)
     return 0

@@ -9,32 +9,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.client import HTTPConnection, HTTPException
-from pathlib import Path
 from types import TracebackType
 
-import penstock
 from penstock.child_process import ProcessSpec
 from penstock.common.config import FleetConfig, ServeConfig
-from penstock.common.config_loader import ENV_PREFIX, VLLM_ENV, explicit_values
 from penstock.common.errors import ConfigError
-from penstock.common.logs import SUPERVISED_ENV
 from penstock.common.messages import WorkerInfo
 from penstock.console import Console
+from penstock.own_process import own_process
 from penstock.placement import Placement, available_cores, place_workers, visible_gpus
 from penstock.private_redis import PrivateRedis, free_port, port_is_free
 from penstock.process_group import ProcessGroup
+from penstock.router_specs import SHUTDOWN_GRACE_S, reachable_host, router_specs
 from penstock.supervisor import Member
-
-HEALTH_TIMEOUT_S = 1.0
-SHUTDOWN_GRACE_S = 10.0  # beyond drain_s, before a process that does not end is killed
-_ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 class Fleet:
@@ -64,7 +55,9 @@ class Fleet:
         self.placements = place_workers(config, visible_gpus(os.environ), available_cores())
         self.specs = [private_redis.spec()] if private_redis else []
         self.specs += [self._worker_spec(placement) for placement in self.placements]
-        self.specs.append(self._router_spec())
+        self.specs += router_specs(
+            self.config.router(), {"prefill": config.prefill_workers, "decode": config.decode_workers}
+        )
         self._group = ProcessGroup(self.specs, console or Console(json_lines=config.log_format == "json"))
 
     def __enter__(self) -> Fleet:
@@ -84,7 +77,7 @@ class Fleet:
     @property
     def url(self) -> str:
         """http://host:port of the router, without /v1."""
-        return f"http://{_in_url(self._reachable_host)}:{self.config.port}"
+        return f"http://{_in_url(reachable_host(self.config.host))}:{self.config.port}"
 
     @property
     def group(self) -> ProcessGroup:
@@ -121,55 +114,17 @@ class Fleet:
         """Address of each registered worker's /health, /metrics and /debug/ledger."""
         return {worker_id: worker.status_url for worker_id, worker in self.workers().items()}
 
-    @property
-    def _reachable_host(self) -> str:
-        return "127.0.0.1" if self.config.host in _ANY_ADDRESS else self.config.host
-
     def _worker_spec(self, placement: Placement) -> ProcessSpec:
         config = placement.config(self.config)
-        environ = _child_environ()
-        if placement.device == "cpu":
-            environ["OMP_NUM_THREADS"] = str(placement.cpu_threads)  # read when the OpenMP library is loaded
-        return ProcessSpec(
-            member=Member(placement.worker_id, tier=1, drain_s=config.drain_s + SHUTDOWN_GRACE_S),
-            command=(sys.executable, "-m", "penstock", placement.role, "--config", "-"),
-            stdin=_as_json(config),
-            environ=environ,
-            ready=lambda pid: placement.worker_id in _of_these(_registered(config), {placement.worker_id: pid}),
+        # OMP_NUM_THREADS is read when the OpenMP library is loaded.
+        environ = {"OMP_NUM_THREADS": str(placement.cpu_threads)} if placement.device == "cpu" else {}
+        return own_process(
+            Member(placement.worker_id, tier=1, drain_s=config.drain_s + SHUTDOWN_GRACE_S),
+            placement.role,
+            config,
+            lambda pid: placement.worker_id in _of_these(_registered(config), {placement.worker_id: pid}),
+            environ,
         )
-
-    def _router_spec(self) -> ProcessSpec:
-        config = self.config.router()
-        return ProcessSpec(
-            member=Member("router", tier=2, drain_s=config.drain_s + SHUTDOWN_GRACE_S),
-            command=(sys.executable, "-m", "penstock", "router", "--config", "-"),
-            stdin=_as_json(config),
-            environ=_child_environ(),
-            ready=lambda pid: _serves(
-                self._reachable_host,
-                config.port,
-                prefill=self.config.prefill_workers,
-                decode=self.config.decode_workers,
-            ),
-        )
-
-
-def _as_json(config: FleetConfig) -> str:
-    return json.dumps(explicit_values(config))
-
-
-def _child_environ() -> dict[str, str]:
-    """Our environment without our own options (a child's come on its standard input), with penstock importable."""
-    environ = {
-        name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX) and name not in VLLM_ENV
-    }
-    environ[SUPERVISED_ENV] = "1"
-    environ["PYTHONUNBUFFERED"] = "1"
-    checkout = Path(penstock.__file__).parent.parent
-    if checkout.name not in ("site-packages", "dist-packages"):
-        paths = [str(checkout), environ.get("PYTHONPATH", "")]
-        environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environ
 
 
 def _registered(config: FleetConfig) -> list[WorkerInfo]:
@@ -190,20 +145,6 @@ def _registered(config: FleetConfig) -> list[WorkerInfo]:
 def _of_these(workers: list[WorkerInfo], pids: dict[str, int]) -> dict[str, WorkerInfo]:
     """Those of our processes; a record of a dead predecessor (another pid) may last for a lease."""
     return {worker.worker_id: worker for worker in workers if pids.get(worker.worker_id) == worker.pid}
-
-
-def _serves(host: str, port: int, **workers: int) -> bool:
-    """Whether the router answers and is linked to that many workers of each role."""
-    connection = HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
-    try:
-        connection.request("GET", "/health")
-        answer = connection.getresponse()
-        linked = json.load(answer)["workers"] if answer.status == 200 else {}
-        return all(linked.get(role, 0) >= count for role, count in workers.items())
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _in_url(host: str) -> str:

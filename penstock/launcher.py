@@ -1,4 +1,5 @@
-"""`penstock serve`: a fleet in the foreground. Prints one line on stdout when it is ready, stops on Ctrl-C or SIGTERM.
+"""`penstock serve`, and routers in a group: processes in the foreground. Prints one line when they are ready, stops on
+Ctrl-C or SIGTERM.
 
 The first signal drains in order (router, workers, Redis), the second one kills.
 """
@@ -12,10 +13,14 @@ from collections.abc import Callable
 from types import FrameType
 
 from penstock.common import logs
-from penstock.common.config import ServeConfig
+from penstock.common.config import RouterConfig, ServeConfig
 from penstock.common.config_loader import redacted
+from penstock.common.errors import ConfigError
+from penstock.console import Console
 from penstock.fleet import Fleet
+from penstock.private_redis import port_is_free
 from penstock.process_group import LaunchError, ProcessGroup
+from penstock.router_specs import reachable_host, router_specs
 
 KILLED_STATUS = 130  # what a shell says of a process ended by Ctrl-C
 
@@ -32,6 +37,20 @@ def launch(config: ServeConfig) -> int:
     logger.debug("configuration: %s", redacted(config))
     fleet = Fleet(config)
     return run_in_foreground(fleet.group, lambda: ready_line(fleet))
+
+
+def launch_routers(config: RouterConfig) -> int:
+    """Run the router processes of `penstock router --router-procs N`. Returns as `launch`.
+
+    Raises:
+        ConfigError: a port is in use.
+    """
+    logs.setup("launcher", config.log_level, config.log_format)
+    if not port_is_free(config.host, config.port):
+        raise ConfigError(f"cannot listen on {config.host} port {config.port}: it is in use, or not an address here")
+    group = ProcessGroup(router_specs(config, {"decode": 1}), Console(json_lines=config.log_format == "json"))
+    where = f"{reachable_host(config.host)}:{config.port}"
+    return run_in_foreground(group, lambda: f"Penstock's routers are ready: {where} | {config.router_procs} processes")
 
 
 def ready_line(fleet: Fleet) -> str:

@@ -1,4 +1,4 @@
-"""The router's HTTP application: routes, keys, errors; and `serve`, which `penstock router` runs.
+"""The router's HTTP application: routes, keys, errors. server.py runs it.
 
 FastAPI holds the routes; those with a body are raw ASGI (endpoints.py), without its request and response machinery.
 Request headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-Timeline: 1` (adds `timeline`).
@@ -6,20 +6,16 @@ Request headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Pe
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hmac
 import logging
 import random
-import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -41,6 +37,7 @@ from penstock.router.endpoints import ErrorBody, Generation, Scope, answering, i
 from penstock.router.error_bodies import Send, error_body, send_error
 from penstock.router.fleet_view import fleet_view
 from penstock.router.front import Front, RequestHead
+from penstock.router.group import Group
 from penstock.router.http_metrics import HttpMeter
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import fields_of
@@ -54,8 +51,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FLUSH_S = 5  # for clients that read their last events slowly
-KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 # The page brings all it needs: nothing is loaded from elsewhere, and nobody may frame it.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -102,6 +97,7 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application; it starts and stops `service` with its own life."""
     models = config.served_model_name or (config.model,)
+    group = Group(config)
     tracing = _tracing(config.otlp_traces_endpoint)
     front = Front(
         service=service,
@@ -112,7 +108,7 @@ def create_app(
         metrics=RouterMetrics(service, models[0]),
         models=models,
         chat=ChatSetup.load(config, tokenizer, template),
-        seeds=random.Random(config.seed or None),
+        seeds=random.Random(config.seed + group.index if config.seed else None),
         observers=[*([RequestLog()] if RequestLog.wanted() else []), *([tracing] if tracing else [])],
         tracing=tracing,
     )
@@ -136,7 +132,7 @@ def create_app(
         app.add_middleware(KeyGate, keys=config.api_key)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    _add_information(app, front)
+    _add_information(app, front, group)
     app.router.routes += [
         Route("/v1/completions", Generation(front, plan_completion), methods=["POST"]),
         Route("/v1/chat/completions", Generation(front, plan_chat), methods=["POST"]),
@@ -163,62 +159,7 @@ def _tracing(endpoint: str) -> Tracing | None:
     return Tracing(endpoint)
 
 
-class RouterServer(uvicorn.Server):
-    """Uvicorn, drained the other way round: requests that outlast `drain_s` are answered with an error, not cut."""
-
-    def __init__(self, app: FastAPI, service: RouterService, config: RouterConfig) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=config.host,
-                port=config.port,
-                loop="uvloop",
-                http="httptools",
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=FLUSH_S,
-            )
-        )
-        self._app, self._service, self._drain_s = app, service, config.drain_s
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """After SIGTERM or SIGINT; a second SIGINT cuts the drain short."""
-        for server in self.servers:
-            server.close()
-        self._app.state.service_stopped = True
-        drain = asyncio.ensure_future(self._service.stop(self._drain_s))
-        while not drain.done() and not self.force_exit:
-            await asyncio.wait({drain}, timeout=0.1)
-        drain.cancel()
-        await asyncio.gather(drain, return_exceptions=self.force_exit)
-        await super().shutdown(sockets)
-
-
-def serve(config: RouterConfig) -> None:
-    """Run a router until SIGTERM or SIGINT: then no new connections, `drain_s` for running requests, and exit.
-
-    Raises:
-        ConfigError: tokenizer, chat template or generation_config cannot be read.
-    """
-    from penstock.router.service import RouterService
-
-    tokenizer = Tokenizer.load(config.tokenizer or config.model)
-    template = ChatTemplate.load(tokenizer, config.chat_template)
-    defaults = GenerationDefaults.load(config.model, config.generation_config)
-    service = RouterService(config)
-    server = RouterServer(create_app(service, config, tokenizer, template, defaults), service, config)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Uvicorn raises the signal again when it is done; after a drain that is a normal end, not a death.
-        signal.signal(number, server.handle_exit)
-    server.run()
-
-
-def _add_information(app: FastAPI, front: Front) -> None:
+def _add_information(app: FastAPI, front: Front, group: Group) -> None:
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])  # SageMaker's name for it
     async def health() -> Response:
@@ -235,17 +176,23 @@ def _add_information(app: FastAPI, front: Front) -> None:
         return {"version": __version__}
 
     @app.get("/load")
-    async def load() -> dict[str, int]:
-        return {"server_load": front.service.counters()["in_flight"]}
+    async def load(request: Request) -> dict[str, int]:
+        return {"server_load": (await counters(request))["in_flight"]}
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(front.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        for_all = group.is_for_all(request.scope)
+        own = front.metrics.exposition()
+        text = await group.metrics(own) if for_all else own
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/fleet")
-    async def fleet() -> dict[str, Any]:
-        service = front.service
-        return fleet_view(front.models, service.counters(), service.loads(), time.monotonic())
+    async def fleet(request: Request) -> dict[str, Any]:
+        return fleet_view(front.models, await counters(request), front.service.loads(), time.monotonic())
+
+    async def counters(request: Request) -> dict[str, int]:
+        own = front.service.counters()
+        return await group.counters(own) if group.is_for_all(request.scope) else own
 
     page = (Path(__file__).parent / "ui.html").read_bytes()
 

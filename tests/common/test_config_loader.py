@@ -96,6 +96,13 @@ def test_lists_repeat_or_use_commas() -> None:
     assert load(environ={"PENSTOCK_API_KEY": "a,b"}).api_key == ("a", "b")
 
 
+def test_an_option_may_have_vllms_name(tmp_path: Path) -> None:
+    for flag in (("--router-procs", "3"), ("--api-server-count=3",), ("--api_server_count", "3"), ("-asc", "3")):
+        assert load("m", *flag).router_procs == 3
+    assert load("m", environ={"PENSTOCK_API_SERVER_COUNT": "3"}).router_procs == 3
+    assert load("m", "--config", file_with(tmp_path, {"api-server-count": 3})).router_procs == 3
+
+
 @pytest.mark.parametrize("word, value", [("1", True), ("no", False), ("TRUE", True), ("off", False)])
 def test_switches_in_the_environment(word: str, value: bool) -> None:
     assert load(environ={"PENSTOCK_ENABLE_PREFIX_CACHING": word}).enable_prefix_caching is value

@@ -20,8 +20,9 @@ from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.histogram import Histogram
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
-from penstock.router.app import RouterServer, create_app
+from penstock.router.app import create_app
 from penstock.router.off_loop import OffLoop
+from penstock.router.server import RouterServer
 from tests.tiny_tokenizers import TEMPLATE, byte_level
 
 ANSWER = "Hello 😀 wörld, the water falls."

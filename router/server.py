@@ -1,0 +1,113 @@
+"""Runs the router's application: listens, drains, ends. `penstock router` calls `serve`.
+
+A router of a group (group.py) opens its admin port at once and the shared port when it can answer: one that is started
+again takes no connection away from the others before it knows its workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from penstock.common.chat_template import ChatTemplate
+from penstock.common.config import RouterConfig
+from penstock.common.errors import ConfigError
+from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.tokenizer import Tokenizer
+from penstock.router.app import create_app
+from penstock.router.group import ADMIN_HOST
+from penstock.router.off_loop import SWITCH_INTERVAL_S
+
+if TYPE_CHECKING:
+    from penstock.router.service import RouterService
+
+FLUSH_S = 5  # for clients that read their last events slowly
+KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
+READY_POLL_S = 0.05
+
+
+class RouterServer(uvicorn.Server):
+    """Uvicorn, drained the other way round: requests that outlast `drain_s` are answered with an error, not cut."""
+
+    def __init__(self, app: FastAPI, service: RouterService, config: RouterConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=FLUSH_S,
+            )
+        )
+        self._app, self._service, self._drain_s = app, service, config.drain_s
+        self._admin_port, self._shares_port = config.admin_port, len(config.group_ports) > 1
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """With an admin port, that one first."""
+        if not self._admin_port:
+            await super().startup(sockets)
+            return
+        try:
+            admin = socket.create_server((ADMIN_HOST, self._admin_port), backlog=self.config.backlog)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {ADMIN_HOST} port {self._admin_port}: {error}") from error
+        await super().startup([admin])
+        while self._shares_port and not self._service.ready() and not self.should_exit:
+            await asyncio.sleep(READY_POLL_S)
+        if self.should_exit:
+            return
+        protocol_class: Any = self.config.http_protocol_class
+        protocol = functools.partial(
+            protocol_class, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        host, port, backlog = self.config.host, self.config.port, self.config.backlog
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(protocol, host, port, backlog=backlog, reuse_port=self._shares_port)
+        self.servers.append(server)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """After SIGTERM or SIGINT; a second SIGINT cuts the drain short."""
+        for server in self.servers:
+            server.close()
+        self._app.state.service_stopped = True
+        drain = asyncio.ensure_future(self._service.stop(self._drain_s))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait({drain}, timeout=0.1)
+        drain.cancel()
+        await asyncio.gather(drain, return_exceptions=self.force_exit)
+        await super().shutdown(sockets)
+
+
+def serve(config: RouterConfig) -> None:
+    """Run a router until SIGTERM or SIGINT: then no new connections, `drain_s` for running requests, and exit.
+
+    Raises:
+        ConfigError: tokenizer, chat template or generation_config cannot be read.
+    """
+    from penstock.router.service import RouterService
+
+    tokenizer = Tokenizer.load(config.tokenizer or config.model)
+    template = ChatTemplate.load(tokenizer, config.chat_template)
+    defaults = GenerationDefaults.load(config.model, config.generation_config)
+    service = RouterService(config)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    server = RouterServer(create_app(service, config, tokenizer, template, defaults), service, config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Uvicorn raises the signal again when it is done; after a drain that is a normal end, not a death.
+        signal.signal(number, server.handle_exit)
+    server.run()

@@ -1,0 +1,39 @@
+"""Figures of several router processes in one answer: told apart, and each worker's once."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from penstock.common.config import RouterConfig
+from penstock.router.group import Group, merged
+
+
+def families(answered: float, running: float) -> list[Metric]:
+    counter = CounterMetricFamily("penstock:requests", "Requests.", labels=["engine"])
+    counter.add_metric(["router"], answered)
+    counter.add_metric(["decode-0"], 99.0)
+    gauge = GaugeMetricFamily("vllm:num_requests_running", "Running.", labels=["engine"])
+    gauge.add_metric(["decode-0"], running)
+    return [counter, gauge]
+
+
+def test_routers_are_told_apart_and_a_worker_is_there_once() -> None:
+    counter, gauge = merged({1: families(5, 7), 0: families(3, 8)}, here=1)
+    found = {tuple(sorted(sample.labels.items())): sample.value for sample in counter.samples}
+    assert found == {
+        (("engine", "router"), ("process", "0")): 3.0,
+        (("engine", "router"), ("process", "1")): 5.0,
+        (("engine", "decode-0"),): 99.0,
+    }
+    assert [(sample.labels, sample.value) for sample in gauge.samples] == [({"engine": "decode-0"}, 7.0)]
+    assert (counter.type, counter.documentation) == ("counter", "Requests.")
+
+
+@pytest.mark.parametrize(
+    ("ports", "port", "for_all"), [((), 8000, False), (("9000", "9001"), 8000, True), (("9000", "9001"), 9001, False)]
+)
+def test_which_questions_are_for_all(ports: tuple[str, ...], port: int, for_all: bool) -> None:
+    group = Group(RouterConfig(admin_port=9001 if ports else 0, group_ports=ports))
+    assert group.is_for_all({"server": ("127.0.0.1", port)}) is for_all
+    assert group.index == (1 if ports else 0)

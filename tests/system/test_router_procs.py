@@ -1,0 +1,106 @@
+"""Router processes that share a port: connections spread over them, figures of all from any, deaths cost little."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from penstock.fleet import Fleet
+from tests.system.fleets import fleet, reservations, router, wait_restarted
+
+pytestmark = pytest.mark.system
+PROCS = 3
+REQUESTS = 40
+
+
+@pytest.fixture(scope="module")
+def running(checkpoints: dict[str, Path]) -> Iterator[Fleet]:
+    with fleet(checkpoints["llama"], router_procs=PROCS, api_key=("sk-test",), cpu_threads=1) as one:
+        yield one
+
+
+def ask(running: Fleet, path: str, port: int = 0) -> httpx.Response:
+    """One request on a connection of its own, so that the kernel deals it out anew."""
+    headers = {"Authorization": "Bearer sk-test", "Connection": "close"}
+    url = running.url if not port else f"http://127.0.0.1:{port}"
+    return httpx.get(url + path, headers=headers, timeout=20, verify=False)
+
+
+def complete(running: Fleet) -> Any:
+    fields = {"model": "tiny", "prompt": [5, 6, 7, 8], "max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
+    headers = {"Authorization": "Bearer sk-test", "Connection": "close"}
+    answer = httpx.post(f"{running.url}/v1/completions", json=fields, headers=headers, timeout=60, verify=False)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def answered(running: Fleet, port: int = 0) -> dict[str, float]:
+    """Choices that ended, by process."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(ask(running, "/metrics", port).text):
+        for sample in family.samples:
+            if sample.name == "vllm:request_success_total":
+                process = sample.labels.get("process", "")
+                found[process] = found.get(process, 0.0) + sample.value
+    return found
+
+
+def test_every_process_takes_part_and_any_tells_of_all(running: Fleet) -> None:
+    texts = {complete(running)["choices"][0]["text"] for _ in range(REQUESTS)}
+    assert len(texts) == 1
+    for _ in range(6):  # whoever is asked
+        by_process = answered(running)
+        assert by_process.keys() == {"0", "1", "2"} and sum(by_process.values()) == REQUESTS
+        assert all(by_process.values()), "the kernel deals connections out to all of them"
+        router = ask(running, "/fleet").json()["router"]
+        assert router["finished"] == router["requests"] == REQUESTS and router["processes"] == PROCS
+        assert ask(running, "/load").json() == {"server_load": 0}
+    metrics = ask(running, "/metrics").text
+    assert metrics.count("# TYPE vllm:num_requests_running ") == 1
+    workers = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
+    assert len(workers) == 1 and "process=" not in workers[0], "a worker's figures are there once"
+
+
+def test_a_process_that_dies_is_replaced_and_the_others_serve_on(running: Fleet) -> None:
+    pids = running.group.pids()
+    assert [name for name in pids if name.startswith("router")] == ["router-0", "router-1", "router-2"]
+    before = answered(running)
+    running.kill("router-1", signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while len(answered(running)) == PROCS:  # until the kernel and everybody else have noticed
+        assert time.monotonic() < deadline
+    for _ in range(20):  # the dead one is dealt no connection, nor is the new one before it knows its workers
+        complete(running)
+    wait_restarted(running, "router-1", pids["router-1"])
+    deadline = time.monotonic() + 60
+    while answered(running).get("1", 0.0) < 2:
+        assert time.monotonic() < deadline, "the new one is dealt connections"
+        complete(running)
+    after = answered(running)
+    assert after["0"] >= before["0"] and after["2"] >= before["2"]
+    assert not reservations(running)
+
+
+def test_each_process_speaks_for_itself_at_its_admin_port(running: Fleet) -> None:
+    by_process = answered(running)
+    specs = {spec.name: spec for spec in running.specs}
+    for index in range(PROCS):
+        config = json.loads(specs[f"router-{index}"].stdin)
+        assert answered(running, config["admin_port"]) == {"": by_process[str(index)]}
+        assert ask(running, "/health", config["admin_port"]).status_code == 200
+
+
+def test_a_group_of_routers_can_be_started_alone(running: Fleet) -> None:
+    with router(running.config.redis_url, Path(running.config.model), api_server_count=2) as url:
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/fleet", timeout=20, verify=False).json()["router"]["processes"] != 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
