@@ -6,6 +6,7 @@ Request headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Pe
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import logging
