@@ -31,6 +31,7 @@ class PageManager:
         self._free: deque[int] = deque(range(num_pages))
         self._cached: OrderedDict[int, None] = OrderedDict()  # pages nobody holds, least recently used first
         self._refs = [0] * num_pages
+        self._generations = [0] * num_pages  # how often each page was given out empty: its contents' number
         self._hash_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
         self._tables: dict[str, list[int]] = {}
@@ -66,6 +67,14 @@ class PageManager:
     def table(self, holder: str) -> list[int]:
         """The holder's pages, in order. A live view: do not change it, copy it to keep it."""
         return self._tables.get(holder, [])
+
+    def generation(self, page: int) -> int:
+        """The number of the page's contents: it grows whenever the page is given out empty."""
+        return self._generations[page]
+
+    def holders(self) -> dict[str, list[tuple[int, int]]]:
+        """Every holder with its pages, each with its generation. For people who look for a leak."""
+        return {holder: [(page, self._generations[page]) for page in table] for holder, table in self._tables.items()}
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens fill."""
@@ -208,6 +217,7 @@ class PageManager:
             page, _ = self._cached.popitem(last=False)
             self._forget(page)
         self._refs[page] = 1
+        self._generations[page] += 1
         return page
 
     def _drop(self, page: int) -> None:

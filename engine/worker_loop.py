@@ -229,6 +229,7 @@ class WorkerLoop:
             "held_pages": self.engine.pages.num_held,
             "promised_pages": self.engine.pages.num_promised,
             "peers": len(self.peers),
+            "holders": self.engine.pages.holders(),  # holder -> its pages, each with its generation
             **role.ledger(),
         }
 

@@ -5,6 +5,7 @@ In: bus messages of peers, events of our links to lenders, completions of the mo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -76,7 +77,10 @@ class PageExchange:
 
     def ledger(self) -> dict[str, Any]:
         """Part of /debug/ledger."""
+        now = time.monotonic()
         return {
+            "loans": self.lender.rows(now),
+            "reading": self.reader.rows(now),
             "lent_pages": self.lender.lent_pages,
             "reads": len(self.reader),
             "quarantined_pages": self.reader.quarantined_pages,

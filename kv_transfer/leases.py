@@ -16,6 +16,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 
+@dataclass
+class _Loan:
+    began_at: float
+    pages: list[int] = field(default_factory=list)
+
+
 class LoanBook:
     """Pages lent to peers. A method that ends loans returns their page ids, once for every time they were lent: the
     caller then drops that many holds in the engine. Process what peers sent before calling `expire`."""
@@ -25,21 +31,35 @@ class LoanBook:
         self.expired = 0  # hand-offs whose loans a silent peer has lost
         self._lease_s = lease_s
         self._remember = remember
-        self._loans: dict[str, dict[Hashable, list[int]]] = {}
+        self._loans: dict[str, dict[Hashable, _Loan]] = {}
         self._renewed: dict[str, float] = {}
         self._ended: OrderedDict[tuple[str, Hashable], None] = OrderedDict()
 
     @property
     def lent_pages(self) -> int:
         """Holds outstanding."""
-        return sum(len(pages) for loans in self._loans.values() for pages in loans.values())
+        return sum(len(loan.pages) for loans in self._loans.values() for loan in loans.values())
+
+    def rows(self, now: float) -> list[dict[str, object]]:
+        """Every loan, for /debug/ledger: whose it is, its pages, how long it is out, and when its peer was heard."""
+        return [
+            {
+                "peer": peer,
+                "key": str(key),
+                "pages": list(loan.pages),
+                "age_s": round(now - loan.began_at, 3),
+                "renewed_s": round(now - self._renewed[peer], 3),
+            }
+            for peer, loans in self._loans.items()
+            for key, loan in loans.items()
+        ]
 
     def lend(self, peer: str, key: Hashable, pages: Sequence[int], now: float) -> list[int]:
         """One more ticket of `key`. Returns `pages` themselves if that hand-off has ended: then send no ticket."""
         if (peer, key) in self._ended:
             return list(pages)
         self._renewed.setdefault(peer, now)
-        self._loans.setdefault(peer, {}).setdefault(key, []).extend(pages)
+        self._loans.setdefault(peer, {}).setdefault(key, _Loan(now)).pages.extend(pages)
         return []
 
     def renew(self, peer: str, now: float) -> None:
@@ -50,10 +70,10 @@ class LoanBook:
         """The peer has read, or given up, everything of `key`; tickets lent later end at once."""
         self._end(peer, key)
         loans = self._loans.get(peer, {})
-        pages = loans.pop(key, [])
+        loan = loans.pop(key, None)
         if not loans:
             self._loans.pop(peer, None)
-        return pages
+        return loan.pages if loan is not None else []
 
     def drop_peer(self, peer: str) -> list[int]:
         """End all loans of a peer that has exited or said that it starts anew. A cut connection proves neither: the
@@ -62,7 +82,7 @@ class LoanBook:
         ended = self._loans.pop(peer, {})
         for key in ended:
             self._end(peer, key)
-        return [page for pages in ended.values() for page in pages]
+        return [page for loan in ended.values() for page in loan.pages]
 
     def expire(self, now: float) -> list[int]:
         """End the loans of peers that have been silent for lease_s."""

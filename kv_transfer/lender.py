@@ -90,6 +90,10 @@ class Lender:
         """Loans taken back from silent peers, since the start."""
         return self._book.expired
 
+    def rows(self, now: float) -> list[dict[str, object]]:
+        """Loans, for /debug/ledger: as `LoanBook.rows`."""
+        return self._book.rows(now)
+
     # ------------------------------------------------------------ one loan
 
     def open(self, identity: bytes, key: str, request_id: str, attempt: int, choice: int, first_page: int) -> Loan:

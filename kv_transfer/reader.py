@@ -144,6 +144,21 @@ class Reader:
     def quarantined_pages(self) -> int:
         return len(self.pages.table(QUARANTINE))
 
+    def rows(self, now: float) -> list[dict[str, object]]:
+        """What is being read, for /debug/ledger: for whom, from which incarnation, and how long nothing has come."""
+        return [
+            {
+                "key": key,
+                "peer": reading.worker.incarnation,
+                "kind": "fetch" if reading.fetch else "hand-off",
+                "transport": reading.transport,
+                "pages": list(self.pages.table(key)[reading.wanted.first_page :]),
+                "age_s": round(now - reading.began_at, 3),
+                "quiet_s": round(now - reading.moved_at, 3),
+            }
+            for key, reading in self._open.items()
+        ]
+
     # ------------------------------------------------------------ begin and end
 
     def hand_off(self, wanted: Wanted, worker: WorkerInfo, message: Prefill, now: float) -> None:

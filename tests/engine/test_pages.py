@@ -14,6 +14,19 @@ def _names(count: int) -> list[bytes]:
     return list(page_hashes(root_hash("test"), list(range(count * 4)), 4))
 
 
+def test_a_page_given_out_again_is_another_generation() -> None:
+    pages = PageManager(1, 4)
+    (page,) = pages.allocate("a", 1)
+    pages.name(page, b"h")
+    assert pages.holders() == {"a": [(page, 1)]}
+    pages.release("a")
+    pages.hold("b", pages.match([b"h"]))
+    assert pages.generation(page) == 1  # the same contents
+    pages.release("b")
+    pages.allocate("c", 1)
+    assert pages.holders() == {"c": [(page, 2)]}
+
+
 def test_released_pages_are_found_again_and_evicted_oldest_end_first() -> None:
     pages = PageManager(4, 4)
     names = _names(4)

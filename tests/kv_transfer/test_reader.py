@@ -70,6 +70,8 @@ class NotingMover:
     def cancel(self, tag: str) -> None:
         self.cancelled.append(tag)
 
+    def expect_readers(self) -> None: ...
+
 
 @dataclass
 class NotingLinks:

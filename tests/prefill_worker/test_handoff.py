@@ -460,6 +460,8 @@ def test_cached_pages_are_lent_to_who_fetches_them() -> None:
         case.role.handle(other, Fetch(request_id="q", attempt=0, first_page=0, hashes=[*hashes, b"unknown"]), 0.0)
         assert case.role.load()["lent_pages"] == 2  # while they are sealed, too
         case.seal_all()
+        (row,) = case.role.ledger()["loans"]
+        assert (row["peer"], row["key"], row["pages"]) == ("decode/2", "q:0:0", case.engine.pages.match(hashes))
         ticket, done = (message for _, message in case.sent)
         assert (ticket.first_page, ticket.pages, ticket.num_tokens) == (0, [case.engine.pages.match(hashes)], 8)
         assert ticket.checksums == [[7, 7]] and done.num_pages == 2

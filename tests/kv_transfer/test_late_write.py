@@ -1,0 +1,116 @@
+"""Page reuse under a late write, step by step, on memory of bytes: with the fences nothing wrong is kept or written.
+
+Each case also runs with its fence taken away, and must then go wrong: else it would prove nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from penstock.common.messages import GenerateRequest, PagesReady, Prefill, PrefillDone
+from penstock.common.sampling import SamplingParams
+from penstock.engine.pages import PageManager
+from penstock.kv_transfer.jobs import ReadDone, ReadSettled, ReadStalled
+from penstock.kv_transfer.leases import HeartbeatLog, Landings, LoanBook
+from penstock.kv_transfer.lender import LOANS, Lender
+from penstock.kv_transfer.peer_links import PeerFound
+from penstock.kv_transfer.peer_transports import PeerTransports
+from penstock.kv_transfer.reader import QUARANTINE, Reader, Wanted
+from tests.kv_transfer.test_reader import LENDER, NotingLinks, NotingMover
+
+LEASE_S = 10.0
+PAGES = 3
+
+
+class Reading:
+    """A reader with a pool of three pages, `memory[page]` saying what is in each; it wants two pages."""
+
+    def __init__(self, lent_at: float = 0.0) -> None:
+        self.memory = [b"empty"] * PAGES
+        self.pages = PageManager(PAGES, 4)
+        self.mover = NotingMover()
+        mover: Any = self.mover
+        links: Any = NotingLinks(lent=lent_at)
+        self.reader = Reader(self.pages, mover, links, Landings(LEASE_S), PeerTransports(["nixl"], "auto"))
+        self.pages.promise("r:0:0", 2)
+        wanted = Wanted("r:0:0", "r", 0, 0, 0, 2, 8, [])
+        request = GenerateRequest(request_id="r", prompt_token_ids=list(range(8)), sampling=SamplingParams())
+        message = Prefill(request=request, router_id="router")
+        self.reader.hand_off(wanted, LENDER, message, 0.0)
+        self._event(PeerFound(LENDER))
+        self._event(PagesReady(request_id="r", attempt=0, first_page=0, pages=[[0, 1]], num_tokens=8))
+        (self.job,) = self.mover.jobs.values()
+
+    def _event(self, event: Any) -> None:
+        self.reader.link_event("p1", event, 0.0)
+
+    def copy_lands(self, source: list[bytes]) -> None:
+        """The bytes of the read arrive, whoever owns the pages by then."""
+        for src, dst in zip(self.job.src_pages, self.job.dst_pages, strict=True):
+            self.memory[dst] = source[src]
+
+    def done(self, at: float) -> int:
+        """The read and the hand-off end; tokens of it that are trusted."""
+        self._event(PrefillDone(request_id="r", attempt=0, token_ids=[1]))
+        self.reader.completed(ReadDone(self.job.tag, 128, at, at), at)
+        (read,) = self.reader.take_ended()
+        return read.computed
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_a_read_that_lands_late_writes_into_nobody_elses_pages(fenced: bool) -> None:
+    """The reader's fence: pages of a stalled read stay in quarantine until it has settled."""
+    case = Reading()
+    if not fenced:
+        case.pages.move = lambda holder, new, pages: case.pages.release_some(holder, pages)  # type: ignore[method-assign]
+    case.reader.completed(ReadStalled(case.job.tag, 5.0), 6.0)
+    case.pages.release("r:0:0")  # the request was computed elsewhere, or is gone
+    taken = case.pages.allocate("other", case.pages.num_available)
+    for page in taken:
+        case.memory[page] = b"other's"
+    case.copy_lands([b"late", b"late"])
+    assert all(case.memory[page] == b"other's" for page in taken) == fenced
+    if fenced:
+        assert case.pages.table(QUARANTINE) == list(case.job.dst_pages)
+        case.reader.completed(ReadSettled(case.job.tag), 60.0)
+        assert case.pages.table(QUARANTINE) == [] and case.reader.settled
+        case.pages.release("other")
+        assert case.pages.num_held == 0
+        case.pages.check()
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_pages_that_a_lender_has_given_to_others_are_not_trusted(fenced: bool) -> None:
+    """The lender's fence: it lets go of what a silent peer was lent, and a peer that was silent for so long knows."""
+    lent = PageManager(2, 4)
+    memory = [b"prompt", b"prompt"]
+    sent: list[Any] = []
+    mover: Any = NotingMover()
+    book = LoanBook(LEASE_S)
+
+    def send(identity: bytes, message: Any) -> None:
+        sent.append(message)
+
+    lender = Lender(lent, mover, book, send, lambda identity: 1, page_bytes=64, checksum="off")
+    beats = HeartbeatLog(0.0)
+    beats.sent(1, 1.0)
+    lender.renew(b"d/1", 1.5)
+    lent.allocate("r", 2)
+    lender.offer(lender.open(b"d/1", "r:0:0", "r", 0, 0, 0), lent.table("r"), 8, 2.0)
+    lent.release("r")
+    assert lent.table(LOANS) == sent[0].pages[0]
+    # The reader is stopped here, for longer than its lease; its copy begins when it goes on.
+    lender.expire(11.4)
+    assert lent.num_held == 2
+    lender.expire(11.5)
+    assert lent.num_held == 0
+    for page in lent.allocate("other", 2):
+        memory[page] = b"other's"
+    case = Reading(lent_at=beats.sent_at(sent[0].heartbeat_seq) if fenced else float("inf"))
+    case.copy_lands(memory)
+    trusted = case.done(at=12.0)
+    wrong = [page for page in case.pages.table("r:0:0")[: trusted // 4] if case.memory[page] != b"prompt"]
+    assert (wrong == []) == fenced
+    assert (trusted == 0) == fenced
