@@ -235,10 +235,13 @@ class Text:
     def _begun(self, markers: tuple[str, ...]) -> int:
         """Length of the longest end of the text that begins a marker."""
         text = self._text
-        for length in range(min(max(map(len, markers)) - 1, len(text) - self._at), 0, -1):
-            end = text[-length:]
+        firsts, longest = _firsts(markers)
+        match = firsts.search(text, max(self._at, len(text) - longest + 1))
+        while match is not None:  # rarely: a token of plain text costs one search
+            end = text[match.start() :]
             if any(marker.startswith(end) for marker in markers):
-                return length
+                return len(end)
+            match = firsts.search(text, match.end())
         return 0
 
 
@@ -290,6 +293,12 @@ class Incremental:
                 return events
         rest = self._text.rest()
         return [*events, Content(rest)] if rest else events
+
+
+@lru_cache(maxsize=256)
+def _firsts(markers: tuple[str, ...]) -> tuple[re.Pattern[str], int]:
+    """(what finds the first character of any marker, the longest marker's length)."""
+    return re.compile("|".join(sorted({re.escape(marker[0]) for marker in markers}))), max(map(len, markers))
 
 
 @lru_cache(maxsize=256)
