@@ -1,7 +1,8 @@
 """A checkpoint that says what a test has written down: every token has one successor, whatever came before.
 
 Attention and feed-forward layers add nothing, so that the last hidden state is the last token's embedding, and the
-head scores highest the token whose row holds that embedding. A conversation ends with a script's name, and out comes its text.
+head scores highest the token whose row holds that embedding. A conversation that ends with a script's name is answered
+with its text.
 """
 
 from __future__ import annotations
