@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 import random
@@ -41,6 +42,7 @@ from penstock.router.front import Front, RequestHead
 from penstock.router.group import Group
 from penstock.router.http_metrics import HttpMeter
 from penstock.router.metrics import RouterMetrics
+from penstock.router.openapi import openapi_document
 from penstock.router.protocol import fields_of
 from penstock.router.reply import Plan, Receive
 from penstock.router.responses.routes import Responses
@@ -129,6 +131,7 @@ def create_app(
                 await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
     app = FastAPI(title="Penstock", version=__version__, lifespan=lifespan)
+    app.openapi = functools.partial(openapi_document, bool(config.api_key))  # type: ignore[method-assign]
     if config.api_key:
         app.add_middleware(KeyGate, keys=config.api_key)
     app.add_exception_handler(HTTPException, _http_error)

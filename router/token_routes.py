@@ -14,7 +14,7 @@ from penstock.router.protocol import ChatRequest, decode_request
 MAX_TOKENS = 1 << 20  # of /detokenize: more than any context holds
 
 
-class _TokenizeRequest(msgspec.Struct, kw_only=True):
+class TokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /tokenize; with `messages` it is a chat's, and `ChatRequest` reads the rest of it."""
 
     model: str | None = None
@@ -29,7 +29,7 @@ class _TokenizeRequest(msgspec.Struct, kw_only=True):
             raise BadRequest("give either prompt or messages", param="prompt")
 
 
-class _DetokenizeRequest(msgspec.Struct, kw_only=True):
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /detokenize."""
 
     tokens: list[int]
@@ -41,8 +41,8 @@ class _DetokenizeRequest(msgspec.Struct, kw_only=True):
             raise BadRequest(f"tokens must hold at most {MAX_TOKENS} ids, got {len(self.tokens)}", param="tokens")
 
 
-_tokenize = msgspec.json.Decoder(_TokenizeRequest)
-_detokenize = msgspec.json.Decoder(_DetokenizeRequest)
+_tokenize = msgspec.json.Decoder(TokenizeRequest)
+_detokenize = msgspec.json.Decoder(DetokenizeRequest)
 _chat = msgspec.json.Decoder(ChatRequest)
 
 

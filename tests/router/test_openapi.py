@@ -1,0 +1,114 @@
+"""/openapi.json against the routes there are, and against what they answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from starlette.routing import Route
+
+from penstock.router import answer_schemas as answers
+from penstock.router.app import create_app
+from penstock.router.openapi import OPERATIONS, openapi_document
+from tests.router.fake_router import FakeService, Router, running
+from tests.tiny_tokenizers import byte_level
+
+USER = {"role": "user", "content": "Hello?"}
+OUR_PAGES = {"/ui", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+
+
+def test_every_route_is_there_and_no_other() -> None:
+    from penstock.common.config import RouterConfig
+
+    app = create_app(FakeService(), RouterConfig(model="/m"), byte_level())  # type: ignore[arg-type]
+    served = {
+        (method.lower(), re.sub(r":\w+}", "}", route.path))
+        for route in _routes(app.routes)
+        for method in (route.methods or ())
+        if route.path not in OUR_PAGES and method != "HEAD"
+    }
+    assert {(operation.method, operation.path) for operation in OPERATIONS} == served
+
+
+def _routes(routes: Any) -> Iterator[Route]:
+    """Also those of included routers, wherever this version of FastAPI keeps them."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield route
+        else:
+            yield from _routes(getattr(route, "routes", ()))
+
+
+def test_references_lead_somewhere(router: Router) -> None:
+    document = router.http.get("/openapi.json").json()
+    assert document == msgspec.json.decode(msgspec.json.encode(openapi_document(False)))
+    schemas = document["components"]["schemas"]
+    referenced = set(re.findall(r'"#/components/schemas/([^"]+)"', msgspec.json.encode(document).decode()))
+    assert referenced <= schemas.keys() and {"ChatRequest", "ErrorBody", "MessagesRequest"} <= referenced
+    assert "messages" in schemas["ChatRequest"]["required"] and "prompt" in schemas["CompletionRequest"]["required"]
+    names = [o["operationId"] for path in document["paths"].values() for o in path.values()]
+    assert len(names) == len(set(names))
+    assert router.http.get("/docs").status_code == 200
+
+
+def test_keys_are_told() -> None:
+    with running(api_key=("k",)) as router:
+        document = router.http.get("/openapi.json").json()
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "x-api-key"}
+    assert "401" in document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "security" not in document["paths"]["/health"]["get"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answer"),
+    [
+        ("/v1/completions", {"prompt": "a", "logprobs": 1, "return_token_ids": True}, answers.Completion),
+        ("/v1/completions", {"prompt": "ab", "prompt_logprobs": 1, "stop": "water"}, answers.Completion),
+        ("/v1/chat/completions", {"messages": [USER], "logprobs": True}, answers.ChatCompletion),
+        ("/v1/responses", {"input": "Hello?"}, answers.ResponseObject),
+        ("/v1/responses", {"input": "Hello?", "background": True}, answers.ResponseObject),
+        ("/v1/messages", {"messages": [USER], "max_tokens": 3}, answers.MessageObject),
+        ("/v1/messages/count_tokens", {"messages": [USER]}, answers.TokenCount),
+        ("/invocations", {"messages": [USER]}, answers.ChatCompletion),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, answers.Tokenized),
+        ("/detokenize", {"tokens": [5]}, answers.Detokenized),
+        ("/ping", None, answers.Health),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_answers_are_what_is_told(router: Router, path: str, body: Any, answer: Any) -> None:
+    given = router.http.post(path, json=body)
+    assert given.status_code == 200, given.text
+    msgspec.json.decode(given.content, type=answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/v1/models", answers.ModelList),
+        ("/v1/models/tiny", answers.ModelCard),
+        ("/health", answers.Health),
+        ("/version", answers.Version),
+        ("/load", answers.Load),
+        ("/fleet", answers.FleetView),
+    ],
+)
+def test_information_is_what_is_told(router: Router, path: str, answer: Any) -> None:
+    msgspec.json.decode(router.http.get(path).content, type=answer)
+
+
+def test_errors_are_what_is_told(router: Router) -> None:
+    for operation in OPERATIONS:
+        if operation.body is not None:
+            given = router.http.post(operation.path, content=b"[")
+            wanted: Any = answers.AnthropicErrorBody if "messages" in operation.path else answers.ErrorBody
+            assert given.status_code == 400
+            msgspec.json.decode(given.content, type=wanted)
+    router.service.is_ready = False
+    msgspec.json.decode(router.http.get("/health").content, type=answers.Unhealthy)
+    response_id = router.openai.responses.create(model="tiny", input="a").id
+    deleted = router.http.delete(f"/v1/responses/{response_id}")
+    msgspec.json.decode(deleted.content, type=answers.DeletedResponse)
