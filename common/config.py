@@ -6,6 +6,7 @@ launcher add their own by inheritance. Derived values are properties, never writ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -141,9 +142,21 @@ class RouterConfig(FleetConfig):
     reasoning_parser_plugin: str = option("", "Python file with more reasoning parsers")
     seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")
     max_inflight: int = option(16384, "most choices in flight at a router; more are refused at once with 429")
+    max_queued: int = option(1024, "most requests that wait at a router while the fleet is full; 429 beyond it")
+    slo_ttft: float = option(
+        0.0, "refuse at once, with 429, what would wait longer for its first token, in ms; 0: none"
+    )
+    slo_tpot: float = option(0.0, "refuse at once what would get its tokens further apart, in ms; 0: none")
+    api_key_weights: tuple[str, ...] = option(
+        (), "shares of a full fleet, in the order of --api-key (3,1: the first key gets three times the second's)"
+    )
     max_attempts: int = option(3, "how often a request is tried when workers are lost")
     queue_timeout_s: float = option(60.0, "how long a request may wait for room")
     progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
+    stall_timeout_s: float = option(
+        30.0, "a worker that runs requests without a step, or answers no heartbeat, for this long is taken out"
+    )
+    slow_start_s: float = option(10.0, "how long the share of a worker that has just joined others grows")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
     response_store_mib: int = option(64, "memory for stored answers of /v1/responses; 0: none is stored")
     response_ttl_s: float = option(3600.0, "how long a stored answer of /v1/responses is kept")
@@ -155,11 +168,32 @@ class RouterConfig(FleetConfig):
     otlp_traces_endpoint: str = option("", "OpenTelemetry collector that gets a trace of each request (needs [otel])")
 
     def __post_init__(self) -> None:
-        _positive(self, "max_inflight", "router_procs")
+        _positive(self, "max_inflight", "max_queued", "router_procs")
         _in(self, "routing_policy", ROUTING_POLICIES)
         _in(self, "chat_template_content_format", CONTENT_FORMATS)
         if self.enable_auto_tool_choice and not self.tool_call_parser:
             raise ConfigError("enable_auto_tool_choice needs tool_call_parser")
+        for name in ("slo_ttft", "slo_tpot"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or more milliseconds, got {getattr(self, name)}")
+        self.weights_by_tenant  # noqa: B018 - raises for weights that are none
+
+    @property
+    def weights_by_tenant(self) -> dict[str, float]:
+        """The weight of every API key's tenant (`tenant_of`). Raises ConfigError."""
+        if not self.api_key_weights:
+            return {}
+        if len(self.api_key_weights) != len(self.api_key):
+            raise ConfigError(
+                f"api_key_weights has {len(self.api_key_weights)} weights for {len(self.api_key)} keys of api_key"
+            )
+        try:
+            weights = [float(weight) for weight in self.api_key_weights]
+        except ValueError:
+            weights = []
+        if not weights or not all(0 < weight < math.inf for weight in weights):
+            raise ConfigError(f"api_key_weights must be numbers above 0, got {','.join(self.api_key_weights)}")
+        return {tenant_of(number): weight for number, weight in enumerate(weights)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +222,11 @@ class ServeConfig(WorkerConfig, RouterConfig):
         values = {f.name: getattr(self, f.name) for f in fields(WorkerConfig)}
         values |= {"role": role, "worker_id": worker_id, "device": device, "memory_share": memory_share}
         return WorkerConfig(**values | {"cpu_threads": threads, "bus_port": 0, "metrics_port": 0})
+
+
+def tenant_of(key_number: int) -> str:
+    """Who an API key stands for, without the key itself: its place in --api-key."""
+    return f"key-{key_number}"
 
 
 def _in(config: object, name: str, allowed: tuple[str, ...]) -> None:

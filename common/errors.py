@@ -6,6 +6,8 @@ PenstockError                      code, HTTP status, OpenAI error type, and whe
 ├── Unauthorized            401
 ├── NotFound                404    unknown model or route
 ├── Overloaded              429    refused before any work, with a Retry-After
+│   ├── QueueFull           429    too many wait, and this key's share of them is used up
+│   ├── SloUnattainable     429    --slo-ttft or --slo-tpot would be missed
 │   └── QueueTimeout        503    waited for room until its deadline
 ├── Unavailable             503    no worker can take it now
 │   └── WorkerLost          503    the worker died and the tries are used up
@@ -62,11 +64,33 @@ class NotFound(PenstockError):
 
 
 class Overloaded(PenstockError):
-    """Refused before any work was done, because a limit is reached."""
+    """Refused before any work was done, because a limit is reached.
+
+    `retry_after_s`: when another try may be taken. `hopeless`: no later one will fare better.
+    """
 
     code = "overloaded"
     status = 429
     openai_type = "rate_limit_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float = 1.0, hopeless: bool = False
+    ) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+        self.hopeless = hopeless
+
+
+class QueueFull(Overloaded):
+    """As many requests wait at the router as may, and those of this key are the most for its share."""
+
+    code = "queue_full"
+
+
+class SloUnattainable(Overloaded):
+    """The request would miss the time to first token, or between tokens, that the operator promises."""
+
+    code = "slo_unattainable"
 
 
 class QueueTimeout(Overloaded):

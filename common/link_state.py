@@ -27,6 +27,7 @@ from penstock.common.messages import (
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 5.0
+LOAD_EVERY_S = 0.5  # routers choose and admit by the answers
 SILENT_LEASES = 12  # a step may take seconds, so only a worker silent for this many leases counts as hung
 
 
@@ -99,10 +100,10 @@ class LinkState:
         return None
 
     def heartbeat_due(self, now: float) -> Heartbeat | None:
-        """The heartbeat to send now, three a lease, or None."""
+        """The heartbeat to send now, or None: three a lease, and as often as a load should be told."""
         if self.phase is not Phase.GREETED or now < self._next_heartbeat:
             return None
-        self._next_heartbeat = now + self._lease_s / 3
+        self._next_heartbeat = now + min(self._lease_s / 3, LOAD_EVERY_S)
         self.heartbeat_seq += 1
         return Heartbeat(seq=self.heartbeat_seq)
 

@@ -72,9 +72,14 @@ def render(found: Mapping[str, Any], before: Mapping[str, Any] | None) -> list[s
             ("failed", "failed"),
             ("retries", "moved to another worker"),
             ("workers_lost", "workers lost"),
+            ("queued", "waiting for room"),
         )
     )
-    return [f"{', '.join(found['models'])}: {summary}", *lines]
+    pairs = [
+        f"hand-offs from {pair['prefill']} to {pair['decode']} fail; next try in {pair['retry_in_s']:.0f} s"
+        for pair in found["broken_pairs"]
+    ]
+    return [f"{', '.join(found['models'])}: {summary}", *lines, *pairs]
 
 
 def _row(worker: Mapping[str, Any], earlier: Mapping[str, int] | None, seconds: float) -> tuple[str, ...]:
@@ -97,7 +102,7 @@ def _row(worker: Mapping[str, Any], earlier: Mapping[str, int] | None, seconds: 
         _whole(rate("prompt_tokens")),
         _whole(rate("generation_tokens")),
         "-" if moved is None else f"{moved / 2**20:.1f} MiB",
-        "draining" if worker["draining"] else "",
+        "" if worker["state"] == "up" else ": ".join(filter(None, (worker["state"], worker["reason"]))),
     )
 
 

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from penstock.common.chat_template import ChatTemplate
-from penstock.common.config import RouterConfig
+from penstock.common.config import RouterConfig, tenant_of
 from penstock.common.errors import BadRequest, ConfigError, NotFound, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.tokenizer import Tokenizer
@@ -73,17 +73,21 @@ class KeyGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and (scope["path"] + "/").startswith(("/v1/", "/fleet/"))
-        if guarded and not self._known(dict(scope["headers"])):
-            await send_error(send, Unauthorized("the API key is missing or wrong"), [], errors_of(scope["path"]))
-            return
+        if guarded:
+            number = self._number(dict(scope["headers"]))
+            if number is None:
+                await send_error(send, Unauthorized("the API key is missing or wrong"), [], errors_of(scope["path"]))
+                return
+            scope["tenant"] = tenant_of(number)
         await self._app(scope, receive, send)
 
-    def _known(self, headers: dict[bytes, bytes]) -> bool:
+    def _number(self, headers: dict[bytes, bytes]) -> int | None:
+        """The place of the key that was given; None: there is none, or another."""
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
         # All keys are compared, and each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(value, key) for value in given for key in self._keys]
-        return any(matches)
+        matches = [hmac.compare_digest(value, key) for key in self._keys for value in given]
+        return matches.index(True) // len(given) if any(matches) else None
 
 
 def errors_of(path: str) -> ErrorBody:
@@ -192,7 +196,9 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
 
     @app.get("/fleet")
     async def fleet(request: Request) -> dict[str, Any]:
-        return fleet_view(front.models, await counters(request), front.service.loads(), time.monotonic())
+        service, totals = front.service, await counters(request)
+        now, states, pairs = time.monotonic(), service.states(), service.broken_pairs()
+        return fleet_view(front.models, totals, service.loads(), now, states, pairs)
 
     async def counters(request: Request) -> dict[str, int]:
         own = front.service.counters()

@@ -101,7 +101,7 @@ class BeamReply(WholeReply):
         )
         sink = _Scoring()
         self._scoring[source.request_id, choice] = sink
-        await self._service.submit(source, sink)
+        await self._service.submit(source, sink, self._plan.tenant)
         return sink
 
     def _cancel_running(self) -> None:

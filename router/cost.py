@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from penstock.router.expected import held_context, room_ms
 from penstock.router.policy import (
     EXPECTED_OUTPUT_TOKENS,
     Candidate,
@@ -26,6 +27,7 @@ from penstock.router.policy import (
     Policy,
     RequestFacts,
     by_role,
+    pairs,
     placement,
     worth_a_handoff,
 )
@@ -58,13 +60,16 @@ class CostPolicy(Policy):
     ) -> Placement | None:
         decoders, prefillers = by_role(facts, candidates)
         sources = self._sources(candidates)
-        remote: dict[str, _Priced | None] = {}  # fingerprint -> the cheapest prefill worker
+        choosy = {decode for _, decode in facts.avoid_pairs}
+        remote: dict[tuple[str, str], _Priced | None] = {}  # the cheapest prefill worker, for decoders that are alike
         best: tuple[tuple[float, int, str], Candidate, _Priced] | None = None
         for decoder in decoders:
             fingerprint = decoder.worker.fingerprint
-            if fingerprint not in remote:
-                remote[fingerprint] = self._cheapest(facts, fingerprint, prefillers, sources)
-            priced = remote[fingerprint] if worth_a_handoff(facts, decoder, min_remote_prefill_tokens) else None
+            incarnation = decoder.worker.incarnation
+            kind = fingerprint, incarnation if incarnation in choosy else ""
+            if kind not in remote:
+                remote[kind] = self._cheapest(facts, decoder, prefillers, sources.get(fingerprint))
+            priced = remote[kind] if worth_a_handoff(facts, decoder, min_remote_prefill_tokens) else None
             if priced is None:
                 priced = self._price(facts, decoder, sources.get(fingerprint))
                 cost = priced.cost_ms
@@ -72,7 +77,7 @@ class CostPolicy(Policy):
                 lacking = decoder.lacks(facts)
                 cost = priced.cost_ms + _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
                 cost += decoder.rates.move_ms(lacking * _token_bytes(decoder))
-            cost += self._decode_ms(facts, decoder) + self._room_ms(facts, decoder)
+            cost += self._decode_ms(facts, decoder) + room_ms(facts, decoder)
             rank = (cost, decoder.load.running, decoder.worker.worker_id)
             if best is None or rank < best[0]:
                 best = rank, decoder, priced
@@ -101,13 +106,10 @@ class CostPolicy(Policy):
         return found
 
     def _cheapest(
-        self, facts: RequestFacts, fingerprint: str, prefillers: Sequence[Candidate], sources: dict[str, Candidate]
+        self, facts: RequestFacts, decoder: Candidate, prefillers: Sequence[Candidate], source: Candidate | None
     ) -> _Priced | None:
-        fitting = [p for p in prefillers if p.worker.fingerprint == fingerprint]
-        if not fitting:
-            return None
-        priced = [self._price(facts, p, sources.get(fingerprint)) for p in fitting]
-        return min(priced, key=lambda p: (p.cost_ms, p.at.worker.worker_id))
+        priced = [self._price(facts, p, source) for p in pairs(facts, decoder, prefillers)]
+        return min(priced, key=lambda p: (p.cost_ms, p.at.worker.worker_id), default=None)
 
     def _price(self, facts: RequestFacts, worker: Candidate, source: Candidate | None) -> _Priced:
         """Computing the prompt at `worker`, reading from `source` what that makes cheaper."""
@@ -129,20 +131,8 @@ class CostPolicy(Policy):
         return self._step_ms(worker, 1, facts.num_tokens)
 
     def _step_ms(self, worker: Candidate, sequences: int, tokens: int) -> float:
-        context = max(0, worker.load.num_pages - worker.load.free_pages) * worker.worker.page_size
-        step = worker.rates.sequences_ms(worker.load.running + sequences, context + tokens)
+        step = worker.rates.sequences_ms(worker.load.running + sequences, held_context(worker) + tokens)
         return self._weights.decode * EXPECTED_OUTPUT_TOKENS * step
-
-    def _room_ms(self, facts: RequestFacts, worker: Candidate) -> float:
-        """Until enough of the running sequences end, if there is no slot or there are too few pages for this one."""
-        load = worker.load
-        if not load.num_pages or not load.running:  # it has not reported yet, or nothing is in the way
-            return 0.0
-        pages = -(-facts.num_tokens // worker.worker.page_size)
-        lacking = max(load.running + 1 - worker.worker.max_num_seqs, 0) / load.running
-        lacking = max(lacking, max(pages - load.free_pages, 0) / load.num_pages)
-        context = (load.num_pages - load.free_pages) * worker.worker.page_size
-        return lacking * EXPECTED_OUTPUT_TOKENS * worker.rates.step_ms(load.running, context)
 
     def _evict_ms(self, facts: RequestFacts, worker: Candidate, tokens: int) -> float:
         """Computing again what these tokens displace, as likely as the fleet finds tokens in its caches today."""

@@ -6,7 +6,7 @@
             │  ^
   Placed(None) └─ a worker joined      (a cancel or a deadline ends the other two states as well)
             v  │
-           WAITING
+           WAITING             PLACING ──Queued──> QUEUED ──Placed──> RUNNING; ──Refused──> error: end
 
 Tokens are delivered exactly once, in order, without gaps, whoever sends them: the prefill worker sends the first one,
 the decode worker the rest, and a later attempt goes on behind what the client has. TokenDelta.index makes that so.
@@ -14,103 +14,53 @@ the decode worker the rest, and a later attempt goes on behind what the client h
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import msgspec
 
-from penstock.common.errors import InternalError, PenstockError, Timeout, Unavailable, WorkerLost, from_code
-from penstock.common.messages import Abort, Finish, GenerateRequest, Move, Submit, TokenDelta, WorkerInfo
+from penstock.common.errors import (
+    InternalError,
+    PenstockError,
+    QueueTimeout,
+    Timeout,
+    Unavailable,
+    WorkerLost,
+    from_code,
+)
+from penstock.common.messages import Abort, Finish, Move, Submit, TokenDelta
 from penstock.router.dispatch_events import (
+    Blame,
     Cancelled,
     Command,
     Deliver,
+    Dequeue,
     Event,
     Fail,
     Place,
     Placed,
     PlaceFailed,
+    Queued,
+    Refused,
     Release,
     Reserve,
     SendAbort,
     SendMove,
     SendSubmit,
+    Served,
     Shutdown,
     Submitted,
     Tick,
     WorkerDown,
     WorkerLeaving,
+    WorkerStalled,
     WorkerUp,
 )
-from penstock.router.policy import Placement
+from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State
 
 WAIT_FOR_WORKER_S = 10.0  # a worker may just be restarting
 MAX_WAITING = 1000
 MAX_BUFFERED = 1024  # deltas of one choice that came before their turn
-
-
-Key = tuple[str, int]  # request id and choice
-
-
-class State(Enum):
-    """Where a choice is; see the picture above."""
-
-    PLACING = "placing"  # the service asks Redis and the policy
-    WAITING = "waiting"  # no worker is up
-    RUNNING = "running"  # submitted to a decode worker
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """This attempt is lost or useless; another worker may succeed. `abort`: its worker may still work on it."""
-
-    reason: str
-    abort: bool = False
-    error: PenstockError | None = None  # what the client hears when the attempts are used up
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """Its worker is leaving, and keeps the pages of this attempt for the next one."""
-
-
-@dataclass(frozen=True)
-class _Expired:
-    """A deadline has passed."""
-
-
-@dataclass
-class Choice:
-    """One choice of a request that has not ended."""
-
-    request: GenerateRequest
-    sink: Any
-    deadline: float  # moves with progress
-    state: State = State.PLACING
-    attempt: int = 0
-    moves: int = 0  # attempts that were not lost, but moved to another worker
-    moving: bool = False  # this attempt's worker was asked to give it up
-    source: WorkerInfo | None = None  # whom the next attempt comes from
-    delivered: list[int] = field(default_factory=list)
-    steady: bool = False  # this attempt has delivered, and nothing of it is early
-    early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
-    placement: Placement | None = None
-    prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
-    reserved: Release | None = None  # at the decode worker, until the attempt is over
-    prompt_reserved: Release | None = None  # at the worker that computes the prompt, until a token comes
-    failed: set[str] = field(default_factory=set)  # incarnations that lost this choice
-    history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
-
-    @property
-    def key(self) -> Key:
-        return self.request.request_id, self.request.choice
-
-    def as_it_stands(self) -> GenerateRequest:
-        """The request for this attempt: it goes on behind what the client has."""
-        return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.delivered))
 
 
 class InvalidTransition(RuntimeError):
@@ -165,7 +115,8 @@ class Dispatcher:
 
     def _submitted(self, event: Submitted, now: float) -> None:
         request = event.request
-        choice = Choice(request, event.sink, deadline=0.0, delivered=list(request.output_token_ids))
+        delivered = list(request.output_token_ids)
+        choice = Choice(request, event.sink, deadline=0.0, delivered=delivered, tenant=event.tenant, since=now)
         if choice.key in self.choices:
             raise ValueError(f"request {request.request_id!r} choice {request.choice} is under way already")
         self.choices[choice.key] = choice
@@ -181,7 +132,7 @@ class Dispatcher:
         for choice in self._where(lambda c: c.placement is not None):
             assert choice.placement is not None
             if choice.placement.decode.incarnation == event.incarnation:
-                self._apply(choice, _Lost("its worker was lost"), now)
+                self._apply(choice, Lost("its worker was lost"), now)
             elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
                 choice.prefill_cut = True
                 self._release_prompt(choice)  # if the worker is dead the decode worker computes the prompt
@@ -195,10 +146,27 @@ class Dispatcher:
                 move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
                 self._commands.append(SendMove(event.incarnation, move))
 
+    def _worker_stalled(self, event: WorkerStalled, now: float) -> None:
+        stalled, reason = event.incarnation, event.reason
+        for choice in self._where(lambda c: c.placement is not None):
+            assert choice.placement is not None
+            if choice.placement.decode.incarnation == stalled:
+                self._apply(choice, Lost(f"its worker stalled: {reason}", abort=True), now)
+            elif choice.prompt_reserved is not None and choice.prompt_reserved.incarnation == stalled:
+                lost = Lost(f"its prefill worker stalled: {reason}", abort=True, blameless=True)
+                self._apply(choice, lost, now)
+
     def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
         choice = self.choices.get((event.request_id, event.choice))
         if choice is not None and choice.attempt == event.attempt:  # else it was cancelled meanwhile
             self._apply(choice, event, now)
+
+    def _admission_answered(self, event: Queued | Refused, now: float) -> None:
+        choice = self.choices.get((event.request_id, event.choice))
+        if choice is not None:
+            self._apply(choice, event, now)
+        elif isinstance(event, Queued):  # it was cancelled meanwhile
+            self._commands.append(Dequeue(event.request_id, event.choice))
 
     def _cancelled_event(self, event: Cancelled, now: float) -> None:
         choice = self.choices.get((event.request_id, event.choice))
@@ -207,7 +175,7 @@ class Dispatcher:
 
     def _ticked(self, event: Tick, now: float) -> None:
         for choice in self._where(lambda c: now > c.deadline):
-            self._apply(choice, _Expired(), now)
+            self._apply(choice, Expired(), now)
 
     def _shut_down(self, event: Shutdown, now: float) -> None:
         for choice in list(self.choices.values()):
@@ -228,7 +196,8 @@ class Dispatcher:
     def _place(self, choice: Choice, now: float) -> None:
         choice.state = State.PLACING
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        self._commands.append(Place(choice.as_it_stands(), frozenset(choice.failed), choice.source))
+        place = Place(choice.as_it_stands(), frozenset(choice.failed), choice.source, choice.tenant, choice.since)
+        self._commands.append(place)
 
     def _placed(self, choice: Choice, event: Placed, now: float) -> None:
         placement = event.placement
@@ -238,11 +207,21 @@ class Dispatcher:
         choice.state = State.RUNNING
         choice.placement = placement
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        choice.reserved = self._reserve(placement.decode.incarnation, placement.decode_tokens)
+        choice.reserved = self._reserve(placement.decode.incarnation, placement.decode_tokens, prompt=False)
         computing = placement.prefill or placement.decode
-        choice.prompt_reserved = self._reserve(computing.incarnation, placement.prefill_tokens)
+        choice.prompt_reserved = self._reserve(computing.incarnation, placement.prefill_tokens, prompt=True)
         submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill, source=placement.source)
         self._commands.append(SendSubmit(placement.decode.incarnation, submit))
+
+    def _queue(self, choice: Choice, event: Queued, now: float) -> None:
+        choice.state = State.QUEUED
+        choice.deadline = now + choice.request.queue_timeout_s
+
+    def _refuse(self, choice: Choice, event: Refused, now: float) -> None:
+        self._fail(choice, event.error)
+
+    def _not_its_turn(self, choice: Choice, event: Expired, now: float) -> None:
+        self._fail(choice, QueueTimeout(f"the fleet had no room within {choice.request.queue_timeout_s:.0f} s"))
 
     def _not_placed(self, choice: Choice, event: PlaceFailed, now: float) -> None:
         self._fail(choice, InternalError("the request could not be routed"))
@@ -257,11 +236,12 @@ class Dispatcher:
     def _again(self, choice: Choice, event: WorkerUp, now: float) -> None:
         self._place(choice, now)
 
-    def _lost(self, choice: Choice, event: _Lost, now: float) -> None:
+    def _lost(self, choice: Choice, event: Lost, now: float) -> None:
         assert choice.placement is not None
         if event.abort:
             self._abort(choice)
-        choice.failed.add(choice.placement.decode.incarnation)
+        if not event.blameless:
+            choice.failed.add(choice.placement.decode.incarnation)
         choice.source = None
         self._let_go(choice)
         limit = choice.request.sampling.max_tokens
@@ -277,7 +257,7 @@ class Dispatcher:
         else:
             self._fail(choice, Unavailable(f"no worker is up: {event.reason}"))
 
-    def _move(self, choice: Choice, event: _Moved, now: float) -> None:
+    def _move(self, choice: Choice, event: Moved, now: float) -> None:
         assert choice.placement is not None
         choice.source = choice.placement.decode
         self._let_go(choice)
@@ -290,11 +270,13 @@ class Dispatcher:
         self._abort(choice)
         self._end(choice)
 
-    def _time_out(self, choice: Choice, event: _Expired, now: float) -> None:
+    def _time_out(self, choice: Choice, event: Expired, now: float) -> None:
+        if choice.placement is not None:
+            self._commands.append(Blame(choice.placement.decode.incarnation, "a request made no progress"))
         self._abort(choice)
         self._fail(choice, Timeout("no progress within the deadline"))
 
-    def _no_worker(self, choice: Choice, event: _Expired, now: float) -> None:
+    def _no_worker(self, choice: Choice, event: Expired, now: float) -> None:
         self._fail(choice, Unavailable(f"no worker came up within {WAIT_FOR_WORKER_S:.0f} s"))
 
     def _leave(self, choice: Choice, event: Shutdown, now: float) -> None:
@@ -318,7 +300,7 @@ class Dispatcher:
             ended_before = following.finish is not None and overlap > len(following.token_ids)
             if known != following.token_ids[:overlap] or ended_before:
                 self.divergences += 1
-                self._apply(choice, _Lost("an attempt diverged from what was delivered", abort=True), now)
+                self._apply(choice, Lost("an attempt diverged from what was delivered", abort=True), now)
                 return
             if self._deliver(choice, _without(following, overlap), now):
                 return
@@ -328,7 +310,7 @@ class Dispatcher:
     def _check_gap(self, choice: Choice, now: float) -> None:
         """A decode worker sends in order, so a gap is the prefill worker's token: it may be late, or lost in a cut."""
         if len(choice.early) > MAX_BUFFERED or (choice.early and choice.prefill_cut):
-            self._apply(choice, _Lost("tokens are missing", abort=True), now)
+            self._apply(choice, Lost("tokens are missing", abort=True), now)
 
     def _deliver(self, choice: Choice, delta: TokenDelta, now: float) -> bool:
         """Deliver what comes next; True: that was the end."""
@@ -336,7 +318,7 @@ class Dispatcher:
             self.stale_deltas += 1
             return False
         if delta.finish is not None and delta.finish.reason == "moved":
-            self._apply(choice, _Moved(), now)
+            self._apply(choice, Moved(), now)
             return True
         choice.deadline = now + self._progress_timeout_s
         choice.delivered += delta.token_ids
@@ -344,13 +326,24 @@ class Dispatcher:
         self._commands.append(Deliver(choice.sink, delta))
         if delta.finish is None:
             return False
+        self._served(choice, delta)
         self._end(choice)
         return True
 
+    def _served(self, choice: Choice, delta: TokenDelta) -> None:
+        assert choice.placement is not None
+        decode, prefill, spans = choice.placement.decode, choice.placement.prefill, delta.spans
+        handed_off = None
+        if prefill is not None and spans is not None and spans.worker == decode.worker_id:
+            handed_off = False if spans.local_prefill else True if spans.transfer_pages else None
+        self._commands.append(Served(decode.incarnation, prefill.incarnation if prefill else None, handed_off))
+
     def _worker_error(self, choice: Choice, finish: Finish, now: float) -> None:
         error = from_code(finish.code, finish.message) if finish.code else None
+        if choice.placement is not None and isinstance(error, InternalError):
+            self._commands.append(Blame(choice.placement.decode.incarnation, finish.message or "a request failed"))
         if finish.retryable or finish.reason == "abort":
-            self._apply(choice, _Lost(finish.message or "its worker aborted it", error=error), now)
+            self._apply(choice, Lost(finish.message or "its worker aborted it", error=error), now)
         else:
             self._fail(choice, error or InternalError("a worker failed without saying why"))
 
@@ -367,6 +360,8 @@ class Dispatcher:
         self._end(choice)
 
     def _end(self, choice: Choice) -> None:
+        if choice.state is State.QUEUED:
+            self._commands.append(Dequeue(*choice.key))
         self._let_go(choice)
         del self.choices[choice.key]
 
@@ -386,12 +381,12 @@ class Dispatcher:
         choice.steady = choice.moving = choice.prefill_cut = False
         choice.placement = None
 
-    def _reserve(self, incarnation: str, tokens: int) -> Release | None:
+    def _reserve(self, incarnation: str, tokens: int, *, prompt: bool) -> Release | None:
         """Count load; returns what takes it back."""
         if not tokens:
             return None
-        self._commands.append(Reserve(incarnation, tokens))
-        return Release(incarnation, tokens)
+        self._commands.append(Reserve(incarnation, tokens, prompt))
+        return Release(incarnation, tokens, prompt)
 
     def _release_prompt(self, choice: Choice) -> None:
         if choice.prompt_reserved is not None:
@@ -414,9 +409,12 @@ _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
     Submitted: Dispatcher._submitted,
     Placed: Dispatcher._place_answered,
     PlaceFailed: Dispatcher._place_answered,
+    Queued: Dispatcher._admission_answered,
+    Refused: Dispatcher._admission_answered,
     WorkerUp: Dispatcher._worker_up,
     WorkerDown: Dispatcher._worker_down,
     WorkerLeaving: Dispatcher._worker_leaving,
+    WorkerStalled: Dispatcher._worker_stalled,
     Cancelled: Dispatcher._cancelled_event,
     Tick: Dispatcher._ticked,
     Shutdown: Dispatcher._shut_down,
@@ -426,15 +424,23 @@ _TABLE: dict[tuple[State, type], Callable[[Dispatcher, Choice, Any, float], None
     (State.PLACING, Placed): Dispatcher._placed,
     (State.PLACING, PlaceFailed): Dispatcher._not_placed,
     (State.PLACING, Cancelled): Dispatcher._cancel,
-    (State.PLACING, _Expired): Dispatcher._time_out,
+    (State.PLACING, Expired): Dispatcher._time_out,
     (State.PLACING, Shutdown): Dispatcher._leave,
+    (State.PLACING, Queued): Dispatcher._queue,
+    (State.PLACING, Refused): Dispatcher._refuse,
+    (State.QUEUED, Placed): Dispatcher._placed,
+    (State.QUEUED, PlaceFailed): Dispatcher._not_placed,
+    (State.QUEUED, Refused): Dispatcher._refuse,
+    (State.QUEUED, Cancelled): Dispatcher._cancel,
+    (State.QUEUED, Expired): Dispatcher._not_its_turn,
+    (State.QUEUED, Shutdown): Dispatcher._leave,
     (State.WAITING, WorkerUp): Dispatcher._again,
     (State.WAITING, Cancelled): Dispatcher._cancel,
-    (State.WAITING, _Expired): Dispatcher._no_worker,
+    (State.WAITING, Expired): Dispatcher._no_worker,
     (State.WAITING, Shutdown): Dispatcher._leave,
-    (State.RUNNING, _Lost): Dispatcher._lost,
-    (State.RUNNING, _Moved): Dispatcher._move,
+    (State.RUNNING, Lost): Dispatcher._lost,
+    (State.RUNNING, Moved): Dispatcher._move,
     (State.RUNNING, Cancelled): Dispatcher._cancel,
-    (State.RUNNING, _Expired): Dispatcher._time_out,
+    (State.RUNNING, Expired): Dispatcher._time_out,
     (State.RUNNING, Shutdown): Dispatcher._leave,
 }

@@ -18,6 +18,7 @@ class Submitted(msgspec.Struct, frozen=True):
 
     request: GenerateRequest
     sink: Any
+    tenant: str = ""  # whose share of the fleet it uses
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -35,6 +36,21 @@ class PlaceFailed(msgspec.Struct, frozen=True):
     request_id: str
     choice: int
     attempt: int
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """The answer to `Place`: the fleet is full, it waits its turn; another answer follows."""
+
+    request_id: str
+    choice: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """The answer to `Place`: it cannot be served as it has to be."""
+
+    request_id: str
+    choice: int
+    error: PenstockError
 
 
 class WorkerUp(msgspec.Struct, frozen=True):
@@ -55,6 +71,13 @@ class WorkerLeaving(msgspec.Struct, frozen=True):
     incarnation: str
 
 
+class WorkerStalled(msgspec.Struct, frozen=True):
+    """A worker (of either role) makes no progress, though it may be alive: what runs there goes on elsewhere."""
+
+    incarnation: str
+    reason: str
+
+
 class Cancelled(msgspec.Struct, frozen=True):
     """The client does not want it any more."""
 
@@ -70,17 +93,28 @@ class Shutdown(msgspec.Struct, frozen=True):
     """The router leaves: end everything with an error."""
 
 
-Event = Submitted | Placed | PlaceFailed | WorkerUp | WorkerDown | WorkerLeaving | Cancelled | Tick | Shutdown
+Answer = Placed | PlaceFailed | Queued | Refused  # to `Place`
+Fate = WorkerUp | WorkerDown | WorkerLeaving | WorkerStalled
+Event = Submitted | Answer | Fate | Cancelled | Tick | Shutdown
 
 # ---------------------------------------------------------------- commands
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Find workers for `request` (its output tokens included) and answer with `Placed`."""
+    """Find workers for `request` (its output tokens included) and answer with `Placed`, or one of the others."""
 
     request: GenerateRequest
     avoid: frozenset[str]
     source: WorkerInfo | None = None  # it comes from there, with its pages
+    tenant: str = ""
+    since: float = 0.0  # when the request came
+
+
+class Dequeue(msgspec.Struct, frozen=True):
+    """It waits no longer for its turn."""
+
+    request_id: str
+    choice: int
 
 
 class SendSubmit(msgspec.Struct, frozen=True):
@@ -118,11 +152,27 @@ class Fail(msgspec.Struct, frozen=True):
     error: PenstockError
 
 
+class Served(msgspec.Struct, frozen=True):
+    """A request has ended as it should. `handed_off`: how its hand-off fared; None: there was none."""
+
+    decode: str
+    prefill: str | None
+    handed_off: bool | None
+
+
+class Blame(msgspec.Struct, frozen=True):
+    """An attempt failed by its decode worker's fault."""
+
+    incarnation: str
+    reason: str
+
+
 class Reserve(msgspec.Struct, frozen=True):
-    """Count `tokens` as load of a worker."""
+    """Count `tokens` as load of a worker. `prompt`: they are to be computed; else they stand for a running sequence."""
 
     incarnation: str
     tokens: int
+    prompt: bool = False
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -130,6 +180,8 @@ class Release(msgspec.Struct, frozen=True):
 
     incarnation: str
     tokens: int
+    prompt: bool = False
 
 
-Command = Place | SendSubmit | SendAbort | SendMove | Deliver | Fail | Reserve | Release
+Sent = SendSubmit | SendAbort | SendMove
+Command = Place | Dequeue | Sent | Deliver | Fail | Served | Blame | Reserve | Release

@@ -132,6 +132,7 @@ def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
             context[name.decode()] = value.decode("latin-1")
     unique = uuid.uuid4().hex
     answer_id = unique if given is None else given.decode("ascii")
+    context["tenant"] = scope.get("tenant", "")
     head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline, **context)
     return head, [(b"x-request-id", answer_id.encode())]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -21,7 +22,11 @@ def error_body(error: PenstockError) -> bytes:
 
 def error_headers(error: PenstockError) -> list[tuple[bytes, bytes]]:
     """Headers that belong to an error besides its content type."""
-    if isinstance(error, Overloaded | Unavailable):
+    if isinstance(error, Overloaded):
+        headers = [(b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s)))]
+        # OpenAI's clients try 429s again by themselves, unless they are told not to.
+        return [*headers, (b"x-should-retry", b"false")] if error.hopeless else headers
+    if isinstance(error, Unavailable):
         return [(b"retry-after", b"%d" % RETRY_AFTER_S)]
     return [(b"www-authenticate", b"Bearer")] if isinstance(error, Unauthorized) else []
 

@@ -8,6 +8,7 @@ All members have one fingerprint, that of the first: two models never answer for
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -15,11 +16,13 @@ from pathlib import PurePath
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.dispatch import WAIT_FOR_WORKER_S
-from penstock.router.policy import Candidate, Placement
+from penstock.router.health import Health
+from penstock.router.policy import DECODE_TOKENS, Candidate, Placement
 from penstock.router.rates import H200_LLAMA8B, WorkerRates, measured, typical
 from penstock.router.shares import WorkShares
 
 # A request waits for WAIT_FOR_WORKER_S at most, so none begins on one model and goes on with another.
+STEP_TOKENS = 2048  # of prompts, in one step: three times what that takes is no stall
 FINGERPRINT_KEPT_S = WAIT_FOR_WORKER_S + 5.0
 
 
@@ -47,7 +50,8 @@ class Fleet:
     `model_names` are the names the router serves, its MODEL included; none: it takes any model.
     """
 
-    def __init__(self, model_names: Iterable[str] = ()) -> None:
+    def __init__(self, model_names: Iterable[str] = (), health: Health | None = None) -> None:
+        self.health = health or Health()
         self._names = _short(model_names)
         self._fingerprint = ""  # of all members, and for a while of the last one; "": none yet
         self._left_at = float("-inf")  # when the last member left
@@ -55,6 +59,8 @@ class Fleet:
         self._members: dict[str, Member] = {}  # by address, while the link is up
         self._refused: dict[str, WorkerInfo] = {}  # by address, while the link is up
         self._reserved: dict[str, int] = {}  # incarnation -> tokens; never 0
+        self._prompts: Counter[str] = Counter()  # incarnation -> of those, tokens of prompts to compute
+        self._placed: Counter[str] = Counter()  # incarnation -> sequences that this router has there
         self._shares = WorkShares()
         self._typical: dict[str, WorkerRates] = {}  # by role
 
@@ -79,6 +85,7 @@ class Fleet:
         self._fingerprint = worker.fingerprint
         rates = self._typical.get(worker.role, H200_LLAMA8B)
         self._members[address] = Member(worker, WorkerLoad(), address, rates)
+        self.health.joined(worker, now)
         self._shares.join(worker.incarnation)
         self._shares.keep({member.worker.incarnation for member in self._members.values()})
         return ""
@@ -89,6 +96,7 @@ class Fleet:
         member = self._members.pop(address, None)
         if member is None:
             return None
+        self.health.left(member.worker.incarnation, now)
         self._shares.keep({other.worker.incarnation for other in self._members.values()})
         if not self._members:
             self._left_at = now
@@ -107,7 +115,7 @@ class Fleet:
             return f"its fingerprint is {worker.fingerprint!r}, that of this router's workers {self._fingerprint!r}"
         return ""
 
-    def report(self, address: str, load: WorkerLoad) -> None:
+    def report(self, address: str, load: WorkerLoad, now: float) -> None:
         """A worker's own view of its load."""
         member = self._members.get(address)
         if member is None:
@@ -115,23 +123,44 @@ class Fleet:
         if member.load.rates != load.rates:
             member.rates = measured(load.rates, self._typical.get(member.worker.role, H200_LLAMA8B))
         member.load = load
+        self.health.reported(member.worker.incarnation, load, now)
 
-    def reserve(self, incarnation: str, tokens: int) -> int:
-        """Add to this router's load at a worker; returns the total."""
+    def reserve(self, incarnation: str, tokens: int, *, prompt: bool = False) -> int:
+        """Add to this router's load at a worker, a prompt's or a sequence's; returns the total."""
         total = self._reserved.get(incarnation, 0) + tokens
         if total < 0:
             raise ValueError(f"released more than was reserved at {incarnation}: {total}")
+        counts, number = (self._prompts, tokens) if prompt else (self._placed, 1 if tokens > 0 else -1)
+        counts[incarnation] += number
+        if not counts[incarnation]:
+            del counts[incarnation]
         if total:
             self._reserved[incarnation] = total
         else:
             self._reserved.pop(incarnation, None)
         return total
 
-    def release(self, incarnation: str, tokens: int) -> int:
+    def release(self, incarnation: str, tokens: int, *, prompt: bool = False) -> int:
         """Take back what `reserve` added (also after the worker is gone); returns the total."""
-        return self.reserve(incarnation, -tokens)
+        return self.reserve(incarnation, -tokens, prompt=prompt)
 
-    def tick(self) -> None:
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second that the fleet can compute."""
+        role = "prefill" if self.live("prefill") else "decode"
+        return sum(m.rates.prefill_tokens_per_s for m in self._members.values() if m.worker.role == role)
+
+    def stalled(self, now: float) -> list[tuple[WorkerInfo, str]]:
+        """Time passes: workers that make no progress as of now, and why."""
+        slack_s = {m.worker.incarnation: 3e-3 * m.rates.prefill_ms(STEP_TOKENS) for m in self._members.values()}
+        return self.health.tick(now, slack_s.__getitem__)
+
+    def has_other(self, incarnation: str, now: float) -> bool:
+        """Somebody else can do what this worker does: requests may be taken from it."""
+        role = next(m.worker.role for m in self._members.values() if m.worker.incarnation == incarnation)
+        others = [w.incarnation for w in self.live("decode") if w.incarnation != incarnation]
+        return role == "prefill" or any(self.health.usable(other, now) for other in others)
+
+    def measure(self) -> None:
         """Now and then: what a worker has not measured itself yet is what others of its role have."""
         for role in ("prefill", "decode"):
             members = [member for member in self._members.values() if member.worker.role == role]
@@ -139,8 +168,10 @@ class Fleet:
             for member in members:
                 member.rates = measured(member.load.rates, self._typical[role])
 
-    def give(self, placement: Placement) -> None:
+    def give(self, placement: Placement, now: float) -> None:
         """The work of a placement counts as given; what its output turns out to be is not corrected."""
+        prefill = placement.prefill.incarnation if placement.prefill else None
+        self.health.began(placement.decode.incarnation, prefill, now)
         self._shares.give((placement.prefill or placement.decode).incarnation, placement.prefill_ms)
         self._shares.give(placement.decode.incarnation, placement.decode_ms)
 
@@ -173,18 +204,37 @@ class Fleet:
         """Live workers of a role."""
         return [m.worker for m in self._members.values() if m.worker.role == role]
 
-    def candidates(self, found: Mapping[str, Lookup]) -> list[Candidate]:
-        """Live workers for the policy; `found` is what Redis said of some of them (nothing while it is away)."""
-        return [self._candidate(member, found.get(member.worker.incarnation)) for member in self._members.values()]
+    def candidates(self, found: Mapping[str, Lookup], now: float) -> list[Candidate]:
+        """Workers for the policy, if any is usable only such; `found` is what Redis said of some of them (nothing while
+        it is away). Without a usable prefill worker decode workers compute prompts themselves."""
+        chosen: set[str] = set()
+        for role in ("prefill", "decode"):
+            live = [worker.incarnation for worker in self.live(role)]
+            usable = [incarnation for incarnation in live if self.health.usable(incarnation, now)]
+            chosen.update(self.health.choosable(usable, now) if usable else live if role == "decode" else ())
+        return [
+            self._candidate(member, found.get(member.worker.incarnation))
+            for member in self._members.values()
+            if member.worker.incarnation in chosen
+        ]
 
     def _candidate(self, member: Member, found: Lookup | None) -> Candidate:
-        worker = member.worker
-        own = self._reserved.get(worker.incarnation, 0)
-        given_ms = self._shares.of(worker.incarnation)
-        if found is None:
-            return Candidate(worker, member.load, 0, own, member.rates, given_ms)
-        held_tokens = found.held_pages * worker.page_size
-        return Candidate(worker, member.load, held_tokens, own + found.reserved_tokens, member.rates, given_ms)
+        worker, incarnation = member.worker, member.worker.incarnation
+        others = found.reserved_tokens if found else 0
+        placed, prompts = self._placed[incarnation], self._prompts[incarnation]
+        if others:  # other routers have told one number: what of it is not for their sequences is for prompts
+            theirs = max(0, member.load.running - placed)
+            placed, prompts = placed + theirs, prompts + max(0, others - theirs * DECODE_TOKENS)
+        return Candidate(
+            worker,
+            member.load,
+            held_tokens=found.held_pages * worker.page_size if found else 0,
+            reserved_tokens=self._reserved.get(incarnation, 0) + others,
+            rates=member.rates,
+            given_ms=self._shares.of(incarnation),
+            prompt_tokens=prompts,
+            placed=placed,
+        )
 
 
 def _short(names: Iterable[str]) -> frozenset[str]:

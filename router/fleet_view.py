@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
+from penstock.router.health import WorkerState
 
+_UP = WorkerState("up")
 _TOTALS = (
     *("steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions"),
     *("handoffs", "handoff_failures", "transfer_bytes", "transfer_pages", "checksum_failures"),
@@ -22,19 +24,26 @@ def fleet_view(
     router: Mapping[str, int],
     loads: Iterable[tuple[WorkerInfo, WorkerLoad]],
     now: float,
+    states: Mapping[str, WorkerState] | None = None,
+    broken_pairs: Sequence[tuple[str, str, float]] = (),
 ) -> dict[str, Any]:
-    """The answer's body. `now`: seconds on a clock that only this router's answers share; `router`: its counters."""
+    """The answer's body. `now`: seconds on a clock that only this router's answers share; `router`: its counters;
+    `states`: by incarnation; `broken_pairs`: worker ids of prefill and decode worker, seconds until the next try."""
     workers = sorted(loads, key=lambda pair: (pair[0].role != "prefill", pair[0].worker_id))
     return {
         "object": "fleet",
         "time_s": round(now, 3),
         "models": list(models),
         "router": dict(router),
-        "workers": [_worker(worker, load) for worker, load in workers],
+        "workers": [_worker(worker, load, (states or {}).get(worker.incarnation, _UP)) for worker, load in workers],
+        "broken_pairs": [
+            {"prefill": prefill, "decode": decode, "retry_in_s": round(retry_in_s, 1)}
+            for prefill, decode, retry_in_s in broken_pairs
+        ],
     }
 
 
-def _worker(worker: WorkerInfo, load: WorkerLoad) -> dict[str, Any]:
+def _worker(worker: WorkerInfo, load: WorkerLoad, state: WorkerState) -> dict[str, Any]:
     pages = {
         "size_tokens": worker.page_size,
         "size_bytes": worker.page_bytes,
@@ -53,6 +62,8 @@ def _worker(worker: WorkerInfo, load: WorkerLoad) -> dict[str, Any]:
         "version": worker.version,
         "max_num_seqs": worker.max_num_seqs,
         "draining": load.draining,
+        "state": "draining" if load.draining and state.state in ("up", "starting") else state.state,
+        "reason": state.reason,
         "running": load.running,
         "waiting": load.waiting,
         "queued_tokens": load.queued_tokens,

@@ -44,6 +44,7 @@ class RequestHead:
     timeline: bool
     traceparent: str = ""  # W3C trace context of the caller, as given
     tracestate: str = ""
+    tenant: str = ""  # whose API key it came with
 
     @property
     def for_log(self) -> dict[str, object]:
@@ -160,6 +161,7 @@ class Front:
             stream=bool(request.stream),
             usage_in_chunks=request.usage_in_stream[1],
             timeline=head.timeline or bool(request.timeline),
+            tenant=head.tenant,
             beams=bool(request.use_beam_search),
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
         )

@@ -45,7 +45,7 @@ MOVING = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 MOVED_BYTES = tuple(float(4**power) for power in range(6, 19))  # 4 KiB to 64 GiB
 
 _REASONS = ("stop", "length", "abort", "error")
-_GAUGES = ("in_flight", "links", "reserved_tokens", "redis_up")  # among RouterService.counters
+_GAUGES = ("in_flight", "queued", "links", "reserved_tokens", "redis_up")  # among RouterService.counters
 
 
 class RouterMetrics(Collector):
@@ -181,8 +181,18 @@ class RouterMetrics(Collector):
         for name, histogram in self._service.histograms().items():
             help = f"Router: {name.replace('_', ' ')}."
             yield histogram_family(f"penstock:{name}", help, [(labels, histogram)], LABELS)
+        yield self._usable()
         yield from worker_metric_families(labels["model_name"], self._service.loads())
         yield from absent_families(labels)
+
+    def _usable(self) -> Metric:
+        states = self._service.states()
+        help = "1 if the worker is sent requests; 0: it is stalled or broken."
+        family = GaugeMetricFamily("penstock:worker_usable", help, labels=LABELS)
+        for worker, _ in self._service.loads():
+            usable = states[worker.incarnation].state not in ("stalled", "broken")
+            family.add_metric([self._labels["model_name"], worker.worker_id], float(usable))
+        return family
 
     def _handoffs(self) -> Iterator[Metric]:
         texts = (

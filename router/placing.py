@@ -7,6 +7,7 @@ worker to which another router has given load at the same moment is reconsidered
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from penstock.common.messages import GenerateRequest, WorkerInfo
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup
 from penstock.common.reservations import Reservations
+from penstock.router.admission import Limits, refusal
+from penstock.router.expected import Expected, of_placement, quickest
 from penstock.router.fleet import Fleet
 from penstock.router.off_loop import OffLoop
 from penstock.router.policy import Placement, Policy, RequestFacts, moved
@@ -24,9 +27,11 @@ HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost 
 
 @dataclass(frozen=True)
 class Found:
-    """A placement (None: no worker takes it), and what Redis said of workers, by incarnation."""
+    """A placement, what the client may expect of it (None: no worker takes it), and what Redis said of workers, by
+    incarnation."""
 
     placement: Placement | None
+    expected: Expected | None
     lookups: Mapping[str, Lookup]
 
 
@@ -41,21 +46,26 @@ class Placing:
         reservations: Reservations,
         off_loop: OffLoop,
         min_remote_prefill_tokens: int,
+        limits: Limits,
     ) -> None:
         self._fleet, self._policy = fleet, policy
         self._reader, self._reservations = reader, reservations
         self._off_loop = off_loop
         self._minimum = min_remote_prefill_tokens
+        self._limits = limits
 
-    async def place(self, request: GenerateRequest, avoid: frozenset[str], source: WorkerInfo | None = None) -> Found:
-        """Workers for a request; if `source` is given it comes from there, with its pages.
+    async def place(
+        self, request: GenerateRequest, avoid: frozenset[str], since: float, source: WorkerInfo | None = None
+    ) -> Found:
+        """Workers for a request that came at `since`; if `source` is given it moves from there, with its pages.
 
         What they are to be given is not reserved yet: do it before the next `await`.
         """
         lookups = await self._look_up(request) if self._fleet.has_choice() else {}
         tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        facts = RequestFacts(tokens, avoid, self._fleet.hit_share())
-        placement = self._choose(facts, lookups, source)
+        bad_pairs = self._fleet.health.bad_pairs(time.monotonic())
+        facts = RequestFacts(tokens, avoid, self._fleet.hit_share(), bad_pairs)
+        placement, found = self._choose(facts, lookups, since, source)
         for _ in range(MAX_CLAIMS):
             if placement is None or not lookups or not self._reader.other_routers:
                 break
@@ -63,24 +73,37 @@ class Placing:
             if others is None or not _grown(placement, lookups, others):
                 break
             lookups = {i: replace(one, reserved_tokens=others.get(i, 0)) for i, one in lookups.items()}
-            before, placement = placement, self._choose(facts, lookups, source)
+            before = placement
+            placement, found = self._choose(facts, lookups, since, source)
             if placement is not None and placement.load == before.load:  # still the best, and claimed already
                 break
-        return Found(placement, lookups)
+        return Found(placement, found, lookups)
 
-    def reserve(self, incarnation: str, tokens: int) -> None:
+    def reserve(self, incarnation: str, tokens: int, *, prompt: bool = False) -> None:
         """More load at a worker, for this router's own choices and, soon, for the other routers'."""
-        self._reservations.publish(incarnation, self._fleet.reserve(incarnation, tokens))
+        self._reservations.publish(incarnation, self._fleet.reserve(incarnation, tokens, prompt=prompt))
 
-    def release(self, incarnation: str, tokens: int) -> None:
+    def release(self, incarnation: str, tokens: int, *, prompt: bool = False) -> None:
         """The reverse."""
-        self._reservations.publish(incarnation, self._fleet.release(incarnation, tokens))
+        self._reservations.publish(incarnation, self._fleet.release(incarnation, tokens, prompt=prompt))
 
     def _choose(
-        self, facts: RequestFacts, lookups: Mapping[str, Lookup], source: WorkerInfo | None
-    ) -> Placement | None:
-        placement = self._policy.choose(facts, self._fleet.candidates(lookups), self._minimum)
-        return placement if placement is None or source is None else moved(placement, source, facts.num_tokens)
+        self, facts: RequestFacts, lookups: Mapping[str, Lookup], since: float, source: WorkerInfo | None
+    ) -> tuple[Placement | None, Expected | None]:
+        """The policy's choice, unless that would be too late for the client and another one would not."""
+        now = time.monotonic()
+        candidates = self._fleet.candidates(lookups, now)
+        chosen = self._policy.choose(facts, candidates, self._minimum)
+        if chosen is None:
+            return None, None
+        if source is not None:
+            return moved(chosen, source, facts.num_tokens), None
+        found, waited_ms = of_placement(facts, chosen, candidates), (now - since) * 1e3
+        if refusal(self._limits, found, waited_ms) is not None:
+            other = quickest(facts, candidates, self._minimum)
+            if other is not None:
+                return other, of_placement(facts, other, candidates)
+        return chosen, found
 
     async def _claim(self, placement: Placement) -> dict[str, int] | None:
         """What others had reserved when they could first see this placement's load; None while Redis is away."""

@@ -11,7 +11,7 @@ it with, are in simple_policies.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -26,12 +26,14 @@ DECODE_TOKENS = 32  # what a request that is being decoded weighs on its worker,
 class RequestFacts:
     """What matters of a request: its length, and the incarnations that have just failed it.
 
-    `hit_share` is of the fleet: of the prompt tokens that its workers looked up, those they found.
+    `hit_share` is of the fleet: of the prompt tokens that its workers looked up, those they found. Between the workers
+    of `avoid_pairs` (prefill, decode) hand-offs fail.
     """
 
     num_tokens: int
     avoid: frozenset[str] = frozenset()
     hit_share: float = 0.0
+    avoid_pairs: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Candidate:
     reserved_tokens: int = 0  # by all routers
     rates: WorkerRates = H200_LLAMA8B
     given_ms: float = 0.0  # work this router has given it (`WorkShares`)
+    prompt_tokens: int = 0  # of `reserved_tokens`, those that are to be computed: exact for this router's
+    placed: int = 0  # sequences that routers have there, as far as this one knows
 
     @property
     def queued_tokens(self) -> int:
@@ -117,7 +121,7 @@ class PickingPolicy(Policy):
         decoder = self.pick(facts, decoders)
         prefiller = None
         if worth_a_handoff(facts, decoder, min_remote_prefill_tokens):
-            fitting = [p for p in prefillers if p.worker.fingerprint == decoder.worker.fingerprint]
+            fitting = list(pairs(facts, decoder, prefillers))
             prefiller = self.pick(facts, fitting) if fitting else None
         return placement(facts, decoder, prefiller)
 
@@ -137,6 +141,17 @@ def by_role(facts: RequestFacts, candidates: Sequence[Candidate]) -> tuple[list[
         decoders = [c for c in decoders if c.worker.incarnation not in facts.avoid] or decoders
         prefillers = [c for c in prefillers if c.worker.incarnation not in facts.avoid] or prefillers
     return decoders, prefillers
+
+
+def pairs(facts: RequestFacts, decoder: Candidate, prefillers: Iterable[Candidate]) -> Iterator[Candidate]:
+    """The prefill workers that can hand prompts to `decoder`, in their order."""
+    decode = decoder.worker
+    return (
+        p
+        for p in prefillers
+        if p.worker.fingerprint == decode.fingerprint
+        and (p.worker.incarnation, decode.incarnation) not in facts.avoid_pairs
+    )
 
 
 def worth_a_handoff(facts: RequestFacts, decoder: Candidate, min_remote_prefill_tokens: int) -> bool:

@@ -42,6 +42,7 @@ class Plan:
     parsing: AnswerParsing | None = None  # what to tell apart in the answers' text
     usage_in_chunks: bool = False
     timeline: bool = False  # the client asked for it
+    tenant: str = ""  # whose share of the fleet it uses
     beams: bool = False  # the choices of a prompt are the results of a beam search
     length_penalty: float = 1.0
     background: Background | None = None  # runs the reply apart from the client, and answers that one itself
@@ -158,7 +159,7 @@ class Reply(ABC):
 
     async def _submit_one(self, choice: Choice) -> None:
         try:
-            await self._service.submit(choice.request, choice)
+            await self._service.submit(choice.request, choice, self._plan.tenant)
         except PenstockError:
             choice.ended = True  # it never ran: nothing to cancel
             raise

@@ -30,31 +30,35 @@ from penstock.common.reservations import Reservations
 from penstock.common.tasks import end_tasks
 from penstock.router.dispatch import Dispatcher
 from penstock.router.dispatch_events import (
+    Blame,
     Cancelled,
     Command,
     Deliver,
+    Dequeue,
     Event,
     Fail,
     Place,
-    Placed,
-    PlaceFailed,
     Release,
     Reserve,
     SendAbort,
     SendMove,
     SendSubmit,
+    Served,
     Shutdown,
     Submitted,
     Tick,
     WorkerDown,
     WorkerLeaving,
+    WorkerStalled,
     WorkerUp,
 )
 from penstock.router.fleet import Fleet
+from penstock.router.health import Health, WorkerState
 from penstock.router.hit_check import HitCheck
 from penstock.router.off_loop import OffLoop
 from penstock.router.placing import Placing
 from penstock.router.policies import make_policy
+from penstock.router.turns import Turns, new_admission
 
 TICK_S = 0.1
 DISCOVER_S = 1.0
@@ -93,11 +97,13 @@ class RouterService:
     def __init__(self, config: RouterConfig) -> None:
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._config = config
-        self._fleet = Fleet((*config.served_model_name, config.model))
+        self._health = Health(config.slow_start_s, max(config.stall_timeout_s, config.lease_s))
+        self._fleet = Fleet((*config.served_model_name, config.model), self._health)
         self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s)
         self._reader = FleetReader(config.redis_url, config.namespace, self.router_id)
         self._reservations = Reservations(config.redis_url, config.namespace, self.router_id, config.lease_s)
         self.off_loop = OffLoop()
+        self._admission = new_admission(config)
         self._placing = Placing(
             self._fleet,
             make_policy(config.routing_policy, fetch=config.fetch_prefixes),
@@ -105,6 +111,7 @@ class RouterService:
             self._reservations,
             self.off_loop,
             config.min_remote_prefill_tokens,
+            self._admission.limits,
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, AsyncBusLink] = {}  # by address
@@ -113,6 +120,7 @@ class RouterService:
         self._refused: set[str] = set()  # incarnations of workers that were not used, each reported once
         self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
         self._hits = HitCheck(config.max_inflight)
+        self._turns = Turns(self._placing, self._fleet, self._hits, self._admission, self._handle, self._spawn)
         self._model: ModelInfo | None = None
         self._accepting = False
 
@@ -141,16 +149,17 @@ class RouterService:
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
         self.off_loop.close()
 
-    async def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Take one choice. Every end of it, a refusal included, goes to `sink`."""
+    async def submit(self, request: GenerateRequest, sink: Sink, tenant: str = "") -> None:
+        """Take one choice. Every end of it, a refusal included, goes to `sink`. `tenant`: whose share it uses."""
         if not self._accepting:
             sink.on_error(Unavailable("this router is shutting down"))
             return
         if len(self._dispatcher.choices) >= self._config.max_inflight:
+            self._admission.refused["in_flight"] += 1
             sink.on_error(Overloaded(f"this router has {self._config.max_inflight} choices in flight, its limit"))
             return
         self._counters["requests"] += 1
-        self._handle(Submitted(request, sink))
+        self._handle(Submitted(request, sink, tenant))
 
     def cancel(self, request_id: str, choice: int) -> None:
         """The client does not want it any more: its worker frees it after the next step. Unknown ids do nothing."""
@@ -168,11 +177,24 @@ class RouterService:
         """Live workers, and what each said last of itself."""
         return [(member.worker, member.load) for member in self._fleet.members]
 
+    def states(self) -> dict[str, WorkerState]:
+        """How each live worker is, by incarnation."""
+        now = time.monotonic()
+        return {m.worker.incarnation: self._health.state(m.worker.incarnation, now) for m in self._fleet.members}
+
+    def broken_pairs(self) -> list[tuple[str, str, float]]:
+        """Pairs between which nothing is handed off: ids of prefill and decode worker, seconds until the next try."""
+        pairs = self._health.broken_pairs(time.monotonic())
+        return [(prefill.worker_id, decode.worker_id, retry_in_s) for prefill, decode, retry_in_s in pairs]
+
     def counters(self) -> dict[str, int]:
-        """Totals since the start, and gauges (`in_flight`, `reserved_tokens`, `links`)."""
+        """Totals since the start, and gauges (`in_flight`, `queued`, `reserved_tokens`, `links`)."""
         return {
             **self._counters,
             **self._hits.counters(),
+            **self._health.counters,
+            **{f"refused_{reason}": number for reason, number in self._admission.refused.items()},
+            "queued": len(self._admission),
             "retries": self._dispatcher.retries,
             "stale_deltas": self._dispatcher.stale_deltas,
             "divergences": self._dispatcher.divergences,
@@ -202,15 +224,22 @@ class RouterService:
                 self._counters["failed"] += 1
                 command.sink.on_error(command.error)
             elif isinstance(command, Place):
-                self._spawn(self._place(command), f"place {command.request.request_id}")
+                self._spawn(self._turns.place(command), f"place {command.request.request_id}")
+            elif isinstance(command, Dequeue):
+                self._turns.forget((command.request_id, command.choice))
             elif isinstance(command, (SendSubmit, SendAbort, SendMove)):
                 address = self._addresses.get(command.incarnation)
                 if address is not None:  # else its WorkerDown was just handled
                     self._links[address].send(command.message)
+            elif isinstance(command, Served):
+                self._health.served(command.decode, command.prefill, command.handed_off, time.monotonic())
+            elif isinstance(command, Blame):
+                self._health.failed(command.incarnation, command.reason, time.monotonic())
             elif isinstance(command, Reserve):
-                self._placing.reserve(command.incarnation, command.tokens)
+                self._placing.reserve(command.incarnation, command.tokens, prompt=command.prompt)
             elif isinstance(command, Release):
-                self._placing.release(command.incarnation, command.tokens)
+                self._placing.release(command.incarnation, command.tokens, prompt=command.prompt)
+                self._turns.take()
 
     def _deliver(self, command: Deliver) -> None:
         delta = command.delta
@@ -237,30 +266,6 @@ class RouterService:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("task %r failed", task.get_name(), exc_info=error)
 
-    # ------------------------------------------------------------ placing
-
-    async def _place(self, command: Place) -> None:
-        """Choose, and hand the choice over in the same breath: no await between."""
-        request = command.request
-        try:
-            found = await self._placing.place(request, command.avoid, command.source)
-        except Exception:  # a bug, but one that must not leave the client waiting
-            log.exception("a request could not be placed", extra=about(request))
-            self._handle(PlaceFailed(request.request_id, request.choice, request.attempt))
-            return
-        placement = found.placement
-        if placement is not None:
-            self._fleet.give(placement)
-            worker = placement.prefill or placement.decode
-            lookup = found.lookups.get(worker.incarnation)
-            if lookup is not None and placement.source is None:  # else nothing is known, or pages come first
-                tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-                key = request.request_id, request.choice
-                self._hits.predicted(
-                    key, request.attempt, worker.worker_id, lookup.held_pages, worker.page_size, tokens
-                )
-        self._handle(Placed(request.request_id, request.choice, request.attempt, placement))
-
     # ------------------------------------------------------------ fleet
 
     async def _discover(self) -> None:
@@ -268,7 +273,7 @@ class RouterService:
             workers = await self._reader.workers()
             if workers is not None:
                 changes = self._fleet.discovered(workers)
-                self._fleet.tick()
+                self._fleet.measure()
                 for address in changes.opened:
                     self._open_link(address)
                 for address in changes.forgotten:
@@ -282,7 +287,16 @@ class RouterService:
             for address, worker in self._fleet.acceptable(time.monotonic()):
                 self._on_connected(address, worker)
             self._handle(Tick())
+            self._look_for_stalled()
+            self._turns.take()
             await asyncio.sleep(TICK_S)
+
+    def _look_for_stalled(self) -> None:
+        now = time.monotonic()
+        for worker, reason in self._fleet.stalled(now):
+            log.warning("worker %s (%s) makes no progress: %s", worker.worker_id, worker.role, reason)
+            if self._fleet.has_other(worker.incarnation, now):
+                self._handle(WorkerStalled(worker.incarnation, reason))
 
     def _open_link(self, address: str) -> None:
         # Sessions of one peer must grow at the worker, also over links that were given up between.
@@ -305,7 +319,7 @@ class RouterService:
             self._counters["token_batches"] += 1
             self._carry_out(self._dispatcher.tokens(item.deltas, time.monotonic()))
         elif isinstance(item, HeartbeatAck):
-            self._fleet.report(address, item.load)
+            self._fleet.report(address, item.load, time.monotonic())
             for incarnation in self._fleet.leaving():
                 self._handle(WorkerLeaving(incarnation))
         elif isinstance(item, Connected):

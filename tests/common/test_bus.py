@@ -139,13 +139,14 @@ def test_an_identity_that_is_not_the_peers_own_is_refused():
 # ---------------------------------------------------------------- LinkState
 
 
-def test_a_link_connects_beats_and_is_lost():
-    state = LinkState("r", "router", 5, "", lease_s=9.0)
+@pytest.mark.parametrize(("lease_s", "every_s"), [(9.0, 0.5), (0.9, 0.3)])
+def test_a_link_connects_beats_and_is_lost(lease_s: float, every_s: float):
+    state = LinkState("r", "router", 5, "", lease_s=lease_s)
     assert state.must_open(0.0) and state.opened(0.0).session == 5
     assert state.heartbeat_due(0.0) is None, "not before the Welcome"
     assert state.received(WELCOME, 1.0) == Connected(WORKER, 5)
-    assert state.heartbeat_due(1.0) == Heartbeat(seq=1) and state.heartbeat_due(3.9) is None
-    assert state.heartbeat_due(4.0) == Heartbeat(seq=2)
+    assert state.heartbeat_due(1.0) == Heartbeat(seq=1) and state.heartbeat_due(0.95 + every_s) is None
+    assert state.heartbeat_due(1.01 + every_s) == Heartbeat(seq=2)
     assert state.lost("cut", 5.0) == Disconnected(5, "cut", greeted=True)
     assert state.lost("again", 5.0) is None, "one end per session"
     assert not state.must_open(5.0) and state.must_open(5.0 + BACKOFF_FIRST_S)

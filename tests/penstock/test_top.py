@@ -53,6 +53,8 @@ def test_once(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["top", "--once", "--interval", "0.05", "--url", str(router.http.base_url)]) == 0
     shown = capsys.readouterr().out
     assert "decode-0" in shown and "25/100" in shown and "\x1b" not in shown
+    assert "stalled: no step for 30 s" in shown
+    assert "hand-offs from prefill-0 to decode-0 fail; next try in 1 s" in shown
 
 
 def test_why_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.histogram import Histogram
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
 from penstock.router.app import create_app
+from penstock.router.health import WorkerState
 from penstock.router.off_loop import OffLoop
 from penstock.router.server import RouterServer
 from tests.tiny_tokenizers import TEMPLATE, byte_level
@@ -85,6 +86,7 @@ class FakeService:
         self.is_ready = True
         self.known = True
         self.requests: list[GenerateRequest] = []
+        self.tenants: list[str] = []
         self.cancelled: list[tuple[str, int]] = []
         self.cancel_heard = threading.Event()
         self.started = self.stopped = 0
@@ -103,8 +105,9 @@ class FakeService:
             sink.on_error(Unavailable("this router is shutting down"))
         self.off_loop.close()
 
-    async def submit(self, request: GenerateRequest, sink: Any) -> None:
+    async def submit(self, request: GenerateRequest, sink: Any, tenant: str = "") -> None:
         self.requests.append(request)
+        self.tenants.append(tenant)
         if self.refusal is not None:
             raise self.refusal
         await asyncio.sleep(0)
@@ -149,6 +152,12 @@ class FakeService:
 
     def histograms(self) -> dict[str, Histogram]:
         return {}
+
+    def states(self) -> dict[str, WorkerState]:
+        return {"a": WorkerState("stalled", "no step for 30 s")}
+
+    def broken_pairs(self) -> list[tuple[str, str, float]]:
+        return [("prefill-0", "decode-0", 1.25)]
 
     def counters(self) -> dict[str, int]:
         return {"retries": 4, "worker_losses": 1, "in_flight": len(self._tasks)}

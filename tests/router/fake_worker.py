@@ -16,6 +16,7 @@ from penstock.common.messages import (
     Heartbeat,
     HeartbeatAck,
     Hello,
+    MeasuredRates,
     Spans,
     Submit,
     TokenBatch,
@@ -46,9 +47,17 @@ class FakeWorker:
         fingerprint: str = "f",
         max_model_len: int = 4096,
         hash_probe: str = "",
+        max_num_seqs: int = 64,
+        rates: MeasuredRates = MeasuredRates(),  # noqa: B008 - frozen
     ) -> None:
         self.limit = 1 << 30
         self.step_s = 0.001
+        self.steps = 0
+        self.answers_heartbeats = True
+        self._handed_off = False
+        self.fails = False  # every request, with an error that another worker may not have
+        self.local_prefill = False  # whether hand-offs to it fail
+        self.rates = rates
         self.cached_tokens = 0  # what it says to have found of every prompt
         self.queued_tokens = 0  # what it says waits for it
         self.submitted: list[GenerateRequest] = []
@@ -72,7 +81,7 @@ class FakeWorker:
             num_pages=1000,
             page_bytes=64,
             max_model_len=max_model_len,
-            max_num_seqs=64,
+            max_num_seqs=max_num_seqs,
             vocab_size=1000,
             eos_token_ids=[2],
             hash_scope="scope",
@@ -121,8 +130,17 @@ class FakeWorker:
                 for event in events:
                     if isinstance(event, PeerReplaced):
                         self._forget(event)
+            elif isinstance(message, Heartbeat) and not self.answers_heartbeats:
+                self.peers.heartbeat(identity, message.seq, now)
             elif isinstance(message, Heartbeat) and self.peers.heartbeat(identity, message.seq, now):
-                load = WorkerLoad(running=len(self.running), queued_tokens=self.queued_tokens)
+                load = WorkerLoad(
+                    running=len(self.running),
+                    queued_tokens=self.queued_tokens,
+                    num_pages=1000,
+                    free_pages=1000,
+                    steps=self.steps,
+                    rates=self.rates,
+                )
                 self._server.send(identity, HeartbeatAck(seq=message.seq, load=load))
             elif identity not in self.peers:
                 self._server.send(identity, self.peers.unknown())
@@ -137,6 +155,14 @@ class FakeWorker:
         self.submitted.append(request)
         if submit.source is not None:
             self.sources.append(submit.source.incarnation)
+        if self.fails:
+            finish = Finish(reason="error", code="internal_error", message="it fails", retryable=True)
+            end = TokenDelta(
+                request.request_id, request.attempt, request.choice, len(request.output_token_ids), [], finish
+            )
+            self._server.send(identity, TokenBatch(deltas=[end]))
+            return
+        self._handed_off = submit.prefill is not None
         key = (identity, request.request_id, request.choice, request.attempt)
         self.running[key] = request
         self._next_index[key] = len(request.output_token_ids)
@@ -160,13 +186,21 @@ class FakeWorker:
             if index < min(self.limit, request.sampling.max_tokens or 0):
                 batches.setdefault(key[0], []).append(self._delta(request, index))
                 self._next_index[key] += 1
+                self.steps += 1
             if index + 1 >= (request.sampling.max_tokens or 0):
                 del self.running[key]
         for identity, deltas in batches.items():
             self._server.send(identity, TokenBatch(deltas=deltas))
 
     def _spans(self) -> Spans:
-        return Spans(worker=self.info.worker_id, decode_ms=1.0, cached_tokens=self.cached_tokens)
+        failed, pages = self._handed_off and self.local_prefill, int(self._handed_off and not self.local_prefill)
+        return Spans(
+            worker=self.info.worker_id,
+            decode_ms=1.0,
+            cached_tokens=self.cached_tokens,
+            local_prefill=failed,
+            transfer_pages=pages,
+        )
 
     def _delta(self, request: GenerateRequest, index: int) -> TokenDelta:
         tokens = oracle(request)

@@ -10,29 +10,35 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.common.errors import PenstockError, QueueTimeout, Timeout, Unavailable, WorkerLost
-from penstock.common.messages import Abort, Finish, GenerateRequest, Move, TokenDelta, TokenLogprobs, WorkerInfo
+from penstock.common.errors import Overloaded, PenstockError, QueueTimeout, Timeout, Unavailable, WorkerLost
+from penstock.common.messages import Abort, Finish, GenerateRequest, Move, Spans, TokenDelta, TokenLogprobs, WorkerInfo
 from penstock.common.sampling import SamplingParams
 from penstock.router import dispatch
 from penstock.router.dispatch import Dispatcher, InvalidTransition, State
 from penstock.router.dispatch_events import (
+    Blame,
     Cancelled,
     Command,
     Deliver,
+    Dequeue,
     Fail,
     Place,
     Placed,
     PlaceFailed,
+    Queued,
+    Refused,
     Release,
     Reserve,
     SendAbort,
     SendMove,
     SendSubmit,
+    Served,
     Shutdown,
     Submitted,
     Tick,
     WorkerDown,
     WorkerLeaving,
+    WorkerStalled,
     WorkerUp,
 )
 from penstock.router.policy import Placement
@@ -114,6 +120,67 @@ def the(kind: type[Any], commands: list[Command]) -> Any:
     return found[0]
 
 
+def test_who_waits_its_turn_goes_leaves_or_is_told_why_not():
+    h = Harness()
+    h.do(WorkerUp("d1"), Submitted(request(), "sink"))
+    assert h.do(Queued("a", 0)) == [] and h.core.choices["a", 0].state is State.QUEUED
+    assert h.do(WorkerDown("d1"), WorkerUp("d1"), Tick()) == [], "it is the queue's, not the workers'"
+    assert [type(c) for c in h.do(Placed("a", 0, 0, placement("d1")))] == [Reserve, SendSubmit]
+    for event, code in ((Refused("b", 0, Overloaded("no")), "overloaded"), (Shutdown(), "unavailable")):
+        h.do(Submitted(request("b"), "sink"), Queued("b", 0))
+        commands = h.do(event)
+        assert the(Fail, [c for c in commands if isinstance(c, Fail)][-1:]).error.code == code
+        assert Dequeue("b", 0) in commands
+    h.do(Submitted(request("c"), "sink"), Queued("c", 0))
+    h.now += 61.0
+    fail, dequeue = h.do(Tick())
+    assert type(fail.error) is QueueTimeout and dequeue == Dequeue("c", 0)
+    h.do(Submitted(request("d"), "sink"))
+    assert h.do(Cancelled("d", 0)) == [] and h.do(Queued("d", 0)) == [Dequeue("d", 0)]
+
+
+def test_what_runs_at_a_stalled_worker_goes_on_elsewhere():
+    h = Harness()
+    h.run(prefill="p1")
+    abort, *_, place = h.do(WorkerStalled("p1", "no step"))
+    assert type(abort) is SendAbort and place.avoid == frozenset(), "the decode worker is not to blame"
+    h.do(Placed("a", 0, 1, placement("d1", "p2")))
+    h.tokens(delta(0, 5, attempt=1))
+    assert h.do(WorkerStalled("p2", "no step")) == [], "its part is done"
+    *_, place = h.do(WorkerStalled("d1", "no step"))
+    assert place.avoid == {"d1"} and place.request.output_token_ids == [5] and place.request.attempt == 2
+    assert h.reserved() == {}
+
+
+@pytest.mark.parametrize(
+    ("spans", "handed_off"),
+    [
+        (Spans(worker="d1", transfer_pages=3), True),
+        (Spans(worker="d1", local_prefill=True, transfer_pages=1), False),
+        (Spans(worker="d1"), None),  # it held all of the prompt
+        (Spans(worker="p1"), None),
+        (None, None),
+    ],
+)
+def test_how_the_hand_off_fared_is_told(spans: Spans | None, handed_off: bool | None):
+    h = Harness()
+    h.run(prefill="p1")
+    commands = h.tokens(TokenDelta("a", 0, 0, 0, [5], STOP, None, spans))
+    assert the(Served, commands) == Served("d1", "p1", handed_off)
+
+
+def test_only_a_workers_own_faults_are_blamed_on_it():
+    for code, blamed in (("internal_error", True), ("unavailable", False), ("context_length_exceeded", False)):
+        h = Harness()
+        h.run()
+        commands = h.tokens(delta(0, finish=Finish(reason="error", code=code, message="oh", retryable=True)))
+        assert [c for c in commands if isinstance(c, Blame)] == ([Blame("d1", "oh")] if blamed else [])
+    h = Harness()
+    h.run()
+    h.now += 1000.0
+    assert the(Blame, h.do(Tick())) == Blame("d1", "a request made no progress")
+
+
 def test_the_plain_way():
     h = Harness()
     place = the(Place, h.do(WorkerUp("d1"), Submitted(request(), "sink")))
@@ -123,9 +190,10 @@ def test_the_plain_way():
     submit = the(SendSubmit, commands)
     assert submit.incarnation == "d1" and submit.message.prefill == worker("p1", "prefill")
     assert h.reserved() == {"d1": 10, "p1": 20}
-    assert h.tokens(delta(0, 5)) == [Release("p1", 20), Deliver("sink", delta(0, 5))]
+    assert h.tokens(delta(0, 5)) == [Release("p1", 20, True), Deliver("sink", delta(0, 5))]
     assert h.tokens(delta(1, 6), delta(2, 7, 8)) == [Deliver("sink", delta(1, 6)), Deliver("sink", delta(2, 7, 8))]
-    assert h.tokens(delta(4, 9, finish=STOP)) == [Deliver("sink", delta(4, 9, finish=STOP)), Release("d1", 10)]
+    ended = h.tokens(delta(4, 9, finish=STOP))
+    assert ended == [Deliver("sink", delta(4, 9, finish=STOP)), Served("d1", "p1", None), Release("d1", 10)]
     assert not h.core.choices and h.reserved() == {}
     assert h.tokens(delta(5, 10)) == [] and h.core.stale_deltas == 1
 
@@ -134,7 +202,7 @@ def test_a_prompt_computed_by_the_decode_worker_weighs_until_a_token_comes():
     h = Harness()
     h.do(WorkerUp("d1"), Submitted(request(), "sink"), Placed("a", 0, 0, Placement(worker("d1"), None, 10, 500)))
     assert h.reserved() == {"d1": 510}
-    assert h.tokens(delta(0, 5)) == [Release("d1", 500), Deliver("sink", delta(0, 5))]
+    assert h.tokens(delta(0, 5)) == [Release("d1", 500, True), Deliver("sink", delta(0, 5))]
     assert h.reserved() == {"d1": 10}
     h.do(Cancelled("a", 0))
     assert h.reserved() == {}
@@ -181,7 +249,7 @@ def test_a_later_attempt_gives_back_its_prefill_load_with_its_first_token():
     h.run()
     h.tokens(delta(0, 5))
     h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2", "p1")))
-    assert h.tokens(delta(1, 6, attempt=1)) == [Release("p1", 20), Deliver("sink", delta(1, 6, attempt=1))]
+    assert h.tokens(delta(1, 6, attempt=1)) == [Release("p1", 20, True), Deliver("sink", delta(1, 6, attempt=1))]
 
 
 @pytest.mark.parametrize("cut_first", [True, False])
@@ -206,7 +274,7 @@ def test_a_first_token_lost_in_a_cut_is_tried_again(cut_first: bool):
 def test_a_prefill_worker_lost_is_the_decode_workers_business():
     h = Harness()
     h.run(prefill="p1")
-    assert h.do(WorkerDown("p1")) == [Release("p1", 20)]
+    assert h.do(WorkerDown("p1")) == [Release("p1", 20, True)]
     h.tokens(delta(0, 5, finish=STOP))
     assert h.delivered() == [5] and h.reserved() == {}
 
@@ -326,11 +394,14 @@ def test_cancel_in_every_state():
     for state in State:
         h = Harness()
         h.do(Submitted(request(), "sink"))
-        if state is not State.PLACING:
+        if state is State.QUEUED:
+            h.do(Queued("a", 0))
+        elif state is not State.PLACING:
             h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
         assert h.core.choices["a", 0].state is state
         commands = h.do(Cancelled("a", 0))
-        assert [type(c) for c in commands] == ([SendAbort, Release] if state is State.RUNNING else [])
+        expected = {State.RUNNING: [SendAbort, Release], State.QUEUED: [Dequeue]}
+        assert [type(c) for c in commands] == expected.get(state, [])
         assert not h.core.choices and h.do(Cancelled("a", 0)) == []
         assert h.do(Placed("a", 0, 0, placement("d1"))) == [], "the answer to a cancelled question"
 
@@ -345,7 +416,9 @@ def test_shutdown_in_every_state():
     for state in State:
         h = Harness()
         h.do(Submitted(request(), "sink"))
-        if state is not State.PLACING:
+        if state is State.QUEUED:
+            h.do(Queued("a", 0))
+        elif state is not State.PLACING:
             h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
         assert isinstance(the(Fail, h.do(Shutdown())).error, Unavailable)
         assert not h.core.choices and h.reserved() == {}
@@ -396,6 +469,8 @@ class Faults(RuleBasedStateMachine):
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.to_place: list[Place] = []
+        self.queued: set[str] = set()
+        self.queued_before: set[str] = set()
         self.sent: dict[str, tuple[str, int, int]] = {}  # request -> worker, attempt, first index: what runs now
         self.network: list[TokenDelta] = []
         self.reserved: Counter[str] = Counter()
@@ -406,7 +481,10 @@ class Faults(RuleBasedStateMachine):
         for command in commands:
             if isinstance(command, Place):
                 self.to_place.append(command)
+            elif isinstance(command, Dequeue):
+                self.queued.discard(command.request_id)
             elif isinstance(command, SendSubmit):
+                self.queued.discard(command.message.request.request_id)
                 assert command.incarnation in self.up
                 request = command.message.request
                 assert request.output_token_ids == self.got[request.request_id]
@@ -453,12 +531,28 @@ class Faults(RuleBasedStateMachine):
     def place(self, data: st.DataObject) -> None:
         waiting, self.to_place = self.to_place, []
         for command in waiting:
+            if command.request.attempt == 0 and data.draw(st.booleans()):
+                self.admission(command, data)
+                continue
             where = data.draw(st.sampled_from(sorted(self.up))) if self.up else None
             prefill = data.draw(st.sampled_from([None, "p1"]))
             found = placement(where, prefill) if where else None
+            self.queued.discard(command.request.request_id)
             self.apply(
                 self.core.handle(Placed(command.request.request_id, 0, command.request.attempt, found), self.now)
             )
+
+    def admission(self, command: Place, data: st.DataObject) -> None:
+        """It waits its turn, which comes later or never, or is refused; it may have been cancelled since it asked."""
+        name = command.request.request_id
+        if data.draw(st.booleans()):
+            self.apply(self.core.handle(Refused(name, 0, Overloaded("full")), self.now))
+        else:
+            self.to_place.append(command)
+            if name not in self.queued_before:
+                self.queued_before.add(name)
+                self.queued.add(name)
+                self.apply(self.core.handle(Queued(name, 0), self.now))
 
     @precondition(lambda self: self.network)
     @rule(picks=st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=8))
@@ -520,6 +614,8 @@ class Faults(RuleBasedStateMachine):
     @invariant()
     def ledger(self) -> None:
         assert {name for name, _ in self.core.choices} == set(self.oracle) - set(self.ended)
+        queued = {name for (name, _), choice in self.core.choices.items() if choice.state is State.QUEUED}
+        assert queued == self.queued, "who waits no longer is taken out of the queue"
         held = Counter[str]()
         for choice in self.core.choices.values():
             for release in (choice.reserved, choice.prompt_reserved):
@@ -533,6 +629,7 @@ class Faults(RuleBasedStateMachine):
         for _ in range(40):  # from here on nothing fails: everything that is left must end
             while self.to_place:
                 command = self.to_place.pop(0).request
+                self.queued.discard(command.request_id)
                 self.apply(self.core.handle(Placed(command.request_id, 0, command.attempt, placement("d1")), self.now))
             network, self.network = self.network, []
             for one in network:

@@ -137,10 +137,10 @@ def test_candidates_join_links_reports_reservations_and_redis():
     fleet.discovered([ONE, TWO])
     fleet.connected(ONE.address, ONE, 0.0)
     fleet.connected(TWO.address, TWO, 0.0)
-    fleet.report(ONE.address, WorkerLoad(running=3))
-    fleet.report("tcp://127.0.0.1:9", WorkerLoad(running=9))
+    fleet.report(ONE.address, WorkerLoad(running=3), 0.0)
+    fleet.report("tcp://127.0.0.1:9", WorkerLoad(running=9), 0.0)
     fleet.reserve("1", 100)
-    one, two = fleet.candidates({"1": Lookup(held_pages=5, reserved_tokens=50), "9": Lookup(1, 1)})
+    one, two = fleet.candidates({"1": Lookup(held_pages=5, reserved_tokens=50), "9": Lookup(1, 1)}, 100.0)
     assert (one.worker, one.load.running, one.held_tokens, one.reserved_tokens) == (ONE, 3, 20, 150)
     assert (two.worker, two.held_tokens, two.reserved_tokens) == (TWO, 0, 0)
 
@@ -150,8 +150,8 @@ def test_the_share_of_hits_is_the_whole_fleets():
     assert fleet.hit_share() == 0.0
     fleet.connected(ONE.address, ONE, 0.0)
     fleet.connected(TWO.address, TWO, 0.0)
-    fleet.report(ONE.address, WorkerLoad(prefix_queries=100, prefix_hits=90))
-    fleet.report(TWO.address, WorkerLoad(prefix_queries=300, prefix_hits=10))
+    fleet.report(ONE.address, WorkerLoad(prefix_queries=100, prefix_hits=90), 0.0)
+    fleet.report(TWO.address, WorkerLoad(prefix_queries=300, prefix_hits=10), 0.0)
     assert fleet.hit_share() == 0.25
 
 
@@ -159,10 +159,10 @@ def test_work_given_counts_for_live_workers_only():
     fleet = Fleet()
     fleet.connected(ONE.address, ONE, 0.0)
     fleet.connected(TWO.address, TWO, 0.0)
-    fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0, decode_ms=5.0))
-    fleet.give(Placement(ONE, TWO, 32, 100, prefill_ms=10.0, decode_ms=5.0))
-    assert [c.given_ms for c in fleet.candidates({})] == [20.0, 10.0]
+    fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0, decode_ms=5.0), 0.0)
+    fleet.give(Placement(ONE, TWO, 32, 100, prefill_ms=10.0, decode_ms=5.0), 0.0)
+    assert [c.given_ms for c in fleet.candidates({}, 100.0)] == [20.0, 10.0]
     fleet.disconnected(ONE.address, 1.0)
-    fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0))  # lost while it was chosen
+    fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0), 0.0)  # lost while it was chosen
     fleet.connected(ONE.address, msgspec.structs.replace(ONE, incarnation="1b"), 2.0)
-    assert {c.worker.incarnation: c.given_ms for c in fleet.candidates({})} == {"2": 10.0, "1b": 10.0}
+    assert {c.worker.incarnation: c.given_ms for c in fleet.candidates({}, 100.0)} == {"2": 10.0, "1b": 10.0}

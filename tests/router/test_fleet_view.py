@@ -34,6 +34,7 @@ def test_what_it_says_of_a_worker() -> None:
         "size_tokens": 16, "size_bytes": 2048, "total": 100, "held": 40, "lent": 5, "quarantined": 1,
     }  # fmt: skip
     assert (found["running"], found["waiting"], found["queued_tokens"], found["draining"]) == (3, 2, 70, True)
+    assert (found["state"], found["reason"]) == ("draining", "")
     assert found["totals"]["prefix_hits"] == 20 and found["totals"]["transfer_bytes"] == 4096
 
 
@@ -47,6 +48,8 @@ def test_the_route(router: Router) -> None:
     assert [w["worker_id"] for w in found["workers"]] == ["decode-0"]
     assert found["workers"][0]["pages"]["held"] == 25
     assert found["router"]["retries"] == 4
+    assert (found["workers"][0]["state"], found["workers"][0]["reason"]) == ("stalled", "no step for 30 s")
+    assert found["broken_pairs"] == [{"prefill": "prefill-0", "decode": "decode-0", "retry_in_s": 1.2}]
 
 
 def test_the_page_brings_all_it_needs(router: Router) -> None:

@@ -32,9 +32,9 @@ def test_a_new_worker_is_taken_to_be_like_the_others():
     fleet = Fleet()
     fleet.connected(ONE.address, ONE, 0.0)
     fleet.connected(TWO.address, TWO, 0.0)
-    fleet.report(ONE.address, WorkerLoad(rates=PREFILL))
+    fleet.report(ONE.address, WorkerLoad(rates=PREFILL), 0.0)
     assert fleet.members[0].rates.prefill_tokens_per_s == 1000.0, "its own count at once"
-    fleet.tick()
-    assert [c.rates.prefill_tokens_per_s for c in fleet.candidates({})] == [1000.0, 1000.0]
-    fleet.report(TWO.address, WorkerLoad(rates=MeasuredRates(prefill_tokens_per_s=50.0)))
-    assert [c.rates.prefill_ms(50) for c in fleet.candidates({})] == [pytest.approx(54.0), pytest.approx(1000.0)]
+    fleet.measure()
+    assert [c.rates.prefill_tokens_per_s for c in fleet.candidates({}, 100.0)] == [1000.0, 1000.0]
+    fleet.report(TWO.address, WorkerLoad(rates=MeasuredRates(prefill_tokens_per_s=50.0)), 0.0)
+    assert [c.rates.prefill_ms(50) for c in fleet.candidates({}, 100.0)] == [pytest.approx(54.0), pytest.approx(1000.0)]

@@ -80,7 +80,8 @@ async def ended(*sinks: Collector) -> None:
 @contextlib.asynccontextmanager
 async def running(url: str, workers: int, **options: Any) -> AsyncIterator[RouterService]:
     """A service that sees `workers` workers, and that leaves nothing behind."""
-    service = RouterService(RouterConfig(redis_url=url, lease_s=2.0, **options))
+    config: dict[str, Any] = {"lease_s": 2.0, "slow_start_s": 0.0, **options}
+    service = RouterService(RouterConfig(redis_url=url, **config))
     await service.start()
     try:
         await until(lambda: len(service.loads()) == workers)
@@ -418,6 +419,90 @@ def test_a_broken_sink_hurts_nobody_else(redis_server, start_worker):
             await ended(*sinks)
             assert all(sink.complete() for sink in sinks)
             await until(lambda: worker.aborted == [("broken", 0)] and service.counters()["in_flight"] == 0)
+
+    play(scenario())
+
+
+def test_a_worker_that_hangs_is_taken_out_until_it_goes_on(redis_server, start_worker):
+    workers = [start_worker("d1"), start_worker("d2")]
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2, stall_timeout_s=2.0) as service:
+
+            def state(worker: FakeWorker) -> str:
+                return service.states()[worker.info.incarnation].state
+
+            for worker in workers:
+                worker.limit = 5
+            sinks = [await send(service, request(f"r{i}")) for i in range(6)]
+            await until(lambda: all(len(sink.tokens) == 5 for sink in sinks))
+            hanging = workers[0] if workers[0].running else workers[1]
+            (other,) = [worker for worker in workers if worker is not hanging]
+            other.limit = 1 << 30
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks), "they went on at the other worker"
+            assert service.counters()["workers_stalled"] >= 1 and service.counters()["workers_lost"] == 0
+            await until(lambda: state(hanging) == "up" and state(other) == "up")  # it has nothing to do any more
+            hanging.answers_heartbeats = False
+            await until(lambda: state(hanging) == "stalled")
+            before = len(hanging.submitted)
+            sinks = [await send(service, request(f"s{i}")) for i in range(6)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks) and len(hanging.submitted) == before
+            hanging.answers_heartbeats, hanging.limit = True, 1 << 30
+            await until(lambda: state(hanging) == "up")
+
+    play(scenario())
+
+
+def test_a_worker_that_fails_is_left_alone_and_tried_again(redis_server, start_worker):
+    bad, good = start_worker("d1"), start_worker("d2")
+    bad.fails = True
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            number = 0
+            while service.states()[bad.info.incarnation].state != "broken":
+                sink = await send(service, request(f"r{number}"))
+                await ended(sink)
+                assert sink.complete(), "the other worker serves it"
+                number += 1
+                assert number < 100
+            assert service.counters()["workers_broken"] == 1 and len(bad.submitted) == 3
+            assert "next try in" in service.states()[bad.info.incarnation].reason
+            bad.fails = False
+            while service.states()[bad.info.incarnation].state != "up":  # after the back-off
+                sink = await send(service, request(f"r{number}"))
+                await ended(sink)
+                number += 1
+                await asyncio.sleep(0.05)
+            assert good.submitted
+
+    play(scenario())
+
+
+def test_a_pair_whose_hand_offs_fail_is_avoided_as_a_pair(redis_server, start_worker):
+    one, two, prefill = start_worker("d1"), start_worker("d2"), start_worker("p1", "prefill")
+    one.prefill_worker = two.prefill_worker = prefill
+    one.local_prefill = True  # as if its hand-offs failed
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 3) as service:
+            number = 0
+            while not service.broken_pairs():
+                await ended(await send(service, request(f"r{number}")))
+                number += 1
+                assert number < 100
+            [(lender, reader, _)] = service.broken_pairs()
+            assert (lender, reader) == ("p1", "d1") and service.counters()["pairs_broken"] == 1
+            assert {state.state for state in service.states().values()} == {"up"}, "each is fine with others"
+            one.local_prefill = False
+            while service.broken_pairs():
+                sink = await send(service, request(f"r{number}"))
+                await ended(sink)
+                assert sink.complete()
+                number += 1
+                await asyncio.sleep(0.05)
 
     play(scenario())
 

@@ -1,0 +1,212 @@
+"""The simulator against the truth: a real fleet on CPU and its simulation, on the same requests.
+
+    python benchmarks/simulator_truth.py [--workers 4] [--requests 400] [--utilisation 0.4] [--record]
+
+Starts `penstock serve` with the embedded model, one thread a worker. First some requests that share nothing: from them
+the workers measure their rates (as they always do; read from /metrics), and what HTTP, router and bus add to a first
+token is the difference to what those rates say. Then a generated load of prompts with shared beginnings: each request
+is sent at its time, and the simulator gets the same ones with those rates. Prints mean time to first token and hit
+ratio of both, and how far they are apart; `--record` writes benchmarks/results/simulator_truth-<commit>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, installed or not
+
+import aiohttp
+
+from benchmarks.record import RESULTS, commit, file_name, machine, merge
+from penstock.bench.client import Question, ask
+from penstock.common.config import ServeConfig
+from penstock.common.messages import MeasuredRates
+from penstock.demo_model import CHECKPOINT
+from penstock.fleet import Fleet
+from penstock.router.rates import WorkerRates, typical
+from penstock.simulate.result import Slo
+from penstock.simulate.runs import compare, scaled
+from penstock.simulate.simulator import FleetShape
+from penstock.simulate.trace import TracedRequest
+
+PAGE = 16
+TENANTS = 24
+SHARED_PAGES = (20, 60)  # of a tenant's beginning
+OWN_PAGES = (5, 40)
+OUTPUT = (8, 24)
+CALIBRATION = 60
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of the trace with the token ids that its pages stand for."""
+
+    traced: TracedRequest
+    tokens: list[int]
+
+
+def generated(number: int, vocab_size: int, seed: int) -> list[Asked]:
+    """Requests one a second on average; each begins as its tenant's do, small tenant numbers come more often."""
+    chance = random.Random(seed)
+    beginnings = [tuple(range(t * 1000, t * 1000 + chance.randint(*SHARED_PAGES))) for t in range(TENANTS)]
+    own, now_ms, found = TENANTS * 1000, 0.0, []
+    for _ in range(number):
+        pages = [*beginnings[min(int(TENANTS ** chance.random()), TENANTS) - 1]]
+        count = chance.randint(*OWN_PAGES)
+        pages += range(own, own + count)
+        own += count
+        tokens = [t for page in pages for t in page_tokens(page, vocab_size)]
+        traced = TracedRequest(now_ms, len(tokens), chance.randint(*OUTPUT), tuple(pages))
+        found.append(Asked(traced, tokens))
+        now_ms += chance.expovariate(1e-3)
+    return found
+
+
+def page_tokens(page: int, vocab_size: int) -> list[int]:
+    """The token ids of a page: always the same."""
+    chance = random.Random(page)
+    return [chance.randrange(3, vocab_size) for _ in range(PAGE)]
+
+
+async def send(url: str, requests: Sequence[Asked], *, one_by_one: bool = False) -> list[float]:
+    """Each at its time, or one after the other; times to first token in milliseconds, in order.
+
+    Raises:
+        RuntimeError: one was not answered.
+    """
+    fixed = {"model": "demo", "temperature": 0.0, "ignore_eos": True}
+    began = time.perf_counter()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
+
+        async def one(number: int, asked: Asked) -> float:
+            if not one_by_one:
+                await asyncio.sleep(max(0.0, began + asked.traced.arrival_ms / 1e3 - time.perf_counter()))
+            question = Question(asked.tokens, len(asked.tokens), asked.traced.output_tokens)
+            record = await ask(session, f"{url}/v1/completions", "openai", fixed, question, f"truth-{number}")
+            if record.error:
+                raise RuntimeError(record.error)
+            return record.ttft * 1e3
+
+        if one_by_one:
+            return [await one(number, asked) for number, asked in enumerate(requests)]
+        return list(await asyncio.gather(*(one(number, asked) for number, asked in enumerate(requests))))
+
+
+def fleet_of(url: str) -> dict[str, Any]:
+    """What GET /fleet says."""
+    with urllib.request.urlopen(f"{url}/fleet", timeout=20) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def totals(url: str, *names: str) -> list[int]:
+    """These totals, over all workers, once their last reports have come."""
+    time.sleep(1.5)
+    return [sum(worker["totals"][name] for worker in fleet_of(url)["workers"]) for name in names]
+
+
+def measured_rates(url: str) -> WorkerRates:
+    """The mean of what the workers have measured of themselves."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
+        lines = answer.read().decode().splitlines()
+    rows: dict[str, dict[str, float]] = {}
+    for line in lines:
+        name, _, rest = line.partition("{")
+        if name.startswith("penstock:measured_"):
+            engine = rest.partition('engine="')[2].partition('"')[0]
+            rows.setdefault(engine, {})[name.removeprefix("penstock:measured_")] = float(line.rpartition(" ")[2])
+    known = {field.name for field in fields(WorkerRates)}
+    return typical(MeasuredRates(**{k: v for k, v in row.items() if k in known}) for row in rows.values())
+
+
+def calibrate(url: str, vocab_size: int) -> tuple[WorkerRates, float]:
+    """(rates, milliseconds that everything but the worker adds to a first token)."""
+    chance = random.Random(99)
+    alone = []
+    for number in range(CALIBRATION):
+        pages = range(10_000_000 + number * 1000, 10_000_000 + number * 1000 + chance.randint(5, 100))
+        tokens = [t for page in pages for t in page_tokens(page, vocab_size)]
+        alone.append(Asked(TracedRequest(0.0, len(tokens), chance.randint(*OUTPUT), tuple(pages)), tokens))
+    ttft = asyncio.run(send(url, alone, one_by_one=True))
+    totals(url, "steps")
+    rates = measured_rates(url)
+    added = [t - rates.prefill_ms(len(one.tokens)) for t, one in zip(ttft, alone, strict=True)]
+    return rates, statistics.median(added[CALIBRATION // 3 :])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--utilisation", type=float, default=0.15, help="of each worker's time")
+    parser.add_argument("--pages", type=int, default=2000, help="a worker's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true")
+    flags = parser.parse_args()
+    layout = json.loads((CHECKPOINT / "config.json").read_text())
+    token_bytes = 2 * layout["num_hidden_layers"] * layout["num_key_value_heads"] * layout["head_dim"] * 4
+    config = ServeConfig(
+        model=str(CHECKPOINT),
+        served_model_name=("demo",),
+        device="cpu",
+        dtype="float32",
+        decode_workers=flags.workers,
+        cpu_threads=1,
+        block_size=PAGE,
+        kv_cache_memory_bytes=flags.pages * PAGE * token_bytes,
+        port=0,
+    )
+    with Fleet(config) as fleet:
+        num_pages = fleet_of(fleet.url)["workers"][0]["pages"]["total"]
+        rates, added_ms = calibrate(fleet.url, layout["vocab_size"])
+        shape = FleetShape(flags.workers, num_pages, PAGE, token_bytes=token_bytes, rates=rates)
+        asked = generated(flags.requests, layout["vocab_size"], flags.seed)
+        traced = scaled([one.traced for one in asked], shape, flags.utilisation)
+        asked = [replace(one, traced=at) for one, at in zip(asked, traced, strict=True)]
+        before = totals(fleet.url, "prefix_queries", "prefix_hits")
+        ttft = asyncio.run(send(fleet.url, asked))
+        after = totals(fleet.url, "prefix_queries", "prefix_hits")
+        again = measured_rates(fleet.url)
+    queries, hits = (b - a for a, b in zip(before, after, strict=True))
+    (result,) = compare(traced, shape, ["cost"], Slo())
+    real = {"ttft_mean_ms": statistics.mean(ttft), "ttft_p50_ms": statistics.median(ttft), "hit_ratio": hits / queries}
+    simulated = {
+        "ttft_mean_ms": result.ttft_mean_ms + added_ms,
+        "ttft_p50_ms": result.ttft_p50_ms + added_ms,
+        "hit_ratio": result.hit_ratio,
+    }
+    print(f"rates {asdict(rates)}\nduring the load {asdict(again)}\nadded to a first token {added_ms:.2f} ms")
+    print(f"{'':14} {'real':>9} {'simulated':>9}  apart")
+    apart = {key: simulated[key] / real[key] - 1 for key in real}
+    for key, value in real.items():
+        print(f"{key:14} {value:9.3f} {simulated[key]:9.3f}  {100 * apart[key]:+.1f} %")
+    if flags.record:
+        at_commit = commit()
+        updates = {
+            "workers": flags.workers,
+            "requests": flags.requests,
+            "utilisation": flags.utilisation,
+            "span_s": traced[-1].arrival_ms / 1e3,
+            "rates": asdict(rates),
+            "rates_during_load": asdict(again),
+            "added_ms": added_ms,
+            "real": real,
+            "simulated": simulated,
+            "apart": apart,
+        }
+        merge(RESULTS / file_name("simulator_truth", at_commit), machine(), at_commit, updates)
+
+
+if __name__ == "__main__":
+    main()

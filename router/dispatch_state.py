@@ -1,0 +1,79 @@
+"""A request choice in the dispatcher: its states, and what is remembered of it. Plain data; see dispatch.py."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from penstock.common.errors import PenstockError
+from penstock.common.messages import GenerateRequest, TokenDelta, WorkerInfo
+from penstock.router.dispatch_events import Release
+from penstock.router.policy import Placement
+
+Key = tuple[str, int]  # request id and choice
+
+
+class State(Enum):
+    """Where a choice is; see the picture above."""
+
+    PLACING = "placing"  # the service asks Redis and the policy
+    QUEUED = "queued"  # the fleet is full: it waits its turn (admission.py)
+    WAITING = "waiting"  # no worker is up
+    RUNNING = "running"  # submitted to a decode worker
+
+
+@dataclass(frozen=True)
+class Lost:
+    """This attempt is lost or useless; another worker may succeed. `abort`: its worker may still work on it."""
+
+    reason: str
+    abort: bool = False
+    blameless: bool = False  # the decode worker is not why
+    error: PenstockError | None = None  # what the client hears when the attempts are used up
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Its worker is leaving, and keeps the pages of this attempt for the next one."""
+
+
+@dataclass(frozen=True)
+class Expired:
+    """A deadline has passed."""
+
+
+@dataclass
+class Choice:
+    """One choice of a request that has not ended."""
+
+    request: GenerateRequest
+    sink: Any
+    deadline: float  # moves with progress
+    state: State = State.PLACING
+    tenant: str = ""
+    since: float = 0.0  # when it came
+    attempt: int = 0
+    moves: int = 0  # attempts that were not lost, but moved to another worker
+    moving: bool = False  # this attempt's worker was asked to give it up
+    source: WorkerInfo | None = None  # whom the next attempt comes from
+    delivered: list[int] = field(default_factory=list)
+    steady: bool = False  # this attempt has delivered, and nothing of it is early
+    early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
+    placement: Placement | None = None
+    prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
+    reserved: Release | None = None  # at the decode worker, until the attempt is over
+    prompt_reserved: Release | None = None  # at the worker that computes the prompt, until a token comes
+    failed: set[str] = field(default_factory=set)  # incarnations that lost this choice
+    history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
+
+    @property
+    def key(self) -> Key:
+        return self.request.request_id, self.request.choice
+
+    def as_it_stands(self) -> GenerateRequest:
+        """The request for this attempt: it goes on behind what the client has."""
+        return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.delivered))

@@ -1,0 +1,94 @@
+"""What a client would see of a request that goes to given workers now: milliseconds to its first token, and between
+tokens. Pure; the same rates and reservations that the cost policy weighs (cost.py).
+
+Admission refuses, or holds back, by these (admission.py). They are means, not bounds: arrivals after this one may slow
+it down, a batch that ends early may speed it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.router.policy import (
+    EXPECTED_OUTPUT_TOKENS,
+    Candidate,
+    Placement,
+    RequestFacts,
+    by_role,
+    pairs,
+    placement,
+    worth_a_handoff,
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Milliseconds. `wait_ms` is until somebody works on the request, `room_ms` what of that is for a slot or pages."""
+
+    wait_ms: float
+    room_ms: float
+    prefill_ms: float
+    tpot_ms: float
+
+    @property
+    def ttft_ms(self) -> float:
+        """Until the first token."""
+        return self.wait_ms + self.prefill_ms
+
+
+def expected(
+    facts: RequestFacts, decoder: Candidate, computing: Candidate, source: Candidate | None = None
+) -> Expected:
+    """For a prompt that `computing` works on, with the pages of `source` if given, and that `decoder` goes on with."""
+    prefill_ms = computing.rates.prefill_ms((source or computing).lacks(facts))
+    if source is not None:
+        moved = computing.lacks(facts) - source.lacks(facts)
+        prefill_ms += computing.rates.move_ms(moved * computing.worker.page_bytes / computing.worker.page_size)
+    room = room_ms(facts, decoder)
+    sequences = max(decoder.load.running, decoder.placed) + 1
+    tpot_ms = decoder.rates.step_ms(sequences, held_context(decoder) + facts.num_tokens)
+    return Expected(computing.rates.prefill_ms(computing.prompt_tokens) + room, room, prefill_ms, tpot_ms)
+
+
+def of_placement(facts: RequestFacts, chosen: Placement, candidates: Sequence[Candidate]) -> Expected:
+    """As `expected`, for what a policy chose among `candidates`."""
+    by_incarnation = {candidate.worker.incarnation: candidate for candidate in candidates}
+    decoder = by_incarnation[chosen.decode.incarnation]
+    computing = by_incarnation[chosen.prefill.incarnation] if chosen.prefill else decoder
+    return expected(facts, decoder, computing, by_incarnation[chosen.source.incarnation] if chosen.source else None)
+
+
+def quickest(
+    facts: RequestFacts, candidates: Sequence[Candidate], min_remote_prefill_tokens: int = 0
+) -> Placement | None:
+    """Where the first token would come soonest, at whatever cost to others; None: no decode worker takes requests."""
+    decoders, prefillers = by_role(facts, candidates)
+    soonest = sorted(prefillers, key=lambda c: c.rates.prefill_ms(c.prompt_tokens) + c.rates.prefill_ms(c.lacks(facts)))
+    best: tuple[tuple[float, str], Candidate, Candidate] | None = None
+    for decoder in decoders:
+        remote = worth_a_handoff(facts, decoder, min_remote_prefill_tokens)
+        computing = next(pairs(facts, decoder, soonest), decoder) if remote else decoder
+        rank = (expected(facts, decoder, computing).ttft_ms, decoder.worker.worker_id)
+        if best is None or rank < best[0]:
+            best = rank, decoder, computing
+    if best is None:
+        return None
+    _, decoder, computing = best
+    return placement(facts, decoder, None if computing is decoder else computing)
+
+
+def held_context(worker: Candidate) -> float:
+    """Tokens in pages that somebody holds."""
+    return float(max(0, worker.load.num_pages - worker.load.free_pages) * worker.worker.page_size)
+
+
+def room_ms(facts: RequestFacts, worker: Candidate) -> float:
+    """Until enough of the running sequences end, if there is no slot or there are too few pages for this one."""
+    load, running = worker.load, max(worker.load.running, worker.placed)
+    if not load.num_pages or not running:  # it has not reported yet, or nothing is in the way
+        return 0.0
+    pages = -(-facts.num_tokens // worker.worker.page_size)
+    lacking = max(running + 1 - worker.worker.max_num_seqs, 0) / running
+    lacking = max(lacking, max(pages - load.free_pages, 0) / load.num_pages)
+    return lacking * EXPECTED_OUTPUT_TOKENS * worker.rates.step_ms(running, held_context(worker))
