@@ -55,10 +55,14 @@ async def plan_messages(
     prompt = await front.in_thread(lambda: chat_prompt(request, front), size_chars)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = (front.defaults.max_new_tokens, "messages")
+    demanded, reasons = request.structured_outputs, True
+    if demanded is not None:
+        whole = front.chat.after_reasoning(demanded, prompt.beginning)
+        request.structured_outputs, reasons = whole or demanded, whole is not None
     parsing = front.chat.parsing(
         use,
         prompt.beginning,
-        reasons=request.structured_outputs is None,  # constrained from its first token on
+        reasons=reasons,
         show_reasoning=request.include_reasoning is not False,
         one_call=one_call,
     )

@@ -12,10 +12,12 @@ import msgspec
 from penstock.common.chat_template import PROBE, ChatTemplate
 from penstock.common.config import RouterConfig
 from penstock.common.errors import BadRequest, ConfigError
+from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_parser import AnswerParsing
 from penstock.router.chat_messages import ContentForms
 from penstock.router.parsers import Parsers, marker_ids
+from penstock.router.reasoning.forms import after_reasoning
 from penstock.router.reasoning.parser import Beginning
 from penstock.router.tools.forced import NamedCall, RequiredCalls
 from penstock.router.tools.parser import ToolParser
@@ -48,6 +50,13 @@ class ChatSetup:
         if use.mode == "auto" and self.parsers.tool is None:
             needed = "--enable-auto-tool-choice and --tool-call-parser to be set"
             raise BadRequest(f'"auto" tool choice requires {needed}', param="tool_choice")
+
+    def after_reasoning(
+        self, demanded: StructuredOutputsParams, beginning: Beginning
+    ) -> StructuredOutputsParams | None:
+        """The form of an output that may reason before it takes the form demanded; None if it must not reason."""
+        parser = self.parsers.reasoning
+        return None if parser is None else after_reasoning(demanded, parser(beginning))
 
     def parsing(
         self, use: ToolUse, beginning: Beginning, *, reasons: bool, show_reasoning: bool, one_call: bool

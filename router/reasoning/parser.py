@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from penstock.router.incremental import Reasoning, Steps, Text
+
+Format = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class ReasoningParser(ABC):
     def parse(self, text: Text) -> Steps[None]:
         """Emit the reasoning and return where it ends; the rest is for the tool parser, or content."""
 
+    def before(self, form: Format) -> Format | None:
+        """The format (of structural tags) of an answer that may reason and then has `form`.
+
+        `form` itself if it cannot reason; None if there is no telling: then it must not.
+        """
+        return None
+
 
 class Marked(ReasoningParser):
     """Reasoning between a start marker, at the very beginning, and an end marker.
@@ -51,7 +60,7 @@ class Marked(ReasoningParser):
     def parse(self, text: Text) -> Steps[None]:
         """See `ReasoningParser`."""
         started = yield from text.attempt(self._start(text))
-        if not started and not self._begins_inside():
+        if not started and self._state() != "inside":
             return
         end = yield from text.until((*self.ends, *self.implied_ends), Reasoning)
         if end in self.implied_ends:
@@ -61,13 +70,25 @@ class Marked(ReasoningParser):
         yield from text.spaces()
         return bool((yield from text.accept(*self.starts)))
 
-    def _begins_inside(self) -> bool:
+    def before(self, form: Format) -> Format:
+        """See `ReasoningParser`."""
+        state = self._state()
+        if state == "over":
+            return form
+        begins = [""] if state == "inside" else self.starts
+        tags = [{"type": "tag", "begin": at, "content": {"type": "any_text"}, "end": list(self.ends)} for at in begins]
+        reasoned = [{"type": "sequence", "elements": [tag, form]} for tag in tags]
+        return reasoned[0] if state == "inside" else {"type": "or", "elements": [*reasoned, form]}
+
+    def _state(self) -> Literal["inside", "over", "unknown"]:
+        """Where an answer begins that does not begin with a start marker."""
         prompt = self.beginning.prompt
         if self.beginning.continues:
-            return max(map(prompt.rfind, self.starts)) > max(map(prompt.rfind, self.ends))
+            begun = max(map(prompt.rfind, self.starts)) > max(map(prompt.rfind, self.ends))
+            return "inside" if begun else "over"
         prompt = prompt.rstrip()
         if prompt.endswith(self.starts):
-            return True
-        if prompt.endswith(self.ends):
-            return False
-        return self.inside and self.beginning.thinking is not False
+            return "inside"
+        if prompt.endswith(self.ends) or self.beginning.thinking is False:
+            return "over"
+        return "inside" if self.inside else "unknown"

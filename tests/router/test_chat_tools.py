@@ -186,6 +186,20 @@ def test_calls_that_are_demanded(router: Router, monkeypatch: pytest.MonkeyPatch
         assert schema["$defs"]["tool0"] == SCHEMA and schema["minItems"] == 1
 
 
+def test_a_demanded_call_after_reasoning(tools: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(protocol._NEUTRAL, "structured_outputs", raising=False)
+    tools.service.script = say('so</think>[{"name": "now", "parameters": {}}]')
+    [choice] = create(tools, tool_choice="required").choices
+    assert (choice.message.reasoning, calls_of(choice.message)) == ("so", [("now", {})])
+    constraint = tools.last.sampling.structured_outputs
+    assert constraint is not None and '"</think>"' in str(constraint.structural_tag)
+    tools.service.script = say('[{"name": "now", "parameters": {}}]')
+    [choice] = create(tools, tool_choice="required", extra_body={"reasoning_effort": "none"}).choices
+    assert (choice.message.reasoning, calls_of(choice.message)) == (None, [("now", {})])
+    constraint = tools.last.sampling.structured_outputs
+    assert constraint is not None and constraint.json is not None
+
+
 def test_what_the_template_gets(tools: Router) -> None:
     messages = [
         USER,
