@@ -103,6 +103,16 @@ _GAUGES = (
         for field in msgspec.structs.fields(MeasuredRates)
     ),
     _Figure(
+        "penstock:kv_transport_peers",
+        "Workers whose pages are read over each transport.",
+        {
+            "cuda_ipc": lambda load: load.peers_cuda_ipc,
+            "shm": lambda load: load.peers_shm,
+            "nixl": lambda load: load.peers_nixl,
+        },
+        "transport",
+    ),
+    _Figure(
         "penstock:draining",
         "1 while the worker finishes what it has and takes nothing new.",
         lambda load: load.draining,

@@ -70,6 +70,7 @@ class PageExchange:
         counters["transfer_pages"] += self.lender.lent_total
         return {
             **counters,
+            **self.reader.transports.counts(),
             "expired_loans": self.lender.expired,
             "lent_pages": self.lender.lent_pages,
             "quarantined_pages": self.reader.quarantined_pages,
@@ -85,6 +86,7 @@ class PageExchange:
             "reads": len(self.reader),
             "quarantined_pages": self.reader.quarantined_pages,
             "page_links": len(self._links),
+            "transports": dict(self.reader.transports.chosen),
         }
 
     def close(self) -> bool:

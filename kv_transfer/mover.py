@@ -28,7 +28,7 @@ from penstock.kv_transfer.jobs import (
     SealJob,
 )
 from penstock.kv_transfer.region import checksums
-from penstock.kv_transfer.work import Read, Seal, Work
+from penstock.kv_transfer.work import BatchSize, Read, Seal, Work
 
 __all__ = [
     "Completion",
@@ -47,6 +47,7 @@ __all__ = [
 _POLL_MIN_S, _POLL_MAX_S = 50e-6, 5e-3  # between two looks at copies in flight: 1/32 of the time nothing has moved
 _IDLE_FACTOR = 10  # an idle mover calls `progress` this much less often
 _CPU_BATCH_BYTES, _GPU_BATCH_BYTES = 8 << 20, 64 << 20  # at 13 MB/s a GPU's still lands before it counts as stalled
+_CAREFUL = 8  # the first batch over a network is so much smaller
 _QUICK_S = 2.0  # for how long after a command the mover does not count as idle
 
 
@@ -68,7 +69,8 @@ class PageMover:
 
         Args:
             wake: called in the mover's thread when completions are ready; must not block.
-            stall_s: a read without any progress for this long is reported as stalled.
+            stall_s: a read without any progress for this long is reported as stalled; batches shrink on slow links, so
+                that they make progress.
             batch_bytes: how much of a job is posted, or hashed, at once; default: by where the pool is, and for reads
                 what the transport wants.
             checksum: of our pages, as the lender seals them; needed for pools that are not on CPU.
@@ -85,6 +87,7 @@ class PageMover:
         self._done: deque[Completion] = deque()
         self._work: dict[str, Work] = {}
         self._connected: dict[tuple[str, str], bytes] = {}
+        self._sizes: dict[tuple[str, str], BatchSize] = {}  # of connected peers, as their links have shown
         self._leaving: set[str] = set()
         self._quick_until = 0.0
         self._failure: BaseException | None = None
@@ -204,9 +207,17 @@ class PageMover:
         if transport is None or (job.peer, job.transport) not in self._connected or job.peer in self._leaving:
             self._report(ReadFailed(job.tag, f"{job.peer} is not connected over {job.transport}"))
         else:
-            wanted = transport.batch_bytes if self._by_default else None
-            batch_pages = max(1, wanted // self._page_bytes) if wanted else self._batch_pages
-            self._start(job.tag, Read(job, transport, batch_pages, self._checksum, self._stall_s))
+            size = self._sizes.get((job.peer, job.transport))
+            if size is None:
+                size = self._sizes[job.peer, job.transport] = self._first_size(transport)
+            self._start(job.tag, Read(job, transport, size, self._checksum, self._stall_s))
+
+    def _first_size(self, transport: Transport) -> BatchSize:
+        """Of a link that is not known yet: with care, where it may be anything."""
+        wanted = transport.batch_bytes if self._by_default else None
+        most = max(1, wanted // self._page_bytes) if wanted else self._batch_pages
+        careful = self._by_default and transport.name == "nixl"
+        return BatchSize(most, most // _CAREFUL if careful else most)
 
     def _cancel(self, tag: str) -> None:
         if tag in self._work:
@@ -243,6 +254,7 @@ class PageMover:
         for peer in [peer for peer in self._leaving if not self._reading(peer)]:
             self._leaving.discard(peer)
             for name, transport in self._transports.items():
+                self._sizes.pop((peer, name), None)
                 if self._connected.pop((peer, name), None) is not None:
                     transport.disconnect(peer)
 

@@ -6,7 +6,7 @@ import logging
 
 from penstock.common.messages import WorkerInfo
 from penstock.kv_transfer.base import TransportError
-from penstock.kv_transfer.select import choose, same_host
+from penstock.kv_transfer.select import OPENERS, choose, same_host
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ class PeerTransports:
         self.chosen.pop(incarnation, None)
         self._refused.setdefault(incarnation, {})[transport] = reason
         return self._found.get(incarnation)
+
+    def counts(self) -> dict[str, int]:
+        """How many peers are read over each transport, as in `WorkerLoad`."""
+        used = list(self.chosen.values())
+        return {f"peers_{name}": used.count(name) for name in OPENERS}
 
     def forget(self, incarnation: str) -> bool:
         """The link is lost, a new one is a new try. Returns whether a transport was connected."""

@@ -391,7 +391,7 @@ class Reader:
     def _spans(self, reading: _Reading, now: float) -> Spans:
         if reading.fetch:
             if reading.size_bytes and not reading.failed:  # asking for it is part of what it costs
-                self.rates.read(reading.size_bytes, reading.landed_at - reading.began_at)
+                self.rates.read(reading.size_bytes, now - reading.began_at)
             return Spans(
                 fetch_ms=max(0.0, now - reading.began_at) * 1e3,
                 fetch_bytes=reading.size_bytes,

@@ -25,6 +25,28 @@ Checksum = Callable[[Sequence[int]], list[int]]
 Clock = Callable[[], float]
 
 
+class BatchSize:
+    """How many pages of one peer are posted at once: so many that the link says often how it gets on.
+
+    A copy tells nothing before all of it is there, so a slow link would look dead in the middle of a large batch. A
+    batch that took longer than `SLOW_S` is followed by one of half the size, one that took less than `QUICK_S` by one
+    of twice the size; at one page a read stalls only on links slower than a page in `stall_s`.
+    """
+
+    SLOW_S, QUICK_S = 0.5, 0.1
+
+    def __init__(self, most_pages: int, first_pages: int) -> None:
+        self._most = most_pages
+        self.pages = max(1, min(first_pages, most_pages))
+
+    def took(self, seconds: float, pages: int) -> None:
+        """A batch of so many pages has settled."""
+        if seconds > self.SLOW_S:
+            self.pages = max(1, pages // 2)
+        elif seconds < self.QUICK_S and pages == self.pages:  # a read's last batch may be short
+            self.pages = min(self._most, 2 * self.pages)
+
+
 class Work(ABC):
     """One job. `ended`: it needs no more turns and nothing of it is in flight."""
 
@@ -55,17 +77,15 @@ class Work(ABC):
 class Read(Work):
     """Batches of a ReadJob: posted, polled, verified, one after the other."""
 
-    def __init__(
-        self, job: ReadJob, transport: Transport, batch_pages: int, checksum: Checksum, stall_s: float
-    ) -> None:
+    def __init__(self, job: ReadJob, transport: Transport, size: BatchSize, checksum: Checksum, stall_s: float) -> None:
         super().__init__()
         self.peer = job.peer
         self._job = job
         self._transport = transport
-        self._batch_pages = batch_pages
+        self._size = size
         self._checksum = checksum
         self._stall_s = stall_s
-        self._next = 0  # first page of the next batch, an index into the job's lists
+        self._batch = slice(0, 0)  # the one in flight, or the last one, of the job's lists
         self._copy: Copy | None = None
         self._started_at: float | None = None
         self._posted_at = 0.0
@@ -92,7 +112,8 @@ class Read(Work):
             self._verify()
             self._size_bytes += self._copy.size_bytes
         self._copy = None
-        if self._failure or self._next >= len(self._job.dst_pages):
+        self._size.took(now - self._posted_at, self._batch.stop - self._batch.start)
+        if self._failure or self._batch.stop >= len(self._job.dst_pages):
             self._finish(now)
         return True
 
@@ -103,7 +124,8 @@ class Read(Work):
             self._started_at = now
             if len(job.src_pages) != len(job.dst_pages) or len(job.checksums) not in (0, len(job.dst_pages)):
                 self._failure = self._failure or "source, destination and checksums differ in length"
-        batch = slice(self._next, self._next + self._batch_pages)
+        start = self._batch.stop
+        batch = self._batch = slice(start, min(start + self._size.pages, len(job.dst_pages)))
         if not self._failure and job.dst_pages[batch]:
             try:
                 self._copy = self._transport.post(job.peer, job.src_pages[batch], job.dst_pages[batch])
@@ -111,12 +133,11 @@ class Read(Work):
                 self._failure = str(error)
         if self._copy is None:
             self._finish(now)
-        self._next = batch.stop
         self._posted_at = now
 
     def _verify(self) -> None:
         """Compare the batch that just landed with what the lender sealed."""
-        batch = slice(self._next - self._batch_pages, self._next)
+        batch = self._batch
         pages, expected = self._job.dst_pages[batch], self._job.checksums[batch]
         if expected:
             found = self._checksum(pages)
