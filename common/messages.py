@@ -146,6 +146,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     peers_nixl: int = 0
     rates: MeasuredRates = MeasuredRates()
     expired_loans: int = 0  # prompts whose lent pages were taken back from a silent peer
+    estimated_flops: int = 0
+    estimated_read_bytes: int = 0
+    estimated_write_bytes: int = 0
     histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
 
 

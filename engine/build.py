@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,11 +23,13 @@ from penstock.engine.decode_graphs import batch_sizes
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
 from penstock.engine.memory import Limits, pool_size_bytes
+from penstock.engine.page_watch import PageWatch
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import Executor
 from penstock.engine.policy import BatchPolicy
 from penstock.engine.runner import ModelRunner
 from penstock.engine.scheduler import Scheduler
+from penstock.engine.work_estimate import WorkEstimate
 from penstock.kernels.page_checksum import checksum_name
 from penstock.models.decoder import CausalLM
 from penstock.models.registry import load_model, resolve_checkpoint
@@ -95,8 +98,9 @@ def build_engine(
     checkpoint = checkpoint_digest(path, config.load_format)
     pool = _pool(layout, num_pages, device, name)
     hash_scope = f"{checkpoint}|{dtype}|{page_size}"
+    watch = PageWatch(config.kv_cache_metrics_sample, time.monotonic) if config.kv_cache_metrics else None
     scheduler = Scheduler(
-        PageManager(num_pages, page_size, caching=config.enable_prefix_caching),
+        PageManager(num_pages, page_size, caching=config.enable_prefix_caching, watch=watch),
         policy,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
@@ -108,7 +112,9 @@ def build_engine(
     size_gib = num_pages * layout.page_bytes / 2**30
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, page_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
-    return BuiltEngine(Engine(scheduler, executor), spec, pool, max_model_len, hash_scope, fingerprint)
+    engine = Engine(scheduler, executor)
+    engine.estimate = WorkEstimate.of(spec, dtype.itemsize) if config.enable_mfu_metrics else None
+    return BuiltEngine(engine, spec, pool, max_model_len, hash_scope, fingerprint)
 
 
 def _pool(layout: KVLayout, num_pages: int, device: torch.device, name: str) -> KVPool:

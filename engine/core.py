@@ -14,6 +14,7 @@ from penstock.engine.pages import PageManager
 from penstock.engine.plan import Executor, StepHandle, StepPlan
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Scheduler
+from penstock.engine.work_estimate import WorkEstimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Engine:
         self.steps = 0  # submitted
         self.stalled = False  # the last `step` could neither submit nor read: requests wait for pages of others
         self.rates = RateEstimator()
+        self.estimate: WorkEstimate | None = None  # what steps should take of the device, if that is asked for
         self._in_flight: deque[_InFlight] = deque()
         self._read_at = float("-inf")
 
@@ -104,6 +106,8 @@ class Engine:
         handle = self.executor.submit(plan)
         self._in_flight.append(_InFlight(handle, submitted, plan.num_tokens, len(plan.work), context))
         self.steps += 1
+        if self.estimate is not None:
+            self.estimate.add(plan)
 
     def _read(self) -> StepOutput:
         step = self._in_flight.popleft()
