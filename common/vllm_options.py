@@ -167,8 +167,8 @@ _WHY_NOT: Mapping[str, str] = {
         allowed-headers""",
     "there are --log-level, --log-format and --enable-log-requests": """
         uvicorn-log-level log-config-file max-log-len enable-log-outputs enable-log-deltas log-error-stack
-        enable-logging-iteration-details disable-log-requests disable-log-stats disable-uvicorn-access-log disable-access-log-for-endpoints
-        aggregate-engine-logging""",
+        enable-logging-iteration-details disable-log-requests disable-log-stats disable-uvicorn-access-log
+        disable-access-log-for-endpoints aggregate-engine-logging""",
     "/metrics has what there is": """
         cudagraph-metrics show-hidden-metrics-for-version enable-server-load-tracking""",
     "a trace has the phases of a request": "collect-detailed-traces enable-layerwise-nvtx-tracing",
