@@ -60,9 +60,6 @@ class EngineConfig:
         "what computes prompts' attention on a GPU; vLLM's names and VLLM_ATTENTION_BACKEND mean the nearest of these",
         choices=ATTENTION_BACKENDS,
     )
-    kv_cache_metrics: bool = option(False, "measure how long sampled KV pages live, lie idle and wait for their reuse")
-    kv_cache_metrics_sample: float = option(0.01, "share of the KV pages that are sampled")
-    enable_mfu_metrics: bool = option(False, "estimate the operations and bytes of every step, for metrics")
     enforce_eager: bool = option(False, "no CUDA graphs: every step is launched op by op")
     cpu_threads: int = option(0, "OpenMP threads of an engine on CPU; 0: cores divided by workers")
 
@@ -73,8 +70,6 @@ class EngineConfig:
         for name in ("max_num_batched_tokens", "block_size"):
             if getattr(self, name) is not None:
                 _positive(self, name)
-        if not 0.0 < self.kv_cache_metrics_sample <= 1.0:
-            raise ConfigError(f"kv_cache_metrics_sample must be in (0, 1], got {self.kv_cache_metrics_sample}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 

@@ -10,6 +10,7 @@ Protocol versions:
 3  sampling has prompt_logprobs, and the first TokenDelta their answer; requests have a priority
 4  prefixes are fetched: Submit and Prefill name a source, workers of any role ask each other with Fetch
 5  workers are drained: Drain, and Move, answered with the finish "moved"
+6  sampling has structured_outputs, which a worker must not overlook
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -146,9 +147,6 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     peers_nixl: int = 0
     rates: MeasuredRates = MeasuredRates()
     expired_loans: int = 0  # prompts whose lent pages were taken back from a silent peer
-    estimated_flops: int = 0
-    estimated_read_bytes: int = 0
-    estimated_write_bytes: int = 0
     histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
 
 

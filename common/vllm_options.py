@@ -78,6 +78,7 @@ _ANYWAY: Mapping[str, tuple[str, ...]] = {
     "response-role": ("assistant",),
     "chat-template-content-format": ("auto", "string"),
     "enable-request-id-headers": ("true",),
+    "enable-log-requests": ("false",),
     "disable-log-requests": ("true",),
     "disable-log-stats": ("true",),
     "disable-uvicorn-access-log": ("true",),
@@ -165,13 +166,14 @@ _WHY_NOT: Mapping[str, str] = {
     "put a proxy before the router": """
         uds ssl-* enable-ssl-refresh root-path middleware allow-credentials allowed-origins allowed-methods
         allowed-headers""",
-    "there are --log-level, --log-format and --enable-log-requests": """
-        uvicorn-log-level log-config-file max-log-len enable-log-outputs enable-log-deltas log-error-stack
-        enable-logging-iteration-details disable-log-requests disable-log-stats disable-uvicorn-access-log
-        disable-access-log-for-endpoints aggregate-engine-logging""",
+    "--log-level is the only choice": """
+        uvicorn-log-level log-config-file max-log-len enable-log-* log-error-stack enable-logging-iteration-details
+        disable-log-requests disable-log-stats disable-uvicorn-access-log disable-access-log-for-endpoints
+        aggregate-engine-logging""",
     "/metrics has what there is": """
-        cudagraph-metrics show-hidden-metrics-for-version enable-server-load-tracking""",
-    "a trace has the phases of a request": "collect-detailed-traces enable-layerwise-nvtx-tracing",
+        kv-cache-metrics kv-cache-metrics-sample cudagraph-metrics enable-mfu-metrics show-hidden-metrics-for-version
+        enable-server-load-tracking""",
+    "traces are not exported": "otlp-traces-endpoint collect-detailed-traces enable-layerwise-nvtx-tracing",
     "the server is not profiled over HTTP": "profiler-config",
     "--drain-s says how long running requests are waited for": "shutdown-timeout",
     "--router-procs says how many processes serve HTTP": "disable-frontend-multiprocessing",

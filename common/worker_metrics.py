@@ -14,7 +14,7 @@ from itertools import accumulate
 import msgspec
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from penstock.common.histogram import PAGE_SECONDS, READ_BYTES, READ_PAGES, READ_SECONDS, STEP_TOKENS, Histogram
+from penstock.common.histogram import READ_BYTES, READ_PAGES, READ_SECONDS, STEP_TOKENS, Histogram
 from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 
 LABELS = ("model_name", "engine")  # engine: the worker id
@@ -119,7 +119,6 @@ _GAUGES = (
     ),
     _Figure("penstock:registered", "1 while Redis has the worker's lease and pages.", lambda load: load.registered),
 )
-_ESTIMATED = ", by arithmetic; with --enable-mfu-metrics."
 _COUNTERS = (
     _Figure(
         "vllm:prompt_tokens",
@@ -167,21 +166,6 @@ _COUNTERS = (
         "Prompts whose lent pages were taken back, as their decode worker was silent for a lease.",
         lambda load: load.expired_loans,
     ),
-    _Figure(
-        "vllm:estimated_flops_per_gpu",
-        f"Operations that the steps should take{_ESTIMATED}",
-        lambda load: load.estimated_flops,
-    ),
-    _Figure(
-        "vllm:estimated_read_bytes_per_gpu",
-        f"Bytes that the steps should read{_ESTIMATED}",
-        lambda load: load.estimated_read_bytes,
-    ),
-    _Figure(
-        "vllm:estimated_write_bytes_per_gpu",
-        f"Bytes that the steps should write{_ESTIMATED}",
-        lambda load: load.estimated_write_bytes,
-    ),
     _Figure("penstock:engine_steps", "Steps of the engine.", lambda load: load.steps),
     _Figure("penstock:handoffs", "Prompts handed from a prefill to a decode worker.", lambda load: load.handoffs),
     _Figure(
@@ -209,16 +193,12 @@ _COUNTERS = (
         "penstock:kv_checksum_failures", "Moved pages whose checksum differed.", lambda load: load.checksum_failures
     ),
 )
-_SAMPLED = "; of sampled pages, with --kv-cache-metrics."
 # Metric, help, name in WorkerLoad.histograms, upper bounds.
 _HISTOGRAMS: tuple[tuple[str, str, str, Sequence[float]], ...] = (
     ("vllm:iteration_tokens_total", "Prompt and output tokens of an engine step.", "step_tokens", STEP_TOKENS),
     ("vllm:nixl_xfer_time_seconds", "Reading a ticket's pages, over whatever transport.", "read_s", READ_SECONDS),
     ("vllm:nixl_bytes_transferred", "Bytes of a ticket's pages.", "read_bytes", READ_BYTES),
     ("vllm:nixl_num_descriptors", "Pages of a ticket; each is moved as one piece.", "read_pages", READ_PAGES),
-    ("vllm:kv_block_lifetime_seconds", f"KV pages: allocated until evicted{_SAMPLED}", "page_lifetime_s", PAGE_SECONDS),
-    ("vllm:kv_block_idle_before_evict_seconds", f"Last use until evicted{_SAMPLED}", "page_idle_s", PAGE_SECONDS),
-    ("vllm:kv_block_reuse_gap_seconds", f"Between two uses{_SAMPLED}", "page_reuse_gap_s", PAGE_SECONDS),
 )
 
 

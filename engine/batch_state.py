@@ -30,6 +30,7 @@ from penstock.kernels.sample import (
     SamplingColumns,
 )
 from penstock.kernels.step_state import apply_changes
+from penstock.kernels.token_mask import set_masks
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 _INTS = ("top_k", "min_position", "uses_tokens", "ban_length")
@@ -110,7 +111,8 @@ class BatchState:
         self._set("min_position", slot, min(sequence.prompt_len + s.min_tokens, 2**31 - 1) if forbids else 0)
         rules = TokenRules.of(s)
         words = rules.words if rules is not None else ()
-        uses = USES_STATE if forbids or penalised or rules is not None else 0
+        restricted = rules is not None or s.structured_outputs is not None
+        uses = USES_STATE if forbids or penalised or restricted else 0
         uses += USES_BIAS if rules is not None and rules.has_bias else 0
         uses += USES_BANS if words else 0
         self._set("uses_tokens", slot, uses)
@@ -165,6 +167,14 @@ class BatchState:
         """int64 on the device, without waiting for the steps before."""
         pinned = self.device.type == "cuda"
         return torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned).to(self.device, non_blocking=True)
+
+    def restrict(self, masks: Sequence[tuple[int, bytes]], staging: Staging) -> None:
+        """Let only the tokens in these masks be sampled for their slots, from the next step on."""
+        vocab = self.columns.token_state.shape[1]
+        words = -(-vocab // 32)
+        arrays = [np.frombuffer(mask, dtype=np.int32)[:words] for _, mask in masks]
+        slots, packed = staging.send([[slot for slot, _ in masks], np.concatenate(arrays)])
+        set_masks(self.columns.token_state, slots, packed.view(len(masks), words))
 
     def take_changes(self) -> tuple[list[int], list[int]]:
         """Addresses and values since the last call; of an address that was set twice only the last value counts."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,18 +17,19 @@ import torch
 
 from penstock.common.config import ATTENTION_BACKENDS, EngineConfig
 from penstock.common.errors import ConfigError
+from penstock.common.grammar import Grammars
+from penstock.common.tokenizer import Tokenizer
+from penstock.engine.constraints import Constraints
 from penstock.engine.core import Engine
 from penstock.engine.decode_graphs import batch_sizes
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
 from penstock.engine.memory import Limits, pool_size_bytes
-from penstock.engine.page_watch import PageWatch
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import Executor
 from penstock.engine.policy import BatchPolicy
 from penstock.engine.runner import ModelRunner
 from penstock.engine.scheduler import Scheduler
-from penstock.engine.work_estimate import WorkEstimate
 from penstock.kernels.page_checksum import checksum_name
 from penstock.models.decoder import CausalLM
 from penstock.models.registry import load_model, resolve_checkpoint
@@ -62,9 +62,11 @@ def build_engine(
     name: str = "penstock",
     memory_share: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
+    tokenizer: Callable[[], Tokenizer] | None = None,
 ) -> BuiltEngine:
     """Load the model and make an engine around it. `name` ends in the pool's memfd name, for peers to check.
 
+    `tokenizer` is called for the first output that has to take a form; without, the model's own is loaded then.
     `progress` is told (stage, done, in all) while weights are loaded and decode steps are captured.
 
     Raises:
@@ -98,9 +100,8 @@ def build_engine(
     checkpoint = checkpoint_digest(path, config.load_format)
     pool = _pool(layout, num_pages, device, name)
     hash_scope = f"{checkpoint}|{dtype}|{page_size}"
-    watch = PageWatch(config.kv_cache_metrics_sample, time.monotonic) if config.kv_cache_metrics else None
     scheduler = Scheduler(
-        PageManager(num_pages, page_size, caching=config.enable_prefix_caching, watch=watch),
+        PageManager(num_pages, page_size, caching=config.enable_prefix_caching),
         policy,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
@@ -112,8 +113,9 @@ def build_engine(
     size_gib = num_pages * layout.page_bytes / 2**30
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, page_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
-    engine = Engine(scheduler, executor)
-    engine.estimate = WorkEstimate.of(spec, dtype.itemsize) if config.enable_mfu_metrics else None
+    load_tokenizer = tokenizer or partial(Tokenizer.load, config.model)
+    constraints = Constraints(Grammars(load_tokenizer, spec.vocab_size, spec.eos_token_ids))
+    engine = Engine(scheduler, executor, constraints=constraints)
     return BuiltEngine(engine, spec, pool, max_model_len, hash_scope, fingerprint)
 
 

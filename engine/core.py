@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from penstock.common.messages import GenerateRequest, request_key
 from penstock.common.rate_estimator import RateEstimator
-from penstock.engine.outputs import StepOutput
+from penstock.engine.constraints import Constraint, Constraints
+from penstock.engine.outputs import Output, StepOutput
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import Executor, StepHandle, StepPlan
-from penstock.engine.request import Request
+from penstock.engine.request import Request, Status
 from penstock.engine.scheduler import Scheduler
-from penstock.engine.work_estimate import WorkEstimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,24 @@ class _InFlight:
 class Engine:
     """One scheduler and one executor. `rates` has how long the steps took."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Callable[[], float] = time.monotonic,
+        constraints: Constraints | None = None,
+    ) -> None:
+        """Without `constraints` no request may ask for structured outputs."""
         self.scheduler = scheduler
         self.executor = executor
         self.clock = clock
         self.steps = 0  # submitted
         self.stalled = False  # the last `step` could neither submit nor read: requests wait for pages of others
         self.rates = RateEstimator()
-        self.estimate: WorkEstimate | None = None  # what steps should take of the device, if that is asked for
+        self.constraints = constraints
         self._in_flight: deque[_InFlight] = deque()
         self._read_at = float("-inf")
+        self._constrained: dict[str, tuple[Request, Constraint]] = {}  # requests whose output has a form
 
     @property
     def pages(self) -> PageManager:
@@ -50,10 +58,16 @@ class Engine:
         """Queue a request and return its key. The key may hold pages already, with the first `computed` tokens in them.
 
         Raises:
-            ValueError: it exists already, or is too long for this engine.
+            ValueError: it exists already, is too long for this engine, or wants an output that this engine cannot give.
         """
         request = Request(source, self.clock() if arrived is None else arrived)
+        if source.sampling.structured_outputs is not None and self.constraints is None:
+            raise ValueError("structured_outputs needs a tokenizer, and this engine has none")
         self.scheduler.add(request, computed=computed)
+        constraint = None if self.constraints is None else self.constraints.begin(source)
+        if constraint is not None:
+            request.constraint = constraint
+            self._constrained[request.key] = request, constraint
         return request.key
 
     def abort(self, request_id: str, choice: int, attempt: int) -> bool:
@@ -67,19 +81,22 @@ class Engine:
     def step(self) -> StepOutput:
         """Submit the next step; then, unless the executor is to run further ahead, read the oldest one.
 
-        Returns what the step that was read changed: nothing, if none was.
+        Returns what the step that was read changed, nothing if none was; and the ends of outputs whose form allows
+        nothing more.
 
         Raises:
             Exception: what the executor raised; every step in flight is given up then.
         """
         try:
+            ended = self._end_complete() if self._constrained else ()
             plan = self.scheduler.plan(self.clock())
             if plan is not None:
                 self._submit(plan)
             self.stalled = not self._in_flight
             if self.stalled or (plan is not None and len(self._in_flight) <= self.executor.run_ahead):
-                return StepOutput()
-            return self._read()
+                return StepOutput(ended)
+            output = self._read()
+            return StepOutput((*ended, *output.outputs), output.progress) if ended else output
         except BaseException:
             self._give_up()
             raise
@@ -100,14 +117,14 @@ class Engine:
     def close(self) -> None:
         self._in_flight.clear()
         self.executor.close()
+        if self.constraints is not None:
+            self.constraints.close()
 
     def _submit(self, plan: StepPlan) -> None:
         submitted, context = self.clock(), self.pages.num_held * self.pages.page_size
         handle = self.executor.submit(plan)
         self._in_flight.append(_InFlight(handle, submitted, plan.num_tokens, len(plan.work), context))
         self.steps += 1
-        if self.estimate is not None:
-            self.estimate.add(plan)
 
     def _read(self) -> StepOutput:
         step = self._in_flight.popleft()
@@ -116,7 +133,26 @@ class Engine:
         seconds = now - max(step.submitted, self._read_at)
         self._read_at = now
         self.rates.step(step.num_tokens, step.sequences, step.context_tokens, seconds)
-        return self.scheduler.update(result, now)
+        output = self.scheduler.update(result, now)
+        for item in output.outputs if self._constrained else ():
+            if item.finish is None and item.key in self._constrained:
+                self._constrained[item.key][1].accept(item.token_ids)
+        return output
+
+    def _end_complete(self) -> tuple[Output, ...]:
+        """Wait a little for what may follow the last tokens, and end the outputs that nothing follows."""
+        assert self.constraints is not None
+        unfinished = {key: pair for key, pair in self._constrained.items() if pair[0].status is not Status.FINISHED}
+        # Where nothing else could be done meanwhile, slow ones are worth the wait, too.
+        idle = self.stalled and not self._in_flight
+        self.constraints.wait(c for r, c in unfinished.values() if idle or (not c.slow and r.status is Status.RUNNING))
+        ended = []
+        for key, (request, constraint) in list(unfinished.items()):
+            if request.pending == 0 and constraint.ready and constraint.finish is not None:
+                ended.append(self.scheduler.end(request, constraint.finish, self.clock()))
+                del unfinished[key]
+        self._constrained = unfinished
+        return tuple(ended)
 
     def _give_up(self) -> None:
         self._in_flight.clear()

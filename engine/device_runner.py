@@ -149,6 +149,7 @@ class DeviceRunner:
         buffers = RUN_AHEAD + 2
         self._stagings = [Staging(device) for _ in range(buffers)]
         self._layouts = [Staging(device) for _ in range(buffers)]
+        self._masks = [Staging(device) for _ in range(buffers)]
         self._tokens_out = [torch.empty(rows, dtype=torch.int64, pin_memory=self._cuda) for _ in range(buffers)]
         self._events = [Event(device) for _ in range(buffers)]
         self._turn = 0
@@ -210,6 +211,9 @@ class DeviceRunner:
                 self._num_with_logprobs -= ended.logprobs is not None
         for start in plan.started:
             self._start(start)
+        masks = [(self._sequences[item.key].slot, item.mask) for item in plan.work if item.mask is not None]
+        if masks:
+            self._state.restrict(masks, self._masks[self._turn])
         decodes = self._note_pages(plan.work)
         return self._decode(plan) if decodes else self._mixed(plan)
 

@@ -12,6 +12,13 @@ from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogpro
 HANDED_OFF = Finish(reason="handoff")
 """End of a request on a prefill worker: its pages stay held by its key, for the hand-off to release."""
 
+NOTHING_ALLOWED = Finish(
+    reason="error",
+    code="invalid_request",
+    message="structured_outputs: its form and the other rules for tokens leave none to go on with",
+)
+"""End of a request whose bans, bias and form exclude every token."""
+
 
 class Output(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one request; `index` counts output tokens, those of earlier attempts included."""

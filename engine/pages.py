@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
-from penstock.engine.page_watch import PageWatch
-
 
 class NoRoom(Exception):
     """Not enough pages; nothing was changed."""
@@ -26,8 +24,7 @@ class NoRoom(Exception):
 class PageManager:
     """The page ledger of one KV group in one worker."""
 
-    def __init__(self, num_pages: int, page_size: int, *, caching: bool = True, watch: PageWatch | None = None) -> None:
-        self.watch = watch
+    def __init__(self, num_pages: int, page_size: int, *, caching: bool = True) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.caching = caching
@@ -109,8 +106,6 @@ class PageManager:
                 del self._cached[page]
             self._refs[page] += 1
             table.append(page)
-            if self.watch is not None:
-                self.watch.used(page)
 
     def allocate(self, holder: str, count: int) -> list[int]:
         """Append `count` empty pages to the holder's table, from its promise first; evicts cached pages as needed.
@@ -221,10 +216,6 @@ class PageManager:
         else:
             page, _ = self._cached.popitem(last=False)
             self._forget(page)
-            if self.watch is not None:
-                self.watch.evicted(page)
-        if self.watch is not None:
-            self.watch.allocated(page)
         self._refs[page] = 1
         self._generations[page] += 1
         return page

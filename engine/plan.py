@@ -40,6 +40,7 @@ class SequenceWork(msgspec.Struct, frozen=True, gc=False):
     num_tokens: int
     new_pages: tuple[int, ...]  # appended to the sequence's page table
     samples: bool
+    mask: bytes | None = None  # only these tokens may be sampled: bit i % 8 of byte i // 8 is token i
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenLogprobs, request_key
 from penstock.common.page_hash import next_hash, root_hash
@@ -23,6 +24,24 @@ class Status(enum.Enum):
     WAITING = "waiting"  # no work planned: it holds no pages, or only those that came with it
     RUNNING = "running"  # in the batch
     FINISHED = "finished"
+
+
+class Constraint(Protocol):
+    """What the scheduler must know of an output's form; it is read by engine/constraints.py."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what may follow all known tokens."""
+        ...
+
+    @property
+    def mask(self) -> bytes:
+        """The tokens that may, a bit each."""
+        ...
+
+    def allows(self, token: int) -> bool:
+        """Whether the mask has this token."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +65,7 @@ class Request:
     prompt_tokens: int = 0  # of its first prompt, those that were computed here
     preemptions: int = 0
     finish: Finish | None = None
+    constraint: Constraint | None = None  # the form its output must take
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens from the second on
     key: str = field(init=False)
     tokens: list[int] = field(init=False)

@@ -104,8 +104,10 @@ class ModelRunner:
         if len(sampling) < len(sequences):
             hidden = hidden[[i for i, work in enumerate(plan.work) if work.samples]]
         logits = self.model.logits(hidden).float()
-        tokens, logprobs = sample(logits, [sequence.row for sequence in sampling])
-        keys = [work.key for work in plan.work if work.samples]
+        works = [work for work in plan.work if work.samples]
+        masks = {i: work.mask for i, work in enumerate(works) if work.mask is not None}
+        tokens, logprobs = sample(logits, [sequence.row for sequence in sampling], masks)
+        keys = [work.key for work in works]
         results = []
         for key, sequence, token, logprob in zip(keys, sampling, tokens, logprobs, strict=True):
             sequence.tokens.append(token)

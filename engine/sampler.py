@@ -1,18 +1,19 @@
 """From logits to tokens. One call a step for all sequences that sample; every row's result depends on that row only.
 
-Order, as vLLM's: raw logprobs, bias and bans, min_tokens, penalties, then greedy, or temperature, min-p, top-k, top-p
-and the draw.
+Order, as vLLM's: raw logprobs, bias and bans, min_tokens, penalties, what the output's form allows, then greedy, or
+temperature, min-p, top-k, top-p and the draw.
 The noise of a draw is a pure function of (request seed, choice) and (token position, purpose, token id): it does not
 depend on batch, worker, chunking or preemption, so a request can move or be replayed and still draw the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from penstock.common.sampling import SamplingParams
 from penstock.engine.token_rules import TokenRules
 from penstock.kernels.filters import NEVER, apply_penalties, filter_min_p, filter_top_k_top_p
 from penstock.kernels.philox import exponential_noise
+from penstock.kernels.token_mask import forbid_others
 
 PURPOSE_SAMPLE = 0
 
@@ -61,17 +63,24 @@ def noise_seed(seed: int | None, choice: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
+def sample(
+    logits: Tensor, rows: Sequence[SamplingRow], masks: Mapping[int, bytes] | None = None
+) -> tuple[list[int], list[TokenLogprobs | None]]:
     """Next token of each row and, where asked for, its logprobs.
 
-    logits: `[len(rows), vocab]` float32; not changed.
+    logits: `[len(rows), vocab]` float32; not changed. masks: of rows that may only get certain tokens
+    (kernels/token_mask.py).
     """
+    masks = masks or {}
     processed = logits
     for i, row in enumerate(rows):
-        if row.needs_logits_changed:
+        if row.needs_logits_changed or i in masks:
             if processed is logits:
                 processed = logits.clone()
             _change_logits(processed[i], row)
+    for i, mask in masks.items():
+        words = torch.from_numpy(np.frombuffer(bytearray(mask), dtype=np.int32))
+        forbid_others(processed[i], words.to(logits.device))
     tokens = processed.argmax(dim=-1)
     random = [i for i, row in enumerate(rows) if not row.sampling.greedy]
     if random:

@@ -11,7 +11,8 @@ What steps in flight cost:
   the steps after that sample for it is dropped.
 - A submitted step writes its requests' pages until its result is there, whoever has ended meanwhile. Such pages pass to
   the step (`step_holder`) and are released with its result: other workers write into free pages, in no order with ours.
-- Nobody is preempted while a step is in flight: `plan` says None, and is asked again with the result.
+- Nobody is preempted while a step is in flight: `plan` says None, and is asked again with the result. So it does while
+  a token of an output with a form (`Request.constraint`) is unread: what may follow depends on it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from collections import deque
 from collections.abc import Iterator
 
 from penstock.common.messages import Finish, Spans
-from penstock.engine.outputs import HANDED_OFF, Output, Progress, SchedulerCounters, StepOutput
+from penstock.engine.outputs import HANDED_OFF, NOTHING_ALLOWED, Output, Progress, SchedulerCounters, StepOutput
 from penstock.engine.pages import PageManager
 from penstock.engine.plan import PromptScores, SampledTokens, SequenceStart, SequenceWork, StepPlan, StepResult
 from penstock.engine.policy import BatchPolicy, enough_gathered
 from penstock.engine.request import Request, Status
+from penstock.engine.siblings import Siblings
 from penstock.engine.waiting import WaitingQueue, least_urgent
 
 
@@ -53,7 +55,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # in order of arrival in the batch
         self._by_key: dict[str, Request] = {}
-        self._leading: dict[str, Request] = {}  # by request id: the choice that computes the prompt's pages for all
+        self._siblings = Siblings(pages)
         self._ended: list[str] = []  # keys the executor must forget
         self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()  # submitted, not read; whose work it is
         self._step = 0  # the newest one planned
@@ -108,7 +110,9 @@ class Scheduler:
         """The next step, or None when there is nothing to compute, or nothing before a result has been read."""
         budget = self.max_num_batched_tokens
         while True:
-            decodes, prompts, growth = self._batch(budget)
+            decodes, prompts, growth, unread = self._batch(budget)
+            if unread:
+                return None
             if growth <= self.pages.num_available:
                 break
             if self._in_flight:
@@ -146,24 +150,29 @@ class Scheduler:
         self._in_flight.append((plan, owners))
         return plan
 
-    def _batch(self, budget: int) -> tuple[list[Request], list[Request], int]:
-        """Running requests that decode within the budget, those with prompt left, and the pages the former lack."""
+    def _batch(self, budget: int) -> tuple[list[Request], list[Request], int, bool]:
+        """Running requests that decode within the budget, those with prompt left, and the pages the former lack.
+
+        Also whether a token has to be read first, for what may follow it.
+        """
         decodes: list[Request] = []
         prompts: list[Request] = []
-        growth = 0
+        growth, unread = 0, False
         for request in self.running:
             computed = request.computed
             known = len(request.tokens) + request.pending
             if computed < known < request.limit:
                 if computed < request.prompt_end:
                     prompts.append(request)
+                elif request.constraint is not None and (request.pending or not request.constraint.ready):
+                    unread = unread or request.pending > 0
                 elif budget > 0:
                     decodes.append(request)
                     end = min(known, computed + budget)
                     budget -= end - computed
                     if end > request.room:
                         growth += self.pages.pages_for(end - request.room)
-        return decodes, prompts, growth
+        return decodes, prompts, growth, unread
 
     def _decode(self, requests: list[Request], budget: int, step: int) -> list[SequenceWork]:
         """The work of sequences that decode: `_work` written out, as most of a step's host time goes there."""
@@ -178,7 +187,8 @@ class Scheduler:
             request.last_step = step
             if end == known:
                 request.pending += 1
-            work.append(SequenceWork(request.key, start, end - start, new_pages, end == known))
+            mask = None if request.constraint is None else request.constraint.mask
+            work.append(SequenceWork(request.key, start, end - start, new_pages, end == known, mask))
         return work
 
     def _grow(self, request: Request, num_tokens: int) -> tuple[int, ...]:
@@ -212,7 +222,7 @@ class Scheduler:
         for request in list(self.waiting) if budget > 0 and len(self.running) < self.max_num_seqs else ():
             if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self.waiting.num_claims):
                 return
-            if self._waits_for_sibling(request):
+            if self._siblings.waits(request) or not (request.constraint is None or request.constraint.ready):
                 continue
             # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
             if (blocked and not request.has_claim) or not self._start(request, now):
@@ -221,24 +231,6 @@ class Scheduler:
             num_tokens = min(budget, request.num_to_compute)
             budget -= num_tokens
             yield request, num_tokens
-
-    def _waits_for_sibling(self, request: Request) -> bool:
-        """Another choice of the request computes the full pages of their prompt now: it will find them in the cache."""
-        leader = self._leading.get(request.source.request_id)
-        return leader is not None and not request.scores_prompt and not self.pages.table(request.key)
-
-    def _lead(self, request: Request) -> None:
-        """A request joins the batch: if it computes pages of its prompt, its siblings wait for them."""
-        if self.pages.caching and request.computed < self._shared_tokens(request):
-            self._leading.setdefault(request.source.request_id, request)
-
-    def _stop_leading(self, request: Request) -> None:
-        if self._leading.get(request.source.request_id) is request:
-            del self._leading[request.source.request_id]
-
-    def _shared_tokens(self, request: Request) -> int:
-        """Tokens in the full pages that all choices of a request may share."""
-        return (request.prompt_len - 1) // self.pages.page_size * self.pages.page_size
 
     def _start(self, request: Request, now: float) -> bool:
         """Move a waiting request into the batch, with pages for everything known of it; False without room."""
@@ -277,12 +269,12 @@ class Scheduler:
         request.status = Status.RUNNING
         request.room = len(pages.table(request.key)) * pages.page_size
         self.running.append(request)
-        self._lead(request)
+        self._siblings.lead(request)
         return True
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._stop_leading(request)
+        self._siblings.stop(request)
         self.pages.release(request.key)
         request.status = Status.WAITING
         request.computed = request.pending = 0
@@ -322,8 +314,8 @@ class Scheduler:
             done = work.start + work.num_tokens
             if done % page_size < work.num_tokens:
                 self._name_pages(request, work.start, done)
-                if self._leading and done >= self._shared_tokens(request):
-                    self._stop_leading(request)
+                if self._siblings and done >= self._siblings.shared_tokens(request):
+                    self._siblings.stop(request)
             if tell_progress:
                 progress.append(Progress(work.key, done))
             if work.samples:
@@ -364,6 +356,8 @@ class Scheduler:
             return None
         token_ids, logprobs = sampled.token_ids, sampled.logprobs
         finish: Finish | None = None
+        if request.constraint is not None and not request.constraint.allows(token_ids[0]):
+            token_ids, finish = (), NOTHING_ALLOWED
         for token in token_ids:
             tokens.append(token)
             if len(tokens) >= request.limit or token in request.end_ids:
@@ -379,6 +373,12 @@ class Scheduler:
         self.counters.generation_tokens += len(token_ids)
         index = known - request.prompt_len
         return Output(request.source, request.key, index, token_ids, logprobs, finish, spans, prompt_logprobs)
+
+    def end(self, request: Request, finish: Finish, now: float) -> Output:
+        """End a request that has nothing in flight, without a new token."""
+        scores = tuple(request.prompt_scores) if request.scores_prompt else None
+        told, spans = self._report(request, finish, now)
+        return Output(request.source, request.key, request.num_output, (), None, told, spans, scores)
 
     def _report(self, request: Request, finish: Finish | None, now: float) -> tuple[Finish | None, Spans]:
         """Note that a request has begun or has ended; why it ended, and its part of the timeline."""
@@ -397,7 +397,7 @@ class Scheduler:
             self._ended.append(request.key)
         else:
             self.waiting.remove(request)
-        self._stop_leading(request)
+        self._siblings.stop(request)
         request.status = Status.FINISHED
         request.finish = finish
         in_flight = request.last_step > self._read
@@ -422,7 +422,8 @@ def _work(request: Request, num_tokens: int, new_pages: tuple[int, ...], step: i
     samples = end == len(request.tokens) + request.pending
     if samples:
         request.pending += 1
-    return SequenceWork(request.key, start, num_tokens, new_pages, samples)
+    mask = request.constraint.mask if samples and request.constraint is not None else None
+    return SequenceWork(request.key, start, num_tokens, new_pages, samples, mask)
 
 
 def _sequence_start(request: Request) -> SequenceStart:

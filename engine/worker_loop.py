@@ -200,10 +200,6 @@ class WorkerLoop:
             "prefix_hits": counters.prefix_hits,
             "cached_tokens": counters.prefix_hits,
         }
-        if (estimate := self.engine.estimate) is not None:
-            fields["estimated_flops"] = estimate.flops
-            fields["estimated_read_bytes"] = estimate.read_bytes
-            fields["estimated_write_bytes"] = estimate.write_bytes
         for name, value in role.load().items():
             fields[name] = fields.get(name, 0) + value
         return WorkerLoad(
@@ -218,11 +214,7 @@ class WorkerLoop:
             generation_tokens=counters.generation_tokens,
             preemptions=counters.preemptions,
             rates=self.engine.rates.rates(),
-            histograms={
-                "step_tokens": counters.step_tokens.packed(),
-                **({} if pages.watch is None else pages.watch.histograms()),
-                **role.histograms(),
-            },
+            histograms={"step_tokens": counters.step_tokens.packed(), **role.histograms()},
             **fields,
         )
 

@@ -3,8 +3,9 @@
 engine/sampler.py is the same for the CPU and says what is computed: bias, bans, min_tokens, penalties, then greedy,
 or temperature, min-p, top-k, top-p and the largest logit plus seeded Gumbel noise. Here what it must know of a sequence
 lies on the device, an entry of `SamplingColumns` a slot; the host writes a slot when a sequence joins, and never again:
-`sample` counts the tokens that it draws, and notes which ones banned words forbid next. Rows do not influence each
-other, and a row draws the same in every batch.
+`sample` counts the tokens that it draws, and notes which ones banned words forbid next. Only the masks of outputs that
+have a form come with every step (kernels/token_mask.py). Rows do not influence each other, and a row draws the same in
+every batch.
 
 Against the reference: equal, but for rounding. Its top-p adds sorted float32 probabilities, the kernels add integers
 of 2^-40 of the likeliest token, which is closer to the true sum; a token whose place in the sum is within about 1e-6 of
@@ -32,6 +33,7 @@ from penstock.kernels.sample_row import (
     COUNT_MASK,
     ENDS,
     IN_PROMPT,
+    MASKED,
     USES_BANS,
     USES_BIAS,
     USES_STATE,
@@ -44,6 +46,7 @@ __all__ = [
     "COUNT_MASK",
     "ENDS",
     "IN_PROMPT",
+    "MASKED",
     "USES_BANS",
     "USES_BIAS",
     "USES_STATE",
@@ -74,7 +77,9 @@ class SamplingColumns:
     seeds: Tensor  # [N] int64: engine.sampler.noise_seed
     min_position: Tensor  # [N] int32: tokens flagged ENDS are forbidden at positions below
     uses_tokens: Tensor  # [N] int32; 0: none of what follows is read. USES_STATE, plus USES_BIAS, plus USES_BANS
-    token_state: Tensor  # [N, vocab] int32: times the token was output (COUNT_MASK), IN_PROMPT, ENDS, BANNED (now)
+    token_state: (
+        Tensor  # [N, vocab] int32: times the token was output (COUNT_MASK), IN_PROMPT, ENDS; now BANNED, MASKED
+    )
     bias: Tensor  # [N, vocab] float32: added first; -inf: never to be drawn
     ban_length: Tensor  # [N] int32: tokens of the longest banned word
     ban_words: Tensor  # [N, BAN_LENGTH, BAN_WORDS] int32: words' tokens from the last one back, -1 where there is none
@@ -199,7 +204,7 @@ def sample_reference(logits: Tensor, slots: Tensor, positions: Tensor, columns: 
     x = torch.where(x > 0, x / repetition, x * repetition)
     x = torch.where(output > 0, x - (column(columns.frequency) * output + column(columns.presence)), x)
     banned = ((state & ENDS) != 0) & (positions[:, None] < column(columns.min_position))
-    x = x.masked_fill(banned | ((state & BANNED) != 0), NEVER)
+    x = x.masked_fill(banned | ((state & BANNED) != 0) | (state < 0), NEVER)
 
     temperature = columns.temperature[index]
     z = filter_min_p(x / temperature.clamp(min=_MIN_TEMPERATURE)[:, None], columns.min_p[index])

@@ -12,6 +12,7 @@ COUNT_MASK = 2**28 - 1
 BANNED = 2**28
 IN_PROMPT = 2**29
 ENDS = 2**30
+MASKED = -(2**31)  # the sign: what the form of the output does not allow now
 
 USES_STATE = 1  # what `uses_tokens` of a slot may hold, added up
 USES_BIAS = 2
@@ -65,7 +66,7 @@ def row_logits(raw, state, bias, ids, valid, uses_tokens, banned, repetition, fr
         repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         x = tl.where((flags & _SEEN_MASK) != 0, repeated, x)
         x = tl.where(output > 0, x - (frequency * output.to(tl.float32) + presence), x)
-        x = tl.where((banned & ((flags & _ENDS) != 0)) | ((flags & _BANNED) != 0), NEVER, x)
+        x = tl.where((banned & ((flags & _ENDS) != 0)) | ((flags & _BANNED) != 0) | (flags < 0), NEVER, x)
     return x
 
 

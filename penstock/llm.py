@@ -93,7 +93,7 @@ class LLM:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            self._built = build_engine(self.config, THROUGHPUT, progress=show)
+            self._built = build_engine(self.config, THROUGHPUT, progress=show, tokenizer=self.get_tokenizer)
         self._ids = itertools.count()
 
     @property
@@ -254,6 +254,7 @@ class LLM:
         room = self.max_model_len - len(ids)
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         words = self._bad_word_ids(params)
+        self._check_form(params)
         number = next(self._ids)
         seed = params.seed if params.seed is not None else self._fresh_seed(number)
         wanted = room if params.max_tokens is None else min(room, params.max_tokens)
@@ -295,6 +296,12 @@ class LLM:
         tokenizer = self.get_tokenizer()
         words = bad_word_ids(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
         return [*params.bad_words_token_ids, *words]
+
+    def _check_form(self, params: SamplingParams) -> None:
+        """Raise ValueError for a form that no output can be given."""
+        constraints = self._built.engine.constraints
+        if params.structured_outputs is not None and constraints is not None:
+            constraints.grammars.compile(params.structured_outputs).result()
 
     def _output_text(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> OutputText | None:
         """What makes the text of a choice; None where no text is wanted (stop strings want it, see SamplingParams)."""

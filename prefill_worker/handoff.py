@@ -187,6 +187,10 @@ class HandOffOut:
                 self._drop(handoff)
             elif last is not None:
                 self._finish(handoff, last)
+        for key, last in finished.items():  # ended without being computed: its form allows nothing more
+            handoff = self._open.get(key)
+            if handoff is not None:
+                self._finish(handoff, last)
 
     def _offer(self, handoff: _HandOff, computed: int, now: float, *, whole: bool = False) -> None:
         """Lend the pages that are complete now (with the prompt's end: the partial last one, too)."""
@@ -203,7 +207,7 @@ class HandOffOut:
             fetched = handoff.fetched
             spans = msgspec.structs.replace(
                 spans,
-                cached_tokens=spans.cached_tokens - fetched.fetched_tokens,
+                cached_tokens=max(0, spans.cached_tokens - fetched.fetched_tokens),
                 fetch_ms=fetched.fetch_ms,
                 fetch_bytes=fetched.fetch_bytes,
                 fetched_tokens=fetched.fetched_tokens,

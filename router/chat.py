@@ -52,6 +52,7 @@ async def plan_messages(
     front.chat.check_tools(use)
     if use.mode in ("required", "named"):
         request.constrain(StructuredOutputsParams(json=forced_schema(use, one_call)), "tool_choice")
+    await front.check_form(request, "tools" if use.mode in ("required", "named") else None)
     prompt = await front.in_thread(lambda: chat_prompt(request, front), size_chars)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     max_tokens = (front.defaults.max_new_tokens, "messages")
@@ -59,6 +60,7 @@ async def plan_messages(
     if demanded is not None:
         whole = front.chat.after_reasoning(demanded, prompt.beginning)
         request.structured_outputs, reasons = whole or demanded, whole is not None
+        await front.check_form(request)
     parsing = front.chat.parsing(
         use,
         prompt.beginning,

@@ -42,6 +42,7 @@ async def plan_completion(body: bytes, head: RequestHead, front: Front) -> Plan:
         ]
     answer_id, usage, show_ids = f"cmpl-{head.answer_id}", request.usage_in_stream[0], bool(request.return_token_ids)
     format = CompletionFormat(front.tokenizer, answer_id, model, usage, show_ids, request.prompt_logprobs)
+    await front.check_form(request)
     return front.plan(request, head, format, ids, echoes, (None, "prompt"), request.logprobs)
 
 

@@ -24,6 +24,7 @@ from penstock.router.chat_setup import ChatSetup
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import GenerationRequest
 from penstock.router.reply import Plan
+from penstock.router.structured import Forms
 
 if TYPE_CHECKING:
     from penstock.router.ended import Observer
@@ -65,6 +66,7 @@ class Front:
     metrics: RouterMetrics
     models: tuple[str, ...]  # names clients may use; the first is shown
     chat: ChatSetup = field(default_factory=ChatSetup)
+    forms: Forms = field(default_factory=Forms)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
     observers: Sequence[Observer] = ()  # told of every request that has ended
@@ -104,6 +106,12 @@ class Front:
                 param=param,
             )
 
+    async def check_form(self, request: GenerationRequest, field: str | None = None) -> None:
+        """Raise BadRequest for a form that no output can be given; `field` has asked for it, if not the request's."""
+        if request.structured_outputs is not None:
+            field = field or request.form_field
+            await self.forms.check(request.structured_outputs, field, self.tokenizer, self.model_info())
+
     async def in_thread(self, work: Callable[[], _T], size_chars: int) -> _T:
         """The result of `work`, computed in a thread if it is long."""
         if size_chars < THREAD_FROM_CHARS:
@@ -130,6 +138,7 @@ class Front:
         info = self.model_info()
         request.check_token_ids(info.vocab_size)
         n = request.choices_per_prompt
+        request.check_form_size(n * len(prompts))
         asked = request.asked_max_tokens
         if asked is not None and asked < 1:
             field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"

@@ -18,8 +18,8 @@ from penstock.common.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY
 from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.sampling import SamplingParams
-from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.router.chat_messages import check_messages
+from penstock.router.structured import FormFields
 from penstock.router.tools.request import ToolUse, tool_use
 
 MAX_LOGPROBS = 20
@@ -40,27 +40,21 @@ _SAMPLED_AS_GIVEN = (
 )  # fmt: skip
 _NOT_WITH_BEAMS = (
     "stream", "echo", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "presence_penalty",
-    "frequency_penalty", "min_tokens", "stop_token_ids",
+    "frequency_penalty", "min_tokens", "stop_token_ids", "structured_outputs",
 )  # fmt: skip
 # Field -> the values that ask for nothing. None asks for nothing everywhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "logits_processors": ([],),
     "modalities": (["text"], []),
     "prediction": (),
     "prompt_embeds": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
     "web_search_options": (),
@@ -85,7 +79,7 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
+class GenerationRequest(FormFields, kw_only=True):
     """Fields that completions and chat share; None means absent."""
 
     model: str | None = None
@@ -113,7 +107,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    structured_outputs: StructuredOutputsParams | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
@@ -128,6 +121,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
     def check(self) -> None:
         """Raise BadRequest for what no later step would notice. Repeated stop token ids are dropped."""
+        self.take_form()
         if self.best_of is not None and self.best_of != self.choices_per_prompt:
             if self.best_of < self.choices_per_prompt:
                 raise BadRequest(f"best_of must be at least n, got {self.best_of}", param="best_of")
@@ -161,16 +155,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             raise BadRequest(f"priority must be a 32-bit integer, got {self.priority}", param="priority")
         if any(len(word) > MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
             raise BadRequest(f"bad_words must be of at most {MAX_BAD_WORD_LENGTH} characters", param="bad_words")
-
-    def constrain(self, constraint: StructuredOutputsParams, field: str) -> None:
-        """Have the output take the form that `field` asks for.
-
-        Raises:
-            BadRequest: another field has asked for a form already.
-        """
-        if self.structured_outputs is not None:
-            raise BadRequest(f"{field} does not go with another field that constrains the output", param=field)
-        self.structured_outputs = constraint
 
     def _check_beams(self) -> None:
         """Beams are compared by the model's own logprobs: what would change those cannot be asked for."""

@@ -33,10 +33,6 @@ TTFT = (
 )
 TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-PAGE = (
-    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
-    *(10, 20, 30, 60, 120, 300, 600, 1200, 1800),
-)
 READ = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 5)
 
 
@@ -118,12 +114,6 @@ def served_always(max_model_len: int) -> dict[str, Expected]:
         "vllm:kv_offload_size": Expected(
             "histogram", ("transfer_type",), (1e6, 5e6, 1e7, 2e7, 4e7, 6e7, 8e7, 1e8, 1.5e8, 2e8)
         ),
-        "vllm:kv_block_lifetime_seconds": Expected("histogram", buckets=PAGE),
-        "vllm:kv_block_idle_before_evict_seconds": Expected("histogram", buckets=PAGE),
-        "vllm:kv_block_reuse_gap_seconds": Expected("histogram", buckets=PAGE),
-        "vllm:estimated_flops_per_gpu_total": Expected("counter"),
-        "vllm:estimated_read_bytes_per_gpu_total": Expected("counter"),
-        "vllm:estimated_write_bytes_per_gpu_total": Expected("counter"),
         "vllm:websocket_connections_active": Expected("gauge", own=True),
         "vllm:websocket_connections_total": Expected("counter", own=True),
         "vllm:websocket_connection_duration_seconds": Expected(

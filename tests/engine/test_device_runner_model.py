@@ -31,6 +31,7 @@ from penstock.engine.policy import THROUGHPUT, DecodePolicy
 from penstock.engine.sampler import SamplingRow, noise_seed, sample
 from penstock.engine.scheduler import Scheduler
 from penstock.kernels.paged_batch import PagedBatch
+from tests.engine.fake_constraints import FORM, FakeConstraints, fake_mask
 
 VOCAB, PAGE_SIZE, CONTEXT = 24, 4, 40
 EOS = 3
@@ -133,7 +134,8 @@ def expected(source: GenerateRequest) -> tuple[list[int], list[TokenLogprobs | N
     )
     logprobs: list[TokenLogprobs | None] = []
     while True:
-        (token,), (logprob,) = sample(scores(tokens)[None], [row])
+        masks = {0: fake_mask(tokens[prompt_len:], VOCAB)} if sampling.structured_outputs else {}
+        (token,), (logprob,) = sample(scores(tokens)[None], [row], masks)
         tokens.append(token)
         logprobs.append(logprob)
         count = len(tokens) - prompt_len
@@ -150,6 +152,9 @@ def random_sampling(pick: random.Random) -> SamplingParams:
         "logprobs": pick.choice((None, 0, 2, 99)),
         "prompt_logprobs": pick.choice((None, None, None, 0, 3, 99)),
     }
+    rules = random_rules(pick)
+    if "bad_words_token_ids" not in rules and "allowed_token_ids" not in rules:  # together they may leave nothing
+        fields["structured_outputs"] = pick.choice((None, FORM))
     if pick.random() < 0.5:
         return SamplingParams(temperature=0.0, ignore_eos=pick.random() < 0.5, **fields)
     return SamplingParams(
@@ -159,7 +164,7 @@ def random_sampling(pick: random.Random) -> SamplingParams:
         presence_penalty=pick.choice((0.0, 0.7)),
         min_tokens=pick.randrange(count + 1),
         stop_token_ids=pick.sample(range(VOCAB), 2),
-        **random_rules(pick),
+        **rules,
         **fields,
     )
 
@@ -193,7 +198,9 @@ class Run:
         if captured:
             capture(runner)
         policy = pick.choice((DecodePolicy(), THROUGHPUT))
-        self.engine = Engine(Scheduler(self.pages, policy, hash_scope="", **limits), runner, clock=lambda: 0.0)
+        forms: Any = FakeConstraints(VOCAB, pick)
+        scheduler = Scheduler(self.pages, policy, hash_scope="", **limits)
+        self.engine = Engine(scheduler, runner, clock=lambda: 0.0, constraints=forms)
         self.sources: dict[str, GenerateRequest] = {}
         self.found: dict[str, tuple[list[int], list[TokenLogprobs | None]]] = {}
         self.ended: set[str] = set()

@@ -323,4 +323,4 @@ def test_choices_wait_for_the_one_that_computes_their_prompt() -> None:
     assert (
         scheduler.counters.prompt_tokens <= 8 + (22 - 4) + 2 + (22 - 20) + 4
     )  # the last one computes its last page only
-    assert not scheduler._leading and scheduler.pages.num_held == 0
+    assert not scheduler._siblings and scheduler.pages.num_held == 0

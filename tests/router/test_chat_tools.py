@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from penstock.common.errors import ConfigError
-from penstock.router import protocol
 from tests.router.fake_router import Router, ids_of, running, say
 from tests.tiny_tokenizers import byte_level
 
@@ -160,9 +159,8 @@ def test_no_tools_no_parsing(tools: Router) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", ["required", "named"])
-def test_calls_that_are_demanded(router: Router, monkeypatch: pytest.MonkeyPatch, mode: str, stream: bool) -> None:
+def test_calls_that_are_demanded(router: Router, mode: str, stream: bool) -> None:
     """They need no parser: the output is constrained to JSON."""
-    monkeypatch.delitem(protocol._NEUTRAL, "structured_outputs", raising=False)
     arguments = '{"city": "Oslo"}'
     listed = f'[{{"name": "weather", "parameters": {arguments}}}, {{"name": "now", "parameters": {{}}}}]'
     choice: Any = "required" if mode == "required" else {"type": "function", "function": {"name": "weather"}}
@@ -186,8 +184,7 @@ def test_calls_that_are_demanded(router: Router, monkeypatch: pytest.MonkeyPatch
         assert schema["$defs"]["tool0"] == SCHEMA and schema["minItems"] == 1
 
 
-def test_a_demanded_call_after_reasoning(tools: Router, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(protocol._NEUTRAL, "structured_outputs", raising=False)
+def test_a_demanded_call_after_reasoning(tools: Router) -> None:
     tools.service.script = say('so</think>[{"name": "now", "parameters": {}}]')
     [choice] = create(tools, tool_choice="required").choices
     assert (choice.message.reasoning, calls_of(choice.message)) == ("so", [("now", {})])

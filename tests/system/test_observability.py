@@ -50,7 +50,6 @@ class Observed:
 def observed(checkpoints: dict[str, Path]) -> Iterator[Observed]:
     output = io.StringIO()
     options: dict[str, Any] = {"log_format": "json", "enable_log_requests": True, "max_model_len": CONTEXT}
-    options |= {"kv_cache_metrics": True, "kv_cache_metrics_sample": 1.0, "enable_mfu_metrics": True}
     options["routing_policy"] = "round-robin"  # hands every long prompt off
     with (
         http_collector() as collector,
@@ -144,8 +143,6 @@ def test_figures_are_those_of_the_traffic(running: Fleet) -> None:
     assert total(found, "vllm:request_success_total", finished_reason="length") == len(PROMPTS)
     steps = total(found, "vllm:iteration_tokens_total", "_count")
     assert steps == total(found, "penstock:engine_steps_total") > 0
-    for name in ("flops", "read_bytes", "write_bytes"):
-        assert total(found, f"vllm:estimated_{name}_per_gpu_total") > 0
     moved = total(found, "penstock:kv_transfer_bytes_total")
     assert (
         total(found, "vllm:nixl_bytes_transferred", "_sum") == total(found, "penstock:handoff_bytes", "_sum") == moved

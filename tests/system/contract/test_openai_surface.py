@@ -243,7 +243,11 @@ def test_a_prompt_too_long_gives_both_numbers(server: Server, stream: bool) -> N
         ({"logit_bias": {"400": 1}}, "logit_bias"),
         ({"allowed_token_ids": [400]}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+            "response_format",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
