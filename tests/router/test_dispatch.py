@@ -473,6 +473,7 @@ class Faults(RuleBasedStateMachine):
         self.queued_before: set[str] = set()
         self.sent: dict[str, tuple[str, int, int]] = {}  # request -> worker, attempt, first index: what runs now
         self.network: list[TokenDelta] = []
+        self.to_move: list[Move] = []
         self.reserved: Counter[str] = Counter()
         for one in self.up:
             self.core.handle(WorkerUp(one), self.now)
@@ -499,6 +500,10 @@ class Faults(RuleBasedStateMachine):
                 if command.delta.finish is not None:
                     assert self.got[name] == self.oracle[name]
                     self.ended[name] = "finished"
+            elif isinstance(command, SendMove):
+                name = command.message.request_id
+                assert self.sent[name][:2] == (command.incarnation, command.message.attempt)
+                self.to_move.append(command.message)
             elif isinstance(command, Fail):
                 assert command.sink not in self.ended
                 self.ended[command.sink] = command.error.code
@@ -587,6 +592,27 @@ class Faults(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.sent)))
         finish = Finish(reason="error", code="timeout", message="", retryable=retryable)
         self.apply(self.core.tokens([TokenDelta(name, self.sent[name][1], 0, 0, [], finish)], self.now))
+
+    @rule(incarnation=st.sampled_from(WORKERS))
+    def worker_leaving(self, incarnation: str) -> None:
+        self.apply(self.core.handle(WorkerLeaving(incarnation), self.now))
+
+    @precondition(lambda self: self.to_move)
+    @rule(data=st.data())
+    def worker_gives_up(self, data: st.DataObject) -> None:
+        """Behind some token that has not been delivered; what it would have said after that is never said."""
+        move = self.to_move.pop(0)
+        name, attempt = move.request_id, move.attempt
+        if self.sent[name][1] != attempt or len(self.got[name]) == len(self.oracle[name]):
+            return
+        first = max(len(self.got[name]), self.sent[name][2])
+        end = data.draw(st.integers(first, len(self.oracle[name]) - 1))
+        self.network = [
+            delta
+            for delta in self.network
+            if (delta.request_id, delta.attempt) != (name, attempt) or delta.index + len(delta.token_ids) <= end
+        ]
+        self.network.append(TokenDelta(name, attempt, 0, end, [], Finish(reason="moved")))
 
     @rule(incarnation=st.sampled_from(WORKERS))
     def worker_up(self, incarnation: str) -> None:
