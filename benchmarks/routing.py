@@ -1,6 +1,7 @@
 """The table and plots of docs/routing.md: every routing policy on public traces, simulated.
 
     python benchmarks/routing.py TRACES [--only GROUP ...]
+    python benchmarks/routing.py TRACES --bounds    # prints what balance is possible at all
 
 TRACES is a folder with Mooncake's FAST'25 traces (mooncake_conversation_trace.jsonl, mooncake_synthetic_trace.jsonl)
 and the Azure 2023 ones (azure2023_code.csv, azure2023_conv.csv). Writes benchmarks/results/routing-<commit>.json (the
@@ -26,7 +27,7 @@ from benchmarks.record import RESULTS, ROOT, commit, file_name, machine, merge
 from penstock.common.config import ROUTING_POLICIES
 from penstock.simulate.plot import draw
 from penstock.simulate.result import PolicyResult, Slo
-from penstock.simulate.runs import compare, greedy_balance, scaled
+from penstock.simulate.runs import balance_bounds, compare, scaled
 from penstock.simulate.simulator import FleetShape
 from penstock.simulate.trace import read_trace, repeated
 
@@ -73,7 +74,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     shape = FleetShape(row.workers, row.pages)
     requests = repeated(read_trace(str(folder / TRACES[row.trace]), shape.page_tokens), row.repeat)
     requests = scaled(requests, shape, UTILISATION)
-    found: dict[str, Any] = {"greedy_balance": round(greedy_balance(requests, shape), 4)}
+    found: dict[str, Any] = {"greedy_balance": round(balance_bounds(requests, shape).known, 4)}
     for name in row.policies:
         began = time.process_time()
         (result,) = compare(requests, shape, [name.partition(",")[0]], Slo(), fetch=name == FETCH)
@@ -119,6 +120,18 @@ def marks_table(rows: Mapping[str, Any]) -> Iterable[str]:
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
+def bounds_table(folder: Path) -> Iterable[str]:
+    """Lines of Markdown: the balance that is possible on the Mooncake traces, however many pages workers have."""
+    yield "| fleet | all known beforehand | each known when it comes | outputs guessed |"
+    yield "|---|---|---|---|"
+    for trace in _MOONCAKE:
+        for workers in (8, 64):
+            shape = FleetShape(workers, 6000)
+            requests = read_trace(str(folder / TRACES[trace]), shape.page_tokens)
+            found = balance_bounds(scaled(requests, shape, UTILISATION), shape)
+            yield f"| {trace}, {workers} | {found.foreseen:.3f} | {found.known:.3f} | {found.guessed:.3f} |"
+
+
 def policies_table(rows: Mapping[str, Any]) -> Iterable[str]:
     """Lines of Markdown: each policy of each row."""
     yield "| fleet | policy | hits (oracle's) | max/mean | TTFT p50 / p99, ms | ITL p99, ms | in SLOs |"
@@ -160,7 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", type=Path)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
+    parser.add_argument("--bounds", action="store_true")
     flags = parser.parse_args()
+    if flags.bounds:
+        print("\n".join(bounds_table(flags.traces)))
+        return
     at_commit = commit()
     path = RESULTS / file_name("routing", at_commit)
     for group in flags.only:

@@ -2,11 +2,13 @@
 
     python benchmarks/simulator_truth.py [--workers 4] [--requests 400] [--utilisation 0.4] [--record]
 
-Starts `penstock serve` with the embedded model, one thread a worker. First some requests that share nothing: from them
-the workers measure their rates (as they always do; read from /metrics), and what HTTP, router and bus add to a first
-token is the difference to what those rates say. Then a generated load of prompts with shared beginnings: each request
-is sent at its time, and the simulator gets the same ones with those rates. Prints mean time to first token and hit
-ratio of both, and how far they are apart; `--record` writes benchmarks/results/simulator_truth-<commit>.json.
+Starts `penstock serve` with the embedded model, one thread a worker. First some requests one by one: what HTTP, router
+and bus add to a first token is what their times exceed the workers' own rates by (measured as always, read from
+/metrics). Then a load of the kind to come, from which the workers measure the rates that they have under it. Then the
+load that counts, with other prompts: each request is sent at its time, and the simulator gets the same requests with
+those rates. Prints mean time to first token and hit ratio of both, and how far they are apart; `--record` writes
+benchmarks/results/simulator_truth-<commit>.json. Workers do not read prefixes from each other here: over one machine's
+memory that is no model of a network.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, installed or not
 
-import aiohttp
-
 from benchmarks.record import RESULTS, commit, file_name, machine, merge
-from penstock.bench.client import Question, ask
+from penstock.bench.client import ask, run_load
+from penstock.bench.questions import Question
+from penstock.bench.serving_metrics import RequestRecord
 from penstock.common.config import ServeConfig
 from penstock.common.messages import MeasuredRates
 from penstock.demo_model import CHECKPOINT
 from penstock.fleet import Fleet
+from penstock.http_client import connect
 from penstock.router.rates import WorkerRates, typical
 from penstock.simulate.result import Slo
 from penstock.simulate.runs import compare, scaled
@@ -45,7 +48,8 @@ TENANTS = 24
 SHARED_PAGES = (20, 60)  # of a tenant's beginning
 OWN_PAGES = (5, 40)
 OUTPUT = (8, 24)
-CALIBRATION = 60
+CALIBRATION = 60  # requests one by one
+WARM_UP = 120  # requests of the first load
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,16 @@ class Asked:
 
 
 def generated(number: int, vocab_size: int, seed: int) -> list[Asked]:
-    """Requests one a second on average; each begins as its tenant's do, small tenant numbers come more often."""
+    """Requests one a second on average; each begins as its tenant's do, small tenant numbers come more often.
+
+    Those of another seed have no page in common with them.
+    """
     chance = random.Random(seed)
-    beginnings = [tuple(range(t * 1000, t * 1000 + chance.randint(*SHARED_PAGES))) for t in range(TENANTS)]
-    own, now_ms, found = TENANTS * 1000, 0.0, []
+    first = 100_000_000 * (seed + 1)
+    beginnings = [
+        tuple(range(at, at + chance.randint(*SHARED_PAGES))) for at in range(first, first + TENANTS * 1000, 1000)
+    ]
+    own, now_ms, found = first + TENANTS * 1000, 0.0, []
     for _ in range(number):
         pages = [*beginnings[min(int(TENANTS ** chance.random()), TENANTS) - 1]]
         count = chance.randint(*OWN_PAGES)
@@ -71,6 +81,12 @@ def generated(number: int, vocab_size: int, seed: int) -> list[Asked]:
         found.append(Asked(traced, tokens))
         now_ms += chance.expovariate(1e-3)
     return found
+
+
+def timed(asked: Sequence[Asked], shape: FleetShape, utilisation: float) -> list[Asked]:
+    """The same requests at times at which their work fills this share of the fleet's."""
+    traced = scaled([one.traced for one in asked], shape, utilisation)
+    return [replace(one, traced=at) for one, at in zip(asked, traced, strict=True)]
 
 
 def page_tokens(page: int, vocab_size: int) -> list[int]:
@@ -86,21 +102,17 @@ async def send(url: str, requests: Sequence[Asked], *, one_by_one: bool = False)
         RuntimeError: one was not answered.
     """
     fixed = {"model": "demo", "temperature": 0.0, "ignore_eos": True}
-    began = time.perf_counter()
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
+    questions = [Question(asked.tokens, len(asked.tokens), asked.traced.output_tokens) for asked in requests]
+    times = [0.0 if one_by_one else asked.traced.arrival_ms / 1e3 for asked in requests]
+    async with connect(url) as client:
 
-        async def one(number: int, asked: Asked) -> float:
-            if not one_by_one:
-                await asyncio.sleep(max(0.0, began + asked.traced.arrival_ms / 1e3 - time.perf_counter()))
-            question = Question(asked.tokens, len(asked.tokens), asked.traced.output_tokens)
-            record = await ask(session, f"{url}/v1/completions", "openai", fixed, question, f"truth-{number}")
-            if record.error:
-                raise RuntimeError(record.error)
-            return record.ttft * 1e3
+        async def one(number: int, question: Question) -> RequestRecord:
+            return await ask(client, "/v1/completions", "openai", fixed, question, f"truth-{number}")
 
-        if one_by_one:
-            return [await one(number, asked) for number, asked in enumerate(requests)]
-        return list(await asyncio.gather(*(one(number, asked) for number, asked in enumerate(requests))))
+        records, _ = await run_load(questions, times, one, max_concurrency=1 if one_by_one else None)
+    if errors := [record.error for record in records if record.error]:
+        raise RuntimeError(f"{len(errors)} requests failed: {errors[0]}")
+    return [record.ttft * 1e3 for record in records]
 
 
 def fleet_of(url: str) -> dict[str, Any]:
@@ -119,7 +131,12 @@ def totals(url: str, *names: str) -> list[int]:
 def measured_rates(url: str) -> WorkerRates:
     """The mean of what the workers have measured of themselves."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
-        lines = answer.read().decode().splitlines()
+        return rates_in(answer.read().decode())
+
+
+def rates_in(exposition: str) -> WorkerRates:
+    """The mean of the workers' measured rates in the text of a router's /metrics."""
+    lines = exposition.splitlines()
     rows: dict[str, dict[str, float]] = {}
     for line in lines:
         name, _, rest = line.partition("{")
@@ -166,27 +183,33 @@ def main() -> None:
         block_size=PAGE,
         kv_cache_memory_bytes=flags.pages * PAGE * token_bytes,
         port=0,
+        fetch_prefixes=False,
     )
     with Fleet(config) as fleet:
         num_pages = fleet_of(fleet.url)["workers"][0]["pages"]["total"]
-        rates, added_ms = calibrate(fleet.url, layout["vocab_size"])
-        shape = FleetShape(flags.workers, num_pages, PAGE, token_bytes=token_bytes, rates=rates)
-        asked = generated(flags.requests, layout["vocab_size"], flags.seed)
-        traced = scaled([one.traced for one in asked], shape, flags.utilisation)
-        asked = [replace(one, traced=at) for one, at in zip(asked, traced, strict=True)]
+        alone, added_ms = calibrate(fleet.url, layout["vocab_size"])
+        shape = FleetShape(flags.workers, num_pages, PAGE, token_bytes=token_bytes, rates=alone)
+        warm_up = timed(generated(WARM_UP, layout["vocab_size"], flags.seed + 1), shape, flags.utilisation)
+        asyncio.run(send(fleet.url, warm_up))
+        totals(fleet.url, "steps")
+        rates = measured_rates(fleet.url)
+        asked = timed(generated(flags.requests, layout["vocab_size"], flags.seed), shape, flags.utilisation)
+        traced = [one.traced for one in asked]
         before = totals(fleet.url, "prefix_queries", "prefix_hits")
         ttft = asyncio.run(send(fleet.url, asked))
         after = totals(fleet.url, "prefix_queries", "prefix_hits")
         again = measured_rates(fleet.url)
     queries, hits = (b - a for a, b in zip(before, after, strict=True))
-    (result,) = compare(traced, shape, ["cost"], Slo())
+    (result,) = compare(traced, replace(shape, rates=rates), ["cost"], Slo())
     real = {"ttft_mean_ms": statistics.mean(ttft), "ttft_p50_ms": statistics.median(ttft), "hit_ratio": hits / queries}
     simulated = {
         "ttft_mean_ms": result.ttft_mean_ms + added_ms,
         "ttft_p50_ms": result.ttft_p50_ms + added_ms,
         "hit_ratio": result.hit_ratio,
     }
-    print(f"rates {asdict(rates)}\nduring the load {asdict(again)}\nadded to a first token {added_ms:.2f} ms")
+    for when, known in (("one by one", alone), ("under load", rates), ("during the load", again)):
+        print(f"rates {when}: {asdict(known)}")
+    print(f"added to a first token {added_ms:.2f} ms")
     print(f"{'':14} {'real':>9} {'simulated':>9}  apart")
     apart = {key: simulated[key] / real[key] - 1 for key in real}
     for key, value in real.items():
@@ -198,6 +221,7 @@ def main() -> None:
             "requests": flags.requests,
             "utilisation": flags.utilisation,
             "span_s": traced[-1].arrival_ms / 1e3,
+            "rates_one_by_one": asdict(alone),
             "rates": asdict(rates),
             "rates_during_load": asdict(again),
             "added_ms": added_ms,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from penstock.common.errors import ConfigError
 from penstock.router.policies import make_policy
+from penstock.router.policy import EXPECTED_OUTPUT_TOKENS
 from penstock.simulate.result import PolicyResult, Slo, oracle_hits, with_oracle
 from penstock.simulate.simulator import FleetShape, Simulator
 from penstock.simulate.trace import TracedRequest, time_scaled
@@ -37,18 +39,43 @@ def scaled(requests: Sequence[TracedRequest], shape: FleetShape, utilisation: fl
     return time_scaled(requests, needed_ms / utilisation / span_ms)
 
 
-def greedy_balance(requests: Sequence[TracedRequest], shape: FleetShape) -> float:
-    """max/mean load if each request went to whoever had least, its work known and every hit of the oracle had anywhere.
+@dataclass(frozen=True)
+class BalanceBounds:
+    """max/mean load of workers that are given nothing but balance to look at, every hit of the oracle had anywhere."""
 
-    What a router could hope for that looked at nothing else; in a run that is short for the fleet it is far above 1,
-    because some requests are longer than what there is time to balance. One phase only.
+    foreseen: float  # all requests known beforehand, the longest given first: no router can
+    known: float  # in order of arrival, each one's work known when it comes
+    guessed: float  # as `known`, but outputs are taken to be as long as a router takes them to be
+
+
+def balance_bounds(requests: Sequence[TracedRequest], shape: FleetShape) -> BalanceBounds:
+    """What balance a router could hope for that looked at nothing else. One phase only.
+
+    In a run that is short for the fleet it is far above 1: some requests are longer than what there is time to balance.
     """
     hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
-    loads = [0.0] * shape.workers
-    for request, hit in zip(requests, hits, strict=True):
-        work_ms = shape.rates.prefill_ms(request.prompt_tokens - hit) + decode_work_ms(request, shape.rates)
-        heapq.heapreplace(loads, loads[0] + work_ms)
-    return max(loads) * len(loads) / sum(loads)
+    prompts = [shape.rates.prefill_ms(request.prompt_tokens - hit) for request, hit in zip(requests, hits, strict=True)]
+    work = [prompt + decode_work_ms(request, shape.rates) for prompt, request in zip(prompts, requests, strict=True)]
+    guessed = [
+        prompt + EXPECTED_OUTPUT_TOKENS * shape.rates.sequences_ms(1, request.prompt_tokens)
+        for prompt, request in zip(prompts, requests, strict=True)
+    ]
+    return BalanceBounds(
+        foreseen=_balance(sorted(work, reverse=True), shape.workers),
+        known=_balance(work, shape.workers),
+        guessed=_balance(work, shape.workers, guessed),
+    )
+
+
+def _balance(work: Sequence[float], workers: int, seen: Sequence[float] | None = None) -> float:
+    """max/mean if each piece of work goes, in turn, to whoever has least so far, going by `seen` if given."""
+    order = [(0.0, worker) for worker in range(workers)]
+    loads = [0.0] * workers
+    for piece, shown in zip(work, seen or work, strict=True):
+        load, worker = order[0]
+        heapq.heapreplace(order, (load + shown, worker))
+        loads[worker] += piece
+    return max(loads) * workers / sum(loads)
 
 
 def compare(

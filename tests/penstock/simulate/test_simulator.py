@@ -15,7 +15,7 @@ from penstock.router.policy import Candidate, Placement, Policy, RequestFacts, p
 from penstock.router.rates import WorkerRates
 from penstock.simulate.fleet_view import FleetView
 from penstock.simulate.result import Slo, oracle_hits
-from penstock.simulate.runs import compare, greedy_balance, scaled
+from penstock.simulate.runs import balance_bounds, compare, scaled
 from penstock.simulate.simulator import FleetShape, Simulator
 from penstock.simulate.trace import TracedRequest
 from penstock.simulate.worker import StepTimes
@@ -126,7 +126,17 @@ def test_arrivals_are_stretched_to_a_utilisation():
     assert scaled(requests, shape(), None) == requests
     assert scaled(requests, shape(), 0.5)[1].arrival_ms == pytest.approx(2 * (50 + 10) / 0.5)
     assert scaled(requests, shape(2, prefill=1), 0.5)[1].arrival_ms == pytest.approx(2 * 50 / 0.5), "the busier role"
-    assert greedy_balance(requests, shape(2)) == pytest.approx(1.0) and greedy_balance(requests, shape(3)) > 1.4
+    assert balance_bounds(requests, shape(2)).known == pytest.approx(1.0)
+    assert balance_bounds(requests, shape(3)).known > 1.4
+
+
+def test_who_knows_more_balances_better():
+    requests = [TracedRequest(0.0, tokens, 1) for tokens in (1000, 1000, 2000)]
+    found = balance_bounds(requests, shape(2))
+    assert found.foreseen == pytest.approx(1.0) and found.known == pytest.approx(1.5)
+    long_outputs = [TracedRequest(0.0, 1000, output) for output in (5000, 1, 5000, 1)]
+    blind = balance_bounds(long_outputs, shape(2))
+    assert blind.guessed > 1.5 and blind.known < 1.1, "both long ones go to one worker"
     with pytest.raises(ConfigError, match="do not all arrive at once"):
         scaled(requests[:1], shape(), 0.5)
 
