@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from penstock.common.beam_search import BeamSearch
 from penstock.common.messages import GenerateRequest, TokenLogprobs
 from penstock.common.sampling import SamplingParams
-from penstock.engine.core import Engine
-from penstock.interrupt import HeldInterrupt
+from penstock.engine_run import Run
 
 
 @dataclass
@@ -63,41 +62,34 @@ def beam_request(
     )
 
 
-def run_searches(engine: Engine, prompts: Sequence[PromptSearch], on_finished: Callable[[], object]) -> None:
-    """Step until every search has ended; whatever ends it early, the engine is empty afterwards."""
+def run_searches(begun: Run, prompts: Sequence[PromptSearch], on_finished: Callable[[], object]) -> None:
+    """Until every search has ended; whatever ends it early, nothing of it is left where it was computed."""
     waiting: dict[str, tuple[PromptSearch, int]] = {}
     scores: dict[int, list[TokenLogprobs | None]] = {}
 
-    def submit(prompt: PromptSearch) -> None:
+    def submit(run: Run, prompt: PromptSearch) -> None:
         beams = prompt.search.running
         scores[prompt.number] = [None] * len(beams)
         for choice, beam in enumerate(beams):
-            name = f"beams-{prompt.number}"
+            name = f"beams-{prompt.number}-{len(beam.token_ids)}"
             output = beam.token_ids
             source = beam_request(
                 name, choice, prompt.prompt_token_ids, output, prompt.search.candidates, prompt.cache_salt
             )
-            waiting[engine.add(source)] = prompt, choice
+            waiting[run.add(source)] = prompt, choice
 
-    with HeldInterrupt() as ctrl_c:
-        try:
-            for prompt in prompts:
-                submit(prompt)
-            while waiting:
-                for output in engine.step().outputs:
-                    assert output.logprobs is not None
-                    prompt, choice = waiting.pop(output.key)
-                    mine = scores[prompt.number]
-                    mine[choice] = output.logprobs[0]
-                    if all(mine):
-                        prompt.search.advance([at for at in mine if at is not None])
-                        if prompt.search.running:
-                            submit(prompt)
-                        else:
-                            on_finished()
-                ctrl_c.deliver()
-        finally:
-            for key in waiting:
-                engine.scheduler.abort(key)
-            engine.settle()
-            engine.pages.drain_events()  # nobody else wants to know which prefixes are here
+    with begun as run:
+        for prompt in prompts:
+            submit(run, prompt)
+        while waiting:
+            for key, new in run.outputs():
+                assert new.logprobs is not None
+                prompt, choice = waiting.pop(key)
+                mine = scores[prompt.number]
+                mine[choice] = new.logprobs[0]
+                if all(mine):
+                    prompt.search.advance([at for at in mine if at is not None])
+                    if prompt.search.running:
+                        submit(run, prompt)
+                    else:
+                        on_finished()

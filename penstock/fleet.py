@@ -34,12 +34,13 @@ class Fleet:
     Args:
         config: `port` 0 takes any free one; without `redis_url` the fleet has its own Redis.
         console: where the children's lines and progress go; default: stderr.
+        with_router: without, the caller has a router of its own.
 
     Raises:
         ConfigError: no model, no redis-server, or the port is in use.
     """
 
-    def __init__(self, config: ServeConfig, *, console: Console | None = None) -> None:
+    def __init__(self, config: ServeConfig, *, console: Console | None = None, with_router: bool = True) -> None:
         if not config.model:
             raise ConfigError("MODEL is missing: a Hugging Face directory or hub id")
         if config.port and not port_is_free(config.host, config.port):
@@ -55,9 +56,9 @@ class Fleet:
         self.placements = place_workers(config, visible_gpus(os.environ), available_cores())
         self.specs = [private_redis.spec()] if private_redis else []
         self.specs += [self._worker_spec(placement) for placement in self.placements]
-        self.specs += router_specs(
-            self.config.router(), {"prefill": config.prefill_workers, "decode": config.decode_workers}
-        )
+        if with_router:
+            counts = {"prefill": config.prefill_workers, "decode": config.decode_workers}
+            self.specs += router_specs(self.config.router(), counts)
         self._group = ProcessGroup(self.specs, console or Console(json_lines=config.log_format == "json"))
 
     def __enter__(self) -> Fleet:

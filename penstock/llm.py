@@ -9,12 +9,12 @@ import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
 from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
+from penstock.answers import Answers, Choice
 from penstock.beams import BeamSearchOutput, BeamSearchSequence, PromptSearch, run_searches
 from penstock.common.bad_words import bad_word_ids
 from penstock.common.beam_search import BeamSearch, BeamSearchParams
@@ -22,50 +22,44 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import EngineConfig
 from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
-from penstock.common.messages import GenerateRequest, TokenLogprobs, request_key
+from penstock.common.grammar import Grammars
+from penstock.common.messages import GenerateRequest
 from penstock.common.output_text import OutputText
 from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine.build import build_engine
 from penstock.engine.core import Engine
-from penstock.engine.outputs import Output
 from penstock.engine.policy import THROUGHPUT
+from penstock.engine_args import FLEET_ONLY, EngineArgs, supported
+from penstock.engine_run import EngineRun, Run
 from penstock.frozen_heap import FrozenHeap
-from penstock.interrupt import HeldInterrupt
-from penstock.results import CompletionOutput, Logprob, RequestOutput
+from penstock.results import CompletionOutput, RequestOutput
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """One output in the making."""
-
-    request: RequestOutput
-    output: CompletionOutput
-    text: OutputText | None  # None: only token ids are wanted
-    source: GenerateRequest
-
-    @property
-    def key(self) -> str:
-        """Its name in the engine."""
-        return request_key(self.source.request_id, self.source.choice, self.source.attempt)
-
-
 class LLM:
-    """A model in this process.
+    """A model in this process; with `prefill_workers` or `decode_workers`, in a fleet of worker processes behind it.
 
     Args:
         model: Hugging Face directory or hub id.
         tokenizer: where the tokenizer is, if not with the model.
         generation_config: default sampling: "auto" (the model's), "vllm" (neutral), or a directory.
         skip_tokenizer_init: no tokenizer is read; prompts must be token ids, and answers hold no text.
-        options: fields of `EngineConfig`, by vLLM's names (dtype, max_model_len, max_num_seqs, block_size, seed, ...).
+        options: those of `penstock serve`, by vLLM's names (dtype, max_model_len, max_num_seqs, block_size, seed, ...).
 
     Raises:
-        ValueError: an option that does not exist.
+        ValueError: an option that does not exist, or cannot be had.
         ModelError, ConfigError: the model cannot be loaded, or does not fit.
     """
+
+    def __new__(cls, *arguments: Any, **options: Any) -> LLM:
+        """The class for the options: that of a fleet has the same methods."""
+        if cls is LLM and {"prefill_workers", "decode_workers"} & options.keys():
+            from penstock.fleet_llm import FleetLLM
+
+            return super().__new__(FleetLLM)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -76,14 +70,24 @@ class LLM:
         skip_tokenizer_init: bool = False,
         **options: Any,
     ) -> None:
-        known = {f.name for f in fields(EngineConfig)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"unknown options {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        self.config = EngineConfig(model=model, **options)
+        given = supported(options)
+        self.config = EngineConfig(model=model, **{name: v for name, v in given.items() if name not in FLEET_ONLY})
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
         self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
         self._defaults = GenerationDefaults.load(model, generation_config)
+        self._ids = itertools.count()
+        self.answers = Answers(self._tokenizer)
+        self._start({name: value for name, value in given.items() if name in FLEET_ONLY})
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
+        """As the constructor, with arguments that were put together before."""
+        return cls(engine_args.model, **engine_args.options)
+
+    def _start(self, fleet_options: Mapping[str, Any]) -> None:
+        """Load the model, to compute in this process; options of a fleet are for `FleetLLM`."""
+        if fleet_options:
+            raise ValueError(f"{', '.join(sorted(fleet_options))}: for fleets; give prefill_workers or decode_workers")
         # Silent where nobody looks: not a terminal.
         with tqdm(desc="loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
@@ -94,12 +98,16 @@ class LLM:
                 bar.update(done - bar.n)
 
             self._built = build_engine(self.config, THROUGHPUT, progress=show, tokenizer=self.get_tokenizer)
-        self._ids = itertools.count()
 
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
         return self._built.max_model_len
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        return tuple(self._built.spec.eos_token_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -113,7 +121,7 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """What computes: for benchmarks and tests."""
+        """What computes: for `AsyncLLM`, benchmarks and tests."""
         return self._built.engine
 
     @property
@@ -172,7 +180,7 @@ class LLM:
             raise ValueError(f"{len(several)} prompts, but {len(priorities)} priorities")
         with FrozenHeap():
             each = zip(several, params, priorities, strict=True)
-            choices = [choice for prompt, p, first in each for choice in self._choices(prompt, p, first)]
+            choices = [choice for prompt, p, first in each for choice in self.choices(prompt, p, first)]
             requests = list({choice.source.request_id: choice.request for choice in choices}.values())
             self._run(choices, len(requests), use_tqdm)
         return requests
@@ -221,14 +229,14 @@ class LLM:
         """
         searches = [self._search(prompt, params) for prompt in _prompt_list(prompts)]
         with tqdm(total=len(searches), desc="Searching", disable=not use_tqdm, unit="prompt") as bar, FrozenHeap():
-            run_searches(self._built.engine, searches, bar.update)
+            run_searches(self._begin(), searches, bar.update)
         return [self._best(search) for search in searches]
 
     def _search(self, prompt: Prompt, params: BeamSearchParams) -> PromptSearch:
         _, ids, salt = self._tokens_of(prompt)
         self._check_prompt(ids)
         max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        search = BeamSearch(params, self._built.spec.eos_token_ids, max_tokens)
+        search = BeamSearch(params, self.eos_token_ids, max_tokens)
         return PromptSearch(next(self._ids), ids, salt, search)
 
     def _best(self, prompt: PromptSearch) -> BeamSearchOutput:
@@ -246,8 +254,14 @@ class LLM:
         """Free the KV pool; the object cannot be used afterwards."""
         self._built.engine.close()
 
-    def _choices(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[_Choice]:
-        """The choices of a prompt, checked; they share one `RequestOutput`."""
+    def choices(
+        self, prompt: Prompt, params: SamplingParams, priority: int = 0, request_id: str | None = None
+    ) -> list[Choice]:
+        """The choices of a prompt, checked; they share one `RequestOutput`.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         text, ids, salt = self._tokens_of(prompt)
         ids = self._truncated(ids, params)
         self._check_prompt(ids)
@@ -261,9 +275,11 @@ class LLM:
         sampling = _one_choice(params, seed, wanted, words)
         field, largest = sampling.largest_rule_id()
         self._check_ids([largest] if field else [], field)
-        request = RequestOutput(str(number), text, ids, [CompletionOutput(index=i) for i in range(params.n)])
+        request = RequestOutput(
+            request_id or str(number), text, ids, [CompletionOutput(index=i) for i in range(params.n)]
+        )
         return [
-            _Choice(
+            Choice(
                 request,
                 output,
                 self._output_text(sampling, ids),
@@ -272,7 +288,7 @@ class LLM:
                     choice=output.index,
                     prompt_token_ids=ids,
                     sampling=sampling,
-                    eos_token_ids=list(self._built.spec.eos_token_ids),
+                    eos_token_ids=list(self.eos_token_ids),
                     cache_salt=salt,
                     queue_timeout_s=float("inf"),
                     priority=priority,
@@ -299,9 +315,14 @@ class LLM:
 
     def _check_form(self, params: SamplingParams) -> None:
         """Raise ValueError for a form that no output can be given."""
+        if params.structured_outputs is not None and (grammars := self._grammars) is not None:
+            grammars.compile(params.structured_outputs).result()
+
+    @property
+    def _grammars(self) -> Grammars | None:
+        """What compiles forms; None: no output can be given one."""
         constraints = self._built.engine.constraints
-        if params.structured_outputs is not None and constraints is not None:
-            constraints.grammars.compile(params.structured_outputs).result()
+        return None if constraints is None else constraints.grammars
 
     def _output_text(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> OutputText | None:
         """What makes the text of a choice; None where no text is wanted (stop strings want it, see SamplingParams)."""
@@ -317,9 +338,8 @@ class LLM:
         self._check_ids(ids, "a prompt")
 
     def _check_ids(self, token_ids: Sequence[int], what: str) -> None:
-        vocab_size = self._built.spec.vocab_size
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise ValueError(f"{what} must hold token ids from 0 to {vocab_size - 1}")
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            raise ValueError(f"{what} must hold token ids from 0 to {self.vocab_size - 1}")
 
     def _fresh_seed(self, number: int) -> int:
         if self.config.seed:
@@ -337,84 +357,33 @@ class LLM:
             return text, ids, prompt.get("cache_salt", "")
         return None, list(prompt), ""
 
-    def _run(self, choices: Iterable[_Choice], num_requests: int, use_tqdm: bool) -> None:
-        """Step until all choices have ended; whatever ends it early, the engine is empty afterwards."""
-        engine = self._built.engine
+    def _begin(self) -> Run:
+        return EngineRun(self._built.engine)
+
+    def _run(self, choices: Sequence[Choice], num_requests: int, use_tqdm: bool) -> None:
+        """Until all choices have ended; whatever ends it early, nothing of them is left where they were computed."""
         running = {choice.key: choice for choice in choices}
         with (
             tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar,
-            HeldInterrupt() as ctrl_c,
+            self._begin() as run,
         ):
-            try:
-                # What may take longest starts first, so that the batch does not end in a few long ones; else in order.
-                for choice in sorted(running.values(), key=_place):
-                    engine.add(choice.source)
-                while running:
-                    for output in engine.step().outputs:
-                        choice = running[output.key]
-                        if output.prompt_logprobs is not None:
-                            self._add_prompt_logprobs(choice.request, output.prompt_logprobs)
-                        if choice.text is None and output.finish is None and output.logprobs is None:
-                            choice.output.token_ids += output.token_ids  # nearly all tokens of a benchmark
-                        elif self._take(choice, output):
-                            del running[output.key]
-                            if all(o.finish_reason for o in choice.request.outputs):
-                                choice.request.finished = True
-                                bar.update()
-                    ctrl_c.deliver()
-            finally:
-                for key in running:
-                    engine.scheduler.abort(key)
-                engine.settle()
-                engine.pages.drain_events()  # nobody else wants to know which prefixes are here
-
-    def _take(self, choice: _Choice, new: Output) -> bool:
-        """Add a step's tokens to an output; True when it has ended."""
-        output, text = choice.output, choice.text
-        if text is None:
-            kept = len(new.token_ids)
-            if new.finish is not None:
-                output.finish_reason, output.stop_reason = new.finish.reason, new.finish.stop_reason
-        else:
-            output.text += text.push(new.token_ids, new.finish)
-            kept = text.kept
-            output.finish_reason, output.stop_reason = text.finish_reason, text.stop_reason
-        output.token_ids += new.token_ids[:kept]
-        if new.logprobs is not None:
-            self._add_logprobs(output, new.token_ids, new.logprobs[:kept])
-        if output.finish_reason is None:
-            return False
-        cached_tokens = 0 if new.spans is None else new.spans.cached_tokens
-        if new.finish is None:  # a stop string: the engine does not know of it
-            ended = self._built.engine.scheduler.abort(choice.key)
-            cached_tokens = 0 if ended is None else ended.cached_tokens
-        choice.request.num_cached_tokens = max(choice.request.num_cached_tokens, cached_tokens)
-        return True
-
-    def _add_logprobs(
-        self, output: CompletionOutput, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
-    ) -> None:
-        output.logprobs = output.logprobs or []
-        output.cumulative_logprob = output.cumulative_logprob or 0.0
-        for token, at in zip(token_ids, logprobs, strict=False):
-            output.logprobs.append(self._candidates(token, at))
-            output.cumulative_logprob += at.logprob
-
-    def _add_prompt_logprobs(self, request: RequestOutput, logprobs: Sequence[TokenLogprobs]) -> None:
-        scored = zip(request.prompt_token_ids[1:], logprobs, strict=True)
-        request.prompt_logprobs = [None, *(self._candidates(token, at) for token, at in scored)]
-
-    def _candidates(self, token: int, at: TokenLogprobs) -> dict[int, Logprob]:
-        found = {token: Logprob(at.logprob, at.rank, self._name(token))}
-        for rank, (top, value) in enumerate(zip(at.top_ids, at.top_logprobs, strict=True), start=1):
-            found.setdefault(top, Logprob(value, rank, self._name(top)))
-        return found
-
-    def _name(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+            for choice in sorted(choices, key=start_order):
+                run.add(choice.source)
+            while running:
+                for key, new in run.outputs():
+                    choice = running[key]
+                    plain = choice.text is None and new.finish is None and new.spans is None
+                    if plain and new.logprobs is None and new.prompt_logprobs is None:
+                        choice.output.token_ids += new.token_ids  # nearly all tokens of a benchmark
+                    elif self.answers.take(choice, new):
+                        del running[key]
+                        if new.finish is None:
+                            run.abort(key)
+                        bar.update(choice.request.finished)
 
 
-def _place(choice: _Choice) -> tuple[int, int]:
+def start_order(choice: Choice) -> tuple[int, int]:
+    """What may take longest first, so that a batch does not end in a few long ones; else in order."""
     return choice.source.priority, -(choice.source.sampling.max_tokens or 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from penstock import LLM, RequestOutput, SamplingParams
+from penstock import LLM, EngineArgs, RequestOutput, SamplingParams
 from penstock.common.errors import ConfigError
 from penstock.engine.plan import Executor, StepHandle, StepPlan
 from penstock.interrupt import HeldInterrupt
@@ -429,10 +430,25 @@ def test_messages_that_the_template_refuses(checkpoints: dict[str, Path], tmp_pa
 
 
 def test_options_that_do_not_exist_or_do_not_fit(model: Path) -> None:
-    with pytest.raises(ValueError, match="unknown options max_modle_len; known are attention_backend, "):
-        LLM(str(model), max_modle_len=3)
+    for options, words in (
+        ({"max_modle_len": 3}, "unknown option max_modle_len; did you mean max_model_len?"),
+        ({"x": 3}, "unknown option x; known are attention_backend, block_size"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: one worker uses one device"),
+        ({"quantization": "awq"}, "quantization='awq' is not supported"),
+        ({"kv_transport": "shm"}, "kv_transport: for fleets; give prefill_workers or decode_workers"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            LLM(str(model), **options)
     with pytest.raises(ConfigError, match="max_model_len 9999 exceeds the model's context of 2048"):
         LLM(str(model), max_model_len=9999)
+
+
+def test_what_vllm_programs_say_is_understood(model: Path) -> None:
+    args = EngineArgs(str(model), tensor_parallel_size=1, trust_remote_code=True, quantization=None, dtype="float")
+    args.options |= OPTIONS
+    llm = LLM.from_engine_args(args)
+    assert llm.config.dtype == "float32" and len(tokens(run(llm, TEXT))[0]) == 12
+    llm.close()
 
 
 def test_a_long_request_ends_at_the_context(llm: LLM) -> None:
