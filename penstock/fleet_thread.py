@@ -39,7 +39,13 @@ class FleetThread:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        config = replace(config, max_inflight=_NO_LIMIT, progress_timeout_s=_NO_TIMEOUT_S)
+        config = replace(
+            config,
+            max_inflight=_NO_LIMIT,
+            max_queued=_NO_LIMIT,
+            queue_timeout_s=_NO_TIMEOUT_S,
+            progress_timeout_s=_NO_TIMEOUT_S,
+        )
         self._fleet = Fleet(config, with_router=False)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="fleet router", daemon=True)

@@ -114,6 +114,13 @@ def test_forms_are_kept_and_those_that_cannot_be_are_refused(fleet: LLM, alone: 
         fleet.generate(TEXT, wrong, use_tqdm=False)
 
 
+def test_many_prompts_at_once_are_all_answered(fleet: LLM) -> None:
+    """More than a router lets clients queue: whoever gives a list wants all of it, however long that takes."""
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    answers = fleet.generate([[7, 8, 9]] * 1300, params, use_tqdm=False)
+    assert len({tuple(answer.outputs[0].token_ids) for answer in answers}) == 1 and answers[-1].finished
+
+
 def test_what_cannot_be_is_said_before_anything_is_sent(fleet: LLM) -> None:
     with pytest.raises(ValueError, match="a prompt must have from 1 to 255 tokens"):
         fleet.generate([TEXT, []], use_tqdm=False)
