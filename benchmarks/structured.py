@@ -122,8 +122,7 @@ def step_s(load: Callable[[], Tokenizer], form: StructuredOutputsParams, end: in
                 constraint.job.result()
             tokens = [int(rng.choice([t for t in allowed(c.mask)[:4000] if t != end] or [end])) for c in current]
             began = time.perf_counter()
-            for constraint, token in zip(current, tokens, strict=True):
-                constraint.accept([token])
+            owner.accept([(constraint, [token]) for constraint, token in zip(current, tokens, strict=True)])
             for constraint in current:
                 constraint.job.result()
             times.append(time.perf_counter() - began)

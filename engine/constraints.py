@@ -41,17 +41,13 @@ class Constraint:
         self._mask = b""
         self._finish: Finish | None = None
         self.slow = True  # the form has to be compiled first
-        self._job = owner.start(self, source.output_token_ids)
+        self.job: Future[None]  # what is being computed, or was last
+        owner.accept([(self, source.output_token_ids)])
 
     @property
     def ready(self) -> bool:
         """Whether `mask` and `finish` are those of the whole output so far."""
-        return self._job.done()
-
-    @property
-    def job(self) -> Future[None]:
-        """What is being computed, or was last."""
-        return self._job
+        return self.job.done()
 
     @property
     def mask(self) -> bytes:
@@ -66,10 +62,6 @@ class Constraint:
     def allows(self, token: int) -> bool:
         """Whether `mask` has the token."""
         return token // 8 < len(self._mask) and bool(self._mask[token // 8] >> token % 8 & 1)
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """The output got these tokens; it is ready again when their mask is."""
-        self._job = self._owner.start(self, tokens)
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Read tokens and compute the mask behind them: the thread's part."""
@@ -114,27 +106,40 @@ class Constraint:
         self._finish = Finish(reason="error", code="invalid_request", message=f"structured_outputs.{message}")
 
 
+News = tuple[Constraint, Sequence[int]]
+
+
 class Constraints:
     """Makes constraints, and has the threads that compute for them."""
 
     def __init__(self, grammars: Grammars) -> None:
         self.grammars = grammars
-        threads = max(1, min(4, (os.cpu_count() or 1) // 2))
-        self._quick = ThreadPoolExecutor(threads, thread_name_prefix="masks")
+        self._num_quick = max(1, min(4, (os.cpu_count() or 1) // 2))
+        self._quick = ThreadPoolExecutor(self._num_quick, thread_name_prefix="masks")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow-masks")
 
     def begin(self, source: GenerateRequest) -> Constraint | None:
         """The constraint of a request, if its output has a form."""
         return None if source.sampling.structured_outputs is None else Constraint(self, source)
 
-    def start(self, constraint: Constraint, tokens: Sequence[int]) -> Future[None]:
-        """Have a thread advance it."""
-        threads = self._slow if constraint.slow else self._quick
-        return threads.submit(constraint.advance, tokens)
+    def accept(self, news: Sequence[News]) -> None:
+        """Outputs got these tokens: their constraints are ready again when a thread has advanced them.
+
+        A job a thread, not one an output: handing over a job costs as much as a mask.
+        """
+        quick = [item for item in news if not item[0].slow]
+        for item in [item for item in news if item[0].slow]:
+            item[0].job = self._slow.submit(_advance, [item])
+        share = max(1, -(-len(quick) // self._num_quick))
+        for at in range(0, len(quick), share):
+            part = quick[at : at + share]
+            job = self._quick.submit(_advance, part)
+            for constraint, _ in part:
+                constraint.job = job
 
     def wait(self, constraints: Iterable[Constraint]) -> None:
         """Wait for the masks, but not for long."""
-        jobs = [constraint.job for constraint in constraints if not constraint.ready]
+        jobs = {constraint.job for constraint in constraints if not constraint.ready}
         if jobs:
             wait_for(jobs, timeout=WAIT_S)
 
@@ -143,6 +148,11 @@ class Constraints:
         self.grammars.close()
         for threads in (self._quick, self._slow):
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _advance(news: Sequence[News]) -> None:
+    for constraint, tokens in news:
+        constraint.advance(tokens)
 
 
 def _first_line(matcher: LLMatcher) -> str:

@@ -134,9 +134,9 @@ class Engine:
         self._read_at = now
         self.rates.step(step.num_tokens, step.sequences, step.context_tokens, seconds)
         output = self.scheduler.update(result, now)
-        for item in output.outputs if self._constrained else ():
-            if item.finish is None and item.key in self._constrained:
-                self._constrained[item.key][1].accept(item.token_ids)
+        if self.constraints is not None and self._constrained:
+            found = [(o, self._constrained[o.key][1]) for o in output.outputs if o.key in self._constrained]
+            self.constraints.accept([(constraint, o.token_ids) for o, constraint in found if o.finish is None])
         return output
 
     def _end_complete(self) -> tuple[Output, ...]:

@@ -51,6 +51,10 @@ class FakeConstraints:
     def begin(self, source: GenerateRequest) -> FakeConstraint | None:
         return FakeConstraint(source, self._vocab, self._pick) if source.sampling.structured_outputs else None
 
+    def accept(self, news: Sequence[tuple[FakeConstraint, Sequence[int]]]) -> None:
+        for constraint, tokens in news:
+            constraint.accept(tokens)
+
     def wait(self, constraints: Iterable[FakeConstraint]) -> None:
         """Nothing is being computed."""
 
