@@ -209,7 +209,9 @@ class Fleet:
         it is away). Without a usable prefill worker decode workers compute prompts themselves."""
         chosen: set[str] = set()
         for role in ("prefill", "decode"):
-            live = [worker.incarnation for worker in self.live(role)]
+            # Draining workers take nothing: beside them nobody must be left out for being colder.
+            members = [m for m in self._members.values() if m.worker.role == role and not m.load.draining]
+            live = [member.worker.incarnation for member in members]
             usable = [incarnation for incarnation in live if self.health.usable(incarnation, now)]
             chosen.update(self.health.choosable(usable, now) if usable else live if role == "decode" else ())
         return [

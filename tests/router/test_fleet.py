@@ -8,6 +8,7 @@ import pytest
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
+from penstock.router.health import Health
 from penstock.router.policy import Placement
 
 
@@ -166,3 +167,11 @@ def test_work_given_counts_for_live_workers_only():
     fleet.give(Placement(ONE, None, 32, 100, prefill_ms=10.0), 0.0)  # lost while it was chosen
     fleet.connected(ONE.address, msgspec.structs.replace(ONE, incarnation="1b"), 2.0)
     assert {c.worker.incarnation: c.given_ms for c in fleet.candidates({}, 100.0)} == {"2": 10.0, "1b": 10.0}
+
+
+def test_beside_a_draining_worker_a_cold_one_is_always_a_candidate():
+    fleet = Fleet(health=Health(slow_start_s=10.0))
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.connected(TWO.address, TWO, 100.0)
+    fleet.report(ONE.address, WorkerLoad(draining=True), 100.0)
+    assert all([c.worker for c in fleet.candidates({}, 100.1)] == [TWO] for _ in range(20))
