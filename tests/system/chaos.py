@@ -105,7 +105,7 @@ def _plan(chooser: random.Random, workers: list[str], load_s: float, *, router: 
     faults = [("kill", chooser.choice(workers)) for _ in range(chooser.randint(3, 5))]
     faults += [("stop", chooser.choice(workers)) for _ in range(2)]
     decoders = [worker for worker in workers if worker.startswith("decode")]
-    faults += [("drain", chooser.choice(decoders)) for _ in range(2)]  # what runs there moves with its pages
+    faults += [("drain", chooser.choice(decoders))]  # what runs there moves with its pages
     faults += [("kill", "redis")]
     faults += [("kill", "router")] * router
     times = sorted(round(chooser.uniform(0.5, load_s), 2) for _ in faults)
