@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from penstock.common.errors import PenstockError
 from penstock.router.choice import Choice, ScoredToken
@@ -74,7 +74,12 @@ class Said:
 
 
 class AnswerFormat(ABC):
-    """One request's way of writing its answer, in one piece (`whole`) or as events (the other methods)."""
+    """One request's way of writing its answer, in one piece (`whole`) or as events (the other methods).
+
+    With `opens_together` all choices are opened, in order, with the first one that says something.
+    """
+
+    opens_together: ClassVar[bool] = False
 
     @abstractmethod
     def whole(

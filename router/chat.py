@@ -157,6 +157,7 @@ class ChatFormat(ChoicesFormat):
     chunk_object_name = "chat.completion.chunk"
     before_text = b',"delta":{"content":'
     after_text = b"}"
+    opens_together = True  # the openai client's helper takes no stream that begins with a later choice
 
     def opening(self, choice: Choice) -> bytes:
         """The role comes first, in a chunk of its own."""

@@ -345,8 +345,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
         demanded = self.tool_use().mode in ("required", "named")
         if demanded and self.use_beam_search:
             raise not_supported("tool_choice", "a call that is demanded, together with use_beam_search,")
-        if demanded and "structured_outputs" in _NEUTRAL:  # no worker constrains its output yet
-            raise not_supported("tool_choice", "a call that is demanded")
         if self.continue_final_message and self.add_generation_prompt:
             field = "continue_final_message"
             raise BadRequest(f"{field} and add_generation_prompt cannot both be true", param=field)

@@ -259,9 +259,10 @@ class StreamReply(Reply):
         """Write an event, unless there is nothing to tell yet."""
         if self._complete:
             return
-        if not self._opened[choice.index]:
-            self._opened[choice.index] = True
-            self._pending.append(self._format.opening(choice))
+        for opened in self._choices if self._format.opens_together else (choice,):
+            if not self._opened[opened.index]:
+                self._opened[opened.index] = True
+                self._pending.append(self._format.opening(opened))
         if delta.content or delta.reasoning or delta.calls or delta.tokens or choice.ended:
             usage = None
             if self._plan.usage_in_chunks:

@@ -8,7 +8,7 @@ with its text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,11 @@ SHORTEST, END = 3, "<|end|>"  # characters of a piece
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
 
 
-def make_speaker(directory: Path, scripts: Mapping[str, str]) -> Path:
-    """Write the checkpoint; a prompt that ends with a name of `scripts` is answered with its text. ASCII only."""
+def make_speaker(directory: Path, scripts: Mapping[str, Sequence[str]]) -> Path:
+    """Write the checkpoint; a prompt that ends with a name of `scripts` is answered with its parts, joined. ASCII only.
+
+    No token crosses from one part into the next: what constrains a part can begin there.
+    """
     chains = _cut(scripts)
     tokenizer = _tokenizer(list(chains), [piece for pieces in chains.values() for piece in pieces])
     end = tokenizer.token_to_id(END)
@@ -55,10 +58,10 @@ def make_speaker(directory: Path, scripts: Mapping[str, str]) -> Path:
     return directory
 
 
-def _cut(scripts: Mapping[str, str]) -> dict[str, list[str]]:
+def _cut(scripts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Each text in pieces that occur once in all of them."""
     used: set[str] = set()
-    return {name: _pieces(text, used) for name, text in scripts.items()}
+    return {name: [piece for part in parts for piece in _pieces(part, used)] for name, parts in scripts.items()}
 
 
 def _pieces(text: str, used: set[str]) -> list[str]:

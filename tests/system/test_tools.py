@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import openai
@@ -15,10 +15,13 @@ from tests.system.fleets import fleet
 
 pytestmark = pytest.mark.system
 
-SCRIPTS = {
-    "<calls>": '<think>\nTwo cities.\n</think>\n\nLet me see.\n<tool_call>\n{"name": "weather", "arguments": '
-    '{"city": "Oslo", "days": [1, 2]}}\n</tool_call>\n<tool_call>\n{"arguments": {}, "name": "now"}\n</tool_call>',
-    "<talk>": "<think>Nothing to look up.</think>It is a pipe that carries water.",
+SCRIPTS: dict[str, Sequence[str]] = {
+    "<calls>": [
+        "<think>\nTwo cities.\n</think>\n\nLet me see.\n",
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": [1, 2]}}\n</tool_call>\n',
+        '<tool_call>\n{"arguments": {}, "name": "now"}\n</tool_call>',
+    ],
+    "<talk>": ["<think>Nothing to look up.</think>", "It is a pipe that carries water."],
 }
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "parameters": {
@@ -79,6 +82,18 @@ def test_no_calls(client: openai.OpenAI, stream: bool) -> None:
     message = choice.message
     assert (message.reasoning, message.content) == ("Nothing to look up.", "It is a pipe that carries water.")
     assert not message.tool_calls and choice.finish_reason == "stop"
+
+
+def test_a_model_that_does_not_want_to_is_made_to(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"],
+                  "additionalProperties": False}  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "convert", "parameters": parameters}}]
+    fields = {"tool_choice": "required", "tools": tools, "parallel_tool_calls": False}
+    [choice] = ask(client, "<talk>", stream=False, **fields, max_tokens=400)
+    assert calls_of(choice.message), (choice.finish_reason, choice.message)
+    [(name, arguments)] = calls_of(choice.message)
+    assert name == "convert" and arguments["unit"] in ("C", "F")
+    assert choice.message.reasoning == "Nothing to look up.", "it reasons as it likes"
 
 
 def test_a_round_with_the_tools_answer(client: openai.OpenAI) -> None:
