@@ -151,7 +151,7 @@ async def _load(
                 ended = time.monotonic()
                 if _cut(error) and any(dies <= ended and began <= dies + ROUTER_AWAY_S for dies in router_dies):
                     return CLOSED, ended - began
-                return _code_of(error), ended - began
+                return code_of(error), ended - began
             expected = oracles[seeded][index][:count]
             if tokens[: len(expected)] != expected or len(tokens) != count:
                 raise ChaosFailure(f"prompt {index}, seeded {seeded}: {tokens} instead of {expected}")
@@ -181,7 +181,7 @@ def _cut(error: Exception) -> bool:
     return isinstance(error, (APIConnectionError, httpx.TransportError))
 
 
-def _code_of(error: Exception) -> str:
+def code_of(error: Exception) -> str:
     """The typed code of a failure; anything else is a failure of the test."""
     body = error.body if isinstance(error, APIError) else None
     code = body.get("code") if isinstance(body, dict) else None
