@@ -117,7 +117,10 @@ def test_repeated_warnings_are_counted_not_shown(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("uvicorn", "uvicorn.error"):  # as in our servers: a test may have run one with uvicorn's own set-up
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     root, ours = logging.getLogger(), logging.getLogger("penstock")
     handlers, levels = root.handlers[:], (root.level, ours.level, logs.requests.level)
     try:

@@ -39,6 +39,7 @@ LENGTHS = (1, 2, 40, NEW_TOKENS)
 LOAD_S = 18.0
 LEFT, CLOSED = "left", "closed"
 STOPPED_S = LEASE_S + 1.0
+RESTARTED_S = 60.0  # the last to leave may still be draining when the load is over, and has to start again
 ROUTER_AWAY_S = 20.0  # from its death until the next one answers, on a busy machine
 DEADLINE_S = 60.0  # from sending a request to its end, whatever dies
 TYPED = {"unavailable", "worker_lost", "timeout", "queue_timeout", "overloaded"}
@@ -81,7 +82,7 @@ def run_seed(seed: int, directory: Path, *, requests: int = REQUESTS, load_s: fl
         plan = _plan(chooser, sorted(running.worker_pids()), load_s, router=seed % 3 == 0)
         outcomes = asyncio.run(_load(running, plan, chooser, prompts, oracles, requests, load_s))
         running.wait_ready(60)
-        assert_idle(running)
+        assert_idle(running, RESTARTED_S)
         counted = Counter(code for code, _ in outcomes if code)
         return Report(
             seed,

@@ -148,13 +148,13 @@ def test_every_command_named_has_its_help() -> None:
 
 
 def test_every_option_named_exists() -> None:
-    """Options and PENSTOCK_ variables in the documents, against the help of the four commands."""
+    """Options and PENSTOCK_ variables in the documents, against the help of the commands they speak of."""
     text = "".join((ROOT / name).read_text() for name in DOCUMENTS)
     helps = [
         subprocess.run(
             [*shlex.split(COMMAND), name, "--help"], env=environment(), capture_output=True, text=True, check=True
         ).stdout
-        for name in ("serve", "router", "prefill", "decode")
+        for name in ("serve", "router", "prefill", "decode", "chat", "complete")
     ]
     known = set(re.findall(r"--[a-z][a-z-]+", " ".join(helps)))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
