@@ -34,6 +34,16 @@ class LentPages(Protocol):
 
 
 @dataclass(eq=False)
+class _Ticket:
+    """Pages of a loan that are being sealed, or wait for those before them."""
+
+    first_page: int
+    num_tokens: int
+    pages: list[int]
+    checksums: list[int] | None = None  # None: not sealed yet; empty: not checked
+
+
+@dataclass(eq=False)
 class Loan:
     """One hand-off's or fetch's pages, to one reader. `ended`: no ticket goes out any more."""
 
@@ -44,8 +54,7 @@ class Loan:
     key: str
     next_page: int  # of the request's table: the first that was not offered yet
     checked: bool
-    tickets: list[tuple[int, int, list[int]]] = field(default_factory=list)  # sealing: first page, tokens, page ids
-    sealed: int = 0  # tickets numbered so far
+    tickets: list[_Ticket] = field(default_factory=list)  # not sent yet, in order
     last: Message | None = None  # to follow the last ticket
     ended: bool = False
 
@@ -76,14 +85,14 @@ class Lender:
         self._checksum = checksum
         self._ticket_pages = max(1, TICKET_BYTES // page_bytes)
         self._open: dict[tuple[bytes, str], Loan] = {}
-        self._tags: dict[str, Loan] = {}  # being sealed
+        self._tags: dict[str, tuple[Loan, _Ticket]] = {}  # being sealed
         self._count = 0
         self._seals = 0
 
     @property
     def lent_pages(self) -> int:
         """Pages that a reader may be reading, or that are about to be offered to it."""
-        return self._book.lent_pages + sum(len(pages) for loan in self._open.values() for _, _, pages in loan.tickets)
+        return self._book.lent_pages + sum(len(t.pages) for loan in self._open.values() for t in loan.tickets)
 
     @property
     def expired(self) -> int:
@@ -108,16 +117,18 @@ class Lender:
         if loan.ended or not pages:
             return
         self._pages.hold(LOANS, pages)
-        loan.tickets.append((loan.next_page, num_tokens, list(pages)))
+        ticket = _Ticket(loan.next_page, num_tokens, list(pages))
+        loan.tickets.append(ticket)
         loan.next_page += len(pages)
         if loan.checked:
             self._seals += 1
             tag = f"seal-{self._seals}"
-            self._tags[tag] = loan
+            self._tags[tag] = loan, ticket
             self._mover.seal(SealJob(tag, tuple(pages)))
         else:
             self._mover.expect_readers()
-            self._lend(loan, [], now)
+            ticket.checksums = []
+            self._lend(loan, now)
 
     def close(self, loan: Loan, last: Message) -> None:
         """All has been offered: send `last` behind the last ticket."""
@@ -129,8 +140,8 @@ class Lender:
         if not loan.ended:
             loan.ended = True
             del self._open[loan.identity, loan.key]
-            for _, _, pages in loan.tickets:
-                self._unlend(pages)
+            for ticket in loan.tickets:
+                self._unlend(ticket.pages)
             loan.tickets.clear()
 
     def fetch(self, identity: bytes, key: str, message: Fetch, now: float) -> None:
@@ -150,10 +161,10 @@ class Lender:
     # ------------------------------------------------------------ what happens
 
     def sealed(self, completion: Sealed, now: float) -> None:
-        """The mover has the checksums of the oldest ticket of a loan: seals come back in order."""
-        loan = self._tags.pop(completion.tag)
-        if not loan.ended:
-            self._lend(loan, completion.checksums, now)
+        """The mover has the checksums of a ticket: a short one may be sealed before a long one that it follows."""
+        loan, ticket = self._tags.pop(completion.tag)
+        ticket.checksums = completion.checksums
+        self._lend(loan, now)
 
     def landed(self, identity: bytes, key: str) -> None:
         """The reader has all it wants, finished or not."""
@@ -178,27 +189,28 @@ class Lender:
 
     # ------------------------------------------------------------ inside
 
-    def _lend(self, loan: Loan, checksums: list[int], now: float) -> None:
-        """Send the oldest ticket of a loan."""
-        first_page, num_tokens, pages = loan.tickets[0]
-        if self._book.lend(loan.identity.decode(), loan.key, pages, now):  # the peer was silent for a lease
-            self.drop(loan)
-            return
-        del loan.tickets[0]
-        self.lent_total += len(pages)
-        self._send(
-            loan.identity,
-            PagesReady(
-                request_id=loan.request_id,
-                attempt=loan.attempt,
-                choice=loan.choice,
-                first_page=first_page,
-                pages=[pages],
-                checksums=[checksums] if checksums else [],
-                num_tokens=num_tokens,
-                heartbeat_seq=self._heartbeat_seq(loan.identity),
-            ),
-        )
+    def _lend(self, loan: Loan, now: float) -> None:
+        """Send the tickets of a loan that are sealed, in order."""
+        while loan.tickets and (checksums := loan.tickets[0].checksums) is not None:
+            ticket = loan.tickets[0]
+            if self._book.lend(loan.identity.decode(), loan.key, ticket.pages, now):  # the peer was silent for a lease
+                self.drop(loan)
+                return
+            del loan.tickets[0]
+            self.lent_total += len(ticket.pages)
+            self._send(
+                loan.identity,
+                PagesReady(
+                    request_id=loan.request_id,
+                    attempt=loan.attempt,
+                    choice=loan.choice,
+                    first_page=ticket.first_page,
+                    pages=[ticket.pages],
+                    checksums=[checksums] if checksums else [],
+                    num_tokens=ticket.num_tokens,
+                    heartbeat_seq=self._heartbeat_seq(loan.identity),
+                ),
+            )
         self._close_if_done(loan)
 
     def _close_if_done(self, loan: Loan) -> None:

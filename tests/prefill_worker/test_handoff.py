@@ -475,3 +475,19 @@ def test_cached_pages_are_lent_to_who_fetches_them() -> None:
             case.now = 10.1
             case.role.tick(case.now)
         case.finish()
+
+
+def test_a_short_ticket_that_is_sealed_before_a_long_one_goes_out_behind_it_with_its_own_checksums() -> None:
+    case = Case()
+    case.prefill()
+    for _ in range(3):
+        case.step()
+    case.mover.done += [Sealed(job.tag, [job.pages[0] + 100]) for job in reversed(case.mover.seals)]
+    case.mover.seals.clear()
+    case.role.tick(case.now)
+    tickets = case.of(PagesReady)
+    assert [(t.first_page, t.num_tokens) for t in tickets] == [(0, 4), (1, 8), (2, 10)]
+    assert [t.checksums for t in tickets] == [[[t.pages[0][0] + 100]] for t in tickets]
+    assert case.sent[-1][1] is case.of(PrefillDone)[0]
+    case.land()
+    case.finish()
