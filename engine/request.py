@@ -36,7 +36,7 @@ class Constraint(Protocol):
 
     @property
     def mask(self) -> bytes:
-        """The tokens that may, a bit each."""
+        """The tokens that may, a bit each; empty once the output has ended."""
         ...
 
     def allows(self, token: int) -> bool:
@@ -101,6 +101,11 @@ class Request:
     def scores_prompt(self) -> bool:
         """Whether its prompt's logprobs are still to be told: nothing of it may come from the prefix cache."""
         return not self.reported and self.source.wants_prompt_logprobs
+
+    @property
+    def may_go_on(self) -> bool:
+        """What may come next is known, and is something. The engine ends it else; a thread may find out at any time."""
+        return self.constraint is None or (self.constraint.ready and bool(self.constraint.mask))
 
     @property
     def num_to_compute(self) -> int:

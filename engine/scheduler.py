@@ -164,7 +164,7 @@ class Scheduler:
             if computed < known < request.limit:
                 if computed < request.prompt_end:
                     prompts.append(request)
-                elif request.constraint is not None and (request.pending or not request.constraint.ready):
+                elif request.constraint is not None and (request.pending or not request.may_go_on):
                     unread = unread or request.pending > 0
                 elif budget > 0:
                     decodes.append(request)
@@ -222,7 +222,7 @@ class Scheduler:
         for request in list(self.waiting) if budget > 0 and len(self.running) < self.max_num_seqs else ():
             if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self.waiting.num_claims):
                 return
-            if self._siblings.waits(request) or not (request.constraint is None or request.constraint.ready):
+            if self._siblings.waits(request) or not request.may_go_on:
                 continue
             # In order; but one that has pages, or a promise, may pass one that waits for them, or both wait for ever.
             if (blocked and not request.has_claim) or not self._start(request, now):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.common.messages import GenerateRequest
+from penstock.common.messages import Finish, GenerateRequest
 from penstock.common.sampling import SamplingParams
 from penstock.engine.outputs import HANDED_OFF, Output
 from penstock.engine.pages import PageManager
@@ -324,3 +326,30 @@ def test_choices_wait_for_the_one_that_computes_their_prompt() -> None:
         scheduler.counters.prompt_tokens <= 8 + (22 - 4) + 2 + (22 - 20) + 4
     )  # the last one computes its last page only
     assert not scheduler._siblings and scheduler.pages.num_held == 0
+
+
+@dataclass
+class EndsAnyTime:
+    """A form of which a thread finds out, just before a step is planned, that nothing may follow."""
+
+    ready: bool = True
+    mask: bytes = b""
+
+    def allows(self, token: int) -> bool:
+        return bool(self.mask)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_no_step_is_planned_for_an_output_that_has_ended_but_has_not_been_told_so(runs: bool) -> None:
+    scheduler, executor = make_scheduler(), FakeExecutor(64)
+    request = Request(make_request("r", [1, 2, 3]), 0.0)
+    form = request.constraint = EndsAnyTime(mask=b"\xff" if runs else b"")
+    scheduler.add(request)
+    if runs:
+        plan = scheduler.plan(0.0)
+        assert plan is not None and plan.work[0].mask == b"\xff"
+        scheduler.update(executor.run(plan), 0.0)
+        form.mask = b""
+    assert scheduler.plan(1.0) is None
+    scheduler.end(request, Finish(reason="stop"), 1.0)
+    assert scheduler.pages.num_held == 0 and not scheduler.has_work()
