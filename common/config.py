@@ -97,6 +97,7 @@ class WorkerConfig(EngineConfig, FleetConfig):
     """One worker process."""
 
     role: str = "decode"
+    tokenizer: str = option("", "where the tokenizer is, if not with the model: outputs with a form follow it")
     worker_id: str = option("", "name of this worker, kept over restarts; default: role and pid")
     bus_host: str = option("127.0.0.1", "address the worker binds and announces")
     bus_port: int = option(0, "port of the worker's bus socket; 0: any")

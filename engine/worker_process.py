@@ -22,6 +22,7 @@ from penstock.common.messages import GenerateRequest, WorkerInfo
 from penstock.common.redis_state import RegistryWriter
 from penstock.common.sampling import SamplingParams
 from penstock.common.status_server import StatusServer
+from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
 from penstock.engine.build import BuiltEngine, build_engine
 from penstock.engine.kv_pool import KVPool
@@ -58,6 +59,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         name=f"penstock-{incarnation}",
         memory_share=config.memory_share,
         progress=report_progress,
+        tokenizer=partial(Tokenizer.load, config.tokenizer or config.model),
     )
     transports = joint.open_transports(built.pool, incarnation)
     bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)

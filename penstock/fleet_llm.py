@@ -24,7 +24,9 @@ class FleetLLM(LLM):
 
     def _start(self, fleet_options: Mapping[str, Any]) -> None:
         engine = {f.name: getattr(self.config, f.name) for f in fields(EngineConfig)}
-        self.thread = FleetThread(ServeConfig(**{**engine, **QUIET, **fleet_options, "port": 0}))
+        self.thread = FleetThread(
+            ServeConfig(**{**engine, **QUIET, **fleet_options, "tokenizer": self._tokenizer_path, "port": 0})
+        )
         self._ending = weakref.finalize(self, self.thread.close)
         self._forms = Grammars(self.get_tokenizer, self.vocab_size, self.eos_token_ids, masks=False)
 

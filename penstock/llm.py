@@ -72,6 +72,7 @@ class LLM:
     ) -> None:
         given = supported(options)
         self.config = EngineConfig(model=model, **{name: v for name, v in given.items() if name not in FLEET_ONLY})
+        self._tokenizer_path = tokenizer or ""
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
         self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
         self._defaults = GenerationDefaults.load(model, generation_config)

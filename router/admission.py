@@ -90,7 +90,9 @@ class DrainRate:
 
     def needs_ms(self, cost: float, now: float) -> float:
         """Until so much will have left; infinite only if nothing ever has, and nothing was expected to."""
-        rate = self._decayed(now)
+        # Not `_decayed`: while one long prompt holds up a small fleet nothing leaves, and that would soon call all that
+        # wait behind it hopeless. Nothing in t seconds means a rate of about 1 / t, not of e^-t.
+        rate = self._rate / (1.0 + max(0.0, now - self._at) / RATE_MEMORY_S)
         return cost * 1e3 / rate if rate > 0 else (math.inf if cost else 0.0)
 
     def _decayed(self, now: float) -> float:

@@ -62,8 +62,11 @@ _PAGE_HEADERS = {
 }
 
 
+GUARDED = ("/v1/", "/invocations/", "/fleet/")
+
+
 class KeyGate:
-    """ASGI middleware: paths under /v1, and the fleet's addresses, need one of the keys.
+    """ASGI middleware: paths that generate, and what tells where the workers are, need one of the keys.
 
     It comes as `Authorization: Bearer KEY`, or as Anthropic's clients send it: `x-api-key: KEY`.
     """
@@ -72,7 +75,7 @@ class KeyGate:
         self._app, self._keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and (scope["path"] + "/").startswith(("/v1/", "/fleet/"))
+        guarded = scope["type"] == "http" and (scope["path"] + "/").startswith(GUARDED)
         if guarded:
             number = self._number(dict(scope["headers"]))
             if number is None:

@@ -151,8 +151,13 @@ class Fleet:
 
     def stalled(self, now: float) -> list[tuple[WorkerInfo, str]]:
         """Time passes: workers that make no progress as of now, and why."""
-        slack_s = {m.worker.incarnation: 3e-3 * m.rates.prefill_ms(STEP_TOKENS) for m in self._members.values()}
+        slack_s = {m.worker.incarnation: self._slack_s(m) for m in self._members.values()}
         return self.health.tick(now, slack_s.__getitem__)
+
+    def _slack_s(self, member: Member) -> float | None:
+        """What a step of prompts may take at a worker; None: neither it nor its role's others have measured that."""
+        assumed = member.rates.prefill_tokens_per_s == H200_LLAMA8B.prefill_tokens_per_s
+        return None if assumed else 3e-3 * member.rates.prefill_ms(STEP_TOKENS)
 
     def has_other(self, incarnation: str, now: float) -> bool:
         """Somebody else can do what this worker does: requests may be taken from it."""

@@ -21,6 +21,7 @@ from penstock.router.breaker import Breaker, Circuit
 
 FAILURES = 3  # in a row, of a worker
 PAIR_FAILURES = 2  # each has cost a client time, and there are other pairs
+UNKNOWN_TIMES = 4  # the stall timeout, for steps of unknown length: the first one may be long on a CPU, or compile
 ALIKE = 0.8  # of the warmest one's share, and it counts in full
 FIRST_SHARE = 0.1  # of what it would get, to a worker that has just joined
 
@@ -105,11 +106,13 @@ class Health:
         elif self._pairs.setdefault((prefill, decode), Breaker(PAIR_FAILURES)).failed("hand-offs fail", now):
             self.counters["pairs_broken"] += 1
 
-    def tick(self, now: float, slack_s: Callable[[str], float] = lambda _: 0.0) -> list[tuple[WorkerInfo, str]]:
-        """Time passes: workers that have just become stalled, and why. `slack_s`: how long a step of one may take."""
+    def tick(self, now: float, slack_s: Callable[[str], float | None] = lambda _: 0.0) -> list[tuple[WorkerInfo, str]]:
+        """Time passes: workers that have just become stalled, and why. `slack_s`: how long a step of one may take;
+        None: nobody knows yet."""
         found = []
         for incarnation, member in self._members.items():
-            limit_s = self._stall_timeout_s + slack_s(incarnation)
+            slack = slack_s(incarnation)
+            limit_s = self._stall_timeout_s * UNKNOWN_TIMES if slack is None else self._stall_timeout_s + slack
             before, member.stalled = member.stalled, ""
             if now - member.heard_at > limit_s:
                 member.stalled = f"no answer for {limit_s:.0f} s"

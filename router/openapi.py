@@ -147,7 +147,7 @@ def _operation(operation: Operation, schemas: dict[Any, Any], keys: bool) -> dic
         events = {"type": "string", "description": f"server-sent events: {operation.events}"}
         content["text/event-stream"] = {"schema": events}
     told: dict[str, Any] = {"200": {"description": "the answer", "content": content}}
-    guarded = keys and operation.path.startswith(("/v1/", "/fleet"))
+    guarded = keys and operation.path.startswith(("/v1/", "/invocations", "/fleet"))
     wrong = {code: _ERRORS[code] for code in operation.errors} | ({401: "no key, or a wrong one"} if guarded else {})
     for code, description in sorted(wrong.items()):
         told[str(code)] = {"description": description, "content": {"application/json": {"schema": error}}}

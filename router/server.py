@@ -77,7 +77,13 @@ class RouterServer(uvicorn.Server):
         )
         host, port, backlog = self.config.host, self.config.port, self.config.backlog
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(protocol, host, port, backlog=backlog, reuse_port=self._shares_port)
+        try:
+            server = await loop.create_server(protocol, host, port, backlog=backlog, reuse_port=self._shares_port)
+        except OSError as error:
+            for server in self.servers:
+                server.close()
+            await self.lifespan.shutdown()
+            raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
         self.servers.append(server)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -97,7 +103,7 @@ def serve(config: RouterConfig) -> None:
     """Run a router until SIGTERM or SIGINT: then no new connections, `drain_s` for running requests, and exit.
 
     Raises:
-        ConfigError: tokenizer, chat template or generation_config cannot be read.
+        ConfigError: tokenizer, chat template or generation_config cannot be read, or a port of a group is in use.
     """
     from penstock.router.service import RouterService
 

@@ -23,7 +23,7 @@ from penstock.router.reply import Plan, Receive, Reply
 from penstock.router.responses.answer import ResponseFormat
 from penstock.router.responses.background import EVENT_STREAM, BackgroundResponse
 from penstock.router.responses.request import NAMES, Item, ResponsesRequest
-from penstock.router.responses.store import ResponseStore, Stored
+from penstock.router.responses.store import ResponseKey, ResponseStore, Stored
 from penstock.router.translate import in_words_of
 
 _create = msgspec.json.Decoder(ResponsesRequest)
@@ -39,7 +39,7 @@ class Responses:
         self._front = front
         config = front.config
         self._store = ResponseStore(config.response_store_mib << 20, config.response_ttl_s)
-        self._running: dict[str, BackgroundResponse] = {}
+        self._running: dict[ResponseKey, BackgroundResponse] = {}
 
     def routes(self) -> list[Route]:
         """Their routes."""
@@ -62,50 +62,52 @@ class Responses:
             raise BadRequest(
                 "background needs a router that keeps responses (--response-store-mib)", param="background"
             )
-        earlier = self._earlier(request.previous_response_id)
+        earlier = self._earlier(head.tenant, request.previous_response_id)
         chat = request.chat([item for turn in earlier for item in _items.decode(turn)])
-        # Made up here, unlike other answers' ids: whoever knows it can read the response.
-        response_id = f"resp_{head.request_id}"
+        response_id = f"resp_{head.request_id}"  # made up here, unlike other answers' ids: nobody can guess it
+        key = head.tenant, response_id
         scores = functools.partial(scored_tokens, front.tokenizer)
-        ended = functools.partial(self._ended, request, earlier)
+        ended = functools.partial(self._ended, key, request, earlier)
         format = ResponseFormat(_response(request, response_id, model, front), scores, ended)
         with in_words_of(NAMES):
             plan = await plan_messages(chat, format, len(body), head, front)
         if not request.background:
             return plan
-        background = functools.partial(self._start, response_id, BackgroundResponse(format, bool(request.stream)))
+        background = functools.partial(self._start, key, BackgroundResponse(format, bool(request.stream)))
         return dataclasses.replace(plan, stream=True, background=background)
 
-    def _earlier(self, response_id: str | None) -> tuple[bytes, ...]:
+    def _earlier(self, tenant: str, response_id: str | None) -> tuple[bytes, ...]:
         """The turns of the conversation that a response ends."""
         if response_id is None:
             return ()
         field = "previous_response_id"
-        if response_id in self._running:
+        if (tenant, response_id) in self._running:
             raise BadRequest(f"{field}: the response {response_id!r} is still in the making", param=field)
-        stored = self._store.get(response_id, time.monotonic())
+        stored = self._store.get((tenant, response_id), time.monotonic())
         if stored is None:
             raise BadRequest(f"{field}: there is no response {response_id!r} here", param=field)
         if not stored.turns:
             raise BadRequest(f"{field}: the response {response_id!r} was not completed", param=field)
         return stored.turns
 
-    def _ended(self, request: ResponsesRequest, earlier: Sequence[bytes], format: ResponseFormat) -> None:
+    def _ended(
+        self, key: ResponseKey, request: ResponsesRequest, earlier: Sequence[bytes], format: ResponseFormat
+    ) -> None:
         """Keep a response whose status is final, if that is wanted."""
         response = format.response
-        running = self._running.get(response["id"])
+        running = self._running.get(key)
         if not request.stored or (request.background and running is None):  # deleted meanwhile
             return
         turns: tuple[bytes, ...] = ()
         if response["status"] in ("completed", "incomplete"):
             turns = (*earlier, _json(request.items), _json(response["output"]))
-        self._store.put(response["id"], Stored(_json(response), turns), time.monotonic())
+        self._store.put(key, Stored(_json(response), turns), time.monotonic())
 
     # ------------------------------------------------------------ in the background
 
     async def _start(
         self,
-        response_id: str,
+        key: ResponseKey,
         running: BackgroundResponse,
         reply: Reply,
         receive: Receive,
@@ -113,29 +115,29 @@ class Responses:
         headers: Headers,
     ) -> None:
         """Begin, and answer the client: with the response as it is, or with its events from the first on."""
-        self._running[response_id] = running
-        running.start(reply, done=functools.partial(self._done, response_id))
+        self._running[key] = running
+        running.start(reply, done=functools.partial(self._done, key))
         if running.streamed:
             await running.follow(-1, receive, send, headers)
         else:
             await send_json(send, _json(running.format.response), headers)
 
-    def _done(self, response_id: str) -> None:
+    def _done(self, key: ResponseKey) -> None:
         """All events are there: those of a stream are kept with the response."""
-        running = self._running.pop(response_id, None)
-        stored = self._store.get(response_id, time.monotonic())
+        running = self._running.pop(key, None)
+        stored = self._store.get(key, time.monotonic())
         if running is not None and running.streamed and stored is not None:
             kept = dataclasses.replace(stored, events=tuple(running.events))
-            self._store.put(response_id, kept, time.monotonic())
+            self._store.put(key, kept, time.monotonic())
 
     # ------------------------------------------------------------ the other routes
 
     async def _read(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        response_id = scope["path_params"]["response_id"]
+        key = _key(scope)
         query = parse_qs(scope["query_string"].decode("latin-1"))
         stream = query.get("stream", ["false"])[-1].lower() in ("1", "true")
         after = _number(query.get("starting_after", ["-1"])[-1])
-        running, stored = self._running.get(response_id), self._store.get(response_id, time.monotonic())
+        running, stored = self._running.get(key), self._store.get(key, time.monotonic())
         if running is not None and (running.streamed or not stream):
             if stream:
                 await running.follow(after, receive, send, headers)
@@ -146,7 +148,7 @@ class Responses:
                 "only responses created with background=true and stream=true can be streamed", param="stream"
             )
         elif stored is None:
-            raise _unknown(response_id)
+            raise _unknown(key)
         elif stream:
             body = b"".join(stored.events[after + 1 :])
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM + headers})
@@ -155,30 +157,30 @@ class Responses:
             await send_json(send, stored.response, headers)
 
     async def _cancel(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        response_id = scope["path_params"]["response_id"]
-        running = self._running.get(response_id)
+        key = _key(scope)
+        running = self._running.get(key)
         if running is not None:
             await running.cancel()
             await send_json(send, _json(running.format.response), headers)
             return
-        stored = self._store.get(response_id, time.monotonic())
+        stored = self._store.get(key, time.monotonic())
         if stored is None:
-            raise _unknown(response_id)
+            raise _unknown(key)
         response = msgspec.json.decode(stored.response)
         if not response["background"]:
             raise BadRequest("only responses created with background=true can be cancelled")
         if response["status"] != "cancelled":
-            raise BadRequest(f"the response {response_id!r} is over, with status {response['status']!r}")
+            raise BadRequest(f"the response {key[1]!r} is over, with status {response['status']!r}")
         await send_json(send, stored.response, headers)
 
     async def _delete(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        response_id = scope["path_params"]["response_id"]
-        running = self._running.pop(response_id, None)
+        key = _key(scope)
+        running = self._running.pop(key, None)
         if running is not None:
             await running.cancel()
-        elif not self._store.pop(response_id):
-            raise _unknown(response_id)
-        await send_json(send, _json({"id": response_id, "object": "response", "deleted": True}), headers)
+        elif not self._store.pop(key):
+            raise _unknown(key)
+        await send_json(send, _json({"id": key[1], "object": "response", "deleted": True}), headers)
 
 
 def _response(request: ResponsesRequest, response_id: str, model: str, front: Front) -> dict[str, Any]:
@@ -218,8 +220,13 @@ def _response(request: ResponsesRequest, response_id: str, model: str, front: Fr
     }
 
 
-def _unknown(response_id: str) -> NotFound:
-    return NotFound(f"there is no response {response_id!r} here", param="response_id")
+def _key(scope: Scope) -> ResponseKey:
+    """Which response an address speaks of; another API key's is as unknown as one that never was."""
+    return scope.get("tenant", ""), scope["path_params"]["response_id"]
+
+
+def _unknown(key: ResponseKey) -> NotFound:
+    return NotFound(f"there is no response {key[1]!r} here", param="response_id")
 
 
 def _number(text: str) -> int:

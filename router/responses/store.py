@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+ResponseKey = tuple[str, str]  # whose API key it was made with ("": no keys are asked for), and its id
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -29,29 +31,31 @@ class ResponseStore:
 
     def __init__(self, max_bytes: int, ttl_s: float) -> None:
         self._max_bytes, self._ttl_s = max_bytes, ttl_s
-        self._kept: OrderedDict[str, tuple[float, Stored]] = OrderedDict()  # with the time of its end, in this order
+        self._kept: OrderedDict[ResponseKey, tuple[float, Stored]] = (
+            OrderedDict()
+        )  # with the time of its end, in this order
         self.size_bytes = 0
 
-    def put(self, response_id: str, stored: Stored, now: float) -> None:
+    def put(self, key: ResponseKey, stored: Stored, now: float) -> None:
         """Keep a response, unless it alone is larger than the store."""
         self.drop_expired(now)
-        self.pop(response_id)
+        self.pop(key)
         if stored.size_bytes > self._max_bytes:
             return
-        self._kept[response_id] = (now + self._ttl_s, stored)
+        self._kept[key] = (now + self._ttl_s, stored)
         self.size_bytes += stored.size_bytes
         while self.size_bytes > self._max_bytes:
             self.pop(next(iter(self._kept)))
 
-    def get(self, response_id: str, now: float) -> Stored | None:
+    def get(self, key: ResponseKey, now: float) -> Stored | None:
         """The response; None if it was never kept or is no more."""
         self.drop_expired(now)
-        found = self._kept.get(response_id)
+        found = self._kept.get(key)
         return None if found is None else found[1]
 
-    def pop(self, response_id: str) -> bool:
+    def pop(self, key: ResponseKey) -> bool:
         """Forget a response; False if there is none of this id."""
-        found = self._kept.pop(response_id, None)
+        found = self._kept.pop(key, None)
         if found is None:
             return False
         self.size_bytes -= found[1].size_bytes

@@ -273,3 +273,9 @@ def test_import_is_cheap() -> None:
     program = "import sys, penstock.common.config_loader; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "yaml", "redis", "zmq", "fastapi", "tqdm", "asyncio"} & set(loaded)
+
+
+def test_the_tokenizer_reaches_the_workers_whose_grammars_need_it() -> None:
+    config = load("tiny", "--tokenizer", "elsewhere")
+    workers = [config.worker(role, "w", "cpu", 1.0, 1) for role in ("prefill", "decode")]
+    assert [one.tokenizer for one in (config.router(), *workers)] == ["elsewhere"] * 3

@@ -134,6 +134,12 @@ def test_a_drain_rate_stays_between_what_was_expected_and_what_left(steps):
         assert 0 < rate.needs_ms(1000.0, now) < math.inf
 
 
+def test_one_long_prompt_does_not_make_the_queue_seem_hopeless():
+    rate = DrainRate()
+    rate.begin(100.0, 0.0)
+    assert rate.needs_ms(100.0, 30.0) == pytest.approx(4000.0), "a second's work, and nothing has left for 30 s"
+
+
 def test_a_steady_drain_is_measured():
     rate = DrainRate()
     rate.begin(1e4, 0.0)

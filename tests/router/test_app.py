@@ -67,6 +67,7 @@ def test_keys() -> None:
                 response = router.http.get(path, headers=header)
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
             assert router.post("/v1/completions", BODY, **header).status_code == 401
+            assert router.post("/invocations", BODY, **header).status_code == 401
         assert router.service.requests == []
         assert router.openai.completions.create(model="tiny", prompt="a").choices  # "secret"
         assert router.http.get("/v1/models", headers={"authorization": "bearer first"}).status_code == 200

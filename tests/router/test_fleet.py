@@ -169,6 +169,15 @@ def test_work_given_counts_for_live_workers_only():
     assert {c.worker.incarnation: c.given_ms for c in fleet.candidates({}, 100.0)} == {"2": 10.0, "1b": 10.0}
 
 
+def test_a_long_first_step_is_no_stall_before_anything_is_measured():
+    fleet = Fleet(health=Health(stall_timeout_s=30.0))
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.report(ONE.address, WorkerLoad(running=1), 1.0)
+    fleet.report(ONE.address, WorkerLoad(running=1), 2.0)
+    assert fleet.stalled(101.0) == []
+    assert fleet.stalled(130.0)[0][0] == ONE
+
+
 def test_beside_a_draining_worker_a_cold_one_is_always_a_candidate():
     fleet = Fleet(health=Health(slow_start_s=10.0))
     fleet.connected(ONE.address, ONE, 0.0)

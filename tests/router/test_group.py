@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+from typing import Any
+
 import pytest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from penstock.common.config import RouterConfig
+from penstock.common.errors import ConfigError
+from penstock.private_redis import free_port
+from penstock.router.app import create_app
 from penstock.router.group import Group, merged
+from penstock.router.server import RouterServer
+from tests.router.fake_router import FakeService
+from tests.tiny_tokenizers import byte_level
 
 
 def families(answered: float, running: float) -> list[Metric]:
@@ -37,3 +46,15 @@ def test_which_questions_are_for_all(ports: tuple[str, ...], port: int, for_all:
     group = Group(RouterConfig(admin_port=9001 if ports else 0, group_ports=ports))
     assert group.is_for_all({"server": ("127.0.0.1", port)}) is for_all
     assert group.index == (1 if ports else 0)
+
+
+def test_a_shared_port_that_is_taken_is_said_and_nothing_is_left_open() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, admin = taken.getsockname()[1], free_port("127.0.0.1")
+        config = RouterConfig(port=port, admin_port=admin, group_ports=(str(admin), "1"))
+        service: Any = FakeService()
+        server = RouterServer(create_app(service, config, byte_level()), service, config)
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            server.run()
+    assert (service.started, service.stopped) == (1, 1)
+    socket.create_server(("127.0.0.1", admin)).close()

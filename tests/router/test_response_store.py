@@ -21,18 +21,18 @@ def test_oldest_go_first_and_in_time(steps: list[tuple[str, str, int, float]]) -
         now += pause_s
         model = [entry for entry in model if entry[1] > now or action == "pop"]
         if action == "put":
-            store.put(name, Stored(b"r" * (size // 2), (b"t" * (size - size // 2),)), now)
+            store.put(("", name), Stored(b"r" * (size // 2), (b"t" * (size - size // 2),)), now)
             model = [entry for entry in model if entry[0] != name]
             if size <= MAX_BYTES:
                 model.append((name, now + TTL_S, size))
             while sum(entry[2] for entry in model) > MAX_BYTES:
                 model.pop(0)
         elif action == "get":
-            found = store.get(name, now)
+            found = store.get(("", name), now)
             expected = [entry[2] for entry in model if entry[0] == name]
             assert ([] if found is None else [found.size_bytes]) == expected
         else:
-            assert store.pop(name) == any(entry[0] == name for entry in model)
+            assert store.pop(("", name)) == any(entry[0] == name for entry in model)
             model = [entry for entry in model if entry[0] != name]
         assert (len(store), store.size_bytes) == (len(model), sum(entry[2] for entry in model))
         assert store.size_bytes <= MAX_BYTES

@@ -411,3 +411,24 @@ def test_tools_of_other_kinds_are_refused() -> None:
     request = msgspec.convert({"input": "a", "tools": [{"type": "web_search"}]}, ResponsesRequest)
     with pytest.raises(Exception, match="web_search"):
         request.check()
+
+
+# ------------------------------------------------------------ whose
+
+
+def test_a_response_belongs_to_the_key_that_made_it() -> None:
+    with running(api_key=("secret", "other")) as router:
+        other = router.openai.with_options(api_key="other").responses
+        whole = create(router)
+        router.service.pause_after = 3
+        background = create(router, background=True)
+        for response in (whole, background):
+            for act in (other.retrieve, other.cancel, other.delete):
+                with pytest.raises(openai.NotFoundError):
+                    act(response.id)
+            with pytest.raises(openai.BadRequestError, match="there is no response"):
+                other.create(model="tiny", input="And?", previous_response_id=response.id)
+        assert router.openai.responses.retrieve(whole.id).output_text == ANSWER
+        assert router.openai.responses.cancel(background.id).status == "cancelled"
+        for response in (whole, background):
+            router.openai.responses.delete(response.id)

@@ -429,7 +429,7 @@ def test_a_worker_that_hangs_is_taken_out_until_it_goes_on(redis_server, start_w
     workers = [start_worker("d1"), start_worker("d2")]
 
     async def scenario() -> None:
-        async with running(redis_server.url, 2, stall_timeout_s=2.0) as service:
+        async with running(redis_server.url, 2, stall_timeout_s=0.5) as service:
 
             def state(worker: FakeWorker) -> str:
                 return service.states()[worker.info.incarnation].state
