@@ -17,7 +17,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMIT_ENV = "PENSTOCK_COMMIT"  # for a copy of the tree whose git history is missing or another
-MEASURED = ("common", "engine", "kernels", "kv_transfer", "models", "penstock")
+MEASURED = (
+    *("common", "engine", "kernels", "kv_transfer", "models", "penstock"),
+    *("decode_worker", "prefill_worker", "router"),
+)
 
 
 def commit() -> str:

@@ -131,6 +131,8 @@ def test_a_later_run_updates_its_keys_only(tmp_path: Path) -> None:
 
 def test_the_commit_without_git_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert record.commit()
+    folders = {link.name for link in (ROOT / "penstock").iterdir() if link.is_symlink()}
+    assert folders <= set(record.MEASURED), "a change there would be recorded under a commit that lacks it"
     monkeypatch.setattr(record, "ROOT", tmp_path)  # no repository
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv(record.COMMIT_ENV, raising=False)
