@@ -42,9 +42,11 @@ class PeerTransports:
 
     def refuse(self, incarnation: str, transport: str, reason: str) -> WorkerInfo | None:
         """This transport does not open. Returns the peer, to be found again over another, while it is linked."""
-        self.chosen.pop(incarnation, None)
-        self._refused.setdefault(incarnation, {})[transport] = reason
-        return self._found.get(incarnation)
+        worker = self._found.get(incarnation)
+        if worker is not None:
+            self.chosen.pop(incarnation, None)
+            self._refused.setdefault(incarnation, {})[transport] = reason
+        return worker
 
     def counts(self) -> dict[str, int]:
         """How many peers are read over each transport, as in `WorkerLoad`."""

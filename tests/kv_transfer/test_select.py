@@ -11,9 +11,11 @@ import pytest
 from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer.base import Copy, TransportError
 from penstock.kv_transfer.nixl import NixlTransport
+from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.select import choose, open_transports, same_host
 from penstock.kv_transfer.shm import SharedPool, ShmTransport
 from tests.kv_transfer.pools import Pool
+from tests.kv_transfer.test_reader import LENDER
 
 
 def test_auto_opens_both_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -86,3 +88,10 @@ def test_memory_on_a_gpu_is_not_shared() -> None:
     with pytest.raises(TransportError, match="cuda:0"):
         ShmTransport(MemoryRegion(0, 4096, 1, "cuda:0"))
     assert NixlTransport.progress_s is not None and ShmTransport.progress_s is None
+
+
+def test_a_transport_that_is_refused_after_its_link_was_lost_is_tried_again_on_the_next_link() -> None:
+    transports = PeerTransports(["nixl"], "auto")
+    assert transports.find(LENDER) == "nixl" and transports.forget(LENDER.incarnation)
+    assert transports.refuse(LENDER.incarnation, "nixl", "out of reach") is None
+    assert transports.find(LENDER) == "nixl"
