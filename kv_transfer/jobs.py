@@ -1,7 +1,8 @@
 """What a worker asks of `PageMover`, and what it hears back.
 
 Every ReadJob ends in exactly one of ReadDone, ReadFailed, ReadMismatch or ReadStalled. Only after ReadStalled may its
-pages still be written; ReadSettled then follows, perhaps much later. Every SealJob ends in Sealed.
+pages still be written; ReadSettled then follows, perhaps much later. Every SealJob ends in Sealed. Jobs
+take turns: a short one may end before a long one that was handed in earlier.
 """
 
 from __future__ import annotations
