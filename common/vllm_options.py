@@ -157,23 +157,24 @@ _WHY_NOT: Mapping[str, str] = {
         use-v2-block-manager""",
     "page hashes are the same in every process, and there is one kind": "prefix-caching-hash-algo",
     "--kv-cache-memory-bytes says how large the pool is": "num-gpu-blocks-override",
-    "parsers for tools and reasoning are not supported": """
-        enable-auto-tool-choice tool-call-parser tool-parser-plugin tool-server exclude-tools-when-tool-choice-none
-        reasoning-parser reasoning-parser-plugin reasoning-config""",
+    "it is the router's: give it to penstock serve or penstock router": """
+        enable-auto-tool-choice tool-call-parser tool-parser-plugin reasoning-parser reasoning-parser-plugin
+        otlp-traces-endpoint chat-template-content-format default-chat-template-kwargs""",
+    "docs/tools.md has what there is": "tool-server exclude-tools-when-tool-choice-none reasoning-config",
     "structured output has no options": "structured-outputs-config guided-decoding-backend",
     "write it into a generation_config.json and give its folder as --generation-config": "override-generation-config",
     "20 logprobs a token, of the model's own distribution": "max-logprobs logprobs-mode use-fp64-gumbel",
     "put a proxy before the router": """
         uds ssl-* enable-ssl-refresh root-path middleware allow-credentials allowed-origins allowed-methods
         allowed-headers""",
-    "--log-level is the only choice": """
+    "--log-level, --log-format and --enable-log-requests are the choices": """
         uvicorn-log-level log-config-file max-log-len enable-log-* log-error-stack enable-logging-iteration-details
         disable-log-requests disable-log-stats disable-uvicorn-access-log disable-access-log-for-endpoints
         aggregate-engine-logging""",
     "/metrics has what there is": """
         kv-cache-metrics kv-cache-metrics-sample cudagraph-metrics enable-mfu-metrics show-hidden-metrics-for-version
         enable-server-load-tracking""",
-    "traces are not exported": "otlp-traces-endpoint collect-detailed-traces enable-layerwise-nvtx-tracing",
+    "a trace has the spans of docs/observability.md": "collect-detailed-traces enable-layerwise-nvtx-tracing",
     "the server is not profiled over HTTP": "profiler-config",
     "--drain-s says how long running requests are waited for": "shutdown-timeout",
     "--router-procs says how many processes serve HTTP": "disable-frontend-multiprocessing",
@@ -181,7 +182,7 @@ _WHY_NOT: Mapping[str, str] = {
     "requests say it for themselves": """
         enable-force-include-usage return-tokens-as-token-ids stream-interval enable-prompt-tokens-details""",
     "templates are the tokenizer's, or the file of --chat-template": """
-        chat-template-content-format trust-request-chat-template default-chat-template-kwargs response-role""",
+        trust-request-chat-template response-role""",
     "answers have the routes and fields of docs/http.md": """
         enable-tokenizer-info-endpoint enable-request-id-headers disable-fastapi-docs enable-offline-docs
         fingerprint-mode fingerprint-value""",

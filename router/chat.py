@@ -51,7 +51,11 @@ async def plan_messages(
     use, one_call = request.tool_use(), request.parallel_tool_calls is False
     front.chat.check_tools(use)
     if use.mode in ("required", "named"):
-        request.constrain(StructuredOutputsParams(json=forced_schema(use, one_call)), "tool_choice")
+        try:
+            forced = StructuredOutputsParams(json=forced_schema(use, one_call))
+        except RecursionError as error:
+            raise BadRequest("tools: a schema is nested too deep", param="tools") from error
+        request.constrain(forced, "tool_choice")
     await front.check_form(request, "tools" if use.mode in ("required", "named") else None)
     prompt = await front.in_thread(lambda: chat_prompt(request, front), size_chars)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None

@@ -317,3 +317,15 @@ def test_plugins_and_special_tokens(tmp_path: Path) -> None:
 def test_options_that_cannot_be(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint), running(**options):
         pass
+
+
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_schema_that_is_nested_too_deep_is_the_clients_fault(tools: Router, choice: str) -> None:
+    depth = 900
+    schema = '{"properties":' * depth + "{}" + "}" * depth
+    body = (
+        '{"messages":[{"role":"user","content":"?"}],"max_tokens":9,"tool_choice":"%s","tools":'
+        '[{"type":"function","function":{"name":"f","parameters":%s}}]}'
+    )
+    response = tools.http.post("/v1/chat/completions", content=body % (choice, schema))
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error", response.text

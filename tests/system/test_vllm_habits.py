@@ -57,7 +57,7 @@ def test_command_lines_that_serve(
     arguments = shlex.split(line)
     status = api_server(arguments[3:]) if arguments[0] == "python" else main(arguments)
     if "--uvicorn-log-level" in arguments:  # not ours: told so, and what to say instead
-        assert status == 2 and "--log-level is the only choice" in capsys.readouterr().err
+        assert status == 2 and "--log-format and --enable-log-requests are the choices" in capsys.readouterr().err
     else:
         assert status == 0 and seen == [ServeConfig(model="M", **expected)]
 
