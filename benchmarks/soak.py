@@ -261,8 +261,10 @@ def run(minutes: float, rate: float, directory: Path) -> dict[str, Any]:
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """No child process is left behind."""
+    before = set(psutil.Process().children(recursive=True))
     yield
-    left = [child for child in psutil.Process().children(recursive=True) if "penstock" in " ".join(_words(child))]
+    new = set(psutil.Process().children(recursive=True)) - before
+    left = [child for child in new if "penstock" in " ".join(_words(child))]
     assert not left, left
 
 
