@@ -16,6 +16,7 @@ import xxhash
 
 from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer.mover import Completion, PageMover
+from tests.stopping import stop_process
 
 
 class Pool:
@@ -65,7 +66,10 @@ class Lender:
         self.description = bytes.fromhex(json.loads(line)["description"])
 
     def send(self, signal_number: signal.Signals) -> None:
-        self.process.send_signal(signal_number)
+        if signal_number == signal.SIGSTOP:
+            stop_process(self.process.pid)
+        else:
+            self.process.send_signal(signal_number)
         if signal_number == signal.SIGKILL:
             self.process.wait()
 

@@ -19,6 +19,7 @@ import zmq
 
 from penstock.common.bus import BusLink, Connected, Disconnected
 from penstock.common.messages import Finish, Submit, TokenBatch, TokenDelta, WorkerInfo, decode_worker_info
+from tests.stopping import stop_process
 
 START_S = 60.0
 
@@ -64,7 +65,10 @@ class WorkerProcess:
         return sum(found)
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        self.process.send_signal(signum)
+        if signum == signal.SIGSTOP:
+            stop_process(self.process.pid)
+        else:
+            self.process.send_signal(signum)
         if signum in (signal.SIGKILL, signal.SIGTERM):
             self.process.wait(30)
 
