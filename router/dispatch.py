@@ -58,7 +58,6 @@ from penstock.router.dispatch_events import (
 )
 from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State
 
-WAIT_FOR_WORKER_S = 10.0  # a worker may just be restarting
 MAX_WAITING = 1000
 MAX_BUFFERED = 1024  # deltas of one choice that came before their turn
 
@@ -231,7 +230,7 @@ class Dispatcher:
             self._fail(choice, Unavailable("no worker is up, and too many requests wait for one"))
             return
         choice.state = State.WAITING
-        choice.deadline = now + WAIT_FOR_WORKER_S
+        choice.deadline = now + choice.patience_s
 
     def _again(self, choice: Choice, event: WorkerUp, now: float) -> None:
         self._place(choice, now)
@@ -277,7 +276,7 @@ class Dispatcher:
         self._fail(choice, Timeout("no progress within the deadline"))
 
     def _no_worker(self, choice: Choice, event: Expired, now: float) -> None:
-        self._fail(choice, Unavailable(f"no worker came up within {WAIT_FOR_WORKER_S:.0f} s"))
+        self._fail(choice, Unavailable(f"no worker came up within {choice.patience_s:.0f} s"))
 
     def _leave(self, choice: Choice, event: Shutdown, now: float) -> None:
         self._abort(choice)

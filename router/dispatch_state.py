@@ -15,6 +15,7 @@ from penstock.router.dispatch_events import Release
 from penstock.router.policy import Placement
 
 Key = tuple[str, int]  # request id and choice
+WAIT_FOR_WORKER_S = 30.0  # the last one may just be restarting, and load its model
 
 
 class State(Enum):
@@ -73,6 +74,11 @@ class Choice:
     @property
     def key(self) -> Key:
         return self.request.request_id, self.request.choice
+
+    @property
+    def patience_s(self) -> float:
+        """How long it waits for a worker to come up: no longer than for room."""
+        return min(WAIT_FOR_WORKER_S, self.request.queue_timeout_s)
 
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""

@@ -15,7 +15,7 @@ from pathlib import PurePath
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
-from penstock.router.dispatch import WAIT_FOR_WORKER_S
+from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
 from penstock.router.health import Health
 from penstock.router.policy import DECODE_TOKENS, Candidate, Placement
 from penstock.router.rates import H200_LLAMA8B, WorkerRates, measured, typical

@@ -41,6 +41,7 @@ from penstock.router.dispatch_events import (
     WorkerStalled,
     WorkerUp,
 )
+from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
 from penstock.router.policy import Placement
 
 STOP = Finish(reason="stop")
@@ -64,10 +65,16 @@ def worker(incarnation: str, role: str = "decode") -> WorkerInfo:
     )
 
 
-def request(request_id: str = "a", choice: int = 0, max_tokens: int = 100) -> GenerateRequest:
+def request(
+    request_id: str = "a", choice: int = 0, max_tokens: int = 100, queue_timeout_s: float = 60.0
+) -> GenerateRequest:
     sampling = SamplingParams(seed=7, max_tokens=max_tokens)
     return GenerateRequest(
-        request_id=request_id, choice=choice, prompt_token_ids=[1, 2, 3], sampling=sampling, queue_timeout_s=60.0
+        request_id=request_id,
+        choice=choice,
+        prompt_token_ids=[1, 2, 3],
+        sampling=sampling,
+        queue_timeout_s=queue_timeout_s,
     )
 
 
@@ -360,11 +367,20 @@ def test_without_a_worker_a_request_waits_a_while():
     h = Harness()
     h.do(Submitted(request(), "sink"))
     assert h.do(Placed("a", 0, 0, None)) == []
-    h.now += dispatch.WAIT_FOR_WORKER_S / 2
+    h.now += WAIT_FOR_WORKER_S / 2
     assert the(Place, h.do(WorkerUp("d1"))).request.attempt == 0
     h.do(Placed("a", 0, 0, None))
-    h.now += dispatch.WAIT_FOR_WORKER_S + 0.1
+    h.now += WAIT_FOR_WORKER_S + 0.1
     assert isinstance(the(Fail, h.do(Tick())).error, Unavailable)
+
+
+def test_a_request_waits_for_a_worker_no_longer_than_for_room():
+    h = Harness()
+    h.do(Submitted(request(queue_timeout_s=2.0), "sink"), Placed("a", 0, 0, None))
+    h.now += 1.9
+    assert h.do(Tick()) == []
+    h.now += 0.2
+    assert str(the(Fail, h.do(Tick())).error) == "no worker came up within 2 s"
 
 
 def test_few_may_wait(monkeypatch: pytest.MonkeyPatch):

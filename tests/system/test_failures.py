@@ -41,7 +41,8 @@ CONTEXT = 8192
 ROOM = 32 << 20  # bytes of KV: over 40,000 tokens
 FOREVER = 6000  # tokens: more than any test waits for
 HANG_ANSWERED_S = 20.0  # the bus notices after 5 s at most
-DEAD_ANSWERED_S = 20.0  # the router waits 10 s for a worker that may be restarting
+QUEUE_TIMEOUT_S = 10  # so long the router waits for a worker that may be restarting
+DEAD_ANSWERED_S = QUEUE_TIMEOUT_S + 10.0
 POOL = 1 << 20  # bytes: 1364 tokens
 PAIR = {"prefill_workers": 1, "decode_workers": 1, "cpu_threads": 1}
 
@@ -333,7 +334,7 @@ def test_cut_connections_and_nobody_left(
     flags = {"max_num_batched_tokens": 8, "block_size": 4, "kv_cache_memory_bytes": ROOM}
     with (
         workers(own_redis.url, model, roles, module="tests.system.cutting", **flags) as started,
-        router(own_redis.url, model) as url,
+        router(own_redis.url, model, queue_timeout_s=QUEUE_TIMEOUT_S) as url,
     ):
         prefill, decode = started["prefill-0"], started["decode-0"]
         asyncio.run(_cut_under_load(url, prefill, "handoffs", 1, prompts, expected))
