@@ -74,6 +74,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eos_token_ids: list[int] = []
     hash_scope: str = ""  # root of the page-hash chain: model, dtype, page size
     hash_probe: str = ""  # what the worker's hashing makes of known prompts (common/hash_probe.py)
+    tokenizer_probe: str = ""  # and of known texts (common/text_probe.py); "": the worker has no tokenizer
+    template_probe: str = ""  # digest of its model's chat template
     transports: dict[str, bytes] = {}  # name -> how a peer reads this worker's pages
     lease_s: float = 10.0
     pid: int = 0

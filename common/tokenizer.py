@@ -111,6 +111,11 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's embedding may be larger (padding)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Token ids by entry, added ones included."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
     @cached_property
     def longest_token_chars(self) -> int:
         """Characters of text that one token stands for at most; 0.1 s for 150 000 tokens, once.
@@ -118,7 +123,7 @@ class Tokenizer:
         Exact enough to refuse a text by its length: only tokenizers that drop or merge characters (WordPiece: blanks,
         unknown words) could fit more into a context, and of that nothing but such characters.
         """
-        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)  # "##", <0x41>: only longer
+        return max(map(len, self.vocabulary()), default=1)  # "##", <0x41>: only longer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; the interpreter lock is released while a long text is encoded."""

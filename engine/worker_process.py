@@ -16,12 +16,14 @@ from typing import Protocol
 
 from penstock.common.bus import BusServer
 from penstock.common.config import WorkerConfig
+from penstock.common.errors import ConfigError
 from penstock.common.hash_probe import probe_digest
 from penstock.common.logs import report_progress
 from penstock.common.messages import GenerateRequest, WorkerInfo
 from penstock.common.redis_state import RegistryWriter
 from penstock.common.sampling import SamplingParams
 from penstock.common.status_server import StatusServer
+from penstock.common.text_probe import TextProbe
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
 from penstock.engine.build import BuiltEngine, build_engine
@@ -63,7 +65,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
     )
     transports = joint.open_transports(built.pool, incarnation)
     bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)
-    info = _worker_info(config, built, incarnation, bus.address, transports)
+    info = _worker_info(config, built, incarnation, bus.address, transports, _text_probe(config))
     loop = WorkerLoop(built, bus, info, lease_s=config.lease_s, drain_s=config.drain_s)
     role = joint.make_role(loop)
     status = StatusServer(
@@ -104,7 +106,12 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
 
 
 def _worker_info(
-    config: WorkerConfig, built: BuiltEngine, incarnation: str, address: str, transports: dict[str, bytes]
+    config: WorkerConfig,
+    built: BuiltEngine,
+    incarnation: str,
+    address: str,
+    transports: dict[str, bytes],
+    texts: TextProbe,
 ) -> WorkerInfo:
     pages = built.engine.pages
     return WorkerInfo(
@@ -124,11 +131,21 @@ def _worker_info(
         eos_token_ids=list(built.spec.eos_token_ids),
         hash_scope=built.hash_scope,
         hash_probe=probe_digest(pages.page_size, partial(_engine_hashes, built)),
+        tokenizer_probe=texts.tokenizer,
+        template_probe=texts.template,
         transports=transports,
         lease_s=config.lease_s,
         pid=os.getpid(),
         version=__version__,
     )
+
+
+def _text_probe(config: WorkerConfig) -> TextProbe:
+    try:
+        return TextProbe.of(Tokenizer.load(config.tokenizer or config.model))
+    except ConfigError as error:
+        logger.info("without a tokenizer here, routers cannot tell whether theirs fits the model: %s", error)
+        return TextProbe()
 
 
 def _engine_hashes(built: BuiltEngine, tokens: list[int], salt: str) -> list[bytes]:

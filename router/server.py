@@ -20,6 +20,7 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
 from penstock.common.errors import ConfigError
 from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.text_probe import TextProbe
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.app import create_app
 from penstock.router.group import ADMIN_HOST
@@ -110,7 +111,7 @@ def serve(config: RouterConfig) -> None:
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     template = ChatTemplate.load(tokenizer, config.chat_template)
     defaults = GenerationDefaults.load(config.model, config.generation_config)
-    service = RouterService(config)
+    service = RouterService(config, TextProbe.of(tokenizer, with_template=not config.chat_template))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = RouterServer(create_app(service, config, tokenizer, template, defaults), service, config)
     for number in (signal.SIGINT, signal.SIGTERM):

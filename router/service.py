@@ -28,6 +28,7 @@ from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, 
 from penstock.common.redis_state import FleetReader
 from penstock.common.reservations import Reservations
 from penstock.common.tasks import end_tasks
+from penstock.common.text_probe import TextProbe
 from penstock.router.dispatch import Dispatcher
 from penstock.router.dispatch_events import (
     Blame,
@@ -94,7 +95,8 @@ class ModelInfo:
 class RouterService:
     """One router process's connection to its fleet. All methods belong to the event loop that ran `start`."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, texts: TextProbe | None = None) -> None:
+        """`texts`: how this router reads text, which its workers' models must take as it comes."""
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._config = config
         self._health = Health(config.slow_start_s, max(config.stall_timeout_s, config.lease_s))
@@ -118,6 +120,8 @@ class RouterService:
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused: set[str] = set()  # incarnations of workers that were not used, each reported once
+        self._texts = texts or TextProbe()
+        self._warned: set[str] = set()  # incarnations of workers whose chat template is another
         self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
         self._hits = HitCheck(config.max_inflight)
         self._turns = Turns(self._placing, self._fleet, self._hits, self._admission, self._handle, self._spawn)
@@ -201,6 +205,7 @@ class RouterService:
             "moves": self._dispatcher.moves,
             "redis_failures": self._reader.failures,
             "workers_refused": len(self._refused),
+            "template_mismatches": len(self._warned),
             "in_flight": len(self._dispatcher.choices),
             "reserved_tokens": sum(self._fleet.reservations.values()),
             "links": len(self._links),
@@ -328,13 +333,18 @@ class RouterService:
             self._on_disconnected(address, item)
 
     def _on_connected(self, address: str, worker: WorkerInfo) -> None:
-        refusal = mismatch(worker) or self._fleet.connected(address, worker, time.monotonic())
+        refusal = mismatch(worker) or self._texts.refusal(worker)
+        refusal = refusal or self._fleet.connected(address, worker, time.monotonic())
         if refusal:  # its link stays, so that it can be used once the workers that it does not match are gone
             if worker.incarnation not in self._refused:
                 self._refused.add(worker.incarnation)
                 log.error("worker %s (%s) at %s is not used: %s", worker.worker_id, worker.role, address, refusal)
             return
         log.info("worker %s (%s) at %s is up", worker.worker_id, worker.role, address)
+        warning = self._texts.warning(worker)
+        if warning and worker.incarnation not in self._warned:
+            self._warned.add(worker.incarnation)
+            log.warning("worker %s (%s) at %s: %s", worker.worker_id, worker.role, address, warning)
         self._addresses[worker.incarnation] = address
         if worker.role == "decode":
             self._model = ModelInfo(

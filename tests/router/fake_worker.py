@@ -25,6 +25,7 @@ from penstock.common.messages import (
     WorkerLoad,
 )
 from penstock.common.redis_state import RegistryWriter
+from penstock.common.text_probe import TextProbe
 
 
 def oracle(request: GenerateRequest) -> list[int]:
@@ -47,6 +48,7 @@ class FakeWorker:
         fingerprint: str = "f",
         max_model_len: int = 4096,
         hash_probe: str = "",
+        texts: TextProbe = TextProbe(),  # noqa: B008 - frozen
         max_num_seqs: int = 64,
         rates: MeasuredRates = MeasuredRates(),  # noqa: B008 - frozen
     ) -> None:
@@ -86,6 +88,8 @@ class FakeWorker:
             eos_token_ids=[2],
             hash_scope="scope",
             hash_probe=hash_probe,
+            tokenizer_probe=texts.tokenizer,
+            template_probe=texts.template,
             lease_s=lease_s,
         )
         self.peers = Peers(self.info, lease_s)

@@ -16,6 +16,7 @@ from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.messages import GenerateRequest, TokenDelta
 from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
+from penstock.common.text_probe import TextProbe
 from penstock.router import fleet
 from penstock.router.service import ModelInfo, RouterService
 from tests.index_view import pages_held
@@ -78,10 +79,12 @@ async def ended(*sinks: Collector) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(url: str, workers: int, **options: Any) -> AsyncIterator[RouterService]:
+async def running(
+    url: str, workers: int, texts: TextProbe | None = None, **options: Any
+) -> AsyncIterator[RouterService]:
     """A service that sees `workers` workers, and that leaves nothing behind."""
     config: dict[str, Any] = {"lease_s": 2.0, "slow_start_s": 0.0, **options}
-    service = RouterService(RouterConfig(redis_url=url, **config))
+    service = RouterService(RouterConfig(redis_url=url, **config), texts)
     await service.start()
     try:
         await until(lambda: len(service.loads()) == workers)
@@ -179,6 +182,26 @@ def test_a_worker_that_hashes_differently_is_refused_and_said(redis_server, star
             assert all(sink.complete() for sink in sinks) and not other.submitted
             told = [record.message for record in caplog.records if record.levelname == "ERROR"]
             assert len(told) == 1 and "d2" in told[0] and "hashes prompts differently" in told[0]
+
+    play(scenario())
+
+
+def test_a_worker_of_another_tokenizer_is_refused_and_one_of_another_template_said(redis_server, start_worker, caplog):
+    ours = TextProbe("one tokenizer", "one template")
+    start_worker("d1", texts=ours)
+    start_worker("d2", texts=TextProbe("one tokenizer", "another template"))
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2, ours) as service:
+            other = start_worker("d3", texts=TextProbe("another tokenizer", "one template"))
+            await until(lambda: service.counters()["workers_refused"] == 1)
+            assert service.counters()["template_mismatches"] == 1
+            sinks = [await send(service, request(f"r{i}")) for i in range(6)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks) and not other.submitted
+            told = {record.levelname: record.message for record in caplog.records if "another" in record.message}
+            assert "d3" in told["ERROR"] and "its tokenizer is another" in told["ERROR"]
+            assert "d2" in told["WARNING"] and "chat template" in told["WARNING"]
 
     play(scenario())
 

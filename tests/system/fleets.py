@@ -117,8 +117,8 @@ def wait_restarted(running: Fleet, name: str, old_pid: int, seconds: float = 60.
 
 
 @contextlib.contextmanager
-def router(redis_url: str, model: Path, **flags: object) -> Iterator[str]:
-    """A `penstock router` without a launcher; yields its URL once it has a decode worker."""
+def router(redis_url: str, model: Path, *, status: int = 200, **flags: object) -> Iterator[str]:
+    """A `penstock router` without a launcher; yields its URL once it has a decode worker: once /health has `status`."""
     port = free_port()
     values = {"port": port, "redis_url": redis_url, "lease_s": LEASE_S, "served_model_name": "tiny", "drain_s": 5}
     arguments = [
@@ -128,7 +128,7 @@ def router(redis_url: str, model: Path, **flags: object) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 30
-        while not _healthy(url):
+        while _health(url) != status:
             assert process.poll() is None and time.monotonic() < deadline, "the router does not get ready"
             time.sleep(0.05)
         yield url
@@ -139,10 +139,10 @@ def router(redis_url: str, model: Path, **flags: object) -> Iterator[str]:
         process.wait()
 
 
-def _healthy(url: str) -> bool:
+def _health(url: str) -> int:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    return False
+        return httpx.get(f"{url}/health", timeout=5).status_code
+    return 0
 
 
 def open_client(url: str, timeout_s: float = 60.0) -> AsyncOpenAI:

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.fleet import Fleet
-from tests.system.fleets import fleet, reservations, router, wait_restarted
+from tests.system.fleets import fleet, reservations, router, router_metric, wait_restarted
 
 pytestmark = pytest.mark.system
 PROCS = 3
@@ -105,3 +105,32 @@ def test_a_group_of_routers_can_be_started_alone(running: Fleet) -> None:
         while httpx.get(f"{url}/fleet", timeout=20, verify=False).json()["router"]["processes"] != 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_a_router_that_reads_text_otherwise_uses_no_worker_or_says_so(
+    running: Fleet, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Started apart, with files of its own: another tokenizer is refused, another template is counted."""
+    model = checkpoints["llama"]
+    for name in ("words", "template"):
+        (tmp_path / name).mkdir()
+        for file in model.glob("*.json"):
+            (tmp_path / name / file.name).write_text(file.read_text())
+    words = json.loads((model / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(words))
+    (tmp_path / "template" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+    url = running.config.redis_url
+    with router(url, tmp_path / "words", status=503) as other:
+        deadline = time.monotonic() + 60
+        while router_metric(other, "penstock:workers_refused_total") != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert httpx.get(f"{other}/health", timeout=20).status_code == 503
+    with router(url, tmp_path / "template") as other:
+        assert router_metric(other, "penstock:template_mismatches_total") == 1
+    with router(url, model) as other:
+        assert router_metric(other, "penstock:template_mismatches_total") == 0
+        assert router_metric(other, "penstock:workers_refused_total") == 0
