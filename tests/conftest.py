@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,17 +34,20 @@ def free_port() -> int:
 class RedisServer:
     """A real redis-server on a fixed loopback port; `stop` and `start` play an outage (its data is lost)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, host: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+        """`inside` goes before the command, to start it on another host (tests/two_hosts.py)."""
         self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.url = f"redis://{host}:{self.port}/0"
+        self._host, self._inside = host, inside
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        flags = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"]
+        listen = ["--bind", self._host, "--port", str(self.port), "--protected-mode", "no"]
+        flags = [*listen, "--save", "", "--appendonly", "no", "--dir", str(self._directory)]
         self._process = subprocess.Popen(
-            [_executable(), *flags, "--dir", str(self._directory)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+            [*self._inside, _executable(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
         )
         deadline = time.monotonic() + 10
         with contextlib.closing(self.client()) as client:

@@ -23,6 +23,7 @@ from penstock.common.config import ServeConfig
 from penstock.console import Console
 from penstock.fleet import Fleet
 from tests.conftest import free_port
+from tests.two_hosts import Host
 
 LEASE_S = 3.0
 EMPTY = ("running", "waiting", "held_pages", "promised_pages")
@@ -70,9 +71,14 @@ def assert_idle(running: Fleet, seconds: float = 4 * LEASE_S) -> None:
 
 def reservations(running: Fleet) -> dict[str, int]:
     """Load that routers have reserved in Redis and not given back."""
-    client = redis.Redis.from_url(running.config.redis_url, decode_responses=True)
+    return reservations_in(running.config.redis_url, running.config.namespace)
+
+
+def reservations_in(redis_url: str, namespace: str = "penstock") -> dict[str, int]:
+    """The same, without a launcher."""
+    client = redis.Redis.from_url(redis_url, decode_responses=True)
     try:
-        hashes = [client.hgetall(key) for key in client.scan_iter(f"{running.config.namespace}:load:*")]
+        hashes = [client.hgetall(key) for key in client.scan_iter(f"{namespace}:load:*")]
     finally:
         client.close()
     return {worker: int(tokens) for load in hashes for worker, tokens in load.items() if int(tokens)}
@@ -117,15 +123,18 @@ def wait_restarted(running: Fleet, name: str, old_pid: int, seconds: float = 60.
 
 
 @contextlib.contextmanager
-def router(redis_url: str, model: Path, *, status: int = 200, **flags: object) -> Iterator[str]:
-    """A `penstock router` without a launcher; yields its URL once it has a decode worker: once /health has `status`."""
-    port = free_port()
+def router(redis_url: str, model: Path, *, status: int = 200, on: Host | None = None, **flags: object) -> Iterator[str]:
+    """A `penstock router` without a launcher, on this host or another; yields its URL once it has a decode worker: once
+    /health has `status`."""
+    host, port = on.address if on else "127.0.0.1", free_port()
     values = {"port": port, "redis_url": redis_url, "lease_s": LEASE_S, "served_model_name": "tiny", "drain_s": 5}
+    values["host"] = host
     arguments = [
         part for name, value in (values | flags).items() for part in (f"--{name.replace('_', '-')}", str(value))
     ]
-    process = subprocess.Popen([sys.executable, "-m", "penstock", "router", str(model), *arguments])
-    url = f"http://127.0.0.1:{port}"
+    inside = on.inside if on else ()
+    process = subprocess.Popen([*inside, sys.executable, "-m", "penstock", "router", str(model), *arguments])
+    url = f"http://{host}:{port}"
     try:
         deadline = time.monotonic() + 30
         while _health(url) != status:

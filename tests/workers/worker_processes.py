@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import zmq
 from penstock.common.bus import BusLink, Connected, Disconnected
 from penstock.common.messages import Finish, Submit, TokenBatch, TokenDelta, WorkerInfo, decode_worker_info
 from tests.stopping import stop_process
+from tests.two_hosts import Host
 
 START_S = 60.0
 
@@ -75,17 +76,26 @@ class WorkerProcess:
 
 @contextlib.contextmanager
 def workers(
-    redis_url: str, model: Path, roles: dict[str, str], *, module: str = "penstock", **flags: object
+    redis_url: str,
+    model: Path,
+    roles: dict[str, str],
+    *,
+    module: str = "penstock",
+    hosts: Mapping[str, Host] | None = None,
+    **flags: object,
 ) -> Iterator[dict[str, WorkerProcess]]:
-    """Start workers {worker_id: role}; yields once all are registered. At the end all must exit cleanly."""
+    """Start workers {worker_id: role}, on `hosts` if given; yields once all are registered. At the end all must exit
+    cleanly."""
     import redis
 
     common = {"lease_s": 3, "device": "cpu", "cpu_threads": 1, "redis_url": redis_url, "drain_s": 5, **flags}
-    arguments = [part for name, value in common.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     started: dict[str, WorkerProcess] = {}
     with contextlib.ExitStack() as stack:
         for worker_id, role in roles.items():
-            command = [sys.executable, "-m", module, role, str(model), "--worker-id", worker_id, *arguments]
+            host = hosts[worker_id] if hosts else None
+            own = {**common, "worker_id": worker_id, **({"bus_host": host.address} if host else {})}
+            arguments = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+            command = [*(host.inside if host else ()), sys.executable, "-m", module, role, str(model), *arguments]
             process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
             started[worker_id] = WorkerProcess(process, worker_id)
             stack.callback(_reap, process)
