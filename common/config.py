@@ -142,8 +142,12 @@ class RouterConfig(FleetConfig):
     reasoning_parser: str = option("", "format of the model's reasoning (docs/tools.md)")
     reasoning_parser_plugin: str = option("", "Python file with more reasoning parsers")
     seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")
-    max_inflight: int = option(16384, "most choices in flight at a router; more are refused at once with 429")
-    max_queued: int = option(1024, "most requests that wait at a router while the fleet is full; 429 beyond it")
+    max_inflight: int = option(
+        16384, "most choices in flight at a port, in equal parts at its processes; more are refused at once with 429"
+    )
+    max_queued: int = option(
+        1024, "most requests that wait at a port while the fleet is full, in equal parts at its processes; 429 beyond"
+    )
     slo_ttft: float = option(
         0.0, "refuse at once, with 429, what would wait longer for its first token, in ms; 0: none"
     )
@@ -178,6 +182,19 @@ class RouterConfig(FleetConfig):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or more milliseconds, got {getattr(self, name)}")
         self.weights_by_tenant  # noqa: B018 - raises for weights that are none
+
+    @property
+    def own_max_inflight(self) -> int:
+        """This process's part of `max_inflight`."""
+        return self._part(self.max_inflight)
+
+    @property
+    def own_max_queued(self) -> int:
+        """This process's part of `max_queued`."""
+        return self._part(self.max_queued)
+
+    def _part(self, limit: int) -> int:
+        return -(-limit // max(1, len(self.group_ports)))
 
     @property
     def weights_by_tenant(self) -> dict[str, float]:

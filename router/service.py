@@ -123,7 +123,7 @@ class RouterService:
         self._texts = texts or TextProbe()
         self._warned: set[str] = set()  # incarnations of workers whose chat template is another
         self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
-        self._hits = HitCheck(config.max_inflight)
+        self._hits = HitCheck(config.own_max_inflight)
         self._turns = Turns(self._placing, self._fleet, self._hits, self._admission, self._handle, self._spawn)
         self._model: ModelInfo | None = None
         self._accepting = False
@@ -158,9 +158,10 @@ class RouterService:
         if not self._accepting:
             sink.on_error(Unavailable("this router is shutting down"))
             return
-        if len(self._dispatcher.choices) >= self._config.max_inflight:
+        limit = self._config.own_max_inflight
+        if len(self._dispatcher.choices) >= limit:
             self._admission.refused["in_flight"] += 1
-            sink.on_error(Overloaded(f"this router has {self._config.max_inflight} choices in flight, its limit"))
+            sink.on_error(Overloaded(f"this router process has {limit} choices in flight, its limit"))
             return
         self._counters["requests"] += 1
         self._handle(Submitted(request, sink, tenant))

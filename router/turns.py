@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def new_admission(config: RouterConfig) -> Admission[Place]:
     """Admission as a router is configured."""
-    limits = Limits(config.slo_ttft, config.slo_tpot, config.max_queued, config.queue_timeout_s)
+    limits = Limits(config.slo_ttft, config.slo_tpot, config.own_max_queued, config.queue_timeout_s)
     return Admission(limits, config.weights_by_tenant)
 
 

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, QueueFull, SloUnattainable
 from penstock.router.admission import HOLD_MS, Admission, DrainRate, Limits, is_full, refusal, retry_after_s
 from penstock.router.cost import CostPolicy
 from penstock.router.expected import Expected, expected, of_placement, quickest
 from penstock.router.policy import RequestFacts
 from penstock.router.rates import WorkerRates
+from penstock.router.turns import new_admission
 from tests.router.test_policy import but, candidate
 
 MS = st.floats(0.0, 1e6)
@@ -146,3 +148,12 @@ def test_a_steady_drain_is_measured():
     for tick in range(1, 1000):
         rate.left(50.0, tick * 0.1)  # 500 a second
     assert rate.needs_ms(1000.0, 99.9) == pytest.approx(2000.0, rel=0.02)
+
+
+def test_processes_that_share_a_port_share_its_limits():
+    alone = RouterConfig(max_queued=8, max_inflight=100)
+    assert (new_admission(alone).limits.max_queued, alone.own_max_inflight) == (8, 100)
+    third = dataclasses.replace(alone, group_ports=("1", "2", "3"))
+    assert (new_admission(third).limits.max_queued, third.own_max_inflight) == (3, 34)
+    crowd = dataclasses.replace(alone, group_ports=tuple(map(str, range(20))))
+    assert new_admission(crowd).limits.max_queued == 1, "nobody is left without"

@@ -378,12 +378,13 @@ def test_cancel_frees_the_worker(redis_server, start_worker):
     play(scenario())
 
 
-def test_more_choices_than_allowed_are_refused_at_once(redis_server, start_worker):
+@pytest.mark.parametrize("limit", [{"max_inflight": 2}, {"max_inflight": 5, "group_ports": ("1", "2", "3")}])
+def test_more_choices_than_allowed_are_refused_at_once(redis_server, start_worker, limit):
     worker = start_worker("d1")
     worker.limit = 3
 
     async def scenario() -> None:
-        async with running(redis_server.url, 1, max_inflight=2) as service:
+        async with running(redis_server.url, 1, **limit) as service:
             taken = [await send(service, request("r", choice=choice)) for choice in range(2)]
             refused = await send(service, request("late"))
             assert isinstance(refused.error, Overloaded) and "2 choices" in refused.error.message

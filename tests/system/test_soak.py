@@ -23,6 +23,19 @@ def test_trend_tells_growth_from_noise() -> None:
     assert trend(still[:50]) is None
 
 
+def test_memory_that_wanders_does_not_grow() -> None:
+    """Blocks that follow each other are alike; taken for independent, one walk in three would look like growth."""
+    grows = 0
+    for seed in range(100):
+        chooser, at, walk = random.Random(seed), 5e7, []
+        for i in range(600):
+            at += 0.01 * (5e7 - at) + chooser.gauss(0, 1e4)
+            walk.append((float(i), at))
+        found = trend(walk)
+        grows += found is not None and found.grows
+    assert grows < 12
+
+
 @pytest.mark.system
 @pytest.mark.timeout(300)
 def test_a_fleet_in_which_everything_comes_and_goes_loses_nothing(tmp_path: Path) -> None:
