@@ -17,7 +17,7 @@ from penstock.simulate.fleet_view import FleetView, virtual_infos
 from penstock.simulate.prefix_index import PrefixIndex
 from penstock.simulate.result import PolicyResult, Slo, summary
 from penstock.simulate.trace import TracedRequest
-from penstock.simulate.worker import CHUNK_TOKENS, Job, StepTimes, VirtualWorker, decode_work_ms
+from penstock.simulate.worker import CHUNK_TOKENS, SMOOTHING, Job, StepTimes, VirtualWorker, decode_work_ms
 
 LLAMA8B_TOKEN_BYTES = 128 << 10  # KV: 32 layers, 8 heads of 128, two bytes, keys and values
 
@@ -33,11 +33,15 @@ class FleetShape:
     max_num_seqs: int = 256
     token_bytes: int = LLAMA8B_TOKEN_BYTES
     rates: WorkerRates = H200_LLAMA8B
+    max_num_batched_tokens: int = CHUNK_TOKENS  # of prompts in one step
+    smoothing: int = SMOOTHING  # beside sequences that decode it is that many times less
 
     def __post_init__(self) -> None:
-        for name in ("workers", "pages_per_worker", "page_tokens", "max_num_seqs", "token_bytes"):
+        for name in ("workers", "pages_per_worker", "page_tokens", "max_num_seqs", "token_bytes", "smoothing"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.smoothing:
+            raise ConfigError(f"max_num_batched_tokens must be at least smoothing, {self.smoothing}")
         if not 0 <= self.prefill_workers < self.workers:
             raise ConfigError(
                 f"prefill_workers must be from 0 to one less than the {self.workers} workers, "
@@ -59,7 +63,15 @@ class Simulator:
         self._index = PrefixIndex()
         self._times = StepTimes()
         self._workers = [
-            VirtualWorker(number, shape.rates, shape.pages_per_worker, shape.max_num_seqs, self._times)
+            VirtualWorker(
+                number,
+                shape.rates,
+                shape.pages_per_worker,
+                shape.max_num_seqs,
+                self._times,
+                shape.max_num_batched_tokens,
+                shape.smoothing,
+            )
             for number in range(shape.workers)
         ]
         infos = virtual_infos(
@@ -211,7 +223,7 @@ class Simulator:
         decoder, shape = self._workers[job.decode], self._shape
         missing = max(0, job.request.prompt_tokens - job.decode_held * shape.page_tokens)
         all_ms = self._moved([decoder], job.started_ms, missing * shape.token_bytes)
-        last_ms = now_ms + shape.rates.move_ms(min(missing, CHUNK_TOKENS) * shape.token_bytes)
+        last_ms = now_ms + shape.rates.move_ms(min(missing, shape.max_num_batched_tokens) * shape.token_bytes)
         self._enter(max(all_ms, last_ms), job.decode, job)
 
     def _joins(self, worker: VirtualWorker, job: Job, now_ms: float) -> None:

@@ -1,9 +1,10 @@
 """A virtual worker: a queue of prompts, a batch that decodes, and a cache of pages. Pure; the clock is passed in.
 
-One prompt is computed at a time, in chunks, in order of arrival, as engine/scheduler.py does. A step that has a chunk
-also moves every running sequence on by a token, and takes the time of both; a step without takes what its sequences
-take. Time is not stepped through: between two changes all steps are alike, so that a change costs the same whether ten
-or ten thousand steps lie before it. Milliseconds throughout.
+One prompt is computed at a time, in chunks, in order of arrival, as engine/scheduler.py does: it begins when the step
+under way has ended, and its chunks are shorter beside sequences that decode. A step that has a chunk also moves every
+running sequence on by a token, and takes the time of both; a step without takes what its sequences take. Time is not
+stepped through: between two changes all steps are alike, so that a change costs the same whether ten or ten thousand
+steps lie before it. Milliseconds throughout.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from penstock.simulate.page_cache import PageCache
 from penstock.simulate.trace import TracedRequest
 
 CHUNK_TOKENS = 8192  # of a prompt in one step: the engine's default on a GPU
+SMOOTHING = 4  # beside sequences that decode it is that many times less: engine/policy.py's default
+_STEP_ENDS = 1e-6  # of a step: so near to a whole number of them one has just ended
 _NEVER = math.inf
 
 
@@ -68,23 +71,33 @@ class StepTimes:
 class VirtualWorker:
     """The state of one worker at `now`, and when it changes next."""
 
-    def __init__(self, number: int, rates: WorkerRates, num_pages: int, max_num_seqs: int, times: StepTimes) -> None:
+    def __init__(
+        self,
+        number: int,
+        rates: WorkerRates,
+        num_pages: int,
+        max_num_seqs: int,
+        times: StepTimes,
+        chunk_tokens: int = CHUNK_TOKENS,
+        smoothing: int = SMOOTHING,
+    ) -> None:
         self.number = number
         self.rates = rates
         self.cache = PageCache(num_pages)
         self.queue: deque[Job] = deque()  # prompts to compute
         self.admission: deque[Job] = deque()  # decoded here, computed elsewhere, without room so far
         self.admitted = 0  # sequences that hold a slot: being computed, handed off or decoded
-        self.running: list[tuple[float, int, Job]] = []  # a heap by the step of the last token
+        self.running: list[tuple[int, int, Job]] = []  # a heap by the step of the last token
         self.current: Job | None = None
         self.work_ms = 0.0  # of prompts, and of sequences in steps: what it was given to do so far
         self.link_free_ms = 0.0
         self.version = 0  # of its next event: older ones are void
         self._max_num_seqs = max_num_seqs
+        self._chunk_tokens, self._smoothing = chunk_tokens, smoothing
         self._times = times
         self._context_tokens = 0.0
         self._now_ms = 0.0
-        self._steps = 0.0  # since the beginning
+        self._steps = 0.0  # since the beginning; whole when one has just ended, and whenever nothing runs
         self._chunks_left = 0.0  # of the current prompt
         self._chunk_ms = 0.0  # computing one of them
         self._joined = 0
@@ -111,17 +124,27 @@ class VirtualWorker:
         if self.running:
             steps = min(steps, max(0.0, self.running[0][0] - self._steps))
         ends_ms = self._now_ms + steps * step_ms
-        if self.current is None and self.queue and self.queue[0].ready_ms > self._now_ms:
-            ends_ms = min(ends_ms, self.queue[0].ready_ms)
+        if self.current is None and self.queue:
+            if self.queue[0].ready_ms > self._now_ms:
+                ends_ms = min(ends_ms, self.queue[0].ready_ms)
+            elif self._left_of_step() and self.has_room(self.queue[0]):
+                ends_ms = min(ends_ms, self._now_ms + self._left_of_step() * step_ms)
         return ends_ms
+
+    def _left_of_step(self) -> float:
+        """What is left of the step under way: from 0 to 1."""
+        if not self.running:
+            return 0.0
+        left = math.ceil(self._steps - _STEP_ENDS) - self._steps
+        return left if left > _STEP_ENDS else 0.0
 
     def has_room(self, job: Job) -> bool:
         """A slot and pages for this job are free."""
         return self.admitted < self._max_num_seqs and self.cache.fits(job.request.pages, job.unnamed)
 
     def begin(self, page_tokens: int) -> list[int] | None:
-        """Start the next prompt if there is one and room for it; returns the evicted pages, or None."""
-        if self.current is not None or not self.queue:
+        """Start the next prompt if there is one and room for it, between two steps; returns evicted pages, or None."""
+        if self.current is not None or not self.queue or self._left_of_step():
             return None
         job = self.queue[0]
         if job.ready_ms > self._now_ms or not self.has_room(job):
@@ -137,15 +160,17 @@ class VirtualWorker:
         job.started_ms = self._now_ms
         self.admitted += 1
         evicted = self.cache.hold(job.request.pages, job.unnamed)
-        self._chunks_left = float(-(-job.computed_tokens // CHUNK_TOKENS))
-        self._chunk_ms = self.rates.prefill_ms(job.computed_tokens) / self._chunks_left
-        self.work_ms += self.rates.prefill_ms(job.computed_tokens)
+        chunk_tokens = self._chunk_tokens // self._smoothing if self.running else self._chunk_tokens
+        chunks = -(-job.computed_tokens // chunk_tokens)
+        self._chunks_left = float(chunks)
+        self._chunk_ms = self.rates.prefill_ms(job.computed_tokens / chunks)
+        self.work_ms += chunks * self._chunk_ms
         return evicted
 
     def computed(self) -> Job | None:
         """The current prompt, if it is complete now; it is the current one no longer."""
         job = self.current
-        if job is None or self._chunks_left > 1e-9:
+        if job is None or self._chunks_left > _STEP_ENDS:
             return None
         self.current = None
         return job
@@ -154,7 +179,8 @@ class VirtualWorker:
         """Decode it from now on; its first token has come."""
         request = job.request
         self._joined += 1
-        heapq.heappush(self.running, (self._steps + request.output_tokens - 1, self._joined, job))
+        last = math.ceil(self._steps - _STEP_ENDS) + request.output_tokens - 1
+        heapq.heappush(self.running, (last, self._joined, job))
         context = _mean_context(request)
         self._context_tokens += context
         self.work_ms += (request.output_tokens - 1) * self.rates.sequences_ms(1, context)
@@ -162,7 +188,7 @@ class VirtualWorker:
     def ended(self) -> list[Job]:
         """Sequences whose last token has come, taken out of the batch."""
         found = []
-        while self.running and self.running[0][0] - self._steps <= 1e-9:
+        while self.running and self.running[0][0] - self._steps <= _STEP_ENDS:
             job = heapq.heappop(self.running)[2]
             self._context_tokens = self._context_tokens - _mean_context(job.request) if self.running else 0.0
             found.append(job)

@@ -67,6 +67,22 @@ def test_prompts_queue_and_the_batch_moves_on_with_every_chunk():
     assert result.span_s == pytest.approx(0.101 + 0.012 + 0.011)
 
 
+def test_a_prompt_begins_when_the_step_under_way_has_ended():
+    result = Simulator(shape(), make_policy("cost")).run([ask(0.0, output=30), ask(65.0)], Slo())
+    # Steps of 11 ms end at 61 and 72; the second prompt's is also a step of the first request.
+    assert result.ttft_mean_ms == pytest.approx((50 + (72 + 51 - 65)) / 2)
+
+
+def test_chunks_are_shorter_beside_sequences_that_decode():
+    fleet = dataclasses.replace(shape(), max_num_batched_tokens=40, smoothing=4)
+    result = Simulator(fleet, make_policy("cost")).run([ask(0.0, output=30), ask(0.0)], Slo())
+    assert result.ttft_mean_ms == pytest.approx((50 + (50 + 5 * 11)) / 2), "two chunks alone, then five of ten tokens"
+    slow_start = dataclasses.replace(fleet, rates=dataclasses.replace(RATES, prefill_step_ms=7.0))
+    result = Simulator(slow_start, make_policy("cost")).run([ask(0.0, output=30), ask(0.0)], Slo())
+    chunks = 5 * (10 + 7 + 1)  # a step with a chunk has the prompt's fixed time instead of the decode step's
+    assert result.ttft_mean_ms == pytest.approx((50 + 2 * 7 + (50 + 2 * 7 + chunks)) / 2)
+
+
 def test_a_held_prefix_is_not_computed_but_the_last_token_is():
     requests = [ask(0.0, pages=PAGES), ask(1000.0, pages=PAGES), ask(2000.0, tokens=40, pages=(0, 1, 9, 3))]
     result = Simulator(shape(), make_policy("cost")).run(requests, Slo())
@@ -105,6 +121,7 @@ def test_a_request_waits_for_a_slot_and_for_pages():
     ("wrong", "error"),
     [
         (dict(workers=0), "workers must be at least 1"),
+        (dict(max_num_batched_tokens=3), "at least smoothing, 4"),
         (dict(pages_per_worker=0), "pages_per_worker must be at least 1"),
         (dict(prefill_workers=2), "from 0 to one less than the 2 workers"),
         (dict(prefill_workers=-1), "from 0 to one less than the 2 workers"),
