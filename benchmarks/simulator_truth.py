@@ -1,47 +1,55 @@
 """The simulator against the truth: a real fleet on CPU and its simulation, on the same requests.
 
-    python benchmarks/simulator_truth.py [--workers 4] [--requests 400] [--utilisation 0.4] [--record]
+    python benchmarks/simulator_truth.py [--workers 4] [--requests 400] [--utilisation 0.5] [--record]
 
-Starts `penstock serve` with the embedded model, one thread a worker. First some requests one by one: what HTTP, router
-and bus add to a first token is what their times exceed the workers' own rates by (measured as always, read from
-/metrics). Then a load of the kind to come, from which the workers measure the rates that they have under it. Then the
-load that counts, with other prompts: each request is sent at its time, and the simulator gets the same requests with
-those rates. Prints mean time to first token and hit ratio of both, and how far they are apart; `--record` writes
-benchmarks/results/simulator_truth-<commit>.json. Workers do not read prefixes from each other here: over one machine's
-memory that is no model of a network.
+Starts Redis, a router and workers with the embedded model. Their steps are computed on CPU and then held until a
+modelled device would have done them (paced_worker.py; `--slower` than that, or `--unpaced`): so workers do not wait for
+each other's cores, as those of a real fleet do not. All else is real: tokens, pages, prefixes, bus, Redis, HTTP.
+
+First some requests one by one: what HTTP, router and bus add to a first token is what their times exceed the workers'
+own rates by (measured as always, read from /metrics). Then a load of the kind to come, from which the workers measure
+the rates that they have under it. Then the load that counts, with other prompts: each request is sent at its time, and
+the simulator gets the same requests with those rates. Prints mean time to first token and hit ratio of both, and how
+far they are apart; `--record` writes benchmarks/results/simulator_truth-<commit>.json. Workers do not read prefixes
+from each other here: over one machine's memory that is no model of a network. Uses the helpers of tests/.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, installed or not
 
+from benchmarks.paced_worker import PACE_ENV, Pace
 from benchmarks.record import RESULTS, commit, file_name, machine, merge
 from penstock.bench.client import ask, run_load
 from penstock.bench.questions import Question
 from penstock.bench.serving_metrics import RequestRecord
-from penstock.common.config import ServeConfig
 from penstock.common.messages import MeasuredRates
 from penstock.demo_model import CHECKPOINT
-from penstock.fleet import Fleet
 from penstock.http_client import connect
 from penstock.router.rates import WorkerRates, typical
 from penstock.simulate.result import Slo
 from penstock.simulate.runs import compare, scaled
 from penstock.simulate.simulator import FleetShape
 from penstock.simulate.trace import TracedRequest
+from tests.conftest import RedisServer
+from tests.system.fleets import router
+from tests.workers.worker_processes import workers
 
 PAGE = 16
 TENANTS = 24
@@ -50,6 +58,8 @@ OWN_PAGES = (5, 40)
 OUTPUT = (8, 24)
 CALIBRATION = 60  # requests one by one
 WARM_UP = 120  # requests of the first load
+PACE = Pace(step_ms=20.0, prompt_token_ms=0.5, sequence_ms=0.5, context_token_ms=0.0005)  # no step is faster here
+LEASE_S = 10
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,27 @@ async def send(url: str, requests: Sequence[Asked], *, one_by_one: bool = False)
     return [record.ttft * 1e3 for record in records]
 
 
+@contextlib.contextmanager
+def fleet(count: int, cache_bytes: int, pace: Pace | None) -> Iterator[str]:
+    """The URL of a router with so many workers behind it. Workers do not read prefixes from each other."""
+    names = {f"decode-{number}": "decode" for number in range(count)}
+    flags: dict[str, Any] = {"block_size": PAGE, "kv_cache_memory_bytes": cache_bytes, "lease_s": LEASE_S}
+    flags |= {"dtype": "float32", "served_model_name": "demo"}
+    os.environ["PENSTOCK_FETCH_PREFIXES"] = "false"
+    if pace is not None:
+        os.environ[PACE_ENV] = json.dumps(asdict(pace))
+    module = "penstock" if pace is None else "benchmarks.paced_worker"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        redis = RedisServer(Path(folder))
+        redis.start()
+        stack.callback(redis.stop)
+        stack.enter_context(workers(redis.url, CHECKPOINT, names, module=module, **flags))
+        url = stack.enter_context(router(redis.url, CHECKPOINT, served_model_name="demo", lease_s=LEASE_S))
+        while len(fleet_of(url)["workers"]) < count:
+            time.sleep(0.1)
+        yield url
+
+
 def fleet_of(url: str) -> dict[str, Any]:
     """What GET /fleet says."""
     with urllib.request.urlopen(f"{url}/fleet", timeout=20) as answer:
@@ -166,39 +197,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=400)
-    parser.add_argument("--utilisation", type=float, default=0.15, help="of each worker's time")
+    parser.add_argument("--utilisation", type=float, default=0.5, help="of each worker's time")
     parser.add_argument("--pages", type=int, default=2000, help="a worker's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slower", type=float, default=2.0, help="pace of the workers; more on a busy machine")
+    parser.add_argument("--unpaced", action="store_true", help="as fast as this machine is; needs a core a worker")
     parser.add_argument("--record", action="store_true")
     flags = parser.parse_args()
     layout = json.loads((CHECKPOINT / "config.json").read_text())
     token_bytes = 2 * layout["num_hidden_layers"] * layout["num_key_value_heads"] * layout["head_dim"] * 4
-    config = ServeConfig(
-        model=str(CHECKPOINT),
-        served_model_name=("demo",),
-        device="cpu",
-        dtype="float32",
-        decode_workers=flags.workers,
-        cpu_threads=1,
-        block_size=PAGE,
-        kv_cache_memory_bytes=flags.pages * PAGE * token_bytes,
-        port=0,
-        fetch_prefixes=False,
-    )
-    with Fleet(config) as fleet:
-        num_pages = fleet_of(fleet.url)["workers"][0]["pages"]["total"]
-        alone, added_ms = calibrate(fleet.url, layout["vocab_size"])
+    pace = None if flags.unpaced else PACE.slower(flags.slower)
+    with fleet(flags.workers, flags.pages * PAGE * token_bytes, pace) as url:
+        num_pages = fleet_of(url)["workers"][0]["pages"]["total"]
+        alone, added_ms = calibrate(url, layout["vocab_size"])
         shape = FleetShape(flags.workers, num_pages, PAGE, token_bytes=token_bytes, rates=alone)
         warm_up = timed(generated(WARM_UP, layout["vocab_size"], flags.seed + 1), shape, flags.utilisation)
-        asyncio.run(send(fleet.url, warm_up))
-        totals(fleet.url, "steps")
-        rates = measured_rates(fleet.url)
+        asyncio.run(send(url, warm_up))
+        totals(url, "steps")
+        rates = measured_rates(url)
         asked = timed(generated(flags.requests, layout["vocab_size"], flags.seed), shape, flags.utilisation)
         traced = [one.traced for one in asked]
-        before = totals(fleet.url, "prefix_queries", "prefix_hits")
-        ttft = asyncio.run(send(fleet.url, asked))
-        after = totals(fleet.url, "prefix_queries", "prefix_hits")
-        again = measured_rates(fleet.url)
+        before = totals(url, "prefix_queries", "prefix_hits")
+        ttft = asyncio.run(send(url, asked))
+        after = totals(url, "prefix_queries", "prefix_hits")
+        again = measured_rates(url)
     queries, hits = (b - a for a, b in zip(before, after, strict=True))
     (result,) = compare(traced, replace(shape, rates=rates), ["cost"], Slo())
     real = {"ttft_mean_ms": statistics.mean(ttft), "ttft_p50_ms": statistics.median(ttft), "hit_ratio": hits / queries}
@@ -220,6 +242,7 @@ def main() -> None:
             "workers": flags.workers,
             "requests": flags.requests,
             "utilisation": flags.utilisation,
+            "pace": pace and asdict(pace),
             "span_s": traced[-1].arrival_ms / 1e3,
             "rates_one_by_one": asdict(alone),
             "rates": asdict(rates),
