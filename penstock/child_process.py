@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from threading import Thread
 
 from penstock.supervisor import Member
@@ -58,11 +58,11 @@ class ChildProcess:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._on_line = on_line
         self._on_exit = on_exit
-        self._process = subprocess.Popen(
+        self._process = Popen(
             [sys.executable, "-I", "-S", str(_WRAPPER), str(os.getpid()), *spec.command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=STDOUT,
             env=dict(spec.environ),
             start_new_session=True,  # Ctrl-C is for the launcher alone: it stops the others in order
             encoding="utf-8",

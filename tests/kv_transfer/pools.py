@@ -16,6 +16,7 @@ import xxhash
 
 from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer.mover import Completion, PageMover
+from tests.forking import ForkedPython
 from tests.stopping import stop_process
 
 
@@ -53,7 +54,7 @@ class Lender:
     def __init__(self, transport: str, page_bytes: int, num_pages: int, seed: int, ucx_tls: str = "") -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"UCX_TLS": ucx_tls} if ucx_tls else {})
         command = [sys.executable, "-m", "tests.kv_transfer.lender", transport]
-        self.process = subprocess.Popen(
+        self.process = ForkedPython(
             [*command, str(page_bytes), str(num_pages), str(seed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

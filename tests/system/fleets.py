@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import time
 import urllib.error
@@ -23,6 +22,7 @@ from penstock.common.config import ServeConfig
 from penstock.console import Console
 from penstock.fleet import Fleet
 from tests.conftest import free_port
+from tests.forking import ForkedPython
 from tests.two_hosts import Host
 
 LEASE_S = 3.0
@@ -133,7 +133,7 @@ def router(redis_url: str, model: Path, *, status: int = 200, on: Host | None = 
         part for name, value in (values | flags).items() for part in (f"--{name.replace('_', '-')}", str(value))
     ]
     inside = on.inside if on else ()
-    process = subprocess.Popen([*inside, sys.executable, "-m", "penstock", "router", str(model), *arguments])
+    process = ForkedPython([*inside, sys.executable, "-m", "penstock", "router", str(model), *arguments])
     url = f"http://{host}:{port}"
     try:
         deadline = time.monotonic() + 30

@@ -15,6 +15,7 @@ import pytest
 
 from penstock import LLM, AsyncLLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams
 from penstock.fleet_llm import FleetLLM
+from tests.forking import start_server
 from tests.system.fleets import assert_idle
 from tests.tiny_models import random_prompts, reference_tokens
 
@@ -179,6 +180,7 @@ def test_no_process_outlives_the_program(end: str, status: int, checkpoints: dic
 
 
 def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    start_server()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with pytest.raises(Exception, match="decode-0 did not start"):
         LLM(str(checkpoints["llama"]), decode_workers=1, **{**ENGINE, "max_model_len": 9999})

@@ -19,10 +19,12 @@ import zmq
 
 from penstock.common.bus import BusLink, Connected, Disconnected
 from penstock.common.messages import Finish, Submit, TokenBatch, TokenDelta, WorkerInfo, decode_worker_info
+from tests.forking import ForkedPython
 from tests.stopping import stop_process
 from tests.two_hosts import Host
 
 START_S = 60.0
+LEASE_S = 30.0  # no busy machine lets a peer be silent for so long: what a lease's end does is tested elsewhere
 
 
 @dataclass
@@ -39,7 +41,7 @@ class WorkerProcess:
             found: dict[str, Any] = json.load(answer)
         return found
 
-    def wait_for(self, seconds: float = 10.0, **wanted: int) -> dict[str, Any]:
+    def wait_for(self, seconds: float = 60.0, **wanted: int) -> dict[str, Any]:
         """Poll the ledger until these fields have these values."""
         deadline = time.monotonic() + seconds
         while True:
@@ -71,7 +73,7 @@ class WorkerProcess:
         else:
             self.process.send_signal(signum)
         if signum in (signal.SIGKILL, signal.SIGTERM):
-            self.process.wait(30)
+            self.process.wait(START_S)
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def workers(
     cleanly."""
     import redis
 
-    common = {"lease_s": 3, "device": "cpu", "cpu_threads": 1, "redis_url": redis_url, "drain_s": 5, **flags}
+    common = {"lease_s": LEASE_S, "device": "cpu", "cpu_threads": 1, "redis_url": redis_url, "drain_s": 5, **flags}
     started: dict[str, WorkerProcess] = {}
     with contextlib.ExitStack() as stack:
         for worker_id, role in roles.items():
@@ -96,7 +98,7 @@ def workers(
             own = {**common, "worker_id": worker_id, **({"bus_host": host.address} if host else {})}
             arguments = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", str(value))]
             command = [*(host.inside if host else ()), sys.executable, "-m", module, role, str(model), *arguments]
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = ForkedPython(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
             started[worker_id] = WorkerProcess(process, worker_id)
             stack.callback(_reap, process)
         client = redis.Redis.from_url(redis_url)
@@ -118,7 +120,7 @@ def workers(
                 worker.process.terminate()
         for worker in started.values():
             if worker.process.returncode is None:
-                assert worker.process.wait(30) == 0, f"{worker.worker_id} did not exit cleanly"
+                assert worker.process.wait(START_S) == 0, f"{worker.worker_id} did not exit cleanly"
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
@@ -150,7 +152,8 @@ class RouterDouble:
     def __init__(self, *decodes: WorkerInfo, peer_id: str = "router-double") -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
-            w.incarnation: BusLink(w.address, peer_id, "router", 1, "", "", self._context, lease_s=3) for w in decodes
+            w.incarnation: BusLink(w.address, peer_id, "router", 1, "", "", self._context, lease_s=LEASE_S)
+            for w in decodes
         }
         self.answers: dict[tuple[str, int], Answer] = {}
         self.connected: set[str] = set()
@@ -164,7 +167,7 @@ class RouterDouble:
         self._links[worker.incarnation].send(message)
 
     def wait_connected(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + START_S
         while len(self.connected) < len(self._links):
             self.turn()
             assert time.monotonic() < deadline
