@@ -48,7 +48,7 @@ from openai import APIConnectionError, APIError, AsyncOpenAI
 from benchmarks import record
 from penstock.fleet import Fleet
 from tests.system.chaos import DEADLINE_S, ChaosFailure, code_of
-from tests.system.fleets import LEASE_S, assert_idle, complete, fleet, open_client, wait_restarted
+from tests.system.fleets import SHORT_LEASE_S, assert_idle, complete, fleet, open_client, wait_restarted
 from tests.tiny_models import make_checkpoint, random_prompts, reference_tokens
 
 PREFIXES, SUFFIXES = 8, 5
@@ -163,7 +163,7 @@ class Churn:
     def _join(self) -> None:
         config = self._running.config
         command = [sys.executable, "-m", "penstock", "decode", config.model, "--redis-url", config.redis_url]
-        command += ["--worker-id", "joined", "--device", "cpu", "--lease-s", str(LEASE_S), "--cpu-threads", "1"]
+        command += ["--worker-id", "joined", "--device", "cpu", "--lease-s", str(SHORT_LEASE_S), "--cpu-threads", "1"]
         command += ["--block-size", str(config.block_size), "--kv-cache-memory-bytes", "16MiB", "--drain-s", "5"]
         command += ["--served-model-name", "tiny"]
         self._joined = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -264,7 +264,7 @@ def run(minutes: float, rate: float, directory: Path, warming: int = 0) -> dict[
     suffixes = random_prompts([SUFFIX_TOKENS] * SUFFIXES, seed=2)
     prompts = [prefix + suffix for prefix in prefixes for suffix in suffixes]
     oracle = reference_tokens(path, prompts, NEW_TOKENS, until_tie=True)
-    options = {"prefill_workers": 1, "decode_workers": 2, "router_procs": 2, "cpu_threads": 1}
+    options = {"prefill_workers": 1, "decode_workers": 2, "router_procs": 2, "cpu_threads": 1, "lease_s": SHORT_LEASE_S}
     with nothing_left(), fleet(path, **options) as running:
         asyncio.run(warm_up(running.url, prompts, warming))
         found = asyncio.run(soak(running, minutes, rate, prompts, oracle))

@@ -33,6 +33,7 @@ PRELOADED = (
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 _MAX_BYTES = 1 << 18
+_ROOM_FOR_NAMES = 2000  # characters, in which children write their own command lines
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _Server:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forking", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.forking", str(theirs.fileno()), "-" * _ROOM_FOR_NAMES],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
@@ -158,6 +159,16 @@ def _become(job: _Job, streams: list[int], between: int) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     sys.argv = [job.module, *job.arguments]
+    _show_as([sys.executable, "-m", job.module, *job.arguments])
+
+
+def _show_as(command: list[str]) -> None:
+    """In /proc/PID/cmdline, over the server's own words: proc_pid_stat(5) says where they are."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = int(fields[45]), int(fields[46])
+    words = "\0".join(command).encode()[: end - begin - 1]
+    ctypes.memset(begin, 0, end - begin)
+    ctypes.memmove(begin, words, len(words))
 
 
 def main() -> None:

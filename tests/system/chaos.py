@@ -29,7 +29,7 @@ from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 from penstock.common.sampling import SamplingParams
 from penstock.fleet import Fleet
 from tests.engine.engines import make_engine, request, run, smallest_margin
-from tests.system.fleets import LEASE_S, assert_idle, complete, fleet, metric, router_metric
+from tests.system.fleets import SHORT_LEASE_S, assert_idle, complete, fleet, metric, router_metric
 from tests.tiny_models import FAMILIES, MIN_MARGIN, make_checkpoint, random_prompts, reference_tokens
 
 REQUESTS = 200
@@ -38,7 +38,7 @@ NEW_TOKENS = 120  # the most; every fourth request wants one token, another one 
 LENGTHS = (1, 2, 40, NEW_TOKENS)
 LOAD_S = 18.0
 LEFT, CLOSED = "left", "closed"
-STOPPED_S = LEASE_S + 1.0
+STOPPED_S = SHORT_LEASE_S + 1.0
 RESTARTED_S = 60.0  # the last to leave may still be draining when the load is over, and has to start again
 ROUTER_AWAY_S = 20.0  # from its death until the next one answers, on a busy machine
 DEADLINE_S = 60.0  # from sending a request to its end, whatever dies
@@ -76,7 +76,13 @@ def run_seed(seed: int, directory: Path, *, requests: int = REQUESTS, load_s: fl
     prompts = random_prompts([chooser.choice((3, 17, 64, 120, 200, 300)) for _ in range(PROMPTS)], seed=seed)
     oracles = [_greedy_oracle(path, prompts), _seeded_oracle(path, prompts)]
     started = time.monotonic()
-    options = {"prefill_workers": 2, "decode_workers": 2, "max_num_batched_tokens": 32, "cpu_threads": 1}
+    options = {
+        "lease_s": SHORT_LEASE_S,
+        "prefill_workers": 2,
+        "decode_workers": 2,
+        "max_num_batched_tokens": 32,
+        "cpu_threads": 1,
+    }
     pool_mib = chooser.choice((1, 4, 16))  # 1 MiB: some have to wait, or are preempted
     with fleet(path, **options, kv_cache_memory_bytes=pool_mib << 20, max_model_len=512) as running:
         plan = _plan(chooser, sorted(running.worker_pids()), load_s, router=seed % 3 == 0)

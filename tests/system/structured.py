@@ -24,7 +24,7 @@ from openai import AsyncOpenAI, BadRequestError
 from benchmarks.record import RESULTS, commit, file_name, machine
 from penstock.fleet import Fleet
 from tests.schemas import random_schema, validate
-from tests.system.fleets import fleet, open_client, wait_restarted
+from tests.system.fleets import SHORT_LEASE_S, fleet, open_client, wait_restarted
 
 KEYWORDS = re.compile("not|uniqueItems|contains|propertyNames|dependentRequired|if|unevaluated|minProperties")
 MAX_TOKENS = 120
@@ -113,7 +113,8 @@ def check(answers: list[Answer]) -> dict[str, int]:
 def run(model: Path, name: str, count: int) -> list[Answer]:
     """The answers of one fleet, which is idle afterwards."""
     kill = "killed" in name
-    with fleet(model, cpu_threads=1, kv_cache_memory_bytes=8 << 20, max_model_len=512, **FLEETS[name]) as running:
+    options = {"cpu_threads": 1, "lease_s": SHORT_LEASE_S, "kv_cache_memory_bytes": 8 << 20, "max_model_len": 512}
+    with fleet(model, **options, **FLEETS[name]) as running:
         pid = running.group.pids()["decode-0"]
         answers = asyncio.run(ask_all(running, count, kill))
         if kill:

@@ -20,6 +20,7 @@ from penstock.fleet import Fleet
 from tests.conftest import RedisServer
 from tests.index_view import index_view
 from tests.system.fleets import (
+    SHORT_LEASE_S,
     assert_idle,
     complete,
     complete_all,
@@ -72,7 +73,8 @@ def test_clients_redis_and_router_that_go(
     model: Path, prompts: list[list[int]], expected: list[list[int]], own_redis: RedisServer
 ) -> None:
     """One fleet (starting it is what costs time), one failure after the other."""
-    with fleet(model, redis_url=own_redis.url, max_num_batched_tokens=8, kv_cache_memory_bytes=ROOM, **PAIR) as running:
+    options = {**PAIR, "lease_s": SHORT_LEASE_S, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": ROOM}
+    with fleet(model, redis_url=own_redis.url, **options) as running:
         asyncio.run(_clients_leave(running, prompts, expected))
         asyncio.run(_redis_goes(running, own_redis, prompts, expected))
         asyncio.run(_the_router_dies(running, prompts))
@@ -242,6 +244,7 @@ async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[i
 def test_workers_that_hang_or_drain(model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
     """Stopped for longer than the bus waits for a sign of life, then continued: they come back and hold nothing."""
     options = {**PAIR, "decode_workers": 2, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": ROOM, "drain_s": 0.05}
+    options["lease_s"] = SHORT_LEASE_S
     with fleet(model, **options) as running:
         asyncio.run(_hang(running, ("decode-0", "prefill-0"), prompts, expected))
         assert router_metric(running.url, "penstock:retries_total") > 0
@@ -331,7 +334,7 @@ def test_cut_connections_and_nobody_left(
 ) -> None:
     """Both ends of a cut connection live on. Without a launcher, so that a dead worker stays dead at the end."""
     roles = {"prefill-0": "prefill", "decode-0": "decode"}
-    flags = {"max_num_batched_tokens": 8, "block_size": 4, "kv_cache_memory_bytes": ROOM}
+    flags = {"max_num_batched_tokens": 8, "block_size": 4, "kv_cache_memory_bytes": ROOM, "lease_s": SHORT_LEASE_S}
     with (
         workers(own_redis.url, model, roles, module="tests.system.cutting", **flags) as started,
         router(own_redis.url, model, queue_timeout_s=QUEUE_TIMEOUT_S) as url,

@@ -21,7 +21,7 @@ from tests.tiny_models import random_prompts, reference_tokens
 
 pytestmark = pytest.mark.system
 ENGINE: dict[str, Any] = {"device": "cpu", "block_size": 4, "kv_cache_memory_bytes": 4 << 20, "max_model_len": 256}
-FLEET: dict[str, Any] = {"prefill_workers": 1, "decode_workers": 1, "lease_s": 3.0, **ENGINE}
+FLEET: dict[str, Any] = {"prefill_workers": 1, "decode_workers": 1, "lease_s": 30.0, **ENGINE}
 TEXT = "The reservoir fills in the wet months"
 
 

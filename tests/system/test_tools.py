@@ -28,7 +28,7 @@ TOOLS: list[dict[str, Any]] = [
         "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "array"}}}}},
     {"type": "function", "function": {"name": "now"}},
 ]  # fmt: skip
-MODES: dict[str, dict[str, Any]] = {"one-phase": {}, "pair": {"prefill_workers": 1, "lease_s": 30.0}}
+MODES: dict[str, dict[str, Any]] = {"one-phase": {}, "pair": {"prefill_workers": 1}}
 PARSERS = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
 
 

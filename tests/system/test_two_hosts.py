@@ -17,7 +17,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.conftest import RedisServer
-from tests.system.fleets import LEASE_S, complete, open_client, reservations_in, router, router_metric
+from tests.system.fleets import SHORT_LEASE_S, complete, open_client, reservations_in, router, router_metric
 from tests.tiny_models import make_checkpoint, random_prompts, reference_tokens
 from tests.two_hosts import TwoHosts, needs_namespaces, two_hosts
 from tests.workers.worker_processes import WorkerProcess, workers
@@ -62,7 +62,7 @@ class Deployment:
         """Nobody holds anything any more."""
         for worker in self.workers.values():
             worker.assert_idle()
-        deadline = time.monotonic() + 4 * LEASE_S
+        deadline = time.monotonic() + 4 * SHORT_LEASE_S
         while held := reservations_in(self.redis_url):
             assert time.monotonic() < deadline, held
             time.sleep(0.05)
@@ -82,6 +82,7 @@ def deployment(model: Path, directory: Path) -> Iterator[Deployment]:
     roles = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
     flags = {
         "kv_transport": "nixl",
+        "lease_s": SHORT_LEASE_S,
         "max_num_batched_tokens": 64,
         "block_size": PAGE_TOKENS,
         "kv_cache_memory_bytes": 16 << 20,
@@ -94,7 +95,9 @@ def deployment(model: Path, directory: Path) -> Iterator[Deployment]:
         try:
             with (
                 workers(server.url, model, roles, hosts=hosts, **flags, **secret) as started,
-                router(server.url, model, on=link.other, routing_policy="round-robin", **secret) as url,
+                router(
+                    server.url, model, on=link.other, routing_policy="round-robin", lease_s=SHORT_LEASE_S, **secret
+                ) as url,
             ):
                 yield Deployment(link, started, url, server.url)
         finally:

@@ -28,10 +28,9 @@ def model(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="package")
 def servers(model: Path) -> Iterator[dict[str, Server]]:
-    # Tests here look at hand-offs that succeed: on a busy machine a short lease may end before its pages have landed.
     options: dict[str, dict[str, Any]] = {
         "one-phase": {},
-        "pair": {"prefill_workers": 1, "decode_workers": 1, "api_key": (KEY, "sk-second"), "lease_s": 30.0},
+        "pair": {"prefill_workers": 1, "decode_workers": 1, "api_key": (KEY, "sk-second")},
     }
     with contextlib.ExitStack() as stack:
         found = {}
