@@ -41,7 +41,7 @@ NEW_TOKENS = 120
 CONTEXT = 8192
 ROOM = 32 << 20  # bytes of KV: over 40,000 tokens
 FOREVER = 6000  # tokens: more than any test waits for
-HANG_ANSWERED_S = 20.0  # the bus notices after 5 s at most
+HANG_ANSWERED_S = 60.0  # the bus notices after 5 s at most; the rest is for busy machines
 QUEUE_TIMEOUT_S = 10  # so long the router waits for a worker that may be restarting
 DEAD_ANSWERED_S = QUEUE_TIMEOUT_S + 10.0
 POOL = 1 << 20  # bytes: 1364 tokens
@@ -250,8 +250,8 @@ def test_workers_that_hang_or_drain(model: Path, prompts: list[list[int]], expec
         assert router_metric(running.url, "penstock:retries_total") > 0
         assert metric(running, "penstock:handoff_failures_total") > 0
         went_on = _went_on(running)
-        asyncio.run(_drains(running, prompts, expected))
-        assert _went_on(running) > went_on
+        while _went_on(running) == went_on:  # what runs there may end just before the signal takes effect
+            asyncio.run(_drains(running, prompts, expected))
         assert complete_all(running, prompts, NEW_TOKENS) == expected
 
 
@@ -316,14 +316,18 @@ def _went_on(running: Fleet) -> float:
 
 async def _drains(running: Fleet, prompts: list[list[int]], expected: list[list[int]]) -> None:
     """SIGTERM while streams run: what it cannot finish within `drain_s` goes on at the other worker."""
-    pid = running.worker_pids()["decode-0"]
+    pids = running.worker_pids()
     async with open_client(running.url) as client:
         asked = [asyncio.create_task(complete(client, prompt, NEW_TOKENS, stream=True)) for prompt in prompts * 2]
-        while not ledgers(running)["decode-0"]["running"]:
-            await asyncio.sleep(0.01)
-        running.kill("decode-0", signal.SIGTERM)
+        leaving = ""
+        while not leaving and not all(task.done() for task in asked):
+            state = await asyncio.to_thread(ledgers, running)
+            leaving = next((name for name in ("decode-0", "decode-1") if state.get(name, {}).get("running")), "")
+        if leaving:
+            running.kill(leaving, signal.SIGTERM)
         assert await asyncio.gather(*asked) == expected * 2
-    await asyncio.to_thread(wait_restarted, running, "decode-0", pid)
+    if leaving:
+        await asyncio.to_thread(wait_restarted, running, leaving, pids[leaving])
 
 
 # ---------------------------------------------------------------- cut connections, and nobody left
