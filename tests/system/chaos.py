@@ -2,16 +2,20 @@
 
     python -m tests.system.chaos --seeds 10        # writes benchmarks/results/chaos-COMMIT.json
 
-Workers are killed, stopped for longer than a lease and continued (what they read or lent may land late), told to drain;
-Redis and the router are killed; clients leave; the pool is too small for all. Every answer must be token-exact or a
-typed error (or a stream that a dying router has closed), none may be late, and afterwards nothing may be held anywhere.
+Workers are killed, stopped for longer than a lease and continued (what they read or lent may land late), cut off, told
+to drain; pages break on their way; Redis and the router are killed; clients leave; the pool is too small for all. One
+decode worker is left to serve, but for some seeds in which all of them die at once. Every answer must be exact
+(chaos_cases.py) or a typed error (or a stream that a dying router has closed, whose tokens were right), none may be
+late, and afterwards nothing may be held anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import platform
 import random
 import signal
@@ -19,30 +23,47 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
-from penstock.common.sampling import SamplingParams
+from penstock.child_process import ProcessSpec
+from penstock.console import Console
 from penstock.fleet import Fleet
-from tests.engine.engines import make_engine, request, run, smallest_margin
-from tests.system.fleets import SHORT_LEASE_S, assert_idle, complete, fleet, metric, router_metric
-from tests.tiny_models import FAMILIES, MIN_MARGIN, make_checkpoint, random_prompts, reference_tokens
+from penstock.placement import Placement
+from tests.system.chaos_cases import KINDS, Answer, Case, make_cases
+from tests.system.fleets import SHORT_LEASE_S, assert_idle, fleet_config, metric, router_metric
+from tests.tiny_models import FAMILIES, make_checkpoint
 
 REQUESTS = 200
-PROMPTS = 20
-NEW_TOKENS = 120  # the most; every fourth request wants one token, another one two
-LENGTHS = (1, 2, 40, NEW_TOKENS)
+CASES = 21
 LOAD_S = 18.0
-LEFT, CLOSED = "left", "closed"
+AT_ONCE = 16  # requests under way
+EXACT, LEFT, CLOSED = "exact", "left", "closed"
 STOPPED_S = SHORT_LEASE_S + 1.0
 RESTARTED_S = 60.0  # the last to leave may still be draining when the load is over, and has to start again
 ROUTER_AWAY_S = 20.0  # from its death until the next one answers, on a busy machine
-DEADLINE_S = 60.0  # from sending a request to its end, whatever dies
+POLL_S = 0.2
+AGAIN_S = 0.3  # a client that nobody takes a connection of tries again
+MORE_FILES = 24  # links to others at most; two hundred requests that leave one each are more
+DEADLINE_S = 90.0  # from sending a request to its end, whatever dies
 TYPED = {"unavailable", "worker_lost", "timeout", "queue_timeout", "overloaded"}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "drain": signal.SIGTERM,
+    "cut": signal.SIGUSR1,
+    "break": signal.SIGUSR2,
+}
+HARMFUL = ("kill", "stop", "drain")  # for a while its target serves nobody
+SERVING = ("up", "starting", "probing")
+DECODE_WORKERS = ("decode-0", "decode-1")
+DECODERS = "decoders"  # all of them
+FaultAt = tuple[float, str, str]  # seconds after the start, what, to whom
 
 
 @dataclass(frozen=True)
@@ -52,15 +73,19 @@ class Report:
     seed: int
     family: str
     pool_mib: int
-    faults: list[tuple[float, str, str]]  # seconds after the start, what, to whom
-    exact: int
+    faults: list[FaultAt]
+    exact: dict[str, int]  # by kind of request
     left: int  # by their clients
-    closed: int  # when a router died
-    typed_errors: dict[str, int]
+    closed: int  # when the router died
+    typed_errors: dict[str, int]  # by code and message
     slowest_s: float
+    router_back_s: float  # from its death until the next one was ready
     retries: int
     moves: int
-    fetches: int
+    preemptions: int  # at the workers that were there at the end
+    pages_broken: int  # on their way to a reader
+    pages_refused: int  # by readers: checksums differ
+    more_files: int  # open in the process that has most more than at the start, links to others among them
     seconds: float
 
 
@@ -68,124 +93,242 @@ class ChaosFailure(AssertionError):
     """An answer was wrong, late, or failed without a type."""
 
 
-def run_seed(seed: int, directory: Path, *, requests: int = REQUESTS, load_s: float = LOAD_S) -> Report:
-    """Run one seed; raises `ChaosFailure` (or an assertion about what is left) unless all is well."""
+class _Witness(Console):
+    """Shows what the processes say, and counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: list[str] = []
+
+    def line(self, name: str, text: str) -> None:
+        self._said.append(text)
+        super().line(name, text)
+
+    def count(self, words: str) -> int:
+        """Lines with these words in them."""
+        return sum(words in text for text in self._said)
+
+
+class _FaultyFleet(Fleet):
+    """A fleet whose workers can be cut off, and break pages (faulty.py)."""
+
+    def _worker_spec(self, placement: Placement) -> ProcessSpec:
+        spec = super()._worker_spec(placement)
+        return replace(spec, command=tuple("tests.system.faulty" if p == "penstock" else p for p in spec.command))
+
+
+def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bool = False) -> Report:
+    """Run one seed; in a `blackout` all decode workers die at once. Raises `ChaosFailure`, or an assertion about what
+    is left, unless all is well."""
     chooser = random.Random(seed)
     family = FAMILIES[seed % len(FAMILIES)]
     path = make_checkpoint(family, directory / f"{family}-{seed}")
-    prompts = random_prompts([chooser.choice((3, 17, 64, 120, 200, 300)) for _ in range(PROMPTS)], seed=seed)
-    oracles = [_greedy_oracle(path, prompts), _seeded_oracle(path, prompts)]
     started = time.monotonic()
-    options = {
-        "lease_s": SHORT_LEASE_S,
-        "prefill_workers": 2,
-        "decode_workers": 2,
-        "max_num_batched_tokens": 32,
-        "cpu_threads": 1,
-    }
-    pool_mib = chooser.choice((1, 4, 16))  # 1 MiB: some have to wait, or are preempted
-    with fleet(path, **options, kv_cache_memory_bytes=pool_mib << 20, max_model_len=512) as running:
-        plan = _plan(chooser, sorted(running.worker_pids()), load_s, router=seed % 3 == 0)
-        outcomes = asyncio.run(_load(running, plan, chooser, prompts, oracles, requests, load_s))
+    pool_mib = chooser.choice((1, 2, 8))  # 1 MiB: some have to wait, or are preempted
+    options = {"prefill_workers": 2, "decode_workers": 2, "max_num_batched_tokens": 32, "cpu_threads": 1}
+    options |= {"kv_cache_memory_bytes": pool_mib << 20, "max_model_len": 512}
+    config = fleet_config(path, lease_s=SHORT_LEASE_S, **options)
+    running = _FaultyFleet(config, console=(console := _Witness()))
+    with _nothing_left(running):
+        running.start()
+        cases = make_cases(path, chooser, CASES)  # while it starts
+        running.wait_ready()
+        opened = descriptors(running)
+        plan = _plan(chooser, sorted(running.worker_pids()), blackout=blackout)
+        load = Load(running, cases, plan, load_s)
+        outcomes = asyncio.run(load.run(chooser, REQUESTS))
         running.wait_ready(60)
         assert_idle(running, RESTARTED_S)
-        counted = Counter(code for code, _ in outcomes if code)
+        more = max(number - opened[name] for name, number in descriptors(running).items())
+        assert more <= MORE_FILES, f"{more} more open files than at the start: {descriptors(running)}"
+        counted = Counter(outcome.what for outcome in outcomes)
         return Report(
             seed,
             family,
             pool_mib,
-            plan,
-            sum(code == "" for code, _ in outcomes),
-            counted.pop(LEFT, 0),
-            counted.pop(CLOSED, 0),
-            dict(counted),
-            round(max(seconds for _, seconds in outcomes), 2),
-            int(router_metric(running.url, "penstock:retries_total")),
-            int(router_metric(running.url, "penstock:moves_total")),
-            int(metric(running, "penstock:fetches_total")),
-            round(time.monotonic() - started, 1),
+            load.happened,
+            dict(Counter(outcome.kind for outcome in outcomes if outcome.what == EXACT)),
+            counted[LEFT],
+            counted[CLOSED],
+            {what: number for what, number in counted.items() if what not in (EXACT, LEFT, CLOSED)},
+            round(max(outcome.seconds for outcome in outcomes), 2),
+            round(load.router_back_s, 2),
+            **load.counts(),
+            preemptions=int(metric(running, "vllm:num_preemptions_total")),
+            pages_broken=console.count("broke a page"),
+            pages_refused=console.count("checksums of"),
+            more_files=more,
+            seconds=round(time.monotonic() - started, 1),
         )
 
 
-def _plan(chooser: random.Random, workers: list[str], load_s: float, *, router: bool) -> list[tuple[float, str, str]]:
-    """Faults in order of time; the router's death only on request: what is in flight there is lost, as it must be."""
+@contextlib.contextmanager
+def _nothing_left(running: Fleet) -> Iterator[None]:
+    """Stop the fleet at the end; then none of the processes it ever had may be there."""
+    children = set()
+    try:
+        yield
+        children = set(running.group.pids().values())
+    finally:
+        running.stop()
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def _plan(chooser: random.Random, workers: list[str], *, blackout: bool) -> list[FaultAt]:
+    """Faults in order; when, as a share of the requests that have begun. In a `blackout` all decode workers die."""
     faults = [("kill", chooser.choice(workers)) for _ in range(chooser.randint(3, 5))]
     faults += [("stop", chooser.choice(workers)) for _ in range(2)]
-    decoders = [worker for worker in workers if worker.startswith("decode")]
-    faults += [("drain", chooser.choice(decoders))]  # what runs there moves with its pages
-    faults += [("kill", "redis")]
-    faults += [("kill", "router")] * router
-    times = sorted(round(chooser.uniform(0.5, load_s), 2) for _ in faults)
+    faults += [("cut", chooser.choice(workers)) for _ in range(2)]
+    faults += [("break", worker) for worker in DECODE_WORKERS]
+    faults += [("drain", chooser.choice(DECODE_WORKERS))]  # what runs there moves with its pages
+    faults += [("kill", "redis"), ("kill", "router")]
+    faults += [("kill", DECODERS)] * blackout
+    times = sorted(round(chooser.uniform(0.03, 1.0), 3) for _ in faults)
     chooser.shuffle(faults)
     return [(at, *fault) for at, fault in zip(times, faults, strict=True)]
 
 
-async def _carry_out(running: Fleet, at: float, fault: str, target: str) -> None:
-    await asyncio.sleep(at)
-    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "drain": signal.SIGTERM}[fault]
-    running.kill(target, number)
-    if fault == "stop":
-        await asyncio.sleep(STOPPED_S)
-        running.kill(target, signal.SIGCONT)
+@dataclass(frozen=True)
+class Outcome:
+    """How one request ended: EXACT, LEFT, CLOSED, or its error."""
+
+    kind: str
+    what: str
+    seconds: float
 
 
-async def _load(
-    running: Fleet,
-    plan: list[tuple[float, str, str]],
-    chooser: random.Random,
-    prompts: list[list[int]],
-    oracles: list[list[list[int]]],
-    requests: int,
-    load_s: float,
-) -> list[tuple[str, float]]:
-    began_at = time.monotonic()
-    router_dies = [began_at + at for at, _, target in plan if target == "router"]
+@dataclass
+class Load:
+    """Requests at random moments of `load_s` seconds, or as soon as few enough are under way, and faults among them."""
 
-    async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
+    running: Fleet
+    cases: list[Case]
+    plan: list[FaultAt]
+    load_s: float
+    router_back_s: float = 0.0
+    happened: list[FaultAt] = field(default_factory=list)
+    _counted: Counter[str] = field(default_factory=Counter)  # by routers that are dead now
+    _begun: int = 0
+    _over: bool = False
+    _harmed: dict[str, str] = field(default_factory=dict)  # incarnation of a decode worker that serves nobody
+    _at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _began_at: float = field(default_factory=time.monotonic)
 
-        async def one(
-            delay_s: float, index: int, seeded: bool, stream: bool, count: int, patience_s: float | None
-        ) -> tuple[str, float]:
-            await asyncio.sleep(delay_s)
+    async def run(self, chooser: random.Random, requests: int) -> list[Outcome]:
+        """All of it; how every request ended. Faults that are still waiting then do not happen."""
+        self._began_at = time.monotonic()
+        url = f"{self.running.url}/v1"
+        async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=DEADLINE_S) as client:
+            work = []
+            for _ in range(requests):
+                case = chooser.choice(self.cases)
+                patience_s = chooser.uniform(0.0, 1.0) if chooser.random() < 0.05 else None
+                stream, at = chooser.random() < 0.5, chooser.uniform(0, self.load_s)
+                work.append(self._one(client, case, chooser.choice(case.lengths()), stream, at, patience_s))
+            faults = [asyncio.create_task(self._carry_out(at * requests, *fault)) for at, *fault in self.plan]
+            outcomes = list(await asyncio.gather(*work))
+            self._over = True
+            await asyncio.gather(*faults)
+        late = [outcome for outcome in outcomes if outcome.seconds > DEADLINE_S]
+        if late:
+            raise ChaosFailure(f"{len(late)} answers came late: {late}")
+        return outcomes
+
+    def counts(self) -> dict[str, int]:
+        """Attempts that followed others, as all routers counted them."""
+        return {name: number + self._counted[name] for name, number in router_counts(self.running).items()}
+
+    async def _one(
+        self, client: AsyncOpenAI, case: Case, max_tokens: int, stream: bool, at: float, patience_s: float | None
+    ) -> Outcome:
+        await asyncio.sleep(at)
+        async with self._at_once:
+            self._begun += 1
             began = time.monotonic()
-            fields: dict[str, Any] = {"temperature": 0.8, "seed": index} if seeded else {}
-            answer = complete(client, prompts[index], count, stream=stream, **fields)
+            answer = Answer()
             try:
-                tokens = await asyncio.wait_for(answer, patience_s)
+                what = await asyncio.wait_for(self._ask(client, case, max_tokens, stream, answer), patience_s)
             except asyncio.TimeoutError:
-                return LEFT, time.monotonic() - began
+                what = LEFT
+        fault = answer.fault(case, max_tokens, whole=what == EXACT)
+        if fault:
+            raise ChaosFailure(f"{case.kind}, {case.sampling}, prompt {case.prompt}, stream {stream}, {what}: {fault}")
+        return Outcome(case.kind, what, time.monotonic() - began)
+
+    async def _ask(self, client: AsyncOpenAI, case: Case, max_tokens: int, stream: bool, answer: Answer) -> str:
+        began = time.monotonic()
+        while True:
+            try:
+                await answer.ask(client, case, max_tokens, stream=stream)
+                return EXACT
             except (APIError, httpx.HTTPError) as error:
-                ended = time.monotonic()
-                if _cut(error) and any(dies <= ended and began <= dies + ROUTER_AWAY_S for dies in router_dies):
-                    return CLOSED, ended - began
-                return code_of(error), ended - began
-            expected = oracles[seeded][index][:count]
-            if tokens[: len(expected)] != expected or len(tokens) != count:
-                raise ChaosFailure(f"prompt {index}, seeded {seeded}: {tokens} instead of {expected}")
-            return "", time.monotonic() - began
+                if not isinstance(error, (APIConnectionError, httpx.TransportError)):
+                    return f"{code_of(error)}: {error}"
+                if not self._router_died(began, time.monotonic()):
+                    raise ChaosFailure(f"the connection broke, and no router had died: {error!r}") from error
+                if type(error.__cause__).__name__ != "ConnectError":  # of httpx or httpx2, as the client has it
+                    return CLOSED
+                await asyncio.sleep(AGAIN_S)  # nobody took it
 
-        work = [
-            one(
-                chooser.uniform(0, load_s),
-                chooser.randrange(PROMPTS),
-                chooser.random() < 0.5,
-                chooser.random() < 0.5,
-                chooser.choice(LENGTHS),
-                chooser.uniform(0.0, 1.0) if chooser.random() < 0.05 else None,
-            )
-            for _ in range(requests)
-        ]
-        results = await asyncio.gather(*work, *(_carry_out(running, *fault) for fault in plan))
-    outcomes = [outcome for outcome in results if outcome is not None]
-    late = [seconds for _, seconds in outcomes if seconds > DEADLINE_S]
-    if late:
-        raise ChaosFailure(f"{len(late)} answers came late: {late}")
-    return outcomes
+    def _router_died(self, since: float, until: float) -> bool:
+        times = [self._began_at + at for at, _, target in self.happened if target == "router"]
+        return any(dies <= until and since <= dies + ROUTER_AWAY_S for dies in times)
+
+    async def _carry_out(self, after: float, fault: str, target: str) -> None:
+        """Harm `target` once more than `after` requests have begun. What would come when all have ended does not."""
+        while self._begun <= after:
+            await asyncio.sleep(POLL_S)
+        async with self._one_at_a_time:
+            targets = [target] if target != DECODERS else [w for w in self.running.worker_pids() if w in DECODE_WORKERS]
+            if fault in HARMFUL and target in DECODE_WORKERS:
+                await self._until_spared(target)
+            if self._over:
+                return
+            if target == "router":
+                self._counted.update(await asyncio.to_thread(router_counts, self.running))
+            self.happened.append((round(time.monotonic() - self._began_at, 2), fault, target))
+            for one in targets:
+                self.running.kill(one, SIGNALS[fault])
+        if fault == "stop":
+            await asyncio.sleep(STOPPED_S)
+            self.running.kill(target, signal.SIGCONT)
+            self._harmed.pop(target, None)
+        if target == "router":
+            began = time.monotonic()
+            while await self._fleet() is None:
+                await asyncio.sleep(POLL_S)
+            self.router_back_s = time.monotonic() - began
+
+    async def _until_spared(self, target: str) -> None:
+        """Until another decode worker than `target` serves; who has come to harm does when it has restarted."""
+        while not self._over:
+            workers = await self._fleet() or []
+            serving = {worker["worker_id"]: worker["incarnation"] for worker in workers if worker["state"] in SERVING}
+            others = [name for name in DECODE_WORKERS if name != target and name in serving]
+            if any(self._harmed.get(name) != serving[name] for name in others):
+                self._harmed[target] = serving.get(target, "")
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _fleet(self) -> list[dict[str, Any]] | None:
+        """The workers, as a router that is ready sees them."""
+        async with httpx.AsyncClient(base_url=self.running.url, timeout=5) as client:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get("/health")).status_code == 200:
+                    workers: list[dict[str, Any]] = (await client.get("/fleet")).json()["workers"]
+                    return workers
+        return None
 
 
-def _cut(error: Exception) -> bool:
-    """Whether the connection was refused or closed: nobody was there to say why."""
-    return isinstance(error, (APIConnectionError, httpx.TransportError))
+def router_counts(running: Fleet) -> dict[str, int]:
+    """Attempts that followed others, since the router started."""
+    return {name: int(router_metric(running.url, f"penstock:{name}_total")) for name in ("retries", "moves")}
+
+
+def descriptors(running: Fleet) -> dict[str, int]:
+    """Open files of every process."""
+    return {name: len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in running.group.pids().items()}
 
 
 def code_of(error: Exception) -> str:
@@ -195,25 +338,6 @@ def code_of(error: Exception) -> str:
     if code not in TYPED or (isinstance(error, APIStatusError) and error.status_code < 429):
         raise ChaosFailure(f"not a typed error: {error!r}, body {body}") from error
     return str(code)
-
-
-def _greedy_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
-    return reference_tokens(path, prompts, NEW_TOKENS, until_tie=True)
-
-
-def _seeded_oracle(path: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """The engine alone, undisturbed, in this process."""
-    built = make_engine(path, max_num_batched_tokens=512)
-    tokens = []
-    for i, prompt in enumerate(prompts):
-        sampling = SamplingParams(temperature=0.8, seed=i, max_tokens=NEW_TOKENS, ignore_eos=True)
-        with smallest_margin() as margins:
-            tokens.append(run(built, [(0, request(str(i), prompt, sampling))])[0][str(i)])
-        # A near-tie may fall either way when the request is batched differently: the answer ends before it.
-        near = next((n for n, margin in enumerate(margins) if margin < MIN_MARGIN), len(margins))
-        tokens[-1] = tokens[-1][:near]
-    built.engine.close()
-    return tokens
 
 
 def main() -> None:
@@ -229,12 +353,32 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(output.read_text())["rows"] if output.exists() else []
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         with tempfile.TemporaryDirectory() as directory:
-            report = run_seed(seed, Path(directory))
+            report = run_seed(seed, Path(directory), blackout=seed % 4 == 0)
         print(report, flush=True)
         rows.append(asdict(report))
-        record = {"commit": commit, "machine": platform.machine(), "requests_per_seed": REQUESTS, "rows": rows}
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        record = {"commit": commit, "machine": machine, "requests_per_seed": REQUESTS, **totals(rows), "rows": rows}
         output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {output}")
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all seeds: faults, and how requests ended."""
+    faults = Counter(f"{what} {whom.rpartition('-')[0] or whom}" for row in rows for _, what, whom in row["faults"])
+    exact, errors = Counter[str](), Counter[str]()
+    for row in rows:
+        exact.update(row["exact"])
+        errors.update(row["typed_errors"])
+    return {
+        "requests": len(rows) * REQUESTS,
+        "faults": dict(faults),
+        "exact": {"all": exact.total(), **{kind: exact[kind] for kind in KINDS}},
+        "left": sum(row["left"] for row in rows),
+        "closed": sum(row["closed"] for row in rows),
+        "typed_errors": dict(errors),
+        "slowest_s": max(row["slowest_s"] for row in rows),
+        "router_back_s": max(row["router_back_s"] for row in rows),
+    }
 
 
 if __name__ == "__main__":

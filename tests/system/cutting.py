@@ -37,7 +37,11 @@ class _Relay:
     def _accept(self) -> None:
         while True:
             near, _ = self._server.accept()
-            far = socket.create_connection(self._target)
+            try:
+                far = socket.create_connection(self._target)
+            except OSError:  # the bus has closed: the process is leaving
+                near.close()
+                continue
             self._sockets += [near, far]
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
@@ -60,6 +64,11 @@ def _init_behind_relay(self: BusServer, *args: Any, **kwargs: Any) -> None:
     self.address = relay.address
 
 
-if __name__ == "__main__":
+def cut_on_signal() -> None:
+    """Put every bus of this process behind a relay."""
     BusServer.__init__ = _init_behind_relay  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    cut_on_signal()
     raise SystemExit(main())

@@ -35,11 +35,16 @@ EMPTY_IF_THERE = ("requests", "admission", "handoffs", "reads", "lent_pages", "q
 @contextlib.contextmanager
 def fleet(model: Path, *, console: Console | None = None, **options: Any) -> Iterator[Fleet]:
     """A running fleet that must be idle, everywhere, when the block ends."""
-    values: dict[str, Any] = {"device": "cpu", "lease_s": LEASE_S, "drain_s": 5.0, "served_model_name": ("tiny",)}
-    values |= {"kv_cache_memory_bytes": 16 << 20, "block_size": 4, "port": 0, **options}
-    with Fleet(ServeConfig(model=str(model), **values), console=console) as running:
+    with Fleet(fleet_config(model, **options), console=console) as running:
         yield running
         assert_idle(running)
+
+
+def fleet_config(model: Path, **options: Any) -> ServeConfig:
+    """A fleet as tests want it, unless `options` say otherwise."""
+    values: dict[str, Any] = {"device": "cpu", "lease_s": LEASE_S, "drain_s": 5.0, "served_model_name": ("tiny",)}
+    values |= {"kv_cache_memory_bytes": 16 << 20, "block_size": 4, "port": 0, **options}
+    return ServeConfig(model=str(model), **values)
 
 
 def ledgers(running: Fleet) -> dict[str, dict[str, Any]]:
