@@ -8,6 +8,7 @@ tokens only.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -57,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     bad_words_token_ids: list[list[int]] = []  # set from `bad_words` by whoever has the tokenizer
 
     def __post_init__(self) -> None:
+        self._accept_vllms_ways()
         _check(1 <= self.n <= MAX_N, "n", f"from 1 to {MAX_N}", self.n)
         _check(
             0.0 <= self.temperature <= MAX_TEMPERATURE, "temperature", f"in [0, {MAX_TEMPERATURE:g}]", self.temperature
@@ -87,6 +89,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(all(self.stop), "stop", "without empty strings", self.stop)
         _check(not self.stop or self.detokenize, "stop", "used with detokenize=True only", self.stop)
         self._check_token_rules()
+
+    def _accept_vllms_ways(self) -> None:
+        """One stop string stands for a list of it, None for an absent list, a seed of -1 for none, True for one."""
+        given: Any = self.stop
+        if isinstance(given, str):
+            msgspec.structs.force_setattr(self, "stop", [given])
+        for field in ("stop", "stop_token_ids", "bad_words"):
+            if getattr(self, field) is None:
+                msgspec.structs.force_setattr(self, field, [])
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(self, field) is True:
+                msgspec.structs.force_setattr(self, field, 1)
 
     def _check_token_rules(self) -> None:
         for token, bias in (self.logit_bias or {}).items():

@@ -68,14 +68,15 @@ class Answers:
         output.logprobs = output.logprobs or []
         output.cumulative_logprob = output.cumulative_logprob or 0.0
         for token, at in zip(token_ids, logprobs, strict=False):
-            output.logprobs.append(self._candidates(token, at))
+            output.logprobs.append(self.candidates(token, at))
             output.cumulative_logprob += at.logprob
 
     def _add_prompt_logprobs(self, request: RequestOutput, logprobs: Sequence[TokenLogprobs]) -> None:
         scored = zip(request.prompt_token_ids[1:], logprobs, strict=True)
-        request.prompt_logprobs = [None, *(self._candidates(token, at) for token, at in scored)]
+        request.prompt_logprobs = [None, *(self.candidates(token, at) for token, at in scored)]
 
-    def _candidates(self, token: int, at: TokenLogprobs) -> dict[int, Logprob]:
+    def candidates(self, token: int, at: TokenLogprobs) -> dict[int, Logprob]:
+        """A token and the likeliest others, with their scores."""
         found = {token: Logprob(at.logprob, at.rank, self._name(token))}
         for rank, (top, value) in enumerate(zip(at.top_ids, at.top_logprobs, strict=True), start=1):
             found.setdefault(top, Logprob(value, rank, self._name(top)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -27,7 +27,8 @@ from penstock.engine_args import EngineArgs
 from penstock.engine_thread import EngineThread
 from penstock.fleet_llm import FleetLLM
 from penstock.fleet_thread import FleetThread
-from penstock.llm import LLM, Prompt
+from penstock.llm import LLM
+from penstock.prompts import Prompt, refuse
 from penstock.results import RequestOutput
 
 
@@ -68,6 +69,8 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt; each item has all that there is of its outputs so far, the last one is `finished`.
@@ -79,6 +82,7 @@ class AsyncLLM:
             ValueError: as `LLM.generate`, or a request with this id is running, or `shutdown` was called.
             PenstockError, RuntimeError: what computes it failed.
         """
+        refuse(lora_request=lora_request)
         if not self.is_running:
             raise ValueError("it is shut down")
         name = request_id or f"async-{next(self._numbers)}"
@@ -87,7 +91,9 @@ class AsyncLLM:
         stream = self._streams[name] = _Stream(self, asyncio.get_running_loop())
         try:
             params = sampling_params or self._llm.get_default_sampling_params()
-            stream.begin(await asyncio.to_thread(self._llm.choices, prompt, params, priority, name))
+            stream.begin(
+                await asyncio.to_thread(self._llm.choices, prompt, params, priority, name, tokenization_kwargs)
+            )
             while True:
                 output = await stream.next()
                 yield output

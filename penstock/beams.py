@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from penstock.common.beam_search import BeamSearch
 from penstock.common.messages import GenerateRequest, TokenLogprobs
 from penstock.common.sampling import SamplingParams
 from penstock.engine_run import Run
+from penstock.results import Logprob
 
 
 @dataclass
@@ -20,12 +22,13 @@ class BeamSearchSequence:
     """One result. As in vLLM `tokens` and `text` hold the prompt, too; `score` is what results are ordered by."""
 
     tokens: list[int]
-    logprobs: list[TokenLogprobs]
+    logprobs: list[dict[int, Logprob]]  # of the output's tokens: each with the likeliest others
     cum_logprob: float
     score: float
     text: str | None
     finish_reason: str
     stop_reason: int | None
+    lora_request: None = None
 
 
 @dataclass
@@ -62,8 +65,10 @@ def beam_request(
     )
 
 
-def run_searches(begun: Run, prompts: Sequence[PromptSearch], on_finished: Callable[[], object]) -> None:
-    """Until every search has ended; whatever ends it early, nothing of it is left where it was computed."""
+def run_searches(
+    begun: Run, prompts: Sequence[PromptSearch], on_finished: Callable[[], object], limit: int | None = None
+) -> None:
+    """Until every search has ended, `limit` at a time; whatever ends it early, nothing is left where it ran."""
     waiting: dict[str, tuple[PromptSearch, int]] = {}
     scores: dict[int, list[TokenLogprobs | None]] = {}
 
@@ -78,8 +83,9 @@ def run_searches(begun: Run, prompts: Sequence[PromptSearch], on_finished: Calla
             )
             waiting[run.add(source)] = prompt, choice
 
+    rest = iter(prompts)
     with begun as run:
-        for prompt in prompts:
+        for prompt in islice(rest, limit):
             submit(run, prompt)
         while waiting:
             for key, new in run.outputs():
@@ -93,3 +99,5 @@ def run_searches(begun: Run, prompts: Sequence[PromptSearch], on_finished: Calla
                         submit(run, prompt)
                     else:
                         on_finished()
+                        for following in islice(rest, 1):
+                            submit(run, following)

@@ -12,7 +12,7 @@ from penstock.common.vllm_options import VALUES, foreign_option
 
 FLEET_ONLY = frozenset(f.name for f in fields(ServeConfig)) - {f.name for f in fields(EngineConfig)}
 """Options that say how a fleet is made, not an engine."""
-_OF_LLM = ("tokenizer", "generation_config", "skip_tokenizer_init")
+_OF_LLM = ("tokenizer", "generation_config", "skip_tokenizer_init", "chat_template")
 
 
 class EngineArgs:

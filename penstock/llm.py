@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 from tqdm import tqdm
@@ -18,9 +19,7 @@ from penstock.answers import Answers, Choice
 from penstock.beams import BeamSearchOutput, BeamSearchSequence, PromptSearch, run_searches
 from penstock.common.bad_words import bad_word_ids
 from penstock.common.beam_search import BeamSearch, BeamSearchParams
-from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import EngineConfig
-from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.grammar import Grammars
 from penstock.common.messages import GenerateRequest
@@ -33,9 +32,18 @@ from penstock.engine.policy import THROUGHPUT
 from penstock.engine_args import FLEET_ONLY, EngineArgs, supported
 from penstock.engine_run import EngineRun, Run
 from penstock.frozen_heap import FrozenHeap
+from penstock.prompts import Messages, Prompt, Prompts, prompt_list, refuse
 from penstock.results import CompletionOutput, RequestOutput
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+Tqdm = bool | Callable[..., Any]  # whether to show progress, or what shows it instead of tqdm's own bar
+_NOT_THERE = {  # methods of vLLM's
+    **dict.fromkeys(("embed", "encode", "classify", "reward", "score"), "models here generate text"),
+    **dict.fromkeys(("sleep", "wake_up"), "close the object, and make another"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "see `penstock bench decode-step --profile`"),
+    **dict.fromkeys(("collective_rpc", "apply_model"), "use `engine`"),
+    "reset_prefix_cache": "give a cache_salt",
+    "get_metrics": "see /metrics of `penstock serve`",
+}
 
 
 class LLM:
@@ -45,6 +53,7 @@ class LLM:
         model: Hugging Face directory or hub id.
         tokenizer: where the tokenizer is, if not with the model.
         generation_config: default sampling: "auto" (the model's), "vllm" (neutral), or a directory.
+        chat_template: a file, or the template itself; default: the tokenizer's.
         skip_tokenizer_init: no tokenizer is read; prompts must be token ids, and answers hold no text.
         options: those of `penstock serve`, by vLLM's names (dtype, max_model_len, max_num_seqs, block_size, seed, ...).
 
@@ -68,13 +77,14 @@ class LLM:
         tokenizer: str | None = None,
         generation_config: str = "auto",
         skip_tokenizer_init: bool = False,
+        chat_template: str | Path | None = None,
         **options: Any,
     ) -> None:
         given = supported(options)
         self.config = EngineConfig(model=model, **{name: v for name, v in given.items() if name not in FLEET_ONLY})
         self._tokenizer_path = tokenizer or ""
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
-        self._template = None if self._tokenizer is None else ChatTemplate.load(self._tokenizer)
+        self._prompts = Prompts(self._tokenizer, chat_template)
         self._defaults = GenerationDefaults.load(model, generation_config)
         self._ids = itertools.count()
         self.answers = Answers(self._tokenizer)
@@ -145,9 +155,13 @@ class LLM:
         Raises:
             ValueError: there is none, with `skip_tokenizer_init`.
         """
-        if self._tokenizer is None:
-            raise ValueError("skip_tokenizer_init=True: there is no tokenizer; give token ids, and no stop strings")
-        return self._tokenizer
+        return self._prompts.tokenizer
+
+    if not TYPE_CHECKING:  # for type checkers there is nothing
+
+        def __getattr__(self, name: str) -> NoReturn:
+            why = f": {_NOT_THERE[name]}" if name in _NOT_THERE else ""
+            raise AttributeError(f"LLM has no {name}{why}")
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when no sampling parameters are given."""
@@ -158,18 +172,119 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Tqdm = True,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt: text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...} (with "cache_salt").
 
-        Of the prompts, those with the lowest `priority` come first.
+        Of the prompts, those with the lowest `priority` come first. `tokenization_kwargs` may hold
+        `add_special_tokens`.
 
         Raises:
-            ValueError: a prompt is empty or too long, a token id is not the model's, or the numbers of prompts,
-                parameters and priorities differ. Nothing has been computed then.
+            ValueError: a prompt is empty or too long, a token id is not the model's, the numbers of prompts,
+                parameters and priorities differ, or an argument asks for what is not here. Nothing has been computed.
         """
-        several = _prompt_list(prompts)
+        refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        with FrozenHeap():
+            choices = self._all_choices(prompts, sampling_params, priority, tokenization_kwargs)
+            return self._run_requests(choices, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Tqdm = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one conversation, or several, through a chat template: `chat_template` (a file, or its text), else
+        the model's. It is shown `tools`, and `chat_template_kwargs`. What the model says is not parsed.
+
+        Raises:
+            ValueError: there is no template, it refuses the messages, or as `generate`.
+        """
+        refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt cannot both be true")
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [
+            self._prompts.chat(
+                conversation,
+                chat_template,
+                chat_template_content_format,
+                tokenization_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools or None,
+                variables=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: Tqdm = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, as Hugging Face's `generate(num_beams=...)` finds them.
+        `concurrency_limit`: of how many prompts at a time.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        refuse(lora_request=lora_request)
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise ValueError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
+        searches = [self._search(prompt, params) for prompt in prompt_list(prompts)]
+        with _bar(use_tqdm, len(searches), "Searching") as bar, FrozenHeap():
+            run_searches(self._begin(), searches, bar.update, concurrency_limit)
+        return [self._best(search, params) for search in searches]
+
+    def _search(self, prompt: Prompt, params: BeamSearchParams) -> PromptSearch:
+        _, ids, salt = self._prompts.tokens(prompt)
+        self._check_prompt(ids)
+        max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
+        search = BeamSearch(params, self.eos_token_ids, max_tokens)
+        return PromptSearch(next(self._ids), ids, salt, search)
+
+    def _best(self, prompt: PromptSearch, params: BeamSearchParams) -> BeamSearchOutput:
+        output, tokenizer = BeamSearchOutput(), self._tokenizer
+        for found in prompt.search.finished:
+            ids = [*prompt.prompt_token_ids, *found.beam.token_ids]
+            text = None if tokenizer is None else tokenizer.decode(ids)
+            if text is not None and tokenizer is not None and found.ended and params.include_stop_str_in_output:
+                text = tokenizer.decode(ids[:-1]) + tokenizer.token_text(ids[-1])
+            scores = [self.answers.candidates(*at) for at in zip(found.beam.token_ids, found.beam.scores, strict=True)]
+            reason, total = "stop" if found.ended else "length", found.beam.cum_logprob
+            output.sequences.append(BeamSearchSequence(ids, scores, total, found.score, text, reason, None))
+        return output
+
+    def close(self) -> None:
+        """Free the KV pool; the object cannot be used afterwards."""
+        self._built.engine.close()
+
+    def _all_choices(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        tokenization: Mapping[str, Any] | None,
+    ) -> list[Choice]:
+        several = prompt_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or self.get_default_sampling_params()] * len(several)
         else:
@@ -179,91 +294,25 @@ class LLM:
         priorities = [0] * len(several) if priority is None else list(priority)
         if len(priorities) != len(several):
             raise ValueError(f"{len(several)} prompts, but {len(priorities)} priorities")
-        with FrozenHeap():
-            each = zip(several, params, priorities, strict=True)
-            choices = [choice for prompt, p, first in each for choice in self.choices(prompt, p, first)]
-            requests = list({choice.source.request_id: choice.request for choice in choices}.values())
-            self._run(choices, len(requests), use_tqdm)
-        return requests
-
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """Continue one conversation, or several, through the model's chat template.
-
-        Raises:
-            ValueError: there is no template, it refuses the messages, or as `generate`.
-        """
-        if self._template is None:
-            self.get_tokenizer()
-            raise ValueError("the tokenizer has no chat template")
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        try:
-            texts = [
-                self._template.render(
-                    conversation,
-                    add_generation_prompt=add_generation_prompt,
-                    variables=chat_template_kwargs,
-                )
-                for conversation in conversations
-            ]
-        except BadRequest as error:
-            raise ValueError(error.message) from error
-        prompts = [
-            {"prompt": t, "prompt_token_ids": self.get_tokenizer().encode(t, add_special_tokens=False)} for t in texts
+        each = zip(several, params, priorities, strict=True)
+        return [
+            choice for prompt, p, first in each for choice in self.choices(prompt, p, first, tokenization=tokenization)
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
-    ) -> list[BeamSearchOutput]:
-        """The `beam_width` best continuations of each prompt, as Hugging Face's `generate(num_beams=...)` finds them.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        searches = [self._search(prompt, params) for prompt in _prompt_list(prompts)]
-        with tqdm(total=len(searches), desc="Searching", disable=not use_tqdm, unit="prompt") as bar, FrozenHeap():
-            run_searches(self._begin(), searches, bar.update)
-        return [self._best(search) for search in searches]
-
-    def _search(self, prompt: Prompt, params: BeamSearchParams) -> PromptSearch:
-        _, ids, salt = self._tokens_of(prompt)
-        self._check_prompt(ids)
-        max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        search = BeamSearch(params, self.eos_token_ids, max_tokens)
-        return PromptSearch(next(self._ids), ids, salt, search)
-
-    def _best(self, prompt: PromptSearch) -> BeamSearchOutput:
-        output = BeamSearchOutput()
-        for found in prompt.search.finished:
-            ids = [*prompt.prompt_token_ids, *found.beam.token_ids]
-            text = None if self._tokenizer is None else self._tokenizer.decode(ids)
-            reason, scores = "stop" if found.ended else "length", list(found.beam.scores)
-            output.sequences.append(
-                BeamSearchSequence(ids, scores, found.beam.cum_logprob, found.score, text, reason, None)
-            )
-        return output
-
-    def close(self) -> None:
-        """Free the KV pool; the object cannot be used afterwards."""
-        self._built.engine.close()
 
     def choices(
-        self, prompt: Prompt, params: SamplingParams, priority: int = 0, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        request_id: str | None = None,
+        tokenization: Mapping[str, Any] | None = None,
     ) -> list[Choice]:
         """The choices of a prompt, checked; they share one `RequestOutput`.
 
         Raises:
             ValueError: as `generate`.
         """
-        text, ids, salt = self._tokens_of(prompt)
+        text, ids, salt = self._prompts.tokens(prompt, tokenization)
         ids = self._truncated(ids, params)
         self._check_prompt(ids)
         room = self.max_model_len - len(ids)
@@ -347,25 +396,19 @@ class LLM:
             return (self.config.seed * 0x9E3779B97F4A7C15 + number) % 2**63
         return int.from_bytes(os.urandom(8), "little") >> 1
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt), ""
-        if isinstance(prompt, Mapping):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if ids is None and text is None:
-                raise ValueError("a prompt needs prompt or prompt_token_ids")
-            ids = self.get_tokenizer().encode(str(text)) if ids is None else list(ids)
-            return text, ids, prompt.get("cache_salt", "")
-        return None, list(prompt), ""
-
     def _begin(self) -> Run:
         return EngineRun(self._built.engine)
 
-    def _run(self, choices: Sequence[Choice], num_requests: int, use_tqdm: bool) -> None:
+    def _run_requests(self, choices: Sequence[Choice], use_tqdm: Tqdm) -> list[RequestOutput]:
+        requests = list({choice.source.request_id: choice.request for choice in choices}.values())
+        self._run(choices, len(requests), use_tqdm)
+        return requests
+
+    def _run(self, choices: Sequence[Choice], num_requests: int, use_tqdm: Tqdm) -> None:
         """Until all choices have ended; whatever ends it early, nothing of them is left where they were computed."""
         running = {choice.key: choice for choice in choices}
         with (
-            tqdm(total=num_requests, desc="Generating", disable=not use_tqdm, unit="prompt") as bar,
+            _bar(use_tqdm, num_requests, "Generating") as bar,
             self._begin() as run,
         ):
             for choice in sorted(choices, key=start_order):
@@ -399,9 +442,6 @@ def _one_choice(params: SamplingParams, seed: int, max_tokens: int, bad_words: l
     return sampling
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    several: Iterable[Any] = prompts
-    items = list(several)
-    return [items] if items and isinstance(items[0], int) else items
+def _bar(use_tqdm: Tqdm, total: int, desc: str) -> Any:
+    bar = use_tqdm if callable(use_tqdm) else tqdm
+    return bar(total=total, desc=desc, disable=not use_tqdm, unit="prompt")

@@ -1,4 +1,4 @@
-"""What `LLM.generate` and `LLM.chat` return: vLLM's names and fields."""
+"""What `LLM.generate` and `LLM.chat` return: vLLM's names and fields, those that nothing here fills included."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    routed_experts: None = None
+    lora_request: None = None
+
+    def finished(self) -> bool:
+        """Nothing more comes of it."""
+        return self.finish_reason is not None
 
 
 @dataclass
@@ -38,3 +44,8 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: None = None  # vLLM's other fields, as it has them for a plain prompt
+    lora_request: None = None
+    encoder_prompt: None = None
+    encoder_prompt_token_ids: None = None
+    kv_transfer_params: None = None

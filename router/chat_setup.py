@@ -42,7 +42,7 @@ class ChatSetup:
         """
         parsers = Parsers.load(config)
         used = [parser for parser in (parsers.tool, parsers.reasoning) if parser is not None]
-        forms = _forms(config.chat_template_content_format, template)
+        forms = content_forms(config.chat_template_content_format, template)
         return cls(forms, _variables(config.default_chat_template_kwargs), parsers, marker_ids(tokenizer, used))
 
     def check_tools(self, use: ToolUse) -> None:
@@ -85,8 +85,8 @@ class ChatSetup:
         return None if chosen is None else partial(chosen, schemas)
 
 
-def _forms(option: str, template: ChatTemplate | None) -> ContentForms:
-    """The forms of a message's content that the template takes: tried out, unless told."""
+def content_forms(option: str, template: ChatTemplate | None) -> ContentForms:
+    """The forms of a message's content that the template takes: tried out, unless `option` is no "auto"."""
     if option != "auto" or template is None:
         return ContentForms(text=option != "openai", parts=option == "openai")
     parts = template.shows([{"type": "text", "text": PROBE}])

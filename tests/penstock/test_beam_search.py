@@ -68,7 +68,9 @@ def test_equals_hugging_face(
     assert [found.tokens[len(prompt) :] for found in output.sequences] == [tokens for tokens, _ in theirs]
     assert [found.score for found in output.sequences] == pytest.approx([s for _, s in theirs], abs=1e-3, rel=1e-4)
     for found in output.sequences:
-        assert found.cum_logprob == pytest.approx(sum(at.logprob for at in found.logprobs))
+        chosen = zip(found.tokens[len(prompt) :], found.logprobs, strict=True)
+        assert found.cum_logprob == pytest.approx(sum(at[token].logprob for token, at in chosen))
+        assert all(len(at) == max(2, 1 + ends) * width for at in found.logprobs)
         assert found.finish_reason == ("stop" if ends and found.tokens[-1] == end else "length")
     assert (llm.engine.pages.num_held, llm.engine.has_work()) == (0, False)
     llm.engine.pages.check()
@@ -93,6 +95,38 @@ def test_beams_share_the_pages_of_the_prompt(llm: LLM) -> None:
         llm.engine.step = step  # type: ignore[method-assign]
     assert most <= 20 + 4 * 3  # 20 pages of the prompt, and each beam's own
     assert llm.engine.scheduler.counters.prompt_tokens - computed < 80 + 8 * 4 * 8
+
+
+def test_a_limit_changes_nothing_but_the_order_of_work(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True)
+    free = llm.beam_search(PROMPTS, params)
+    at_once = 0
+    step = llm.engine.step
+
+    def watching() -> Any:
+        nonlocal at_once
+        output = step()
+        at_once = max(at_once, len(llm.engine.scheduler.running))
+        return output
+
+    monkeypatch.setattr(llm.engine, "step", watching)
+    assert llm.beam_search(PROMPTS, params, concurrency_limit=1) == free
+    assert at_once <= 2, "the beams of one prompt"
+    with pytest.raises(ValueError, match="concurrency_limit"):
+        llm.beam_search(PROMPTS, params, concurrency_limit=0)
+
+
+def test_the_text_of_an_end(llm: LLM, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    likely = int(reference(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())
+    monkeypatch.setitem(vars(llm._built.spec), "eos_token_ids", (likely,))
+    for include in (False, True):
+        params = BeamSearchParams(beam_width=2, max_tokens=3, length_penalty=0.0, include_stop_str_in_output=include)
+        [output] = llm.beam_search(PROMPTS[0], params)
+        [ended] = [found for found in output.sequences if found.tokens[len(PROMPTS[0]) :] == [likely]]
+        tokenizer = llm.get_tokenizer()
+        text = tokenizer.decode(PROMPTS[0])
+        assert (ended.text == text + tokenizer.token_text(likely)) or not include
+        assert ended.finish_reason == "stop"
 
 
 def test_wrong_values(llm: LLM) -> None:
