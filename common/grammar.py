@@ -54,7 +54,7 @@ class Grammars:
     def __init__(
         self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: Sequence[int], *, masks: bool = True
     ) -> None:
-        """`load` gives the tokenizer when the first form comes; vocabulary and ends are the model's.
+        """`load` gives the tokenizer, for `prepare` or the first form; vocabulary and ends are the model's.
 
         Without `masks` the vocabulary is prepared in half the time: to check forms only.
         """
@@ -64,6 +64,14 @@ class Grammars:
         self._thread: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._compiled: OrderedDict[bytes, Future[LLMatcher]] = OrderedDict()
+
+    def prepare(self) -> Future[LLTokenizer]:
+        """Begin with the vocabulary: whoever calls this early spares the first form the wait, and everybody the pause.
+
+        llguidance holds the interpreter's lock all the while. The future raises what the first form would.
+        """
+        with self._lock:
+            return self._started().submit(self._prepared_vocabulary)
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -79,9 +87,7 @@ class Grammars:
         with self._lock:
             found = self._compiled.get(key)
             if found is None:
-                if self._thread is None:
-                    self._thread = _deep_thread()
-                found = self._compiled[key] = self._thread.submit(self._compile, params)
+                found = self._compiled[key] = self._started().submit(self._compile, params)
                 while len(self._compiled) > CACHED_GRAMMARS:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(key)
@@ -93,12 +99,22 @@ class Grammars:
             if self._thread is not None:
                 self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
+    def _started(self) -> ThreadPoolExecutor:
+        if self._thread is None:
+            self._thread = _deep_thread()
+        return self._thread
+
+    def _prepared_vocabulary(self) -> LLTokenizer:
         if self._vocabulary is None:
             tokenizer = self._tokenizer()
             self._special = {tokenizer.vocabulary_entry(i): i for i in tokenizer.special_ids}
             self._vocabulary = make_vocabulary(tokenizer, self._vocab_size, self._eos, slices=self._masks)
-        matcher = LLMatcher(self._vocabulary, grammar_text(params, self._special), log_level=0, limits=_LIMITS)
+        return self._vocabulary
+
+    def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
+        matcher = LLMatcher(
+            self._prepared_vocabulary(), grammar_text(params, self._special), log_level=0, limits=_LIMITS
+        )
         tried = matcher.deep_copy()  # what masks add to a matcher is not kept
         if not matcher.is_error():
             began = time.thread_time()

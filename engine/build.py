@@ -79,6 +79,9 @@ def build_engine(
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     if device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+    load_tokenizer = tokenizer or partial(Tokenizer.load, config.model)
+    grammars = Grammars(load_tokenizer, spec.vocab_size, spec.eos_token_ids)
+    grammars.prepare()  # beside the weights
     model = load_model(
         path,
         spec,
@@ -113,9 +116,7 @@ def build_engine(
     size_gib = num_pages * layout.page_bytes / 2**30
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, page_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
-    load_tokenizer = tokenizer or partial(Tokenizer.load, config.model)
-    constraints = Constraints(Grammars(load_tokenizer, spec.vocab_size, spec.eos_token_ids))
-    engine = Engine(scheduler, executor, constraints=constraints)
+    engine = Engine(scheduler, executor, constraints=Constraints(grammars))
     return BuiltEngine(engine, spec, pool, max_model_len, hash_scope, fingerprint)
 
 

@@ -27,6 +27,7 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig, tenant_of
 from penstock.common.errors import BadRequest, ConfigError, NotFound, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.tasks import end_tasks
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
 from penstock.router.anthropic.answer import anthropic_error
@@ -42,7 +43,7 @@ from penstock.router.front import Front, RequestHead
 from penstock.router.group import Group
 from penstock.router.http_metrics import HttpMeter
 from penstock.router.metrics import RouterMetrics
-from penstock.router.openapi import openapi_document
+from penstock.router.openapi import GUARDED, openapi_document
 from penstock.router.protocol import fields_of
 from penstock.router.reply import Plan, Receive
 from penstock.router.responses.routes import Responses
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MODEL_POLL_S = 0.05
 # The page brings all it needs: nothing is loaded from elsewhere, and nobody may frame it.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -62,11 +64,8 @@ _PAGE_HEADERS = {
 }
 
 
-GUARDED = ("/v1/", "/invocations/", "/fleet/")
-
-
 class KeyGate:
-    """ASGI middleware: paths that generate, and what tells where the workers are, need one of the keys.
+    """ASGI middleware: paths whose bodies cost work, and what tells where the workers are, need one of the keys.
 
     It comes as `Authorization: Bearer KEY`, or as Anthropic's clients send it: `x-api-key: KEY`.
     """
@@ -128,9 +127,12 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        preparing = asyncio.get_running_loop().create_task(_prepare_forms(front), name="prepare forms")
         try:
             yield
         finally:
+            await end_tasks({preparing})
+            front.forms.close()
             await responses.close()
             if not getattr(app.state, "service_stopped", False):  # under a server other than ours
                 await service.stop(0.0)
@@ -168,6 +170,13 @@ def _tracing(endpoint: str) -> Tracing | None:
     except ImportError as error:
         raise ConfigError(f"--otlp-traces-endpoint needs penstock[otel]: {error}") from error
     return Tracing(endpoint)
+
+
+async def _prepare_forms(front: Front) -> None:
+    """Before the first request that demands a form, as soon as it is known what the workers serve."""
+    while (model := front.service.model_info()) is None:
+        await asyncio.sleep(MODEL_POLL_S)
+    front.forms.prepare(front.tokenizer, model)
 
 
 def _add_information(app: FastAPI, front: Front, group: Group) -> None:

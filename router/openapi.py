@@ -18,6 +18,8 @@ from penstock.router.protocol import ChatRequest, CompletionRequest
 from penstock.router.responses.request import ResponsesRequest
 from penstock.router.token_routes import DetokenizeRequest, TokenizeRequest
 
+GUARDED = ("/v1/", "/invocations/", "/tokenize/", "/detokenize/", "/fleet/")  # need a key, where there are keys
+
 _REF = "#/components/schemas/{name}"
 _RETRIED = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 _ERRORS = {
@@ -25,7 +27,7 @@ _ERRORS = {
     404: "no such model, response or route",
     429: "refused before any work, because a limit is reached",
     500: "a fault of the server's",
-    503: "no worker can take it now, or it waited too long",
+    503: "no worker can take it now, it waited too long, or Redis is away where responses are looked up",
     504: "no progress in time",
 }
 
@@ -44,7 +46,7 @@ class Operation(NamedTuple):
     errors: tuple[int, ...] = (400, 429, 500, 503, 504)
 
 
-_LOOK_UP = (400, 404, 500)
+_LOOK_UP = (400, 404, 500, 503)
 _RESPONSE = "/v1/responses/{response_id}"
 OPERATIONS = (
     Operation(
@@ -64,7 +66,7 @@ OPERATIONS = (
         "response.created … response.completed", (("stream", "boolean"), ("starting_after", "integer")),
         errors=_LOOK_UP,
     ),
-    Operation("delete", _RESPONSE, "Delete a response", answers.DeletedResponse, errors=(404, 500)),
+    Operation("delete", _RESPONSE, "Delete a response", answers.DeletedResponse, errors=(404, 500, 503)),
     Operation("post", f"{_RESPONSE}/cancel", "Cancel a response", answers.ResponseObject, errors=_LOOK_UP),
     Operation(
         "post", "/v1/messages", "Make a message", answers.MessageObject, MessagesRequest,
@@ -147,7 +149,7 @@ def _operation(operation: Operation, schemas: dict[Any, Any], keys: bool) -> dic
         events = {"type": "string", "description": f"server-sent events: {operation.events}"}
         content["text/event-stream"] = {"schema": events}
     told: dict[str, Any] = {"200": {"description": "the answer", "content": content}}
-    guarded = keys and operation.path.startswith(("/v1/", "/invocations", "/fleet"))
+    guarded = keys and (operation.path + "/").startswith(GUARDED)
     wrong = {code: _ERRORS[code] for code in operation.errors} | ({401: "no key, or a wrong one"} if guarded else {})
     for code, description in sorted(wrong.items()):
         told[str(code)] = {"description": description, "content": {"application/json": {"schema": error}}}

@@ -125,17 +125,29 @@ class Forms:
     def __init__(self) -> None:
         self._grammars: Grammars | None = None
 
+    def prepare(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
+        """Prepare for a model's vocabulary, in the thread: before there are requests that it would hold up."""
+        self._for(tokenizer, model).prepare()
+
     async def check(self, form: StructuredOutputsParams, field: str, tokenizer: Tokenizer, model: ModelInfo) -> None:
         """Return if the workers can follow the form.
 
         Raises:
             BadRequest: they cannot; the message names the field, and the keyword of a schema.
         """
-        if self._grammars is None:
-            eos = list(model.eos_token_ids)
-            self._grammars = Grammars(lambda: tokenizer, model.vocab_size, eos, masks=False)
-        compiled = asyncio.wrap_future(self._grammars.compile(form))
+        compiled = asyncio.wrap_future(self._for(tokenizer, model).compile(form))
         try:
             await asyncio.shield(compiled)  # others may wait for the same form
         except GrammarError as error:
             raise BadRequest(f"{field}: {error}", param=field) from error
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._grammars is not None:
+            self._grammars.close()
+
+    def _for(self, tokenizer: Tokenizer, model: ModelInfo) -> Grammars:
+        if self._grammars is None:
+            eos = list(model.eos_token_ids)
+            self._grammars = Grammars(lambda: tokenizer, model.vocab_size, eos, masks=False)
+        return self._grammars

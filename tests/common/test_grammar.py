@@ -48,6 +48,30 @@ def refusal(grammars: Grammars, **form: Any) -> str:
     return str(error.value)
 
 
+def test_the_vocabulary_is_prepared_once() -> None:
+    loads: list[Tokenizer] = []
+
+    def load() -> Tokenizer:
+        loads.append(byte_level())
+        return loads[-1]
+
+    early = Grammars(load, byte_level().vocab_size, [END])
+    early.prepare().result()
+    assert len(loads) == 1 and early.end_token_ids == [END]
+    early.compile(Form(regex="a")).result()
+    early.prepare().result()
+    assert len(loads) == 1
+    early.close()
+
+
+def test_what_cannot_be_prepared_is_told_by_the_first_form() -> None:
+    unable = Grammars(wordpiece, wordpiece().vocab_size, [END])
+    with pytest.raises(GrammarError, match="whose tokens are bytes"):
+        unable.prepare().result()
+    assert "whose tokens are bytes" in refusal(unable, regex="a")
+    unable.close()
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_outputs_follow_their_schema(grammars: Grammars, seed: int) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 
+from penstock.common.config import EngineConfig
 from penstock.common.messages import GenerateRequest
 from penstock.common.sampling import SamplingParams
 from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine import constraints
-from penstock.engine.build import BuiltEngine
+from penstock.engine.build import BuiltEngine, build_engine
 from penstock.engine.constraints import Constraint
+from penstock.engine.policy import THROUGHPUT
 from tests.engine.engines import make_engine, request, run
 from tests.schemas import random_schema, validate
 
@@ -95,6 +97,19 @@ def expected(path: Path, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]
         yield tokens
     finally:
         built.engine.close()
+
+
+def test_the_vocabulary_does_not_wait_for_the_first_form(path: Path) -> None:
+    loaded = threading.Event()
+
+    def load() -> Tokenizer:
+        loaded.set()
+        return Tokenizer.load(str(path))
+
+    config = EngineConfig(model=str(path), device="cpu", max_model_len=64, kv_cache_memory_bytes=1 << 20)
+    built = build_engine(config, THROUGHPUT, tokenizer=load)
+    assert loaded.wait(30)
+    built.engine.close()
 
 
 @pytest.mark.parametrize("kind", ["a step behind", "preempted"])

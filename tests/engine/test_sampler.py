@@ -63,7 +63,13 @@ def test_penalties() -> None:
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"temperature": 0.5}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"temperature": 0.5},
+        {"top_k": 7, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5},
+    ],
+)  # fmt: skip
 def test_draws_follow_the_distribution(params: dict[str, float]) -> None:
     """Chi-squared over many positions of one seed: the very stream that a long request uses."""
     sampling = SamplingParams(seed=11, **params)  # type: ignore[arg-type]

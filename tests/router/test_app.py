@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from penstock.common.errors import Overloaded, PenstockError, QueueTimeout, Unavailable, WorkerLost
+from penstock.common.grammar import Grammars
 from penstock.common.messages import Finish, GenerateRequest, TokenDelta
 from tests.router.fake_router import ANSWER, SPANS, Router, delta, ids_of, running, say
 
@@ -67,13 +68,28 @@ def test_keys() -> None:
                 response = router.http.get(path, headers=header)
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
             assert router.post("/v1/completions", BODY, **header).status_code == 401
-            assert router.post("/invocations", BODY, **header).status_code == 401
+            for path in ("/invocations", "/tokenize", "/detokenize"):
+                assert router.post(path, BODY, **header).status_code == 401
         assert router.service.requests == []
         assert router.openai.completions.create(model="tiny", prompt="a").choices  # "secret"
         assert router.http.get("/v1/models", headers={"authorization": "bearer first"}).status_code == 200
         assert router.http.get("/health").status_code == 200 and router.http.get("/metrics").status_code == 200
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{router.url}/v1", api_key="x", max_retries=0).models.list()
+
+
+def test_forms_are_prepared_for_before_anybody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = threading.Event()
+    begin = Grammars.prepare
+
+    def prepare(grammars: Grammars) -> Any:
+        future = begin(grammars)
+        future.add_done_callback(lambda _: prepared.set())
+        return future
+
+    monkeypatch.setattr(Grammars, "prepare", prepare)
+    with running() as router:
+        assert prepared.wait(30) and router.service.requests == []
 
 
 def test_request_ids(router: Router) -> None:
