@@ -163,7 +163,7 @@ class RouterConfig(FleetConfig):
     )
     slow_start_s: float = option(10.0, "how long the share of a worker that has just joined others grows")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
-    response_store_mib: int = option(64, "memory for stored answers of /v1/responses; 0: none is stored")
+    response_store_mib: int = option(64, "memory in Redis for stored answers of /v1/responses, of all routers; 0: none")
     response_ttl_s: float = option(3600.0, "how long a stored answer of /v1/responses is kept")
     routing_policy: str = option("cost", "how workers are chosen (docs/routing.md)", choices=ROUTING_POLICIES)
     fetch_prefixes: bool = option(

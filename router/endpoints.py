@@ -15,18 +15,25 @@ from typing import Any
 
 from penstock.common.errors import BadRequest, InternalError, PenstockError
 from penstock.common.timeline import Timeline
-from penstock.router.beams import BeamReply
+from penstock.router.beams import BeamReply, BeamStreamReply
 from penstock.router.ended import Ended
 from penstock.router.error_bodies import Send, error_body, send_error, send_json
 from penstock.router.front import Front, RequestHead
+from penstock.router.protocol import REQUEST_ID
 from penstock.router.reply import Plan, Receive, Reply, StreamReply, WholeReply
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20  # below what the bus carries: what is taken can be sent on
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(REQUEST_ID.pattern.encode())
 Scope = MutableMapping[str, Any]
 Planner = Callable[[bytes, RequestHead, Front], Awaitable[Plan]]
+_KINDS: dict[tuple[bool, bool], type[Reply]] = {  # by (beams, stream)
+    (False, False): WholeReply,
+    (False, True): StreamReply,
+    (True, False): BeamReply,
+    (True, True): BeamStreamReply,
+}
 ErrorBody = Callable[[PenstockError], bytes]
 
 
@@ -49,13 +56,14 @@ class Generation:
                 return
             plan = await self._plan(body, head, front)
             timeline.mark("tokenised", time.monotonic())
-            kind = BeamReply if plan.beams else StreamReply if plan.stream else WholeReply
-            reply = kind(plan, front.service, front.tokenizer, front.metrics, timeline, headers)
-            if plan.background is None:
+            reply = _KINDS[plan.beams, plan.stream](
+                plan, front.service, front.tokenizer, front.metrics, timeline, headers
+            )
+            if plan.conduct is None:
                 await reply.run(receive, send)
             else:
                 reply.over = functools.partial(self._tell, head, scope["path"], timeline, reply)
-                await plan.background(reply, receive, send, headers)
+                await plan.conduct(reply, receive, send, headers)
         except PenstockError as error:
             failure = error
             if reply is None or not reply.failed:

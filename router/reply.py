@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
-Background = Callable[["Reply", Receive, Send, list[tuple[bytes, bytes]]], Awaitable[None]]
+Conduct = Callable[["Reply", Receive, Send, list[tuple[bytes, bytes]]], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Plan:
     tenant: str = ""  # whose share of the fleet it uses
     beams: bool = False  # the choices of a prompt are the results of a beam search
     length_penalty: float = 1.0
-    background: Background | None = None  # runs the reply apart from the client, and answers that one itself
+    conduct: Conduct | None = None  # runs the reply, and answers the client in its own way
 
 
 class Reply(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from penstock.common.errors import PenstockError
@@ -29,10 +29,14 @@ class BackgroundResponse:
         self._hang_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, reply: Reply, done: Callable[[], None]) -> None:
-        """Begin; `done` is called when the last event is there."""
+    def start(self, reply: Reply, done: Callable[[], Awaitable[None]]) -> None:
+        """Begin; `done` is called when the last event is there, and then nothing of it runs any more."""
         self._take(self.format.queued())
         self._task = asyncio.get_running_loop().create_task(self._run(reply, done), name="background response")
+
+    def hang_up(self) -> None:
+        """As `cancel`, and not waited for."""
+        self._hang_up.set()
 
     async def cancel(self) -> None:
         """End it, wherever it runs; returns when nothing of it runs any more."""
@@ -43,7 +47,7 @@ class BackgroundResponse:
     async def follow(self, after: int, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the events behind number `after`, those to come included, until the last, or until the client leaves."""
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM + headers})
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         try:
             while not gone.done():
                 news, complete = self._news, self._complete
@@ -59,7 +63,7 @@ class BackgroundResponse:
         finally:
             gone.cancel()
 
-    async def _run(self, reply: Reply, done: Callable[[], None]) -> None:
+    async def _run(self, reply: Reply, done: Callable[[], Awaitable[None]]) -> None:
         try:
             await reply.run(self._receive, self._send)
             if self._hang_up.is_set() and not self.format.is_final:
@@ -72,7 +76,7 @@ class BackgroundResponse:
         finally:
             self._complete = True
             self._wake()
-            done()
+            await done()
 
     def _take(self, events: bytes) -> None:
         self.events += [event + b"\n\n" for event in events.split(b"\n\n") if event]
@@ -90,6 +94,7 @@ class BackgroundResponse:
         self._take(message.get("body", b""))
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass

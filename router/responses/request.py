@@ -11,7 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.common.errors import BadRequest
-from penstock.router.protocol import ChatRequest, StreamOptions, not_supported
+from penstock.router.known_fields import not_supported
+from penstock.router.protocol import ChatRequest, StreamOptions
 from penstock.router.translate import chat_request
 
 MAX_METADATA = 16  # pairs, with keys and values of at most:
@@ -29,7 +30,7 @@ _AS_GIVEN = (
     "model", "stream", "temperature", "top_p", "parallel_tool_calls", "user", "top_k", "min_p", "seed", "stop",
     "stop_token_ids", "min_tokens", "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "include_stop_str_in_output", "skip_special_tokens", "logit_bias", "allowed_token_ids", "bad_words", "priority",
-    "cache_salt", "chat_template_kwargs",
+    "cache_salt", "chat_template_kwargs", "structured_outputs", "truncate_prompt_tokens", "truncation_side", "timeline",
 )  # fmt: skip
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -83,17 +84,21 @@ class TextFormat(msgspec.Struct):
 
 
 class TextConfig(msgspec.Struct):
-    """How the answer's text is to be."""
+    """How the answer's text is to be. Models here know nothing of how wordy to be: "medium" is as they are."""
 
     format: TextFormat | None = None
-    verbosity: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class Reasoning(msgspec.Struct):
-    """How much the model reasons, where its template can tell it."""
+    """How much the model reasons, where its template can tell it.
+
+    Nothing here sums reasoning up: "auto" is the reasoning itself, in the item's content.
+    """
 
     effort: str | None = None
-    summary: str | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None  # the older name
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
@@ -140,6 +145,10 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    timeline: bool | None = None
 
     def check(self) -> None:
         """Raise BadRequest for what the types alone cannot tell."""
@@ -170,6 +179,11 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         choice = self.tool_choice
         if isinstance(choice, ToolChoice) and choice.type != "function":
             raise not_supported("tool_choice.type", f"tool_choice of type {choice.type!r}")
+        if self.text is not None and self.text.verbosity in ("low", "high"):
+            raise not_supported("text.verbosity", f"text.verbosity {self.text.verbosity!r}")
+        for field in ("summary", "generate_summary"):
+            if getattr(self.reasoning, field, None) in ("concise", "detailed"):
+                raise not_supported(f"reasoning.{field}", f"reasoning.{field} other than 'auto'")
         wanted = None if self.text is None else self.text.format
         if wanted is not None and wanted.type == "json_schema" and wanted.schema is None:
             raise BadRequest("text.format.schema is required", param="text.format.schema")

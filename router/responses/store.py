@@ -1,70 +1,139 @@
-"""Responses that were asked to be kept, in this router's memory: bounded in bytes and in time. Pure."""
+"""The responses that were asked to be kept, in Redis: any router of the fleet can read them, go on from them, end them.
+
+key                       type    holds                                                       lives
+NS:response:ID            hash    tenant, body (JSON), turns (MessagePack), streamed, wish    --response-ttl-s
+NS:response:ID:events     list    the events of one that can be read as a stream              the same
+NS:response:ID:runner     string  there while a router makes it in the background             1 lease
+NS:responses              zset    ids, by when they end (Redis's clock)                       as the last of them
+NS:response-sizes         hash    id -> bytes; "" -> their sum, at most --response-store-mib  as the last of them
+
+A router that makes a response in the background says how far it is a few times a second (`tend`), and hears what is
+wished of it. If the router dies its lease runs out, and the response has failed. Losing Redis loses what was kept: new
+answers are given all the same. tests/router/test_response_store.py holds the rules against a model of them.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import redis
+
+from penstock.common.config import RouterConfig
+from penstock.common.errors import Unavailable
+from penstock.common.router_redis import RouterRedis
+from penstock.router.responses.scripts import KEEP, TEND, WISH
 
 ResponseKey = tuple[str, str]  # whose API key it was made with ("": no keys are asked for), and its id
+Wish = Literal["cancel", "delete"]
+Heard = Literal["unknown", "over", "told"]
+_HEARD: tuple[Heard, ...] = ("unknown", "over", "told")  # by what the script answers
+_turns = msgspec.msgpack.Decoder(tuple[bytes, ...])
+_pack = msgspec.msgpack.Encoder().encode
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A response whose status is final, as JSON.
+    """A response as JSON.
 
-    `turns` has the items of the conversation up to here, a JSON list for each turn's input and output; `events` those
-    of a stream that can be read again.
+    `turns` has the items of the conversation up to here, a JSON list for each turn's input and output; with `streamed`
+    its events can be read again; `made_elsewhere` while a router makes it.
     """
 
-    response: bytes
+    body: bytes
     turns: tuple[bytes, ...] = ()
-    events: tuple[bytes, ...] = ()
-
-    @property
-    def size_bytes(self) -> int:
-        """Turns that it shares with earlier responses count each time: those may be gone before it."""
-        return len(self.response) + sum(map(len, self.turns)) + sum(map(len, self.events))
+    streamed: bool = False
+    made_elsewhere: bool = False
 
 
 class ResponseStore:
-    """Keeps each response for `ttl_s`, and of all of them at most `max_bytes`; the oldest go first."""
+    """A router's access to them. All methods belong to one event loop.
 
-    def __init__(self, max_bytes: int, ttl_s: float) -> None:
-        self._max_bytes, self._ttl_s = max_bytes, ttl_s
-        self._kept: OrderedDict[ResponseKey, tuple[float, Stored]] = (
-            OrderedDict()
-        )  # with the time of its end, in this order
-        self.size_bytes = 0
+    Raises:
+        Unavailable: (what looks something up) Redis is away.
+    """
 
-    def put(self, key: ResponseKey, stored: Stored, now: float) -> None:
-        """Keep a response, unless it alone is larger than the store."""
-        self.drop_expired(now)
-        self.pop(key)
-        if stored.size_bytes > self._max_bytes:
-            return
-        self._kept[key] = (now + self._ttl_s, stored)
-        self.size_bytes += stored.size_bytes
-        while self.size_bytes > self._max_bytes:
-            self.pop(next(iter(self._kept)))
+    def __init__(self, config: RouterConfig) -> None:
+        self.max_bytes = config.response_store_mib << 20
+        self._namespace = config.namespace
+        self._ttl_ms, self._lease_ms = int(config.response_ttl_s * 1000), int(config.lease_s * 1000)
+        self._redis = RouterRedis(config.redis_url)
+        client = self._redis.client
+        self._keep, self._tend, self._wish = map(client.register_script, (KEEP, TEND, WISH))
 
-    def get(self, key: ResponseKey, now: float) -> Stored | None:
-        """The response; None if it was never kept or is no more."""
-        self.drop_expired(now)
-        found = self._kept.get(key)
-        return None if found is None else found[1]
+    async def begin(self, key: ResponseKey, stored: Stored) -> None:
+        """Note that this router makes a response from now on; raises Unavailable, as others could not ask for it."""
+        if await self._put(key, stored, (), self._lease_ms) is None:
+            raise Unavailable("responses in the background need Redis, which is away")
 
-    def pop(self, key: ResponseKey) -> bool:
-        """Forget a response; False if there is none of this id."""
-        found = self._kept.pop(key, None)
-        if found is None:
-            return False
-        self.size_bytes -= found[1].size_bytes
-        return True
+    async def keep(self, key: ResponseKey, stored: Stored, events: Sequence[bytes] = ()) -> None:
+        """Keep a response whose status is final, unless it alone is larger than the store, or Redis is away."""
+        await self._put(key, stored, events, 0)
 
-    def drop_expired(self, now: float) -> None:
-        """Forget what has been kept long enough."""
-        while self._kept and next(iter(self._kept.values()))[0] <= now:
-            self.pop(next(iter(self._kept)))
+    async def _put(self, key: ResponseKey, stored: Stored, events: Sequence[bytes], lease_ms: int) -> object:
+        tenant, response_id = key
+        turns = _pack(stored.turns)
+        size = len(stored.body) + len(turns) + sum(map(len, events))
+        limits = (self.max_bytes, size, self._ttl_ms, lease_ms)
+        if size > self.max_bytes:  # an earlier state of it goes all the same
+            stored, turns, events = Stored(b""), b"", ()
+        streamed = "1" if stored.streamed else ""
+        fields: list[Any] = [self._namespace, response_id, *limits, tenant, streamed, stored.body, turns, *events]
+        return await self._ask(lambda: self._keep(args=fields))
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    async def tend(self, response_id: str, body: bytes, events: Sequence[bytes]) -> Wish | None:
+        """Say how far a response is that this router makes, with its newest events; what is wished of it."""
+        fields: list[Any] = [self._namespace, response_id, self._ttl_ms, self._lease_ms, body, *events]
+        wish: bytes | None = await self._ask(lambda: self._tend(args=fields))
+        return None if not wish else "delete" if wish == b"delete" else "cancel"
+
+    async def get(self, key: ResponseKey) -> Stored | None:
+        """The response; None if it was never kept, is no more, or is another tenant's."""
+        if not self.max_bytes:
+            return None
+        tenant, response_id = key
+        pipe = self._redis.client.pipeline(transaction=False)
+        name = f"{self._namespace}:response:{response_id}"
+        pipe.hmget(name, "tenant", "wish", "streamed", "body", "turns")
+        pipe.exists(f"{name}:runner")
+        (owner, wish, streamed, body, turns), runs = self._found(await self._ask(pipe.execute))
+        if owner is None or owner.decode() != tenant or wish == b"delete":
+            return None
+        return Stored(body, _turns.decode(turns), bool(streamed), bool(runs))
+
+    async def events(self, response_id: str, after: int) -> list[bytes]:
+        """Those of a stream behind number `after`."""
+        key = f"{self._namespace}:response:{response_id}:events"
+        found: list[bytes] = self._found(await self._ask(lambda: self._redis.client.lrange(key, after + 1, -1)))
+        return found
+
+    async def wish(self, key: ResponseKey, wish: Wish) -> Heard:
+        """Have a response cancelled or deleted: by the router that makes it, if one does ("told")."""
+        if not self.max_bytes:
+            return "unknown"
+        tenant, response_id = key
+        fields = (self._namespace, response_id, tenant, wish)
+        answer: int = self._found(await self._ask(lambda: self._wish(args=fields)))
+        return _HEARD[answer]
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._redis.client.aclose()
+
+    async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer; None, soon, while Redis is away."""
+        if self._redis.is_away():
+            return None
+        try:
+            return await ask()
+        except (redis.RedisError, OSError) as error:
+            self._redis.failed(error)
+            return None
+
+    @staticmethod
+    def _found(answer: Any) -> Any:
+        if answer is None:
+            raise Unavailable("responses cannot be looked up: Redis is away")
+        return answer

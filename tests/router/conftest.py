@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import RedisServer
 from tests.router.fake_router import Router, running
 
 
 @pytest.fixture(scope="session")
-def _shared_router() -> Iterator[Router]:
-    with running() as router:
+def _shared_router(_shared_redis: RedisServer) -> Iterator[Router]:
+    with running(redis_url=_shared_redis.url) as router:
         yield router
 
 

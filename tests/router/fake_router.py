@@ -20,6 +20,7 @@ from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.histogram import Histogram
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
+from penstock.common.tokenizer import Tokenizer
 from penstock.router.app import create_app
 from penstock.router.health import WorkerState
 from penstock.router.off_loop import OffLoop
@@ -29,6 +30,7 @@ from tests.tiny_tokenizers import TEMPLATE, byte_level
 ANSWER = "Hello 😀 wörld, the water falls."
 VOCAB = 404
 CONTEXT = 512
+NO_REDIS = "redis://127.0.0.1:1/0"
 SPANS = Spans(
     queue_ms=1.5, prefill_ms=20.0, transfer_ms=3.0, exposed_transfer_ms=1.0, decode_ms=30.0, transfer_bytes=4096,
     transfer_pages=2, transport="shm", cached_tokens=3, computed_tokens=4,
@@ -183,10 +185,17 @@ class Router:
 
 
 @contextlib.contextmanager
-def running(*, defaults: GenerationDefaults | None = None, template: str = TEMPLATE, **config: Any) -> Iterator[Router]:
+def running(
+    *,
+    defaults: GenerationDefaults | None = None,
+    template: str = TEMPLATE,
+    tokenizer: Tokenizer | None = None,
+    **config: Any,
+) -> Iterator[Router]:
     service = FakeService()
-    tokenizer = byte_level()
-    router_config = RouterConfig(model="/models/tiny", **{"served_model_name": ("tiny", "alias"), **config})
+    tokenizer = tokenizer or byte_level()
+    config = {"served_model_name": ("tiny", "alias"), "redis_url": NO_REDIS, **config}
+    router_config = RouterConfig(model="/models/tiny", **config)
     chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
     app = create_app(service, router_config, tokenizer, chat, defaults)  # type: ignore[arg-type]
     with socket.socket() as listener:

@@ -16,6 +16,7 @@ from penstock.common.errors import Overloaded, WorkerLost
 from penstock.router.answer_format import CallDelta, Delta, Said, Usage
 from penstock.router.responses.answer import ResponseFormat
 from penstock.router.responses.request import Item, ResponsesRequest, chat_messages
+from tests.conftest import RedisServer
 from tests.router.fake_router import ANSWER, CONTEXT, SPANS, Router, ids_of, running, say
 from tests.tiny_tokenizers import byte_level
 
@@ -240,11 +241,13 @@ def test_background_failures_are_told(router: Router) -> None:
     assert (failed.error.code, failed.error.message) == ("rate_limit_exceeded", "full")
 
 
-def test_the_router_stops_with_responses_in_the_making() -> None:
-    with running() as router:
+def test_the_router_stops_with_responses_in_the_making(redis_server: RedisServer) -> None:
+    with running(redis_url=redis_server.url) as router:
         router.service.pause_after = 5
         response = create(router, background=True)
         eventually(lambda: router.openai.responses.retrieve(response.id), lambda r: r.status == "in_progress")
+    with running(redis_url=redis_server.url) as router:  # another one knows how it ended
+        assert router.openai.responses.retrieve(response.id).status == "failed"
 
 
 # ------------------------------------------------------------ mistakes
@@ -267,6 +270,8 @@ def test_the_router_stops_with_responses_in_the_making() -> None:
         ({"background": True, "store": False}, "background"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"text": {"verbosity": "high"}}, "text.verbosity"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
     ],
     ids=str,
@@ -289,7 +294,7 @@ def test_other_errors(router: Router) -> None:
     router.service.refusal = Overloaded("full")
     with pytest.raises(openai.RateLimitError):
         create(router, stream=True)
-    answer = router.http.get("/v1/responses/resp_a", params={"stream": "true", "starting_after": "x"})
+    answer = router.http.get(f"/v1/responses/resp_{'a' * 32}", params={"stream": "true", "starting_after": "x"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "starting_after"
 
 
@@ -303,12 +308,12 @@ def test_a_failure_in_a_stream_is_an_event(router: Router) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 1000])
-def test_reasoning_and_a_call(step: int) -> None:
+def test_reasoning_and_a_call(redis_server: RedisServer, step: int) -> None:
     call = '<tool_call>{"name": "rain", "arguments": {"place": "Bergen"}}</tool_call>'
     parameters = {"type": "object", "properties": {"place": {"type": "string"}}}
     tools = [{"type": "function", "name": "rain", "parameters": parameters, "strict": None}]
     options: Any = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "deepseek_r1"}
-    with running(**options) as router:
+    with running(redis_url=redis_server.url, **options) as router:
         router.service.script, router.service.step = say(f"Hmm.</think>Let me see.{call}"), step
         whole = create(router, tools=tools)
         with router.openai.responses.stream(model="tiny", input="Hello?", tools=tools) as stream:  # type: ignore[arg-type]
@@ -416,8 +421,8 @@ def test_tools_of_other_kinds_are_refused() -> None:
 # ------------------------------------------------------------ whose
 
 
-def test_a_response_belongs_to_the_key_that_made_it() -> None:
-    with running(api_key=("secret", "other")) as router:
+def test_a_response_belongs_to_the_key_that_made_it(redis_server: RedisServer) -> None:
+    with running(api_key=("secret", "other"), redis_url=redis_server.url) as router:
         other = router.openai.with_options(api_key="other").responses
         whole = create(router)
         router.service.pause_after = 3

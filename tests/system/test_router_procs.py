@@ -99,6 +99,33 @@ def test_each_process_speaks_for_itself_at_its_admin_port(running: Fleet) -> Non
         assert ask(running, "/health", config["admin_port"]).status_code == 200
 
 
+def test_a_response_in_the_background_is_everybodys(running: Fleet) -> None:
+    """Made by the first process, followed at the second, ended at the third."""
+    specs = {spec.name: spec for spec in running.specs}
+    ports = [json.loads(specs[f"router-{index}"].stdin)["admin_port"] for index in range(PROCS)]
+    headers = {"Authorization": "Bearer sk-test"}
+    one, two, three = (httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) for port in ports)
+    body = {"model": "tiny", "input": "a", "background": True, "ignore_eos": True, "temperature": 0}
+    with one, two, three:
+        response = one.post("/v1/responses", json=body).json()
+        path = f"/v1/responses/{response['id']}"
+        deadline = time.monotonic() + 60
+        while two.get(path).json()["status"] == "queued":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ended = three.post(f"{path}/cancel")
+        status = two.get(path).json()["status"]
+        if ended.status_code == 200:
+            assert ended.json()["status"] == status == "cancelled"
+        else:  # it was quicker
+            assert ended.status_code == 400 and status in ("completed", "incomplete")
+        short = {**body, "background": False, "max_output_tokens": 4}
+        first = one.post("/v1/responses", json=short).json()
+        second = two.post("/v1/responses", json={**short, "previous_response_id": first["id"]})
+        assert second.status_code == 200 and second.json()["previous_response_id"] == first["id"]
+        assert three.delete(path).status_code == 200 and one.get(path).status_code == 404
+
+
 def test_a_group_of_routers_can_be_started_alone(running: Fleet) -> None:
     with router(running.config.redis_url, Path(running.config.model), api_server_count=2) as url:
         deadline = time.monotonic() + 60

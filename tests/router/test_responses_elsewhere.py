@@ -1,0 +1,143 @@
+"""Responses and several routers: made at one of them, asked for at another. Redis is all that they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.conftest import RedisServer
+from tests.router.fake_router import ANSWER, Router, running
+
+
+@pytest.fixture(scope="module")
+def routers(_shared_redis: RedisServer) -> Iterator[tuple[Router, Router]]:
+    options = {"redis_url": _shared_redis.url, "namespace": "two-routers"}
+    with running(**options) as one, running(**options) as other:
+        yield one, other
+
+
+@pytest.fixture
+def here(routers: tuple[Router, Router]) -> Router:
+    routers[0].reset()
+    return routers[0]
+
+
+@pytest.fixture
+def there(routers: tuple[Router, Router]) -> Router:
+    routers[1].reset()
+    return routers[1]
+
+
+def create(router: Router, **fields: Any) -> Any:
+    return router.openai.responses.create(**{"model": "tiny", "input": "Hello?", **fields})
+
+
+def eventually(read: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
+    deadline = time.monotonic() + 20
+    while not good(found := read()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_has_the_whole_answer_may_ask_anywhere(here: Router, there: Router, stream: bool) -> None:
+    for _ in range(5):
+        made = create(here, stream=stream)
+        response = list(made)[-1].response if stream else made
+        assert there.openai.responses.retrieve(response.id).model_dump() == response.model_dump()
+        later = create(there, previous_response_id=response.id, input="And?")
+        assert later.previous_response_id == response.id
+    there.openai.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError):
+        here.openai.responses.retrieve(response.id)
+
+
+def test_the_background(here: Router, there: Router) -> None:
+    here.service.pause_after = 5
+    response = create(here, background=True)
+    partly = eventually(lambda: there.openai.responses.retrieve(response.id), lambda r: r.output_text == "Hello ")
+    assert partly.status == "in_progress"
+    with pytest.raises(openai.BadRequestError, match="in the making"):
+        create(there, previous_response_id=response.id)
+    for router in (there, here, there):
+        cancelled = router.openai.responses.cancel(response.id)
+        assert (cancelled.status, cancelled.output_text) == ("cancelled", "Hello ")
+    assert here.service.cancelled == [(here.last.request_id, 0)] and there.service.requests == []
+    here.service.pause_after = None
+    done = create(here, background=True)
+    found = eventually(lambda: there.openai.responses.retrieve(done.id), lambda r: r.status == "completed")
+    assert found.output_text == ANSWER
+    with pytest.raises(openai.BadRequestError, match="over, with status 'completed'"):
+        there.openai.responses.cancel(done.id)
+
+
+def test_a_background_response_is_deleted(here: Router, there: Router) -> None:
+    here.service.pause_after = 5
+    response = create(here, background=True)
+    there.openai.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError):
+        there.openai.responses.retrieve(response.id)
+    assert here.service.cancel_heard.wait(20)
+
+    def status(_: Any = None) -> int:
+        return here.http.get(f"/v1/responses/{response.id}").status_code
+
+    eventually(status, lambda code: code == 404)
+
+
+def test_events_are_read_as_they_come_and_again(here: Router, there: Router) -> None:
+    here.service.pause_after = 5
+    with create(here, background=True, stream=True) as stream:
+        seen = [next(stream) for _ in range(7)]
+    response_id = seen[0].response.id
+    with there.openai.responses.retrieve(response_id, stream=True, starting_after=2) as stream:
+        assert [next(stream) for _ in range(4)] == seen[3:]
+    here.openai.responses.cancel(response_id)
+    again = list(there.openai.responses.retrieve(response_id, stream=True))
+    assert again[:7] == seen  # a cancelled one has no event for its end
+    here.service.pause_after = None
+    events = list(create(here, background=True, stream=True))
+    response_id = events[0].response.id
+    assert list(there.openai.responses.retrieve(response_id, stream=True, starting_after=-1)) == events
+    with pytest.raises(openai.BadRequestError, match="stream=true"):
+        there.openai.responses.retrieve(create(here).id, stream=True)
+
+
+def test_a_router_that_dies_fails_what_it_made(redis_server: RedisServer) -> None:
+    """Its lease runs out: here it is taken from it."""
+    options = {"redis_url": redis_server.url, "namespace": "dying", "lease_s": 600.0}
+    with running(**options) as here, running(**options) as there:
+        here.service.pause_after = 5
+        with create(here, background=True, stream=True) as stream:
+            response_id = next(stream).response.id
+        with redis_server.client() as client:
+
+            def asked() -> Any:
+                client.delete(f"dying:response:{response_id}:runner")
+                return there.openai.responses.retrieve(response_id)
+
+            failed = eventually(asked, lambda r: r.status == "failed")
+            assert failed.error.code == "server_error" and "gone" in failed.error.message
+        here.openai.responses.cancel(response_id)
+
+
+def test_redis_goes_away(own_redis: RedisServer) -> None:
+    with running(redis_url=own_redis.url) as router:
+        kept = create(router)
+        own_redis.stop()
+        assert create(router).output_text == ANSWER
+        for asked in (
+            lambda: router.openai.responses.retrieve(kept.id),
+            lambda: create(router, previous_response_id=kept.id),
+            lambda: create(router, background=True),
+        ):
+            with pytest.raises(openai.InternalServerError) as caught:
+                asked()
+            assert caught.value.status_code == 503 and "Redis" in caught.value.message
+        assert httpx.get(f"{router.url}/v1/responses/resp_0:events").status_code == 404
