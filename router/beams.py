@@ -14,7 +14,7 @@ import msgspec
 from penstock.common.beam_search import Beam, BeamSearch, BeamSearchParams
 from penstock.common.errors import PenstockError
 from penstock.common.messages import Finish, GenerateRequest, TokenDelta, TokenLogprobs
-from penstock.router.reply import WholeReply
+from penstock.router.reply import Reply, StreamReply, WholeReply
 
 
 class _Scoring:
@@ -32,8 +32,8 @@ class _Scoring:
             self.scores.set_exception(error)
 
 
-class BeamReply(WholeReply):
-    """A whole answer; the prompts of its plan have `n` choices each."""
+class _BeamReply(Reply):
+    """An answer whose prompts have `n` choices each: the results of a search."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -118,6 +118,14 @@ class BeamReply(WholeReply):
                 sink.scores.cancel()
                 self._service.cancel(request_id, choice)
         self._scoring.clear()
+
+
+class BeamReply(_BeamReply, WholeReply):
+    """The answer in one piece."""
+
+
+class BeamStreamReply(_BeamReply, StreamReply):
+    """The answer as events: those of a prompt come when its search has ended, each choice's text in one."""
 
 
 def _with_top(at: TokenLogprobs, count: int) -> TokenLogprobs:

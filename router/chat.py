@@ -12,7 +12,7 @@ from penstock.common.errors import BadRequest
 from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat, CallDelta, Delta, Said
-from penstock.router.chat_messages import Message, template_messages
+from penstock.router.chat_messages import ContentForms, Message, template_messages
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.choices_format import ChoicesFormat, finite
 from penstock.router.front import Front, RequestHead
@@ -33,9 +33,15 @@ async def plan_chat(body: bytes, head: RequestHead, front: Front) -> Plan:
         PenstockError: the body is wrong, the template refuses it, the model is unknown, or no worker is known.
     """
     request = decode_request(_decoder, body)
-    model, usage = front.model_name(request.model), request.usage_in_stream[0]
-    answer_id, show_ids = f"chatcmpl-{head.answer_id}", bool(request.return_token_ids)
-    format = ChatFormat(front.tokenizer, answer_id, model, usage, show_ids, request.prompt_logprobs)
+    format = ChatFormat(
+        front.tokenizer,
+        f"chatcmpl-{head.named(request.request_id)}",
+        front.model_name(request.model),
+        request.usage_in_stream[0],
+        bool(request.return_token_ids),
+        request.prompt_logprobs,
+        bool(request.return_tokens_as_token_ids),
+    )
     return await plan_messages(request, format, len(body), head, front)
 
 
@@ -72,7 +78,7 @@ async def plan_messages(
         show_reasoning=request.include_reasoning is not False,
         one_call=one_call,
     )
-    plan = front.plan(request, head, format, [prompt.token_ids], [""], max_tokens, logprobs)
+    plan = front.plan(request, head, format, [prompt.token_ids], [_echo(request)], max_tokens, logprobs)
     return replace(plan, parsing=parsing)
 
 
@@ -129,15 +135,25 @@ def _variables(request: ChatRequest, front: Front) -> dict[str, Any]:
     return variables
 
 
+def _echo(request: ChatRequest) -> str:
+    """What answers begin with: with `echo`, a last message of the assistant's, which they go on from."""
+    last = (request.messages or [{}])[-1]
+    if not request.echo or last.get("role") != "assistant":
+        return ""
+    [message] = template_messages([last], ContentForms())
+    return _text_of(message)
+
+
 def _text_of(message: Message) -> str:
     content = message["content"]
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
-def _message(said: Said) -> dict[str, Any]:
-    bare = bool(said.calls or said.reasoning) and not said.content
+def _message(said: Said, echo: str) -> dict[str, Any]:
+    content = echo + said.content
+    bare = bool(said.calls or said.reasoning) and not content
     reasoning = said.reasoning or None
-    message: dict[str, Any] = {"role": "assistant", "content": None if bare else said.content, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": None if bare else content, "refusal": None}
     message |= {"reasoning": reasoning, "reasoning_content": reasoning}
     if said.calls:
         message["tool_calls"] = [
@@ -164,8 +180,9 @@ class ChatFormat(ChoicesFormat):
     opens_together = True  # the openai client's helper takes no stream that begins with a later choice
 
     def opening(self, choice: Choice) -> bytes:
-        """The role comes first, in a chunk of its own."""
-        return self.opening_chunk(choice, "", before_text=b',"delta":{"role":"assistant","content":')
+        """The role comes first, in a chunk of its own, and then what is echoed."""
+        role = self.opening_chunk(choice, "", before_text=b',"delta":{"role":"assistant","content":')
+        return role + self.opening_chunk(choice, choice.echo) if choice.echo else role
 
     def said(self, delta: Delta) -> bytes:
         """See `ChoicesFormat`; reasoning has vLLM's name and DeepSeek's."""
@@ -182,7 +199,7 @@ class ChatFormat(ChoicesFormat):
         """See `ChoicesFormat`."""
         fields: dict[str, Any] = {
             "index": choice.index,
-            "message": _message(said),
+            "message": _message(said, choice.echo),
             "logprobs": self.logprobs(said.tokens),
             "finish_reason": said.finish_reason,
             "stop_reason": choice.text.stop_reason,
@@ -204,15 +221,18 @@ class ChatFormat(ChoicesFormat):
         """One entry a token, with the bytes of tokens, for text that is not whole characters."""
         if not tokens:
             return None
-        return {"content": scored_tokens(self._tokenizer, tokens), "refusal": None}
+        return {"content": scored_tokens(self._tokenizer, tokens, names_ids=self.names_ids), "refusal": None}
 
 
-def scored_tokens(tokenizer: Tokenizer, tokens: Sequence[ScoredToken]) -> list[dict[str, Any]]:
-    """Tokens with their scores, as chats and responses tell them."""
+def scored_tokens(
+    tokenizer: Tokenizer, tokens: Sequence[ScoredToken], *, names_ids: bool = False
+) -> list[dict[str, Any]]:
+    """Tokens with their scores, as chats and responses tell them; `bytes` are the tokens' also with `names_ids`."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
+        name = f"token_id:{token_id}" if names_ids else data.decode("utf-8", errors="replace")
+        return {"token": name, "logprob": finite(logprob), "bytes": list(data)}
 
     def scored(token: ScoredToken) -> dict[str, Any]:
         scores = token.logprobs

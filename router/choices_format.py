@@ -27,7 +27,8 @@ class ChoicesFormat(AnswerFormat):
     """One request's way of writing; with `usage_field` a last chunk has the usage and the others `null`, as OpenAI's.
 
     With `token_ids` choices carry the ids of their tokens (vLLM's `return_token_ids`), with `prompt_logprobs` those of
-    the prompt's (vLLM's field of this name, in answers that come whole).
+    the prompt's (vLLM's field of this name, in answers that come whole); with `names_ids` scored tokens are called by
+    their ids instead of their texts (`return_tokens_as_token_ids`).
     """
 
     object_name: ClassVar[str]
@@ -43,11 +44,13 @@ class ChoicesFormat(AnswerFormat):
         usage_field: bool,
         token_ids: bool = False,
         prompt_logprobs: int | None = None,
+        names_ids: bool = False,
     ) -> None:
         created = int(time.time())
         self._tokenizer = tokenizer
         self.token_ids = token_ids
         self.prompt_logprobs = prompt_logprobs
+        self.names_ids = names_ids
         self._ids_written: dict[int, int] = {}  # choice -> how many of its ids are in earlier chunks
         self._answer_id, self._created, self._model = answer_id, created, model
         self._usage_field = usage_field

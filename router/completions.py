@@ -40,8 +40,15 @@ async def plan_completion(body: bytes, head: RequestHead, front: Front) -> Plan:
             p if isinstance(p, str) and kept == all_ else decode(kept)
             for p, kept, all_ in zip(prompts, ids, whole, strict=True)
         ]
-    answer_id, usage, show_ids = f"cmpl-{head.answer_id}", request.usage_in_stream[0], bool(request.return_token_ids)
-    format = CompletionFormat(front.tokenizer, answer_id, model, usage, show_ids, request.prompt_logprobs)
+    format = CompletionFormat(
+        front.tokenizer,
+        f"cmpl-{head.named(request.request_id)}",
+        model,
+        request.usage_in_stream[0],
+        bool(request.return_token_ids),
+        request.prompt_logprobs,
+        bool(request.return_tokens_as_token_ids),
+    )
     await front.check_form(request)
     return front.plan(request, head, format, ids, echoes, (None, "prompt"), request.logprobs)
 
@@ -93,11 +100,10 @@ class CompletionFormat(ChoicesFormat):
         """Four lists with one entry a token; the chosen token is always among the top ones, as in vLLM."""
         if not tokens:
             return None
-        text = self._tokenizer.token_text
         return {
             "text_offset": [token.offset for token in tokens],
             "token_logprobs": [token.logprobs and finite(token.logprobs.logprob) for token in tokens],
-            "tokens": [text(token.token_id) for token in tokens],
+            "tokens": [self._name(token.token_id) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens],
         }
 
@@ -109,5 +115,8 @@ class CompletionFormat(ChoicesFormat):
         top: dict[str, float] = {}
         scored = [*zip(scores.top_logprobs, scores.top_ids, strict=True), (scores.logprob, token.token_id)]
         for logprob, token_id in sorted(scored, reverse=True):
-            top.setdefault(self._tokenizer.token_text(token_id), finite(logprob))
+            top.setdefault(self._name(token_id), finite(logprob))
         return top
+
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.names_ids else self._tokenizer.token_text(token_id)

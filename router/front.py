@@ -47,6 +47,10 @@ class RequestHead:
     tracestate: str = ""
     tenant: str = ""  # whose API key it came with
 
+    def named(self, asked: str | None) -> str:
+        """The id that the answer's is made of: the header's, else the one that the body asks for, else ours."""
+        return asked if asked and self.answer_id == self.request_id else self.answer_id
+
     @property
     def for_log(self) -> dict[str, object]:
         """The `extra` of a record about this request: the workers' id, and the client's where it gave one."""

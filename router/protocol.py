@@ -1,7 +1,7 @@
 """The request bodies of the OpenAI API, as msgspec structs, and what is wrong with them.
 
 A body becomes a struct by `decode_request`; the struct checks itself and gives `SamplingParams`. Unknown fields are
-ignored. Known fields that nothing implements yet must be absent or neutral (`_NEUTRAL`). Every complaint is a
+ignored; known ones that a route does not have must ask for nothing (known_fields.py). Every complaint is a
 `BadRequest` that names the field. Called by completions.py and chat.py.
 """
 
@@ -19,6 +19,7 @@ from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.sampling import SamplingParams
 from penstock.router.chat_messages import check_messages
+from penstock.router.known_fields import not_supported, refuse_unsupported
 from penstock.router.structured import FormFields
 from penstock.router.tools.request import ToolUse, tool_use
 
@@ -32,6 +33,7 @@ MAX_CHOICES = 1024  # of one HTTP request: prompts times n
 MAX_BAD_WORD_LENGTH = 1024  # characters
 MAX_RULE_IDS = 1 << 20  # ids of logit_bias and allowed_token_ids, times choices: each choice has its own
 
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _AT_PATH = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 _SAMPLED_AS_GIVEN = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -39,28 +41,9 @@ _SAMPLED_AS_GIVEN = (
     "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 _NOT_WITH_BEAMS = (
-    "stream", "echo", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "presence_penalty",
+    "echo", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "presence_penalty",
     "frequency_penalty", "min_tokens", "stop_token_ids", "structured_outputs",
 )  # fmt: skip
-# Field -> the values that ask for nothing. None asks for nothing everywhere.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "kv_transfer_params": (),
-    "logits_processors": ([],),
-    "modalities": (["text"], []),
-    "prediction": (),
-    "prompt_embeds": (),
-    "repetition_detection": (),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
-    "suffix": ("",),
-    "thinking_token_budget": (),
-    "web_search_options": (),
-}
-
-
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
@@ -86,7 +69,9 @@ class GenerationRequest(FormFields, kw_only=True):
     n: int | None = None
     best_of: int | None = None
     stream: bool | None = None
+    request_id: str | None = None  # as X-Request-Id, which goes first
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # "token_id:7" instead of a token's text, in logprobs
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -128,6 +113,8 @@ class GenerationRequest(FormFields, kw_only=True):
             raise not_supported("best_of")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options is only allowed with stream=true", param="stream_options")
+        if self.request_id is not None and not REQUEST_ID.fullmatch(self.request_id):
+            raise BadRequest("request_id must be from 1 to 128 printable ASCII characters", param="request_id")
         if self.cache_salt == "":
             raise BadRequest("cache_salt must not be empty", param="cache_salt")
         if self.cache_salt is not None and len(self.cache_salt) > MAX_SALT_LENGTH:
@@ -335,8 +322,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
         super().check()
         if self.chat_template is not None:
             raise not_supported("chat_template")
-        if self.echo:
-            raise not_supported("echo")
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs=true", param="top_logprobs")
         if not self.messages:
@@ -383,7 +368,7 @@ def decode_request(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Req
     """
     try:
         request = decoder.decode(body)
-        _refuse_unsupported(_FIELDS.decode(body))
+        refuse_unsupported(decoder.type, _FIELDS.decode(body))
     except msgspec.ValidationError as error:
         where = _AT_PATH.fullmatch(str(error))
         param = where[2] if where else None
@@ -401,18 +386,6 @@ def fields_of(body: bytes) -> frozenset[str]:
         return frozenset(_FIELDS.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return frozenset()
-
-
-def _refuse_unsupported(fields: dict[str, msgspec.Raw]) -> None:
-    for field in fields.keys() & _NEUTRAL.keys():
-        value = msgspec.json.decode(fields[field])
-        if value is not None and value not in _NEUTRAL[field]:
-            raise not_supported(field)
-
-
-def not_supported(field: str, what: str = "") -> BadRequest:
-    """The error for a known field that asks for something we do not have."""
-    return BadRequest(f"{what or field} is not supported yet", param=field)
 
 
 def check_ids(token_ids: list[int], vocab_size: int, param: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.common.errors import BadRequest
-from penstock.router.protocol import ChatRequest, not_supported
+from penstock.router.known_fields import not_supported
+from penstock.router.protocol import ChatRequest
 from penstock.router.translate import chat_request
 
 # Chat's field -> the one of this API that it is made of.
@@ -209,11 +210,15 @@ class MessagesRequest(PromptRequest, kw_only=True):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     cache_salt: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    truncate_prompt_tokens: int | None = None
+    timeline: bool | None = None  # ours
 
     def _chat_fields(self) -> dict[str, Any]:
         same = (
             "stream", "temperature", "top_k", "top_p", "priority", "seed", "min_p", "repetition_penalty", "ignore_eos",
-            "min_tokens", "stop_token_ids", "cache_salt",
+            "min_tokens", "stop_token_ids", "cache_salt", "structured_outputs", "truncate_prompt_tokens",
+            "timeline",
         )  # fmt: skip
         fields = super()._chat_fields() | {name: getattr(self, name) for name in same}
         return fields | {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences}

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 from starlette.routing import Route
 
+from penstock.common.errors import InternalError, Overloaded, QueueTimeout, Timeout, Unavailable
 from penstock.router import answer_schemas as answers
 from penstock.router.app import create_app
-from penstock.router.openapi import OPERATIONS, openapi_document
-from tests.router.fake_router import FakeService, Router, running
+from penstock.router.openapi import OPERATIONS, Operation, openapi_document
+from tests.router.fake_router import NO_REDIS, FakeService, Router, running
 from tests.tiny_tokenizers import byte_level
 
 USER = {"role": "user", "content": "Hello?"}
@@ -23,7 +24,7 @@ OUR_PAGES = {"/ui", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
 def test_every_route_is_there_and_no_other() -> None:
     from penstock.common.config import RouterConfig
 
-    app = create_app(FakeService(), RouterConfig(model="/m"), byte_level())  # type: ignore[arg-type]
+    app = create_app(FakeService(), RouterConfig(model="/m", redis_url=NO_REDIS), byte_level())  # type: ignore[arg-type]
     served = {
         (method.lower(), re.sub(r":\w+}", "}", route.path))
         for route in _routes(app.routes)
@@ -60,6 +61,7 @@ def test_keys_are_told() -> None:
     assert set(document["components"]["securitySchemes"]) == {"bearer", "x-api-key"}
     assert "401" in document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert "security" not in document["paths"]["/health"]["get"]
+    assert all("401" in document["paths"][path]["post"]["responses"] for path in ("/tokenize", "/detokenize"))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,32 @@ def test_answers_are_what_is_told(router: Router, path: str, body: Any, answer: 
 )
 def test_information_is_what_is_told(router: Router, path: str, answer: Any) -> None:
     msgspec.json.decode(router.http.get(path).content, type=answer)
+
+
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o.events and o.body], ids=lambda o: o.path)
+@pytest.mark.parametrize("error", [Overloaded, QueueTimeout, Unavailable, Timeout, InternalError], ids=lambda e: e.code)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals_are_what_is_told(router: Router, operation: Operation, error: Any, stream: bool) -> None:
+    """Before its first token an answer that fails has its own status and body, streamed or not."""
+    given = {"prompt": "a", "messages": [USER], "input": "a", "max_tokens": 3, "stream": stream}
+    known = {field for kind in _kinds(operation) for field in kind.__struct_fields__}
+    body = {name: value for name, value in given.items() if name in known}
+    if operation.path == "/invocations" or operation.path == "/v1/completions":
+        body.pop("messages", None)
+    elif operation.path == "/v1/responses":
+        body.pop("prompt", None)
+    router.service.refusal = error("no")
+    answer = router.post(operation.path, body)
+    told = openapi_document(False)["paths"][operation.path]["post"]["responses"]
+    assert answer.status_code == error.status and str(error.status) in told, answer.text
+    assert ("Retry-After" in told[str(error.status)].get("headers", {})) == ("retry-after" in answer.headers)
+    wanted: Any = answers.AnthropicErrorBody if operation.path == "/v1/messages" else answers.ErrorBody
+    found = msgspec.json.decode(answer.content, type=wanted)
+    assert found.error.message == "no" and found.error.type
+
+
+def _kinds(operation: Operation) -> tuple[Any, ...]:
+    return operation.body if isinstance(operation.body, tuple) else (operation.body,)
 
 
 def test_errors_are_what_is_told(router: Router) -> None:

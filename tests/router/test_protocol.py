@@ -23,7 +23,7 @@ WRONG = [
     ("repetition_penalty", 0), ("min_tokens", -1), ("min_tokens", 10**9), ("stop", ""), ("stop", ["a"] * 65),
     ("stop", "x" * 2000), ("stop", 5), ("stop_token_ids", [VOCAB]), ("stop_token_ids", [-1]), ("ignore_eos", 1),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("cache_salt", ""), ("cache_salt", 1),
-    ("cache_salt", "x" * 257), ("stop_token_ids", list(range(1025))),
+    ("cache_salt", "x" * 257), ("request_id", ""), ("request_id", "a b"), ("stop_token_ids", list(range(1025))),
     ("best_of", 0), ("model", 5), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {str(VOCAB): 1}),
     ("logit_bias", [1]), ("logit_bias", {"1": "x"}), ("allowed_token_ids", []), ("allowed_token_ids", [VOCAB]),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", CONTEXT + 1),
@@ -135,7 +135,7 @@ def test_parts_to_come_are_named(router: Router, message: dict[str, Any], param:
 
 
 def test_chat_only_fields_to_come(router: Router) -> None:
-    for field, value in (("chat_template", "{{ 1 }}"), ("echo", True)):
+    for field, value in (("chat_template", "{{ 1 }}"), ("return_prompt_text", True)):
         error = error_of(router, "/v1/chat/completions", CHAT | {field: value})
         assert error["param"] == field and "not supported yet" in error["message"]
 
@@ -242,7 +242,7 @@ def test_any_body_is_answered_or_refused(router: Router, body: dict[str, Any], c
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("stream", True), ("echo", True), ("prompt_logprobs", 1), ("logit_bias", {"1": 1}), ("bad_words", ["a"]),
+        ("echo", True), ("prompt_logprobs", 1), ("logit_bias", {"1": 1}), ("bad_words", ["a"]),
         ("repetition_penalty", 1.1), ("presence_penalty", 0.5), ("min_tokens", 2), ("stop_token_ids", [3]), ("n", 65),
         ("length_penalty", 101.0),
     ],

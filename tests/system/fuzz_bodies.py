@@ -64,6 +64,7 @@ VALID: dict[str, list[dict[str, Any]]] = {
         {"prompt": ["a", "b"], "max_tokens": 3, "n": 2, "echo": True, "logprobs": 2},
         {"prompt": [5, 6, 7], "max_tokens": 3, "prompt_logprobs": 1, "stop_token_ids": [9]},
         {"prompt": [[5, 6], [7]], "max_tokens": 3, "use_beam_search": True, "n": 2},
+        {"prompt": "a b", "max_tokens": 3, "request_id": "r", "logprobs": 1, "return_tokens_as_token_ids": True},
     ],
     "/v1/chat/completions": [CHAT, TOOLS, CHAT | SCORED, CHAT | {"messages": PARTS}],
     "/v1/responses": [{"input": "Why?", "max_output_tokens": 6}, ITEMS],

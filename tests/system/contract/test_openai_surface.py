@@ -70,6 +70,46 @@ def test_token_ids_are_there_when_asked_for(server: Server, tokenizer: tokenizer
     assert not hasattr(answer.choices[0], "token_ids")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_scored_tokens_are_named_by_their_ids_when_asked_for(server: Server, stream: bool) -> None:
+    extra = {"return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True}
+    fields: Any = {"model": "tiny", "stream": stream, "extra_body": extra, **GREEDY}
+    answer: Any = server.client.completions.create(prompt=TEXT, logprobs=2, **fields)
+    names, ids = [], []
+    for choice in (chunk.choices[0] for chunk in (answer if stream else [answer])):
+        names += choice.logprobs.tokens if choice.logprobs else []
+        ids += choice.token_ids
+        tops = choice.logprobs.top_logprobs if choice.logprobs else []
+        assert all(name.startswith("token_id:") for top in tops for name in top)
+    assert names == [f"token_id:{token}" for token in ids] and len(ids) == 12
+    chat: Any = server.client.chat.completions.create(messages=MESSAGES, logprobs=True, top_logprobs=2, **fields)
+    names, ids = [], []
+    for choice in (chunk.choices[0] for chunk in (chat if stream else [chat])):
+        scored = choice.logprobs.content if choice.logprobs else []
+        names += [token.token for token in scored]
+        ids += getattr(choice, "token_ids", None) or []
+        assert all(top.token.startswith("token_id:") for token in scored for top in token.top_logprobs)
+    assert names == [f"token_id:{token}" for token in ids] and len(ids) == 12
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_of_a_chat(server: Server, stream: bool) -> None:
+    """A last message of the assistant's, which the answer goes on from, is put before it; nothing else is."""
+    begun = [*MESSAGES, {"role": "assistant", "content": "Because 水"}]
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+
+    def ask(messages: Any, **extra: Any) -> str:
+        answer: Any = server.client.chat.completions.create(
+            model="tiny", messages=messages, stream=stream, extra_body=extra, **GREEDY
+        )
+        if not stream:
+            return str(answer.choices[0].message.content)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+
+    assert ask(begun, echo=True, **goes_on) == "Because 水" + ask(begun, **goes_on)
+    assert ask(MESSAGES, echo=True) == ask(MESSAGES)
+
+
 # ------------------------------------------------------------ usage and timeline
 
 
@@ -152,6 +192,11 @@ def test_request_ids(server: Server) -> None:
         model="tiny", prompt="a", extra_headers={"X-Request-Id": "mine"}, **GREEDY
     )
     assert answer.headers["x-request-id"] == "mine" and answer.parse().id == "cmpl-mine"
+    for header, body, wanted in (({}, "mine", "mine"), ({"X-Request-Id": "first"}, "mine", "first")):
+        chat = server.client.chat.completions.create(
+            model="tiny", messages=MESSAGES, extra_headers=header, extra_body={"request_id": body}, **GREEDY
+        )
+        assert chat.id == f"chatcmpl-{wanted}"
 
 
 # ------------------------------------------------------------ the other routes
@@ -197,6 +242,10 @@ def test_keys(servers: dict[str, Server]) -> None:
         with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
             assert client.models.list().data
     assert httpx.get(f"{guarded.fleet.url}/health").status_code == 200
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
+        assert httpx.post(guarded.fleet.url + path, json=body).status_code == 401
+        assert guarded.http.post(path, json=body).status_code == 200
+        assert httpx.post(free.fleet.url + path, json=body).status_code == 200
 
 
 # ------------------------------------------------------------ mistakes
