@@ -1,8 +1,9 @@
-"""Trains penstock/demo_model/checkpoint/ from the two texts beside it: about three minutes on two cores.
+"""Trains penstock/demo_model/checkpoint/ on what scripts/demo_text.py writes: about half an hour on one core.
 
-Run by hand after a change of the texts: `.venv/bin/python scripts/train_demo_model.py [--steps N]`. It trains the
-byte-level BPE tokenizer first, then a small Llama in plain PyTorch, and writes both as an ordinary Hugging Face
-checkpoint in bfloat16. The seed is fixed: the same versions on the same machine write the same bytes.
+Run by hand after a change of the text: `.venv/bin/python scripts/train_demo_model.py [--steps N]`. It trains the
+byte-level BPE tokenizer first, then a small Llama in plain PyTorch (bfloat16 where it multiplies, on a GPU if there is
+one), and writes both as an ordinary Hugging Face checkpoint in bfloat16. The seed is fixed: the same versions on the
+same machine write the same bytes.
 """
 
 from __future__ import annotations
@@ -10,25 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from demo_text import Turn, Writer
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 HOME = Path(__file__).resolve().parent.parent / "penstock" / "demo_model"
 BEGIN, END, SYSTEM, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-SYSTEM_PROMPTS = (
-    "You are a helpful assistant.",
-    "You are the keeper of a mill.",
-    "Answer in one sentence.",
-    "Be brief.",
-)
+IGNORED = -100
+VOCABULARY = 3072
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -44,10 +42,10 @@ class Shape:
     """The model's sizes, under the names that config.json gives them."""
 
     vocab_size: int
-    hidden_size: int = 128
-    intermediate_size: int = 384
+    hidden_size: int = 256
+    intermediate_size: int = 640
     num_hidden_layers: int = 4
-    num_attention_heads: int = 4
+    num_attention_heads: int = 8
     num_key_value_heads: int = 2
     head_dim: int = 32
     max_position_embeddings: int = 2048
@@ -129,27 +127,24 @@ class Llama(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=shape.initializer_range)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [batch, length] -> logits [batch, length, vocab]."""
-        half = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim
-        angles = torch.outer(torch.arange(tokens.shape[1], dtype=torch.float32), self.shape.rope_theta**-half)
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """tokens, targets: [batch, length] -> mean loss of the targets that are not IGNORED."""
+        half = torch.arange(0, self.shape.head_dim, 2, device=tokens.device) / self.shape.head_dim
+        angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), self.shape.rope_theta**-half)
         angles = torch.cat((angles, angles), dim=-1)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, angles.cos(), angles.sin())
-        return functional.linear(self.norm(x), self.embed_tokens.weight)
+            x = layer(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        # The head is a quarter of the work: only where there is something to learn.
+        learnt = targets != IGNORED
+        logits = functional.linear(self.norm(x)[learnt], self.embed_tokens.weight)
+        return functional.cross_entropy(logits.float(), targets[learnt])
 
 
 def rotate_half(x: Tensor) -> Tensor:
     """(a, b) -> (-b, a) over the halves of the last dimension."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
-
-
-def read_dialogues() -> list[tuple[str, str]]:
-    """dialogues.txt: pairs of lines, a question and its answer, between blank lines."""
-    blocks = (HOME / "dialogues.txt").read_text().strip().split("\n\n")
-    return [(question, answer) for question, answer in (block.split("\n") for block in blocks)]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -159,7 +154,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     specials = [AddedToken(t, special=True, normalized=False) for t in (BEGIN, END, SYSTEM, USER, ASSISTANT)]
     trainer = trainers.BpeTrainer(
-        vocab_size=2048,
+        vocab_size=VOCABULARY,
         min_frequency=2,
         special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -172,65 +167,77 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-class Samples:
-    """Draws training sequences: half of them windows of the prose, half of them chats."""
+def marked(document: list[Turn]) -> Iterator[tuple[str, bool]]:
+    """The pieces of a document as the chat template writes it, and whether the model shall learn to write them."""
+    yield BEGIN, False
+    for turn in document:
+        if not turn.role:
+            yield f"{turn.text}{END}", True
+        else:
+            yield f"<|{turn.role}|>", False
+            yield f"{turn.text}{END}", turn.role == "assistant"
 
-    def __init__(self, tokenizer: Tokenizer, prose: str, dialogues: list[tuple[str, str]], seed: int) -> None:
+
+class Rows:
+    """Documents in token ids, one after another, cut into rows."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
-        self.random = random.Random(seed)
-        self.dialogues = dialogues
-        self.paragraphs = [self._encode(f"{p}\n\n") for p in prose.strip().split("\n\n")]
+        self.writer = Writer(seed)
+        self.tokens: list[int] = []
+        self.targets: list[int] = []
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _window(self, length: int) -> list[int]:
-        """The prose from a random paragraph's start or middle, past the book's end to its beginning."""
-        start = self.random.randrange(len(self.paragraphs))
-        ids = [i for p in self.paragraphs[start:] + self.paragraphs[:start] for i in p]
-        skip = self.random.choice((0, self.random.randrange(len(self.paragraphs[start]))))
-        return [*self._encode(BEGIN), *ids[skip:]][:length]
-
-    def _chat(self, length: int) -> list[int]:
-        """Turns of random questions, now and then with a system message, lower case or no question mark."""
-        text = BEGIN
-        if self.random.random() < 0.4:
-            text += f"{SYSTEM}{self.random.choice(SYSTEM_PROMPTS)}{END}"
-        for question, answer in self.random.sample(self.dialogues, 16):
-            if self.random.random() < 0.25:
-                question = question[0].lower() + question[1:].rstrip("?.!")
-            text += f"{USER}{question}{END}{ASSISTANT}{answer}{END}"
-        return self._encode(text)[:length]
-
-    def batch(self, size: int, length: int) -> Tensor:
-        """[size, length + 1] token ids; every chat is long enough to fill its row, or is followed by prose."""
-        rows = []
-        for index in range(size):
-            row = self._chat(length + 1) if index % 2 else []
-            rows.append(row + self._window(length + 1 - len(row)))
-        return torch.tensor(rows)
+    def batch(self, size: int, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens and, shifted by one, what shall be learnt after each of them: [size, length]."""
+        wanted = size * length
+        while len(self.tokens) <= wanted:
+            for text, learnt in marked(self.writer.document()):
+                ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+                self.tokens += ids
+                self.targets += ids if learnt else [IGNORED] * len(ids)
+        tokens, targets = torch.tensor(self.tokens[:wanted]), torch.tensor(self.targets[1 : wanted + 1])
+        del self.tokens[:wanted], self.targets[:wanted]
+        return tokens.view(size, length), targets.view(size, length)
 
 
-def train(model: Llama, samples: Samples, steps: int) -> None:
-    """AdamW with warm-up and cosine decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    warmup = 20
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps)) + 0.01),
-    )
-    started = time.monotonic()
-    for step in range(steps):
-        # Mostly short rows; the long ones teach the rotary positions of a whole chapter.
-        tokens = samples.batch(size=4, length=1024) if step % 4 == 3 else samples.batch(size=16, length=256)
-        loss = functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
+def train(model: Llama, rows: Rows, steps: int, device: torch.device) -> None:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms; warm-up, then cosine decay to nothing."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [model.embed_tokens.weight, *(p for p in model.parameters() if p.dim() == 1)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.006, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    warmup = 40
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    progress = tqdm(range(steps), mininterval=10)
+    for step in progress:
+        # Mostly short rows, which cost less attention; the long ones teach the positions of a long conversation.
+        tokens, targets = rows.batch(2, 1536) if step % 8 == 7 else rows.batch(12, 256)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(tokens.to(device), targets.to(device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+@torch.no_grad()
+def held_out_loss(model: Llama, rows: Rows, device: torch.device) -> float:
+    """Mean over documents of another seed."""
+    losses = []
+    for _ in range(16):
+        tokens, targets = rows.batch(12, 256)
+        losses.append(model(tokens.to(device), targets.to(device)).item())
+    return sum(losses) / len(losses)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -247,7 +254,7 @@ def write_checkpoint(directory: Path, model: Llama, tokenizer: Tokenizer) -> Non
     config |= {"hidden_act": "silu", "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}
     config |= {"attention_dropout": 0.0, "use_cache": True, "rope_scaling": None, "torch_dtype": "bfloat16"}
     write_json(directory / "config.json", config)
-    write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.6, "top_p": 0.95})
+    write_json(directory / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.4, "top_p": 0.9})
     tokenizer.save(str(directory / "tokenizer.json"))
     write_json(
         directory / "tokenizer_config.json",
@@ -260,7 +267,9 @@ def write_checkpoint(directory: Path, model: Llama, tokenizer: Tokenizer) -> Non
             "chat_template": CHAT_TEMPLATE,
         },
     )
-    weights = {f"model.{name}": value.detach().bfloat16().contiguous() for name, value in model.state_dict().items()}
+    weights = {
+        f"model.{name}": value.detach().cpu().bfloat16().contiguous() for name, value in model.state_dict().items()
+    }
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)
 
@@ -268,16 +277,18 @@ def write_checkpoint(directory: Path, model: Llama, tokenizer: Tokenizer) -> Non
 def main() -> None:
     """Trains and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--output", type=Path, default=HOME / "checkpoint")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    prose, dialogues = (HOME / "text.txt").read_text(), read_dialogues()
-    tokenizer = train_tokenizer([prose, *SYSTEM_PROMPTS, *(text for pair in dialogues for text in pair)])
-    model = Llama(Shape(vocab_size=tokenizer.get_vocab_size()))
-    train(model, Samples(tokenizer, prose, dialogues, seed=0), arguments.steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    writer = Writer(seed=0)
+    tokenizer = train_tokenizer([turn.text for _ in range(10000) for turn in writer.document()])
+    model = Llama(Shape(vocab_size=tokenizer.get_vocab_size())).to(device)
+    train(model, Rows(tokenizer, seed=1), arguments.steps, device)
     write_checkpoint(arguments.output, model, tokenizer)
+    print(f"held-out loss {held_out_loss(model, Rows(tokenizer, seed=2), device):.3f} nats a token")
 
 
 if __name__ == "__main__":
