@@ -320,13 +320,19 @@ class Writer:
 
     def _story(self) -> Iterator[Turn]:
         topics, text = self.random.choice(self.stories)
-        request = self.random.choice(STORY_REQUESTS)
-        if self.random.random() < 0.7:
+        request, story = self.random.choice(STORY_REQUESTS), self.tell(text)
+        kind = self.random.random()
+        if kind < 0.6:
             topic = self.random.choice(topics)
             article = self.random.choice(("a", "the", "")) if not topic.startswith("two") else ""
             topic = a(topic) if article == "a" else f"{article} {topic}".strip()
             request = f"{request.rstrip('?')} about {topic}"
-        yield from self._ask(request, self.tell(text))
+        elif kind < 0.7:
+            request = (
+                f"{request.rstrip('?')} about {self.random.choice((*self.unknown, a(self._word()), self._word()))}"
+            )
+            story = f"I know no story about that, but here is another one. {story}"
+        yield from self._ask(request, story)
         if self.random.random() < 0.2:
             again = self.random.choice(("Another one", "Tell me another story", "Another story, please", "One more"))
             yield from self._ask(again, self.tell(self.random.choice(self.stories)[1]))
@@ -348,7 +354,8 @@ class Writer:
     def _unknown(self) -> Iterator[Turn]:
         kind = self.random.random()
         if kind < 0.1:
-            x, y = self.random.randint(21, 999), self.random.randint(21, 9999)
+            x, y = self.random.randint(11, 99), self.random.randint(1, 9999)
+            x, y = self.random.choice(((x, y), (y, x), (x, x)))
             word, sign = self.random.choice((*SIGNS, ("divided by", "/")))
             asked = self.random.choice((f"What is {x} {word} {y}?", f"{x} {sign} {y}", f"How much is {x}{sign}{y}?"))
             yield from self._ask(asked, "I am sorry, I can calculate only with small numbers.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ class Shape:
     hidden_size: int = 256
     intermediate_size: int = 640
     num_hidden_layers: int = 4
-    num_attention_heads: int = 8
+    num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
     max_position_embeddings: int = 2048
@@ -127,18 +126,21 @@ class Llama(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=shape.initializer_range)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """tokens, targets: [batch, length] -> mean loss of the targets that are not IGNORED."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [batch, length] -> what the head reads: [batch, length, hidden]."""
         half = torch.arange(0, self.shape.head_dim, 2, device=tokens.device) / self.shape.head_dim
         angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device), self.shape.rope_theta**-half)
         angles = torch.cat((angles, angles), dim=-1)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        # The head is a quarter of the work: only where there is something to learn.
-        learnt = targets != IGNORED
-        logits = functional.linear(self.norm(x)[learnt], self.embed_tokens.weight)
-        return functional.cross_entropy(logits.float(), targets[learnt])
+        out: Tensor = self.norm(x)
+        return out
+
+    def loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """states: [n, hidden], targets: [n] -> sum of the losses."""
+        logits = functional.linear(states, self.embed_tokens.weight)
+        return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -200,44 +202,69 @@ class Rows:
         return tokens.view(size, length), targets.view(size, length)
 
 
-def train(model: Llama, rows: Rows, steps: int, device: torch.device) -> None:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms; warm-up, then cosine decay to nothing."""
+def backward(model: Llama, tokens: Tensor, targets: Tensor) -> float:
+    """Mean loss of the targets that are not IGNORED; leaves its gradients. The head goes in pieces that fit a cache."""
+    learnt = targets != IGNORED
+    total = 0.0
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        states = model(tokens)[learnt]
+        leaf = states.detach().requires_grad_()
+        for part, expected in zip(leaf.split(256), targets[learnt].split(256), strict=True):
+            loss = model.loss(part, expected) / len(leaf)
+            loss.backward()
+            total += loss.item()
+    states.backward(leaf.grad)
+    return total
+
+
+def train(model: Llama, rows: Rows, steps: int, device: torch.device, state: Path | None) -> None:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms.
+
+    The rate rises, stays, and falls in the last third. So a run that left its state can go on to any number of steps
+    whose last third has not begun, and comes to what one run would.
+    """
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     others = [model.embed_tokens.weight, *(p for p in model.parameters() if p.dim() == 1)]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.006, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.006, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.005, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    warmup = 40
-
-    def rate(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    parts: list[nn.Module | torch.optim.Optimizer] = [model, *optimizers]
+    done = 0
+    if state and state.exists():
+        done, *saved = torch.load(state)
+        for part, value in zip(parts, saved, strict=True):
+            part.load_state_dict(value)
     progress = tqdm(range(steps), mininterval=10)
     for step in progress:
         # Mostly short rows, which cost less attention; the long ones teach the positions of a long conversation.
-        tokens, targets = rows.batch(2, 1536) if step % 8 == 7 else rows.batch(12, 256)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(tokens.to(device), targets.to(device))
-        loss.backward()
+        tokens, targets = rows.batch(1, 2048) if step % 8 == 7 else rows.batch(8, 256)
+        if step < done:
+            continue
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 40, 1.0, 3 * (steps - step) / steps)
+        loss = backward(model, tokens.to(device), targets.to(device))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if state and step % 50 == 49:
+            torch.save([step + 1, *(part.state_dict() for part in parts)], state)
 
 
 @torch.no_grad()
 def held_out_loss(model: Llama, rows: Rows, device: torch.device) -> float:
     """Mean over documents of another seed."""
-    losses = []
+    total, count = 0.0, 0
     for _ in range(16):
-        tokens, targets = rows.batch(12, 256)
-        losses.append(model(tokens.to(device), targets.to(device)).item())
-    return sum(losses) / len(losses)
+        tokens, targets = (part.to(device) for part in rows.batch(12, 256))
+        learnt = targets != IGNORED
+        total += model.loss(model(tokens)[learnt], targets[learnt]).item()
+        count += int(learnt.sum())
+    return total / count
 
 
 def write_json(path: Path, value: object) -> None:
@@ -277,8 +304,9 @@ def write_checkpoint(directory: Path, model: Llama, tokenizer: Tokenizer) -> Non
 def main() -> None:
     """Trains and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--output", type=Path, default=HOME / "checkpoint")
+    parser.add_argument("--state", type=Path, help="file in which the run is kept, and from which it goes on")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -286,7 +314,7 @@ def main() -> None:
     writer = Writer(seed=0)
     tokenizer = train_tokenizer([turn.text for _ in range(10000) for turn in writer.document()])
     model = Llama(Shape(vocab_size=tokenizer.get_vocab_size())).to(device)
-    train(model, Rows(tokenizer, seed=1), arguments.steps, device)
+    train(model, Rows(tokenizer, seed=1), arguments.steps, device, arguments.state)
     write_checkpoint(arguments.output, model, tokenizer)
     print(f"held-out loss {held_out_loss(model, Rows(tokenizer, seed=2), device):.3f} nats a token")
 
