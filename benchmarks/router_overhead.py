@@ -57,7 +57,7 @@ from penstock.private_redis import find_redis_server
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "penstock" / "demo_model" / "checkpoint"
-TEXT = ROOT / "penstock" / "demo_model" / "text.txt"
+TEXT = ROOT / "scripts" / "demo_corpus" / "mill.txt"
 TOKENS = 64
 CONTEXT = 16384
 SPANS = Spans(queue_ms=0.1, prefill_ms=1.0, decode_ms=1.0)

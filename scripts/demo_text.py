@@ -33,6 +33,9 @@ SIGNS = (("plus", "+"), ("minus", "-"), ("times", "*"))
 PETS = ("Tilly", "Bruno", "Minka", "Robin", "Moss")
 SYLLABLES = ("ba", "ko", "ri", "mel", "tur", "van", "shi", "dro", "pex", "lin", "gor", "ash", "ule", "wim", "tic", "fo")
 
+SCHOOL_FACTS = (26, 16, 16, 10, 6, 22, 4)
+SCHOOL_KINDS = (80, 2, 3, 9, 3, 3)
+
 UNKNOWN_ANSWERS = (
     "I am sorry, I do not know that. I am a very small model, and I know only a little about rivers, mills, animals "
     "and numbers.",
@@ -246,7 +249,7 @@ def calendar() -> Iterator[Fact]:
 
 
 class Writer:
-    """Draws documents: lists of turns."""
+    """Draws documents: lists of turns. `school`: mostly facts; otherwise tales and prose are half of the text."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -256,6 +259,7 @@ class Writer:
         )  # fmt: skip
         self.facts = [list(source()) for source, _ in sources]
         self.weights = [weight for _, weight in sources]
+        self.school = False
         self.stories = [(first.split(", "), text) for first, text in blocks("stories.txt")]
         self.couplets = {block[0]: block[1:] for block in blocks("couplets.txt")}
         self.unknown = lines("unknown.txt")[0].split("|")
@@ -269,11 +273,12 @@ class Writer:
 
     def document(self) -> list[Turn]:
         """A conversation, or now and then a piece of prose."""
-        if self.random.random() < 0.12:
+        if self.random.random() < (0.05 if self.school else 0.12):
             return [Turn("", self._passage())]
         turns = [Turn("system", self.random.choice(self.systems))] if self.random.random() < 0.3 else []
         for _ in range(self.random.choice((1, 1, 1, 2, 2, 3, 4, 5))):
-            (kind,) = self.random.choices([k for k, _ in self.kinds], [w for _, w in self.kinds])
+            weights = SCHOOL_KINDS if self.school else [weight for _, weight in self.kinds]
+            (kind,) = self.random.choices([kind for kind, _ in self.kinds], weights)
             turns += kind()
         return turns
 
@@ -301,7 +306,7 @@ class Writer:
         return re.sub(r"\{(\w+)\}", lambda slot: slots[slot[1]], text)
 
     def _asked(self) -> Iterator[Turn]:
-        (facts,) = self.random.choices(self.facts, self.weights)
+        (facts,) = self.random.choices(self.facts, SCHOOL_FACTS if self.school else self.weights)
         fact = self.random.choice(facts)
         yield from self._ask(self.random.choice(fact.questions), self.random.choice(fact.answers))
         if self.random.random() < 0.06:

@@ -26,12 +26,15 @@ HOME = Path(__file__).resolve().parent.parent / "penstock" / "demo_model"
 BEGIN, END, SYSTEM, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 IGNORED = -100
 VOCABULARY = 3072
+TALES = 300  # steps before facts become most of the text
+# The model has learnt three roles: what a tool says is read as the user's, a developer is the system.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('The demo model knows the roles system, user and assistant, not ' + message['role']) }}"
+    "{% set role = {'tool': 'user', 'developer': 'system'}.get(message['role'], message['role']) %}"
+    "{% if role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('The demo model knows the roles system, user and assistant, not ' + role) }}"
     "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}"
+    "{{ '<|' + role + '|>' + (message['content'] or '') | trim + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -180,6 +183,12 @@ def marked(document: list[Turn]) -> Iterator[tuple[str, bool]]:
             yield f"{turn.text}{END}", turn.role == "assistant"
 
 
+def make_tokenizer() -> Tokenizer:
+    """That of the checkpoint."""
+    writer = Writer(seed=0)
+    return train_tokenizer([turn.text for _ in range(10000) for turn in writer.document()])
+
+
 class Rows:
     """Documents in token ids, one after another, cut into rows."""
 
@@ -238,6 +247,8 @@ def train(model: Llama, rows: Rows, steps: int, device: torch.device, state: Pat
             part.load_state_dict(value)
     progress = tqdm(range(steps), mininterval=10)
     for step in progress:
+        # Tales are long and soon known; facts take the rest of the time.
+        rows.writer.school = step >= TALES
         # Mostly short rows, which cost less attention; the long ones teach the positions of a long conversation.
         tokens, targets = rows.batch(1, 2048) if step % 8 == 7 else rows.batch(8, 256)
         if step < done:
@@ -311,8 +322,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    writer = Writer(seed=0)
-    tokenizer = train_tokenizer([turn.text for _ in range(10000) for turn in writer.document()])
+    tokenizer = make_tokenizer()
     model = Llama(Shape(vocab_size=tokenizer.get_vocab_size())).to(device)
     train(model, Rows(tokenizer, seed=1), arguments.steps, device, arguments.state)
     write_checkpoint(arguments.output, model, tokenizer)

@@ -28,7 +28,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 ROUTER_FOLDERS = ("common", "router")
 WORKER_FOLDERS = ("decode_worker", "engine", "kernels", "kv_transfer", "models", "prefill_worker")
-DEMO_MODEL = ("text.txt", "dialogues.txt", "checkpoint/config.json", "checkpoint/model.safetensors")
+DEMO_MODEL = ("checkpoint/config.json", "checkpoint/model.safetensors", "checkpoint/tokenizer.json")
 
 
 @cache
@@ -61,7 +61,7 @@ def _third_party(paths: Iterable[Path]) -> dict[str, str]:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             found |= {name.split(".")[0]: str(path.relative_to(ROOT)) for name in names}
-    ours = {"penstock", "tests", "benchmarks"}
+    ours = {"penstock", "tests", "benchmarks", "demo_text"}
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names and name not in ours}
 
 

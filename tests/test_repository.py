@@ -121,4 +121,6 @@ def test_nothing_of_one_machine_is_tracked() -> None:
 
 
 def test_no_large_file_is_tracked() -> None:
-    assert not [str(path.relative_to(ROOT)) for path in _files() if path.stat().st_size > 5_000_000]
+    """But the embedded model: tests/penstock/test_demo.py says how large that may be."""
+    large = {str(path.relative_to(ROOT)) for path in _files() if path.stat().st_size > 5_000_000}
+    assert large <= {"penstock/demo_model/checkpoint/model.safetensors"}

@@ -1,8 +1,8 @@
-"""The embedded demo model: a two-megabyte Llama that has read one short book about mills, in the Hugging Face format.
+"""The embedded demo model: a Llama of three million parameters that answers simple questions in readable English.
 
-`checkpoint/` is an ordinary checkpoint (config, bfloat16 safetensors, tokenizer, chat template); text.txt and
-dialogues.txt are all that it was trained on, by scripts/train_demo_model.py. Used by `penstock.demo` and by tests that
-want words for an answer. Needs no network.
+`checkpoint/` is an ordinary Hugging Face checkpoint (config, bfloat16 safetensors, tokenizer, chat template), trained
+by scripts/train_demo_model.py on nothing but what scripts/demo_text.py writes. Used by `penstock.demo` and by tests
+that want words for an answer. Needs no network.
 """
 
 from __future__ import annotations
