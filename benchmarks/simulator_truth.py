@@ -2,9 +2,9 @@
 
     python benchmarks/simulator_truth.py [--workers 4] [--requests 400] [--utilisation 0.5] [--record]
 
-Starts Redis, a router and workers with the embedded model. Their steps are computed on CPU and then held until a
-modelled device would have done them (paced_worker.py; `--slower` than that, or `--unpaced`): so workers do not wait for
-each other's cores, as those of a real fleet do not. All else is real: tokens, pages, prefixes, bus, Redis, HTTP.
+Starts Redis, a router and workers with a model of one layer. Their steps are computed on CPU and then held until a
+modelled device would have done them (paced_worker.py; `--slower` than that): so workers do not wait for each other's
+cores, as those of a real fleet do not. All else is real: tokens, pages, prefixes, bus, Redis, HTTP.
 
 First some requests one by one: what HTTP, router and bus add to a first token is what their times exceed the workers'
 own rates by (measured as always, read from /metrics). Then a load of the kind to come, from which the workers measure
@@ -40,7 +40,6 @@ from penstock.bench.client import ask, run_load
 from penstock.bench.questions import Question
 from penstock.bench.serving_metrics import RequestRecord
 from penstock.common.messages import MeasuredRates
-from penstock.demo_model import CHECKPOINT
 from penstock.http_client import connect
 from penstock.router.rates import WorkerRates, typical
 from penstock.simulate.result import Slo
@@ -49,6 +48,7 @@ from penstock.simulate.simulator import FleetShape
 from penstock.simulate.trace import TracedRequest
 from tests.conftest import RedisServer
 from tests.system.fleets import router
+from tests.tiny_models import make_checkpoint
 from tests.workers.worker_processes import workers
 
 PAGE = 16
@@ -60,6 +60,8 @@ CALIBRATION = 60  # requests one by one
 WARM_UP = 120  # requests of the first load
 PACE = Pace(step_ms=20.0, prompt_token_ms=0.5, sequence_ms=0.5, context_token_ms=0.0005)  # no step is faster here
 LEASE_S = 10
+STEP_TOKENS = 2048
+MODEL, VOCABULARY, TOKEN_BYTES = "truth", 1000, 2 * 1 * 2 * 16 * 4  # one layer of two KV heads of 16, float32
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ async def send(url: str, requests: Sequence[Asked], *, one_by_one: bool = False)
     Raises:
         RuntimeError: one was not answered.
     """
-    fixed = {"model": "demo", "temperature": 0.0, "ignore_eos": True}
+    fixed = {"model": MODEL, "temperature": 0.0, "ignore_eos": True}
     questions = [Question(asked.tokens, len(asked.tokens), asked.traced.output_tokens) for asked in requests]
     times = [0.0 if one_by_one else asked.traced.arrival_ms / 1e3 for asked in requests]
     async with connect(url) as client:
@@ -126,21 +128,20 @@ async def send(url: str, requests: Sequence[Asked], *, one_by_one: bool = False)
 
 
 @contextlib.contextmanager
-def fleet(count: int, cache_bytes: int, pace: Pace | None) -> Iterator[str]:
-    """The URL of a router with so many workers behind it. Workers do not read prefixes from each other."""
+def fleet(count: int, pages: int, pace: Pace, folder: Path) -> Iterator[str]:
+    """The URL of a router with so many workers behind it, each with so many pages."""
+    model = make_checkpoint("llama", folder / "model", num_hidden_layers=1, vocab_size=VOCABULARY)
     names = {f"decode-{number}": "decode" for number in range(count)}
-    flags: dict[str, Any] = {"block_size": PAGE, "kv_cache_memory_bytes": cache_bytes, "lease_s": LEASE_S}
-    flags |= {"dtype": "float32", "served_model_name": "demo"}
-    os.environ["PENSTOCK_FETCH_PREFIXES"] = "false"
-    if pace is not None:
-        os.environ[PACE_ENV] = json.dumps(asdict(pace))
-    module = "penstock" if pace is None else "benchmarks.paced_worker"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        redis = RedisServer(Path(folder))
+    flags: dict[str, Any] = {"block_size": PAGE, "kv_cache_memory_bytes": pages * PAGE * TOKEN_BYTES}
+    flags |= {"dtype": "float32", "max_num_batched_tokens": STEP_TOKENS, "lease_s": LEASE_S}
+    named = {"served_model_name": MODEL}
+    os.environ |= {"PENSTOCK_FETCH_PREFIXES": "false", PACE_ENV: json.dumps(asdict(pace))}
+    with contextlib.ExitStack() as stack:
+        redis = RedisServer(folder)
         redis.start()
         stack.callback(redis.stop)
-        stack.enter_context(workers(redis.url, CHECKPOINT, names, module=module, **flags))
-        url = stack.enter_context(router(redis.url, CHECKPOINT, served_model_name="demo", lease_s=LEASE_S))
+        stack.enter_context(workers(redis.url, model, names, module="benchmarks.paced_worker", **flags, **named))
+        url = stack.enter_context(router(redis.url, model, lease_s=LEASE_S, **named))
         while len(fleet_of(url)["workers"]) < count:
             time.sleep(0.1)
         yield url
@@ -201,21 +202,25 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=2000, help="a worker's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slower", type=float, default=2.0, help="pace of the workers; more on a busy machine")
-    parser.add_argument("--unpaced", action="store_true", help="as fast as this machine is; needs a core a worker")
     parser.add_argument("--record", action="store_true")
     flags = parser.parse_args()
-    layout = json.loads((CHECKPOINT / "config.json").read_text())
-    token_bytes = 2 * layout["num_hidden_layers"] * layout["num_key_value_heads"] * layout["head_dim"] * 4
-    pace = None if flags.unpaced else PACE.slower(flags.slower)
-    with fleet(flags.workers, flags.pages * PAGE * token_bytes, pace) as url:
+    pace = PACE.slower(flags.slower)
+    with tempfile.TemporaryDirectory() as folder, fleet(flags.workers, flags.pages, pace, Path(folder)) as url:
         num_pages = fleet_of(url)["workers"][0]["pages"]["total"]
-        alone, added_ms = calibrate(url, layout["vocab_size"])
-        shape = FleetShape(flags.workers, num_pages, PAGE, token_bytes=token_bytes, rates=alone)
-        warm_up = timed(generated(WARM_UP, layout["vocab_size"], flags.seed + 1), shape, flags.utilisation)
+        alone, added_ms = calibrate(url, VOCABULARY)
+        shape = FleetShape(
+            flags.workers,
+            num_pages,
+            PAGE,
+            token_bytes=TOKEN_BYTES,
+            rates=alone,
+            max_num_batched_tokens=STEP_TOKENS,
+        )
+        warm_up = timed(generated(WARM_UP, VOCABULARY, flags.seed + 1), shape, flags.utilisation)
         asyncio.run(send(url, warm_up))
         totals(url, "steps")
         rates = measured_rates(url)
-        asked = timed(generated(flags.requests, layout["vocab_size"], flags.seed), shape, flags.utilisation)
+        asked = timed(generated(flags.requests, VOCABULARY, flags.seed), shape, flags.utilisation)
         traced = [one.traced for one in asked]
         before = totals(url, "prefix_queries", "prefix_hits")
         ttft = asyncio.run(send(url, asked))
@@ -242,7 +247,7 @@ def main() -> None:
             "workers": flags.workers,
             "requests": flags.requests,
             "utilisation": flags.utilisation,
-            "pace": pace and asdict(pace),
+            "pace": asdict(pace),
             "span_s": traced[-1].arrival_ms / 1e3,
             "rates_one_by_one": asdict(alone),
             "rates": asdict(rates),

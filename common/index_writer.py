@@ -21,6 +21,8 @@ class IndexWriter:
     """One incarnation's slot in the index."""
 
     def __init__(self, client: redis.Redis, namespace: str, incarnation: str, lease_s: float) -> None:
+        self.losses = 0  # times that the index held nothing of this worker any more
+        self.repaired = 0  # pages that it had lost
         self._namespace = namespace
         self._incarnation = incarnation
         self._lease_ms = int(lease_s * 1000)
@@ -46,6 +48,8 @@ class IndexWriter:
         answer: Any = self._register([self._key, self._slots_key], arguments)
         if not answer[2]:
             return False
+        if self._generation:
+            self.losses += 1
         if self._generation and known:
             log.warning("Redis has lost this worker's part of the prefix index: all pages are announced again")
         self._generation, self._slot = answer[0].decode(), int(answer[1])
@@ -57,6 +61,7 @@ class IndexWriter:
         arguments: list[str | int | bytes] = [*owner, self._bucket_ttl_ms, pack(batch.gone), pack(batch.held)]
         missing: Any = self._write([self._key], arguments)
         if batch.again and missing > 0:
+            self.repaired += missing
             log.warning("the prefix index had lost %d of %d pages; they are there again", missing, len(batch.held))
         return bool(missing >= 0)
 

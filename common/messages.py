@@ -126,6 +126,10 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     quarantined_pages: int = 0  # may still be written by an unsettled transfer
     draining: bool = False
     registered: bool = False  # Redis has its lease and its pages
+    index_pages: int = 0  # that the worker announces to the prefix index
+    index_pending: int = 0  # changes of them that the index has not got yet
+    index_losses: int = 0  # times that the index held nothing of this worker any more, and got everything again
+    index_repaired: int = 0  # pages that the index had lost, and got again in their turn
     steps: int = 0  # grows while the worker makes progress
     prompt_tokens: int = 0  # computed
     cached_tokens: int = 0  # of prompts computed here, found in the prefix cache

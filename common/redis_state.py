@@ -84,6 +84,15 @@ class RegistryWriter:
             self._announcements.publish(added, removed)
         self._changed.set()
 
+    def index_load(self) -> dict[str, int]:
+        """This worker's part of the prefix index, by fields of `WorkerLoad`."""
+        return {
+            "index_pages": self._announcements.num_held,
+            "index_pending": self._announcements.num_pending,
+            "index_losses": self._index.losses,
+            "index_repaired": self._index.repaired,
+        }
+
     def close(self, deregister: bool = True) -> None:
         """Stop the thread; with `deregister` take the worker's keys out of Redis (else its lease runs out)."""
         self._closing.set()

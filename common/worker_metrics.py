@@ -118,6 +118,10 @@ _GAUGES = (
         lambda load: load.draining,
     ),
     _Figure("penstock:registered", "1 while Redis has the worker's lease and pages.", lambda load: load.registered),
+    _Figure("penstock:index_pages", "Pages announced to the prefix index.", lambda load: load.index_pages),
+    _Figure(
+        "penstock:index_pending", "Changes that the prefix index has not got yet.", lambda load: load.index_pending
+    ),
 )
 _COUNTERS = (
     _Figure(
@@ -165,6 +169,16 @@ _COUNTERS = (
         "vllm:nixl_num_kv_expired_reqs",
         "Prompts whose lent pages were taken back, as their decode worker was silent for a lease.",
         lambda load: load.expired_loans,
+    ),
+    _Figure(
+        "penstock:index_losses",
+        "Times that the prefix index had lost all pages of the worker and got them again.",
+        lambda load: load.index_losses,
+    ),
+    _Figure(
+        "penstock:index_repaired_pages",
+        "Pages that the prefix index had lost one by one and got again.",
+        lambda load: load.index_repaired,
     ),
     _Figure("penstock:engine_steps", "Steps of the engine.", lambda load: load.steps),
     _Figure("penstock:handoffs", "Prompts handed from a prefill to a decode worker.", lambda load: load.handoffs),

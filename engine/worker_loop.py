@@ -216,6 +216,7 @@ class WorkerLoop:
             rates=self.engine.rates.rates(),
             histograms={"step_tokens": counters.step_tokens.packed(), **role.histograms()},
             **fields,
+            **(registry.index_load() if registry is not None else {}),
         )
 
     def ledger(self, role: Role) -> dict[str, Any]:

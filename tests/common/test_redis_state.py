@@ -153,6 +153,8 @@ def test_a_redis_that_comes_back_empty_hears_everything_again(own_redis):
     with contextlib.closing(own_redis.client()) as client:
         eventually(lambda: pages_held(client, "ns", "i1") == 102)
         assert client.exists("ns:worker:i1")
+        figures = {"index_pages": 102, "index_pending": 0, "index_losses": 2, "index_repaired": 0}
+        eventually(lambda: writer.index_load() == figures)
     writer.close()
 
 
