@@ -102,10 +102,6 @@ class Tokenizer:
         tokenizer.chat_templates.update(_templates_beside(folder))
         return tokenizer
 
-    def definition(self) -> str:
-        """The whole tokenizer as tokenizer.json writes it, without truncation and padding."""
-        return self._backend.to_str()
-
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; the model's embedding may be larger (padding)."""

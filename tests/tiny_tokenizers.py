@@ -48,7 +48,7 @@ def byte_level() -> Tokenizer:
 
 
 @cache
-def sentencepiece() -> Tokenizer:
+def sentencepiece_backend() -> tokenizers.Tokenizer:
     """Llama-2 style: spaces as U+2581, bytes as <0xNN>, one leading space stripped from the text."""
     words = ["▁", "▁the", "▁wa", "ter", "a", "b", "▁a", "ß", "."]
     vocab = {
@@ -60,7 +60,12 @@ def sentencepiece() -> Tokenizer:
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    return backend
+
+
+@cache
+def sentencepiece() -> Tokenizer:
+    return Tokenizer(sentencepiece_backend(), {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from penstock.router.incremental import Reasoning, Steps, Text
 
@@ -60,7 +60,7 @@ class Marked(ReasoningParser):
     def parse(self, text: Text) -> Steps[None]:
         """See `ReasoningParser`."""
         started = yield from text.attempt(self._start(text))
-        if not started and self._state() != "inside":
+        if not started and "" not in self._begins():
             return
         end = yield from text.until((*self.ends, *self.implied_ends), Reasoning)
         if end in self.implied_ends:
@@ -72,23 +72,26 @@ class Marked(ReasoningParser):
 
     def before(self, form: Format) -> Format:
         """See `ReasoningParser`."""
-        state = self._state()
-        if state == "over":
+        begins = self._begins()
+        if not begins:
             return form
-        begins = [""] if state == "inside" else self.starts
         tags = [{"type": "tag", "begin": at, "content": {"type": "any_text"}, "end": list(self.ends)} for at in begins]
-        reasoned = [{"type": "sequence", "elements": [tag, form]} for tag in tags]
-        return reasoned[0] if state == "inside" else {"type": "or", "elements": [*reasoned, form]}
+        reasoned = {"type": "sequence", "elements": [tags[0] if len(tags) == 1 else _either(*tags), form]}
+        return reasoned if "" in begins else _either(reasoned, form)
 
-    def _state(self) -> Literal["inside", "over", "unknown"]:
-        """Where an answer begins that does not begin with a start marker."""
+    def _begins(self) -> tuple[str, ...]:
+        """How an answer's reasoning may begin: "" where it has begun already. Nothing: it is over."""
         prompt = self.beginning.prompt
         if self.beginning.continues:
             begun = max(map(prompt.rfind, self.starts)) > max(map(prompt.rfind, self.ends))
-            return "inside" if begun else "over"
+            return ("",) if begun else ()
         prompt = prompt.rstrip()
         if prompt.endswith(self.starts):
-            return "inside"
+            return ("",)
         if prompt.endswith(self.ends) or self.beginning.thinking is False:
-            return "over"
-        return "inside" if self.inside else "unknown"
+            return ()
+        return ("", *self.starts) if self.inside else self.starts
+
+
+def _either(*formats: Format) -> Format:
+    return {"type": "or", "elements": list(formats)}

@@ -8,8 +8,11 @@ import re
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLTokenizer
+from tokenizers import AddedToken
 
 from penstock.common.grammar import (
     CACHED_GRAMMARS,
@@ -24,7 +27,7 @@ from penstock.common.grammar import (
 from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
 from tests.schemas import random_schema, validate, walk
-from tests.tiny_tokenizers import byte_level, sentencepiece, wordpiece
+from tests.tiny_tokenizers import byte_level, byte_level_backend, sentencepiece, sentencepiece_backend, wordpiece
 
 END = 2  # <|im_end|>
 Form = StructuredOutputsParams
@@ -242,15 +245,51 @@ def test_latest_forms_are_kept(grammars: Grammars) -> None:
     assert grammars.compile(form) is not first
 
 
-@pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece()], ids=["byte level", "sentencepiece"])
-def test_tokens_mean_the_same_bytes(tokenizer: Tokenizer) -> None:
-    vocabulary = make_vocabulary(tokenizer, tokenizer.vocab_size + 40, [])  # padded, and without an end
-    assert vocabulary.vocab_size == tokenizer.vocab_size + 40
+@pytest.mark.parametrize(
+    ("tokenizer", "definition"),
+    [(byte_level(), byte_level_backend().to_str()), (sentencepiece(), sentencepiece_backend().to_str())],
+    ids=["byte level", "sentencepiece"],
+)
+def test_tokens_mean_the_bytes_that_llguidance_reads_itself(tokenizer: Tokenizer, definition: str) -> None:
+    size = tokenizer.vocab_size + 40
+    vocabulary = make_vocabulary(tokenizer, size, [])  # padded, and without an end
+    theirs = LLTokenizer(definition, n_vocab=size, eos_token=vocabulary.eos_tokens)
+    assert vocabulary.vocab_size == size
     assert set(vocabulary.eos_tokens) <= tokenizer.special_ids
     for token in range(tokenizer.vocab_size):
-        # 0xFF, which no UTF-8 has, marks special tokens there.
-        if token not in tokenizer.special_ids and tokenizer.token_bytes(token) != b"\xff":
-            assert vocabulary.decode_bytes([token]) == tokenizer.token_bytes(token), token
+        assert vocabulary.decode_bytes([token]) == theirs.decode_bytes([token]), token
+
+
+def test_text_has_every_plain_token_and_no_special_one() -> None:
+    """Models that reason have <think> and </think> as plain tokens. Special ones stand where a form names them only."""
+    backend = tokenizers.Tokenizer.from_str(byte_level_backend().to_str())
+    backend.add_tokens([AddedToken(text, special=False) for text in ("<think>", "</think>")])
+    backend.add_special_tokens([AddedToken("</secret>", special=True)])
+    tokenizer = Tokenizer(backend)
+    grammars = Grammars(lambda: tokenizer, tokenizer.vocab_size + 8, [END])
+
+    def allowed(form: Form, *before: str) -> set[str]:
+        matcher = grammars.compile(form).result().deep_copy()
+        assert matcher.consume_tokens([tokenizer.token_id(text) for text in before])
+        mask = matcher.compute_bitmask()
+        return {tokenizer.vocabulary_entry(i) for i in range(tokenizer.vocab_size + 8) if mask[i // 8] >> i % 8 & 1}
+
+    plain = {"<think>", "</think>", "<tool call>"}
+    special = {"<s>", "<|im_start|>", "</secret>"}
+    text = allowed(Form(regex="(.|\\n)*"))
+    assert plain <= text and not special & text and "" not in text, "of padding nothing may come"
+    assert allowed(Form(structural_tag=reasons("</think>"))) >= plain
+    after = allowed(Form(structural_tag=reasons("</think>")), "<think>", "</think>")
+    assert {text[0] for text in after} == {"{"}
+    assert special & allowed(Form(structural_tag=reasons("</secret>"))) == {"</secret>"}
+    assert allowed(Form(structural_tag=reasons("</secret>")), "a", "</secret>") == after
+
+
+def reasons(end: str) -> dict[str, Any]:
+    """Free text up to a token, then an object."""
+    tag = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": end}
+    answer = {"type": "json_schema", "json_schema": {"type": "object"}}
+    return {"format": {"type": "sequence", "elements": [tag, answer]}}
 
 
 def test_other_tokenizers_are_refused() -> None:

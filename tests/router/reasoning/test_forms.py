@@ -11,7 +11,7 @@ from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.router.incremental import Steps, Text
 from penstock.router.reasoning.formats import DeepSeekR1, Granite, Mistral, Qwen3
 from penstock.router.reasoning.forms import after_reasoning
-from penstock.router.reasoning.parser import Beginning, ReasoningParser
+from penstock.router.reasoning.parser import Beginning, Marked, ReasoningParser
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 OPEN, CLOSED = Beginning("<think>\n"), Beginning("<think>\n\n</think>\n\n")
@@ -53,11 +53,21 @@ def test_no_reasoning_no_change() -> None:
     assert after_reasoning(demanded, Qwen3(Beginning(thinking=False))) is demanded
 
 
-def test_a_model_that_may_reason() -> None:
-    form = {"type": "regex", "pattern": "a"}
-    for parser, starts in ((Mistral(Beginning()), Mistral.starts), (Granite(Beginning()), Granite.starts)):
-        *reasoned, plain = format_of(StructuredOutputsParams(regex="a"), parser)["elements"]
-        assert plain == form and [way["elements"][0]["begin"] for way in reasoned] == list(starts)
+@pytest.mark.parametrize("parser", [Mistral, Granite])
+def test_a_model_that_may_reason(parser: type[Marked]) -> None:
+    reasoned, plain = format_of(StructuredOutputsParams(regex="a"), parser(Beginning()))["elements"]
+    assert plain == {"type": "regex", "pattern": "a"} and begins_of(reasoned) == list(parser.starts)
+
+
+def test_a_model_that_has_begun_to_reason_or_begins_by_itself() -> None:
+    assert begins_of(format_of(StructuredOutputsParams(regex="a"), Qwen3(Beginning()))) == ["", "<think>"]
+
+
+def begins_of(reasoned: Any) -> list[str]:
+    """How the reasoning may begin that a form comes after."""
+    reasoning, form = reasoned["elements"]
+    assert form == {"type": "regex", "pattern": "a"}
+    return [tag["begin"] for tag in reasoning.get("elements", [reasoning])]
 
 
 class Unknown(ReasoningParser):
