@@ -34,7 +34,7 @@ from penstock.engine.replies import log_end, to_delta
 from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
 from penstock.kv_transfer.exchange import PageExchange
-from penstock.kv_transfer.reader import Read, Wanted
+from penstock.kv_transfer.reading import Read, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ class DecodeRole:
             self._to_move.discard(key)
 
     def _admit(self, now: float) -> None:
-        preempted = any(request.preemptions for request in self._engine.scheduler.waiting)
+        # One that waits to be told what it may say next does not want room yet.
+        preempted = any(request.preemptions and request.may_go_on for request in self._engine.scheduler.waiting)
         for entry in self._admission.admit(now, len(self._entries), preempted=preempted):
             self._entries[entry.key] = entry
             lender = self._lender_of(entry)

@@ -1,8 +1,9 @@
 """What a worker asks of `PageMover`, and what it hears back.
 
 Every ReadJob ends in exactly one of ReadDone, ReadFailed, ReadMismatch or ReadStalled. Only after ReadStalled may its
-pages still be written; ReadSettled then follows, perhaps much later. Every SealJob ends in Sealed. Jobs
-take turns: a short one may end before a long one that was handed in earlier.
+pages still be written; ReadSettled then follows, perhaps much later. Every SealJob ends in Sealed,
+unless it was cancelled. Jobs take turns: a short one may end before a long one that was handed in earlier. Those of one
+`line` (tickets of one loan, say) go one behind the other: the first is done while the last has not begun.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class ReadJob:
     src_pages: Sequence[int]
     dst_pages: Sequence[int]
     checksums: Sequence[int] = ()
+    line: str = ""  # "": in no line
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SealJob:
 
     tag: str
     pages: Sequence[int]
+    line: str = ""  # "": in no line
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class ReadMismatch:
 
 @dataclass(frozen=True)
 class ReadStalled:
-    """No progress for stall_s: the read has failed, but its pages may still be written until `ReadSettled`."""
+    """Nothing has come for as long as the link is given: the read has failed, but its pages may still be written until
+    `ReadSettled`."""
 
     tag: str
     seconds: float

@@ -173,12 +173,6 @@ class Landings:
         """Pages withheld after their hand-off was taken, because a read may still write them."""
         return sum(map(len, self._quarantine.values()))
 
-    @property
-    def promised_pages(self) -> int:
-        """Pages promised to hand-offs in progress and not bound yet."""
-        open_ones = (h for h in self._handoffs.values() if h.state in (LandingState.PROMISED, LandingState.READING))
-        return sum(h.end_page - h.next_page for h in open_ones)
-
     def promise(self, key: Hashable, first_page: int, num_pages: int) -> None:
         """Expect pages [first_page, first_page + num_pages) of the request's page table.
 
@@ -216,9 +210,20 @@ class Landings:
         self._keys[tag] = key
         return tag
 
+    def renew(self, key: Hashable, sent_at: float, now: float) -> None:
+        """The lender of `key` has answered a heartbeat that we sent at `sent_at`.
+
+        Heard while it kept what it had lent, the answer proves that it did when it processed that heartbeat, and so
+        does for a lease from when we sent it. Heard later it proves nothing: the loan may have ended in between.
+        """
+        handoff = self._handoffs.get(key)
+        for read in handoff.reads.values() if handoff is not None else ():
+            if read.open and now < read.lent_at + self._lease_s:
+                read.lent_at = max(read.lent_at, sent_at)
+
     def read_done(self, tag: str, finished_at: float) -> list[int]:
         """Everything arrived and matched. It is trusted only if it finished within lease_s of the moment we sent the
-        newest heartbeat the lender knew when it lent: until then at least it kept the pages for us."""
+        newest heartbeat the lender is known to have processed while it lent: until then at least it kept the pages."""
         return self._settle(tag, finished_at)
 
     def read_ended(self, tag: str) -> list[int]:
@@ -252,15 +257,6 @@ class Landings:
         """None: unknown, or taken."""
         handoff = self._handoffs.get(key)
         return handoff.state if handoff is not None else None
-
-    def key_of(self, tag: str) -> Hashable | None:
-        """The hand-off of a read; None once it was taken."""
-        return self._keys.get(tag)
-
-    def outstanding(self, key: Hashable) -> list[str]:
-        """Tags of reads that may still write: cancel them when the hand-off failed; wait for them if you can."""
-        handoff = self._handoffs.get(key)
-        return [tag for tag, read in handoff.reads.items() if read.open] if handoff is not None else []
 
     def take(self, key: Hashable) -> Landed:
         """Forget an ended hand-off; its pages are the caller's, save those in quarantine.

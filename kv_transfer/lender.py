@@ -40,6 +40,7 @@ class _Ticket:
     first_page: int
     num_tokens: int
     pages: list[int]
+    tag: str = ""  # of its SealJob
     checksums: list[int] | None = None  # None: not sealed yet; empty: not checked
 
 
@@ -52,6 +53,7 @@ class Loan:
     attempt: int
     choice: int
     key: str
+    line: str  # of its SealJobs: the first ticket goes out, and is read, while the next one is sealed
     next_page: int  # of the request's table: the first that was not offered yet
     checked: bool
     tickets: list[_Ticket] = field(default_factory=list)  # not sent yet, in order
@@ -85,7 +87,7 @@ class Lender:
         self._checksum = checksum
         self._ticket_pages = max(1, TICKET_BYTES // page_bytes)
         self._open: dict[tuple[bytes, str], Loan] = {}
-        self._tags: dict[str, tuple[Loan, _Ticket]] = {}  # being sealed
+        self._sealing: dict[str, tuple[Loan, _Ticket]] = {}  # by tag
         self._count = 0
         self._seals = 0
 
@@ -109,7 +111,8 @@ class Lender:
         """Begin to lend to this peer, from this page of the request on."""
         self._count += 1
         checked = self._checksum == "all" or (self._checksum == "sample" and self._count % SAMPLE_EVERY == 1)
-        loan = self._open[identity, key] = Loan(identity, request_id, attempt, choice, key, first_page, checked)
+        line = f"loan-{self._count}"
+        loan = self._open[identity, key] = Loan(identity, request_id, attempt, choice, key, line, first_page, checked)
         return loan
 
     def offer(self, loan: Loan, pages: Sequence[int], num_tokens: int, now: float) -> None:
@@ -122,9 +125,9 @@ class Lender:
         loan.next_page += len(pages)
         if loan.checked:
             self._seals += 1
-            tag = f"seal-{self._seals}"
-            self._tags[tag] = loan, ticket
-            self._mover.seal(SealJob(tag, tuple(pages)))
+            ticket.tag = f"seal-{self._seals}"
+            self._sealing[ticket.tag] = loan, ticket
+            self._mover.seal(SealJob(ticket.tag, tuple(pages), loan.line))
         else:
             self._mover.expect_readers()
             ticket.checksums = []
@@ -141,6 +144,8 @@ class Lender:
             loan.ended = True
             del self._open[loan.identity, loan.key]
             for ticket in loan.tickets:
+                if self._sealing.pop(ticket.tag, None) is not None:
+                    self._mover.cancel(ticket.tag)
                 self._unlend(ticket.pages)
             loan.tickets.clear()
 
@@ -161,10 +166,11 @@ class Lender:
     # ------------------------------------------------------------ what happens
 
     def sealed(self, completion: Sealed, now: float) -> None:
-        """The mover has the checksums of a ticket: a short one may be sealed before a long one that it follows."""
-        loan, ticket = self._tags.pop(completion.tag)
-        ticket.checksums = completion.checksums
-        self._lend(loan, now)
+        """The mover has the checksums of a ticket, which may be one of a loan that was dropped meanwhile."""
+        loan, ticket = self._sealing.pop(completion.tag, (None, None))
+        if loan is not None and ticket is not None:
+            ticket.checksums = completion.checksums
+            self._lend(loan, now)
 
     def landed(self, identity: bytes, key: str) -> None:
         """The reader has all it wants, finished or not."""

@@ -1,7 +1,7 @@
 """`PageMover`: the one thread of a worker that posts and polls copies and computes checksums.
 
 The engine thread hands in jobs (jobs.py), never blocks, and drains completions between two steps. Jobs advance in turn,
-a batch at a time, so that a long prompt does not hold up a short one; a batch is verified while it is still in the
+a batch at a time (work.py); a batch is verified while it is still in the
 CPU's caches. An idle mover sleeps, waking only as often as a transport wants its `progress` called.
 """
 
@@ -27,8 +27,9 @@ from penstock.kv_transfer.jobs import (
     Sealed,
     SealJob,
 )
+from penstock.kv_transfer.link_pace import LinkPace
 from penstock.kv_transfer.region import checksums
-from penstock.kv_transfer.work import BatchSize, Read, Seal, Work
+from penstock.kv_transfer.work import Read, Seal, Turns
 
 __all__ = [
     "Completion",
@@ -69,8 +70,8 @@ class PageMover:
 
         Args:
             wake: called in the mover's thread when completions are ready; must not block.
-            stall_s: a read without any progress for this long is reported as stalled; batches shrink on slow links, so
-                that they make progress.
+            stall_s: a read is reported as stalled when its link has been quiet for so long, or longer on a link that
+                is known to be slow (link_pace.py).
             batch_bytes: how much of a job is posted, or hashed, at once; default: by where the pool is, and for reads
                 what the transport wants.
             checksum: of our pages, as the lender seals them; needed for pools that are not on CPU.
@@ -85,9 +86,9 @@ class PageMover:
         self._checksum = checksum or (lambda pages: checksums(region, pages))
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._done: deque[Completion] = deque()
-        self._work: dict[str, Work] = {}
+        self._turns = Turns()
         self._connected: dict[tuple[str, str], bytes] = {}
-        self._sizes: dict[tuple[str, str], BatchSize] = {}  # of connected peers, as their links have shown
+        self._paces: dict[tuple[str, str], LinkPace] = {}  # of connected peers
         self._leaving: set[str] = set()
         self._quick_until = 0.0
         self._failure: BaseException | None = None
@@ -110,11 +111,11 @@ class PageMover:
 
     def cancel(self, tag: str) -> None:
         """Post nothing more of this job: a read ends in `ReadFailed` once settled, a seal without a word."""
-        self._commands.put(lambda: self._cancel(tag))
+        self._commands.put(lambda: self._turns.cancel(tag))
 
     def seal(self, job: SealJob) -> None:
         """Queue a checksum job; the pages must not change until it is done."""
-        self._commands.put(lambda: self._start(job.tag, Seal(job, self._batch_pages, self._checksum)))
+        self._commands.put(lambda: self._turns.start(job.tag, Seal(job, self._batch_pages, self._checksum)))
 
     def expect_readers(self) -> None:
         """Peers are about to read from us: be quick to serve them. `seal` has this effect, too."""
@@ -138,21 +139,23 @@ class PageMover:
         """
         self._commands.put(lambda: self._close(drain_s))
         self._thread.join(drain_s + 1.0)
-        return not self._thread.is_alive() and not self._work and self._failure is None
+        return not self._thread.is_alive() and not self._turns and self._failure is None
 
     # ------------------------------------------------------------ in the mover's thread
 
     def _run(self) -> None:
         moved_at = time.monotonic()
         try:
-            while self._close_at is None or (self._work and time.monotonic() < self._close_at):
+            while self._close_at is None or (self._turns and time.monotonic() < self._close_at):
                 self._take_commands(self._timeout(moved_at))
                 for transport in self._transports.values():
                     transport.progress()
-                if self._advance():
+                if self._turns.advance(time.monotonic):
                     moved_at = time.monotonic()
+                for completion in self._turns.completions():
+                    self._report(completion)
                 self._forget_leavers()
-            if not self._work:
+            if not self._turns:
                 for transport in self._transports.values():
                     transport.close()
         except BaseException as failure:
@@ -163,7 +166,7 @@ class PageMover:
     def _timeout(self, moved_at: float) -> float | None:
         """How long to wait for a command before having a look at the work or the transports."""
         now = time.monotonic()
-        if self._work:
+        if self._turns:
             quiet_s = now - moved_at
             return 0.0 if quiet_s < _POLL_MIN_S else min(max(quiet_s / 32, _POLL_MIN_S), _POLL_MAX_S)
         wanted = [t.progress_s for t in self._transports.values() if t.progress_s is not None]
@@ -182,49 +185,29 @@ class PageMover:
         except Empty:
             pass
 
-    def _advance(self) -> bool:
-        """Give every job its turn; whether anything moved."""
-        moved = False
-        for tag, work in list(self._work.items()):
-            moved |= work.advance(time.monotonic)
-            for completion in work.completions():
-                self._report(completion)
-            if work.ended:
-                del self._work[tag]
-        return moved
-
     def _report(self, completion: Completion) -> None:
         self._done.append(completion)
         self._wake()
-
-    def _start(self, tag: str, work: Work) -> None:
-        if tag in self._work:
-            raise ValueError(f"a job named {tag} is in progress")
-        self._work[tag] = work
 
     def _start_read(self, job: ReadJob) -> None:
         transport = self._transports.get(job.transport)
         if transport is None or (job.peer, job.transport) not in self._connected or job.peer in self._leaving:
             self._report(ReadFailed(job.tag, f"{job.peer} is not connected over {job.transport}"))
         else:
-            size = self._sizes.get((job.peer, job.transport))
-            if size is None:
-                size = self._sizes[job.peer, job.transport] = self._first_size(transport)
-            self._start(job.tag, Read(job, transport, size, self._checksum, self._stall_s))
+            pace = self._paces.get((job.peer, job.transport))
+            if pace is None:
+                pace = self._paces[job.peer, job.transport] = self._first_pace(transport)
+            self._turns.start(job.tag, Read(job, transport, pace, self._checksum))
 
-    def _first_size(self, transport: Transport) -> BatchSize:
+    def _first_pace(self, transport: Transport) -> LinkPace:
         """Of a link that is not known yet: with care, where it may be anything."""
         wanted = transport.batch_bytes if self._by_default else None
         most = max(1, wanted // self._page_bytes) if wanted else self._batch_pages
         careful = self._by_default and transport.name == "nixl"
-        return BatchSize(most, most // _CAREFUL if careful else most)
-
-    def _cancel(self, tag: str) -> None:
-        if tag in self._work:
-            self._work[tag].cancel()
+        return LinkPace(most, most // _CAREFUL if careful else most, self._stall_s)
 
     def _connect(self, peer: str, name: str, description: bytes) -> None:
-        if self._reading(peer) and self._connected.get((peer, name)) == description:
+        if self._turns.reads_from(peer) and self._connected.get((peer, name)) == description:
             self._leaving.discard(peer)  # the same pool: its copies in flight go on
             return
         self._forget_leavers()
@@ -233,7 +216,7 @@ class PageMover:
         try:
             if name not in self._transports:
                 raise TransportError(f"transport {name} is not open here")
-            if self._reading(peer):
+            if self._turns.reads_from(peer):
                 raise TransportError(f"earlier reads from {peer} have not settled")
             self._transports[name].connect(peer, description)
         except TransportError as error:
@@ -242,23 +225,17 @@ class PageMover:
             self._connected[peer, name] = description
 
     def _disconnect(self, peer: str) -> None:
-        for work in self._work.values():
-            if work.peer == peer:
-                work.cancel()
+        self._turns.cancel_all(peer)
         self._leaving.add(peer)
 
-    def _reading(self, peer: str) -> bool:
-        return any(work.peer == peer for work in self._work.values())
-
     def _forget_leavers(self) -> None:
-        for peer in [peer for peer in self._leaving if not self._reading(peer)]:
+        for peer in [peer for peer in self._leaving if not self._turns.reads_from(peer)]:
             self._leaving.discard(peer)
             for name, transport in self._transports.items():
-                self._sizes.pop((peer, name), None)
+                self._paces.pop((peer, name), None)
                 if self._connected.pop((peer, name), None) is not None:
                     transport.disconnect(peer)
 
     def _close(self, drain_s: float) -> None:
         self._close_at = time.monotonic() + drain_s
-        for work in self._work.values():
-            work.cancel()
+        self._turns.cancel_all()

@@ -11,7 +11,7 @@ may still write go to quarantine until that read has settled.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,14 +20,11 @@ from penstock.common.messages import (
     Abort,
     Fetch,
     FetchDone,
-    PagesLanded,
     PagesReady,
     Prefill,
     PrefillDone,
     PrefillFailed,
-    Spans,
     WorkerInfo,
-    request_key,
 )
 from penstock.common.rate_estimator import RateEstimator
 from penstock.kv_transfer.jobs import (
@@ -43,13 +40,13 @@ from penstock.kv_transfer.jobs import (
 )
 from penstock.kv_transfer.leases import Landings, LandingState
 from penstock.kv_transfer.mover import PageMover
-from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLinks, PeerLost
+from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLinks, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.read_figures import ReaderCounters, ReadHistograms
+from penstock.kv_transfer.reading import Read, Reading, Wanted, key_of, landed
 
 logger = logging.getLogger(__name__)
 QUARANTINE = "quarantine"
-FETCH_PATIENCE_S = 2.0  # a fetch without any progress for so long is given up: computing may well be faster
 _Event = ReadDone | ReadFailed | ReadMismatch | ReadSettled | ReadStalled
 
 
@@ -66,53 +63,6 @@ class ReadPages(Protocol):
     def name(self, page: int, page_hash: bytes, parent: bytes = b"") -> None: ...
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Pages [first_page, first_page + num_pages) of a request's table. Those before are held by `key`, these promised
-    to it; `hashes` are of the request's full pages, from its beginning."""
-
-    key: str
-    request_id: str
-    attempt: int
-    choice: int
-    first_page: int
-    num_pages: int
-    num_tokens: int  # that are known with all of them
-    hashes: Sequence[bytes]
-
-
-@dataclass(frozen=True)
-class Read:
-    """A hand-off or fetch has ended: the first `computed` tokens of the request are in the pages of `key`.
-
-    `first` came from the prefill worker, if it got so far. `spans` has figures of the transfer only.
-    """
-
-    key: str
-    computed: int
-    first: PrefillDone | None
-    spans: Spans
-
-
-@dataclass(eq=False)
-class _Reading:
-    wanted: Wanted
-    worker: WorkerInfo
-    fetch: bool
-    began_at: float
-    moved_at: float  # when it last made progress
-    transport: str = ""
-    first: PrefillDone | None = None
-    failed: str = ""
-    ticketed_tokens: int = 0
-    first_ticket_at: float | None = None
-    done_at: float | None = None
-    landed_at: float = 0.0
-    size_bytes: int = 0
-    num_pages: int = 0
-    mismatches: int = 0
-
-
 @dataclass
 class Reader:
     """All reads of one worker. Used from its loop thread; copying is the mover's."""
@@ -125,7 +75,7 @@ class Reader:
     rates: RateEstimator = field(default_factory=RateEstimator)  # is told how long reads take
     counters: ReaderCounters = field(default_factory=ReaderCounters)
     histograms: ReadHistograms = field(default_factory=ReadHistograms)
-    _open: dict[str, _Reading] = field(default_factory=dict)  # by key
+    _open: dict[str, Reading] = field(default_factory=dict)  # by key
     _reads: dict[str, str] = field(default_factory=dict)  # tag of a read that may still write -> its key
     _ended: list[Read] = field(default_factory=list)
 
@@ -146,25 +96,14 @@ class Reader:
 
     def rows(self, now: float) -> list[dict[str, object]]:
         """What is being read, for /debug/ledger: for whom, from which incarnation, and how long nothing has come."""
-        return [
-            {
-                "key": key,
-                "peer": reading.worker.incarnation,
-                "kind": "fetch" if reading.fetch else "hand-off",
-                "transport": reading.transport,
-                "pages": list(self.pages.table(key)[reading.wanted.first_page :]),
-                "age_s": round(now - reading.began_at, 3),
-                "quiet_s": round(now - reading.moved_at, 3),
-            }
-            for key, reading in self._open.items()
-        ]
+        return [r.row(self.pages.table(r.wanted.key)[r.wanted.first_page :], now) for r in self._open.values()]
 
     # ------------------------------------------------------------ begin and end
 
     def hand_off(self, wanted: Wanted, worker: WorkerInfo, message: Prefill, now: float) -> None:
         """Ask a prefill worker to compute the prompt and to lend its pages."""
         self.counters.handoffs += 1
-        self._begin(_Reading(wanted, worker, False, now, now), message, now)
+        self._begin(Reading(wanted, worker, False, now, now), message, now)
 
     def fetch(self, wanted: Wanted, worker: WorkerInfo, now: float) -> None:
         """Ask a worker to lend what it caches of these pages, which are full ones."""
@@ -177,7 +116,7 @@ class Reader:
             first_page=first,
             hashes=list(wanted.hashes[first:end]),
         )
-        self._begin(_Reading(wanted, worker, True, now, now), message, now)
+        self._begin(Reading(wanted, worker, True, now, now), message, now)
 
     def cancel(self, key: str) -> bool:
         """The request has ended: end its reading on both sides. Its pages are the caller's to release, but for those
@@ -195,9 +134,11 @@ class Reader:
         return ended
 
     def expire(self, now: float) -> None:
-        """Give up fetches that do not get on. (A prompt that is being computed may take its time.)"""
-        for reading in [r for r in self._open.values() if r.fetch and now - r.moved_at > FETCH_PATIENCE_S]:
-            self._fail(reading, f"no progress for {now - reading.moved_at:.1f} s", now)
+        """Give up fetches whose source does not get on."""
+        size, rate = self.pages.page_size, self.rates.rates().prefill_tokens_per_s
+        for reading in list(self._open.values()):
+            if reading.waits_too_long(now, reading.wanted.first_page * size, rate):
+                self._fail(reading, f"no ticket for {now - reading.came_at:.1f} s", now)
 
     # ------------------------------------------------------------ from the lender
 
@@ -207,10 +148,13 @@ class Reader:
             self._find(event.worker, now)
         elif isinstance(event, PeerLost):
             self._lose(event, now)
+        elif isinstance(event, LeaseRenewed):
+            for renewed in self._from(incarnation):
+                self.landings.renew(renewed.wanted.key, event.sent_at, now)
         elif isinstance(event, PagesReady):
             self._ticket(incarnation, event, now)
         elif isinstance(event, (PrefillDone, FetchDone, PrefillFailed)):
-            reading = self._open.get(_key(event))
+            reading = self._open.get(key_of(event))
             if reading is None or reading.worker.incarnation != incarnation:
                 return
             if isinstance(event, PrefillFailed):
@@ -220,6 +164,8 @@ class Reader:
 
     def _find(self, worker: WorkerInfo, now: float) -> None:
         """Handshake done: connect the pool of this worker."""
+        for reading in self._from(worker.incarnation):
+            reading.came_at = now
         transport = self.transports.find(worker)
         if transport:
             self.mover.connect(worker.incarnation, transport, worker.transports[transport])
@@ -234,11 +180,11 @@ class Reader:
 
     def _ticket(self, incarnation: str, message: PagesReady, now: float) -> None:
         """Bind our pages to a ticket and read; duplicate, late and unknown tickets change nothing."""
-        key = _key(message)
+        key = key_of(message)
         reading = self._open.get(key)
         pages = message.pages[0]
         if reading is None or reading.worker.incarnation != incarnation:
-            self.links.send_if_linked(incarnation, _landed(message))
+            self.links.send_if_linked(incarnation, landed(message))
             return
         transport = self.transports.chosen.get(incarnation)
         if reading.failed or transport is None or not self.landings.accepts(key, message.first_page, len(pages)):
@@ -247,14 +193,15 @@ class Reader:
         reading.transport = transport
         reading.ticketed_tokens = message.num_tokens
         reading.first_ticket_at = now if reading.first_ticket_at is None else reading.first_ticket_at
-        reading.moved_at = now
+        reading.came_at = now
         lent_at = self.links.lent_at(incarnation, message.heartbeat_seq)
         tag = self.landings.start(key, message.first_page, bound, lent_at)
         self._reads[tag] = key
+        reading.reads += 1
         checksums = message.checksums[0] if message.checksums else []
-        self.mover.read(ReadJob(tag, incarnation, reading.transport, tuple(pages), tuple(bound), tuple(checksums)))
+        self.mover.read(ReadJob(tag, incarnation, transport, tuple(pages), tuple(bound), tuple(checksums), key))
 
-    def _all_lent(self, reading: _Reading, message: PrefillDone | FetchDone, now: float) -> None:
+    def _all_lent(self, reading: Reading, message: PrefillDone | FetchDone, now: float) -> None:
         reading.done_at = now
         wanted = reading.wanted
         if isinstance(message, PrefillDone):
@@ -287,11 +234,12 @@ class Reader:
             elif not isinstance(event, ReadStalled):  # of what was given up: its pages leave quarantine
                 self.pages.release_some(QUARANTINE, self.landings.read_ended(event.tag))
 
-    def _read_event(self, reading: _Reading, event: _Event, now: float) -> None:
+    def _read_event(self, reading: Reading, event: _Event, now: float) -> None:
         reason = ""
+        reading.reads -= not isinstance(event, ReadSettled)
         if isinstance(event, ReadDone):
             reading.landed_at = event.finished_at
-            reading.moved_at = now
+            reading.came_at = now
             reading.size_bytes += event.size_bytes
             self.counters.transfer_bytes += event.size_bytes
             self.histograms.read(event.seconds, event.size_bytes, event.size_bytes // reading.worker.page_bytes)
@@ -318,7 +266,7 @@ class Reader:
 
     # ------------------------------------------------------------ inside
 
-    def _begin(self, reading: _Reading, message: Prefill | Fetch, now: float) -> None:
+    def _begin(self, reading: Reading, message: Prefill | Fetch, now: float) -> None:
         wanted, incarnation = reading.wanted, reading.worker.incarnation
         self._open[wanted.key] = reading
         self.counters.asked_tokens += wanted.num_tokens - wanted.first_page * self.pages.page_size
@@ -329,10 +277,13 @@ class Reader:
             self.links.send(reading.worker, message, now)
 
     def _fail_all(self, incarnation: str, reason: str, now: float) -> None:
-        for reading in [r for r in self._open.values() if r.worker.incarnation == incarnation]:
+        for reading in self._from(incarnation):
             self._fail(reading, reason, now)
 
-    def _fail(self, reading: _Reading, reason: str, now: float) -> None:
+    def _from(self, incarnation: str) -> list[Reading]:
+        return [reading for reading in self._open.values() if reading.worker.incarnation == incarnation]
+
+    def _fail(self, reading: Reading, reason: str, now: float) -> None:
         if not reading.failed:
             reading.failed = reason
             if reading.fetch:
@@ -341,14 +292,14 @@ class Reader:
                 self.counters.handoff_failures += 1
             logger.warning(
                 "%s failed, computing the rest here: %s",
-                "fetch" if reading.fetch else "hand-off",
+                reading.kind,
                 reason,
                 extra=about(reading.wanted),
             )
             self._give_up(reading)
         self._try_end(reading, now)
 
-    def _give_up(self, reading: _Reading) -> None:
+    def _give_up(self, reading: Reading) -> None:
         """Tell a prefill worker to stop computing; reads under way are cut short."""
         wanted = reading.wanted
         if not reading.fetch:
@@ -359,18 +310,21 @@ class Reader:
                 self.mover.cancel(tag)
         self.landings.fail(wanted.key)
 
-    def _try_end(self, reading: _Reading, now: float) -> None:
+    def _try_end(self, reading: Reading, now: float) -> None:
         """Over, if all has landed. What failed is over at once: reads that may still write keep their pages."""
         if self.landings.state(reading.wanted.key) in (LandingState.LANDED, LandingState.FAILED):
             computed = self._settle(reading)
-            self._ended.append(Read(reading.wanted.key, computed, reading.first, self._spans(reading, now)))
+            if reading.fetch and reading.size_bytes and not reading.failed:  # asking for it is part of what it costs
+                self.rates.read(reading.size_bytes, now - reading.began_at)
+            spans = reading.spans(self.pages.page_size, now)
+            self._ended.append(Read(reading.wanted.key, computed, reading.first, spans))
 
-    def _settle(self, reading: _Reading) -> int:
+    def _settle(self, reading: Reading) -> int:
         """Close the books: keep the leading landed pages, free or quarantine the rest. Tokens kept, in all."""
         wanted, size = reading.wanted, self.pages.page_size
         outcome = self.landings.take(wanted.key)
         del self._open[wanted.key]
-        self.links.send_if_linked(reading.worker.incarnation, _landed(wanted))
+        self.links.send_if_linked(reading.worker.incarnation, landed(wanted))
         if outcome.idle:  # their contents are unknown; the engine will need as many, so they stay promised
             self.pages.release_some(wanted.key, outcome.idle)
             self.pages.promise(wanted.key, len(outcome.idle))
@@ -384,38 +338,8 @@ class Reader:
         if reading.fetch:
             self.counters.fetched_tokens += tokens - held_tokens
         table, hashes = self.pages.table(wanted.key), wanted.hashes
-        for index in range(wanted.first_page, min(tokens // size, len(hashes))):
+        # Without its first token the prompt's last one is computed again: nobody else may find the page it is in.
+        final = tokens if reading.fetch or reading.first is not None else min(tokens, wanted.num_tokens - 1)
+        for index in range(wanted.first_page, min(final // size, len(hashes))):
             self.pages.name(table[index], hashes[index], hashes[index - 1] if index else b"")
         return tokens
-
-    def _spans(self, reading: _Reading, now: float) -> Spans:
-        if reading.fetch:
-            if reading.size_bytes and not reading.failed:  # asking for it is part of what it costs
-                self.rates.read(reading.size_bytes, now - reading.began_at)
-            return Spans(
-                fetch_ms=max(0.0, now - reading.began_at) * 1e3,
-                fetch_bytes=reading.size_bytes,
-                fetched_tokens=reading.num_pages * self.pages.page_size,
-                source=reading.worker.worker_id,
-                transport=reading.transport,
-                checksum_failures=reading.mismatches,
-            )
-        began, landed = reading.first_ticket_at, reading.landed_at
-        exposed_from = reading.done_at if reading.done_at is not None else landed
-        return Spans(
-            transfer_ms=max(0.0, landed - began) * 1e3 if began is not None else 0.0,
-            exposed_transfer_ms=max(0.0, landed - exposed_from) * 1e3,
-            transfer_bytes=reading.size_bytes,
-            transfer_pages=reading.num_pages,
-            transport=reading.transport,
-            checksum_failures=reading.mismatches,
-            local_prefill=bool(reading.failed),
-        )
-
-
-def _key(message: PagesReady | PrefillDone | FetchDone | PrefillFailed) -> str:
-    return request_key(message.request_id, message.choice, message.attempt)
-
-
-def _landed(source: Wanted | PagesReady) -> PagesLanded:
-    return PagesLanded(request_id=source.request_id, attempt=source.attempt, choice=source.choice)

@@ -12,6 +12,7 @@ until the decode worker has read it (`PagesLanded`), is gone, or its lease has e
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
 from penstock.kv_transfer.exchange import PageExchange
 from penstock.kv_transfer.lender import Loan
-from penstock.kv_transfer.reader import Read, Wanted
+from penstock.kv_transfer.reading import Read, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class _HandOff:
 class HandOffOut:
     """Implements `Role` for the prefill worker."""
 
-    def __init__(self, loop: WorkerLoop, exchange: PageExchange, clock: Callable[[], float]):
+    def __init__(self, loop: WorkerLoop, exchange: PageExchange, clock: Callable[[], float] = time.monotonic):
         self._loop = loop
         self._engine = loop.engine
         self._pages = loop.engine.pages

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,20 @@ class FakeExecutor:
                 tokens.append(next_token(tokens))
                 sampled.append(SampledTokens(work.key, (tokens[-1],)))
         return StepResult(plan.step, tuple(sampled))
+
+
+class Submitting:
+    """`FakeExecutor` behind the executor's interface."""
+
+    def __init__(self, num_pages: int, run_ahead: int) -> None:
+        self.run_ahead = run_ahead
+        self.fake = FakeExecutor(num_pages)
+
+    def submit(self, plan: StepPlan) -> Any:
+        result: StepResult = self.fake.run(plan)
+        return SimpleNamespace(result=lambda: result)
+
+    def close(self) -> None: ...
 
 
 def next_token(tokens: list[int]) -> int:

@@ -17,10 +17,12 @@ from penstock.kv_transfer.leases import HeartbeatLog, Landings, LoanBook
 from penstock.kv_transfer.lender import LOANS, Lender
 from penstock.kv_transfer.peer_links import PeerFound
 from penstock.kv_transfer.peer_transports import PeerTransports
-from penstock.kv_transfer.reader import QUARANTINE, Reader, Wanted
-from tests.kv_transfer.test_reader import LENDER, NotingLinks, NotingMover
+from penstock.kv_transfer.reader import QUARANTINE, Reader
+from penstock.kv_transfer.reading import Wanted
+from tests.kv_transfer.noting import NotingLinks, NotingMover, worker_info
 
 LEASE_S = 10.0
+LENDER = worker_info("prefill-0", "p1")
 PAGES = 3
 
 

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer.base import Copy, CopyState, Transport, TransportError
@@ -23,7 +21,6 @@ from penstock.kv_transfer.mover import (
     Sealed,
     SealJob,
 )
-from penstock.kv_transfer.work import BatchSize
 from tests.kv_transfer.pools import count, wait_for
 
 PAGE = 1024
@@ -244,32 +241,3 @@ def test_a_bug_in_the_thread_is_heard(fake: FakeTransport, start: Start) -> None
     with pytest.raises(RuntimeError) as caught:
         mover.poll_done()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-@given(st.lists(st.tuples(st.floats(0.0, 20.0), st.booleans()), max_size=60), st.integers(1, 4096))
-def test_batches_follow_the_link(batches: list[tuple[float, bool]], most: int) -> None:
-    """Slow ones shrink, quick ones grow again, within one page and the most; a short last batch makes none larger."""
-    size = BatchSize(most, most // 8)
-    assert 1 <= size.pages <= most
-    for seconds, last in batches:
-        before = size.pages
-        pages = max(1, before // 3) if last else before
-        size.took(seconds, pages)
-        assert 1 <= size.pages <= most
-        if seconds > BatchSize.SLOW_S:
-            assert size.pages == max(1, pages // 2)
-        elif seconds >= BatchSize.QUICK_S or (last and pages < before):
-            assert size.pages == before
-        else:
-            assert size.pages == min(most, 2 * before)
-
-
-def test_a_slow_link_makes_progress_before_it_counts_as_stalled() -> None:
-    """64 pages at 0.3 s each: a batch of all of them would take 19 s, four times what a stalled read may."""
-    size, taken, pages = BatchSize(64, 8), 0, 64
-    while taken < pages:
-        batch = min(size.pages, pages - taken)
-        assert batch * 0.3 < 5.0
-        size.took(batch * 0.3, batch)
-        taken += batch
-    assert size.pages == 1

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import msgspec
 
 from penstock.common.messages import (
     Abort,
+    FetchDone,
     Finish,
     GenerateRequest,
-    Message,
+    MeasuredRates,
     PagesLanded,
     PagesReady,
     Prefill,
     PrefillDone,
     PrefillFailed,
-    WorkerInfo,
 )
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
@@ -32,60 +32,14 @@ from penstock.kv_transfer.mover import (
     ReadSettled,
     ReadStalled,
 )
-from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
-from penstock.kv_transfer.reader import QUARANTINE, Reader, Wanted
+from penstock.kv_transfer.reader import QUARANTINE, Reader
+from penstock.kv_transfer.reading import Wanted
 from penstock.kv_transfer.shm import host_id
+from tests.kv_transfer.noting import NotingLinks, NotingMover, worker_info
 
-LENDER = WorkerInfo(
-    worker_id="prefill-0",
-    incarnation="p1",
-    role="prefill",
-    address="tcp://127.0.0.1:1",
-    fingerprint="f",
-    model="m",
-    served_models=["m"],
-    page_size=4,
-    num_pages=64,
-    page_bytes=64,
-    max_model_len=256,
-    max_num_seqs=8,
-    vocab_size=100,
-    transports={"nixl": b""},
-)
-
-
-@dataclass
-class NotingMover:
-    jobs: dict[str, ReadJob] = field(default_factory=dict)
-    cancelled: list[str] = field(default_factory=list)
-
-    def connect(self, peer: str, transport: str, description: bytes) -> None: ...
-
-    def disconnect(self, peer: str) -> None: ...
-
-    def read(self, job: ReadJob) -> None:
-        self.jobs[job.tag] = job
-
-    def cancel(self, tag: str) -> None:
-        self.cancelled.append(tag)
-
-    def expect_readers(self) -> None: ...
-
-
-@dataclass
-class NotingLinks:
-    sent: list[Message] = field(default_factory=list)
-    lent: float = 0.0
-
-    def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
-        self.sent.append(message)
-
-    def send_if_linked(self, incarnation: str, message: Message) -> None:
-        self.sent.append(message)
-
-    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
-        return self.lent
+LENDER = worker_info("prefill-0", "p1")
 
 
 class Case:
@@ -116,7 +70,7 @@ class Case:
     def event(self, event: LinkEvent, now: float = 1.0) -> None:
         self.reader.link_event("p1", event, now)
 
-    def ticket(self, first_page: int, count: int, num_tokens: int) -> ReadJob | None:
+    def ticket(self, first_page: int, count: int, num_tokens: int, now: float = 1.0) -> ReadJob | None:
         before = set(self.mover.jobs)
         src = list(range(40 + first_page, 40 + first_page + count))
         message = PagesReady(
@@ -127,12 +81,12 @@ class Case:
             checksums=[[7] * count],
             num_tokens=num_tokens,
         )
-        self.event(message)
+        self.event(message, now)
         new = set(self.mover.jobs) - before
         return self.mover.jobs[new.pop()] if new else None
 
-    def read(self, first_page: int, count: int, num_tokens: int) -> ReadJob:
-        job = self.ticket(first_page, count, num_tokens)
+    def read(self, first_page: int, count: int, num_tokens: int, now: float = 1.0) -> ReadJob:
+        job = self.ticket(first_page, count, num_tokens, now)
         assert job is not None
         return job
 
@@ -293,3 +247,87 @@ def test_another_transport_is_tried_when_one_does_not_open() -> None:
     assert case.reader.transports.chosen == {"p1": "cuda_ipc"}
     case.pages.release(case.key)
     case.finish()
+
+
+def test_without_its_first_token_the_prompts_last_page_is_nobodys_to_find() -> None:
+    """All of a prompt of two full pages has landed, and the lender is gone: its last token is computed once more, into
+    a page that must not be lent, or taken from the cache, meanwhile. With the first token it is complete."""
+    for first_token in (False, True):
+        case = Case()
+        case.pages.release(case.key)
+        case.reader.cancel(case.key)
+        case.wanted = replace(case.wanted, num_pages=2, num_tokens=8)
+        case.pages.promise(case.key, 2)
+        case.reader.hand_off(case.wanted, LENDER, Prefill(request=case.request, router_id="router"), 0.0)
+        case.done(case.read(0, 2, 8))
+        if first_token:
+            case.first_token()
+        else:
+            case.event(PeerLost("p1", "gone"))
+        (read,) = case.reader.take_ended()
+        assert read.computed == 8
+        assert len(case.pages.match(case.wanted.hashes)) == (2 if first_token else 1)
+        case.finish()
+
+
+def fetching(prefill_tokens_per_s: float = 0.0) -> Case:
+    """A worker that has asked for the two full pages of the prompt."""
+    case = Case()
+    case.pages.release(case.key)
+    case.reader.cancel(case.key)
+    rates = MeasuredRates(prefill_tokens_per_s=prefill_tokens_per_s)
+    case.reader.rates.rates = lambda: rates  # type: ignore[method-assign]
+    case.wanted = replace(case.wanted, num_pages=2, num_tokens=8)
+    case.pages.promise(case.key, 2)
+    case.reader.fetch(case.wanted, LENDER, 1.0)
+    case.event(PeerFound(LENDER), 1.0)
+    return case
+
+
+def test_a_fetch_is_given_up_when_its_source_says_nothing() -> None:
+    case = fetching()
+    case.reader.expire(2.9)
+    case.done(case.read(0, 1, 4, now=2.9), at=3.5)
+    case.reader.expire(5.4)
+    assert case.reader.take_ended() == []
+    case.reader.expire(5.6)
+    (read,) = case.reader.take_ended()
+    assert read.computed == 4 and case.reader.counters.fetch_failures == 1
+    case.finish()
+
+
+def test_a_fetch_may_cost_as_much_waiting_as_computing_would() -> None:
+    """8 tokens at one a second; with the first page here, 4."""
+    case = fetching(prefill_tokens_per_s=1.0)
+    case.reader.expire(8.9)
+    case.done(case.read(0, 1, 4, now=8.9), at=9.0)
+    case.reader.expire(12.9)
+    assert case.reader.take_ended() == []
+    case.reader.expire(13.1)
+    assert len(case.reader.take_ended()) == 1
+    case.finish()
+
+
+def test_what_is_being_read_is_not_given_up_however_slow_the_link() -> None:
+    """Both tickets came at once, the first is read for longer than any patience: the mover says when it has stalled."""
+    case = fetching()
+    first, second = case.read(0, 1, 4), case.read(1, 1, 8)
+    case.event(FetchDone(request_id="r", attempt=0, num_pages=2))
+    for now in range(1, 60):
+        case.reader.expire(float(now))
+        case.reader.link_event("p1", LeaseRenewed(float(now)), float(now))
+    assert case.reader.take_ended() == []
+    assert case.reader.rows(60.0)[0]["reads"] == 2
+    case.done(first, at=60.0)
+    case.reader.expire(62.5)
+    case.done(second, at=65.0)
+    (read,) = case.reader.take_ended()
+    assert read.computed == 8 and case.reader.counters.fetch_failures == 0
+    case.finish()
+
+
+def test_tickets_of_one_prompt_are_read_in_order() -> None:
+    case = Case()
+    assert case.read(0, 1, 4).line == case.read(1, 2, 10).line == case.key
+    case.reader.cancel(case.key)
+    assert case.mover.cancelled == list(case.mover.jobs)

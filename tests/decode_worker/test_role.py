@@ -1,0 +1,141 @@
+"""The decode worker's role, with a real scheduler, an executor that counts, and a reader that takes notes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from penstock.common.messages import GenerateRequest, Message, PagesReady, PrefillDone, Submit, TokenBatch
+from penstock.common.sampling import SamplingParams
+from penstock.decode_worker.role import DecodeRole
+from penstock.engine.core import Engine
+from penstock.engine.replies import Replies
+from penstock.engine.request import Request
+from penstock.kv_transfer.exchange import PageExchange
+from penstock.kv_transfer.jobs import ReadDone
+from penstock.kv_transfer.leases import Landings, LoanBook
+from penstock.kv_transfer.lender import Lender
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.peer_transports import PeerTransports
+from penstock.kv_transfer.reader import Reader
+from tests.engine.test_scheduler import Submitting, make_scheduler, oracle
+from tests.kv_transfer.noting import NotingLinks, NotingMover, worker_info
+
+ROUTER = b"router/1"
+PREFILL = worker_info("prefill-0", "p1")
+PROMPT = [1, 2, 0, 1, 2, 2, 1, 0]  # two full pages
+
+
+class Case:
+    """A decode worker with 16 pages of 4 tokens."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, Message]] = []
+        self.executor = Submitting(16, 0)
+        self.engine = Engine(make_scheduler(16, 16), self.executor, lambda: 0.0)
+        peers = SimpleNamespace(draining=False, lease_s=10.0, heartbeat_seq=lambda identity: 0)
+        bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
+        loop: Any = SimpleNamespace(
+            info=SimpleNamespace(worker_id="decode-0"),
+            engine=self.engine,
+            peers=peers,
+            bus=bus,
+            replies=Replies(bus.send),
+        )
+        self.replies = loop.replies
+        self.mover, self.links = NotingMover(), NotingLinks()
+        mover: Any = self.mover
+        links: Any = self.links
+        pages = self.engine.pages
+        lender = Lender(pages, mover, LoanBook(10.0), bus.send, peers.heartbeat_seq, page_bytes=64, checksum="off")
+        reader = Reader(pages, mover, links, Landings(10.0), PeerTransports(["nixl"], "auto"))
+        self.role = DecodeRole(loop, PageExchange(lender, reader, mover, links))
+
+    def submit(self, name: str, prompt: list[int], *, remote: bool = False, max_tokens: int = 5) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        request = GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=params)
+        self.role.handle(ROUTER, Submit(request=request, prefill=PREFILL if remote else None), 0.0)
+        self.role.tick(0.0)
+
+    def hear(self, *events: LinkEvent) -> None:
+        self.links.events += [("p1", event) for event in events]
+        self.role.tick(0.0)
+
+    def arrive(self, prompt: list[int]) -> None:
+        """What is to be read has landed."""
+        for job in self.mover.jobs.values():
+            for index, page in enumerate(job.dst_pages):
+                for slot in range(4):
+                    position = 4 * index + slot
+                    self.executor.fake.slots[page, slot] = position, prompt[position]
+            self.mover.done.append(ReadDone(job.tag, 64 * len(job.dst_pages), 0.1, 0.0))
+        self.mover.jobs.clear()
+        self.role.tick(0.0)
+
+    def step(self) -> None:
+        self.role.tick(0.0)
+        if self.engine.has_work():
+            self.role.stepped(self.engine.step(), 0.0)
+        self.replies.flush()
+
+    def tokens(self, name: str) -> list[int]:
+        batches = [message for _, message in self.sent if isinstance(message, TokenBatch)]
+        return [t for batch in batches for d in batch.deltas if d.request_id == name for t in d.token_ids]
+
+    def finish(self) -> None:
+        for _ in range(30):
+            self.step()
+        self.engine.pages.check()
+        assert self.engine.pages.num_held == self.engine.pages.num_promised == 0
+        assert not self.role.busy()
+
+
+def _all_pages_here(case: Case) -> None:
+    case.submit("r", PROMPT, remote=True)
+    case.hear(PeerFound(PREFILL), PagesReady(request_id="r", attempt=0, first_page=0, pages=[[40, 41]], num_tokens=8))
+    case.arrive(PROMPT)
+
+
+def test_a_handed_off_prompt_goes_on_behind_its_first_token() -> None:
+    case = Case()
+    _all_pages_here(case)
+    first, *more = oracle(PROMPT, 5)
+    case.hear(PrefillDone(request_id="r", attempt=0, token_ids=[first]))
+    case.finish()
+    assert case.tokens("r") == more
+
+
+def test_a_prompt_that_landed_without_its_first_token_shares_no_page_that_is_written_again() -> None:
+    """The last token is computed once more: nobody who comes with the same prompt finds that page before it is."""
+    case = Case()
+    _all_pages_here(case)
+    pages = case.engine.pages
+    longer = [*PROMPT, 1, 1, 1]
+    case.role.handle(ROUTER, Submit(request=_request("other", longer)), 0.0)
+    case.hear(PeerLost("p1", "killed"))  # ends the hand-off, then the other one is admitted
+    written = {pages.table("r:0:0")[-1]}
+    assert len(pages.table("r:0:0")) == 2
+    assert len(pages.table("other:0:0")) == 1 and not written & set(pages.table("other:0:0"))
+    case.finish()
+    assert case.tokens("r") == oracle(PROMPT, 5)
+    assert case.tokens("other") == oracle(longer, 5)
+
+
+def test_a_preempted_request_that_waits_for_its_mask_holds_up_nobody() -> None:
+    case = Case()
+    mask = SimpleNamespace(ready=False, mask=b"\xff" * 16, allows=lambda token: True)
+    waiting = Request(_request("waiting", [1, 2, 3]), 0.0)
+    waiting.constraint, waiting.preemptions = mask, 1
+    case.engine.scheduler.add(waiting)
+    case.submit("r", PROMPT)
+    assert case.engine.scheduler.get("r:0:0") is not None
+    mask.ready = True  # now it waits for pages, and comes first
+    case.submit("next", PROMPT)
+    assert case.engine.scheduler.get("next:0:0") is None
+    case.engine.scheduler.abort(waiting.key)
+    case.finish()
+    assert case.tokens("r") == case.tokens("next") == oracle(PROMPT, 5)
+
+
+def _request(name: str, prompt: list[int]) -> GenerateRequest:
+    return GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=5))

@@ -1,0 +1,83 @@
+"""A mover and links that only take notes, and a worker to speak to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.common.messages import Message, WorkerInfo
+from penstock.kv_transfer.jobs import Completion, ReadJob, SealJob
+from penstock.kv_transfer.peer_links import LinkEvent
+
+
+def worker_info(worker_id: str, incarnation: str) -> WorkerInfo:
+    """A worker whose pages are read with NIXL; pages of 4 tokens and 64 bytes."""
+    return WorkerInfo(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        role=worker_id.partition("-")[0],
+        address="tcp://127.0.0.1:1",
+        fingerprint="f",
+        model="m",
+        served_models=["m"],
+        page_size=4,
+        num_pages=64,
+        page_bytes=64,
+        max_model_len=256,
+        max_num_seqs=8,
+        vocab_size=100,
+        transports={"nixl": b""},
+    )
+
+
+@dataclass
+class NotingMover:
+    """What it was asked; `done` is what it has to report."""
+
+    jobs: dict[str, ReadJob] = field(default_factory=dict)
+    seals: list[SealJob] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    done: list[Completion] = field(default_factory=list)
+
+    def connect(self, peer: str, transport: str, description: bytes) -> None: ...
+
+    def disconnect(self, peer: str) -> None: ...
+
+    def read(self, job: ReadJob) -> None:
+        self.jobs[job.tag] = job
+
+    def cancel(self, tag: str) -> None:
+        self.cancelled.append(tag)
+
+    def seal(self, job: SealJob) -> None:
+        self.seals.append(job)
+
+    def expect_readers(self) -> None: ...
+
+    def poll_done(self) -> list[Completion]:
+        done, self.done = self.done, []
+        return done
+
+
+@dataclass
+class NotingLinks:
+    """What was sent; `events` is what comes next; every ticket was lent at `lent`."""
+
+    sent: list[Message] = field(default_factory=list)
+    events: list[tuple[str, LinkEvent]] = field(default_factory=list)
+    lent: float = 0.0
+
+    def __len__(self) -> int:
+        return 0
+
+    def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
+        self.sent.append(message)
+
+    def send_if_linked(self, incarnation: str, message: Message) -> None:
+        self.sent.append(message)
+
+    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
+        return self.lent
+
+    def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
+        events, self.events = self.events, []
+        return events
