@@ -80,7 +80,7 @@ def test_prefixes_between_workers_of_every_role(
             assert handed == expected_turns
             spans = [_spans(router, "turn", i, "prefill-0") for i in range(len(prompts))]
             known = [(len(p) + NEW_TOKENS - 1) // PAGE * PAGE for p in prompts]  # of the last token nothing is computed
-            assert [s.fetched_tokens for s in spans] == known
+            assert [s.fetched_tokens for s in spans] == known, spans
             assert prefill.metric("penstock:fetched_tokens_total") == sum(known)
             assert prefill.metric("vllm:prompt_tokens_total") == sum(map(len, turns)) - sum(known)
 
