@@ -286,6 +286,7 @@ class PrefillDone(Message, tag="prefill_done", frozen=True, kw_only=True):
     token_ids: list[int]
     finish: Finish | None = None
     spans: Spans | None = None
+    held_ms: float = 0.0  # from the first token until this was sent: the last pages were being sealed
     undelivered: TokenDelta | None = (
         None  # the first token's delta, to be relayed: no link to the router, or it is last
     )

@@ -57,7 +57,7 @@ class Loan:
     next_page: int  # of the request's table: the first that was not offered yet
     checked: bool
     tickets: list[_Ticket] = field(default_factory=list)  # not sent yet, in order
-    last: Message | None = None  # to follow the last ticket
+    last: Callable[[float], Message] | None = None  # to follow the last ticket, made when it does
     ended: bool = False
 
 
@@ -133,10 +133,10 @@ class Lender:
             ticket.checksums = []
             self._lend(loan, now)
 
-    def close(self, loan: Loan, last: Message) -> None:
-        """All has been offered: send `last` behind the last ticket."""
+    def close(self, loan: Loan, last: Callable[[float], Message], now: float) -> None:
+        """All has been offered: send `last` behind the last ticket, made with the time when that is."""
         loan.last = last
-        self._close_if_done(loan)
+        self._close_if_done(loan, now)
 
     def drop(self, loan: Loan) -> None:
         """Send no more tickets; those that are out live on until the reader is done with them."""
@@ -161,7 +161,7 @@ class Lender:
         done = FetchDone(
             request_id=message.request_id, attempt=message.attempt, choice=message.choice, num_pages=len(pages)
         )
-        self.close(loan, done)
+        self.close(loan, lambda now: done, now)
 
     # ------------------------------------------------------------ what happens
 
@@ -217,13 +217,13 @@ class Lender:
                     heartbeat_seq=self._heartbeat_seq(loan.identity),
                 ),
             )
-        self._close_if_done(loan)
+        self._close_if_done(loan, now)
 
-    def _close_if_done(self, loan: Loan) -> None:
+    def _close_if_done(self, loan: Loan, now: float) -> None:
         if loan.last is not None and not loan.tickets and not loan.ended:
             loan.ended = True
             del self._open[loan.identity, loan.key]
-            self._send(loan.identity, loan.last)
+            self._send(loan.identity, loan.last(now))
 
     def _unlend(self, pages: Sequence[int]) -> None:
         if pages:

@@ -202,10 +202,10 @@ class Reader:
         self.mover.read(ReadJob(tag, incarnation, transport, tuple(pages), tuple(bound), tuple(checksums), key))
 
     def _all_lent(self, reading: Reading, message: PrefillDone | FetchDone, now: float) -> None:
-        reading.done_at = now
         wanted = reading.wanted
         if isinstance(message, PrefillDone):
             reading.first = message
+            reading.computed_at = now - message.held_ms / 1e3
         if reading.failed == "":
             if isinstance(message, FetchDone):
                 self.landings.complete(wanted.key, wanted.first_page + message.num_pages)

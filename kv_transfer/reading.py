@@ -63,7 +63,7 @@ class Reading:
     ticketed_tokens: int = 0
     reads: int = 0  # tickets that are being read
     first_ticket_at: float | None = None
-    done_at: float | None = None  # all tickets were here
+    computed_at: float | None = None  # the prompt, but for the way of the message that says so
     landed_at: float = 0.0
     size_bytes: int = 0
     num_pages: int = 0
@@ -109,7 +109,7 @@ class Reading:
                 checksum_failures=self.mismatches,
             )
         began, ended = self.first_ticket_at, self.landed_at
-        exposed_from = self.done_at if self.done_at is not None else ended
+        exposed_from = self.computed_at if self.computed_at is not None else ended
         return Spans(
             transfer_ms=max(0.0, ended - began) * 1e3 if began is not None else 0.0,
             exposed_transfer_ms=max(0.0, ended - exposed_from) * 1e3,

@@ -234,7 +234,12 @@ class HandOffOut:
         )
         del self._open[handoff.key]
         self._pages.release(handoff.key)  # what is offered is held by LOANS
-        self._lender.close(handoff.loan, done)
+        computed_at = self._clock()
+
+        def behind_the_last_ticket(now: float) -> PrefillDone:
+            return msgspec.structs.replace(done, held_ms=max(0.0, now - computed_at) * 1e3)
+
+        self._lender.close(handoff.loan, behind_the_last_ticket, computed_at)
 
     # ------------------------------------------------------------ ends
 

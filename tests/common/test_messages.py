@@ -152,6 +152,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             token_ids=[11],
             finish=m.Finish(reason="stop", stop_reason=2),
             spans=m.Spans(prefill_ms=1.25, computed_tokens=3),
+            held_ms=2.5,
         ),
         {
             "type": "prefill_done",
@@ -160,6 +161,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "token_ids": [11],
             "finish": {"reason": "stop", "stop_reason": 2},
             "spans": {"prefill_ms": 1.25, "computed_tokens": 3},
+            "held_ms": 2.5,
         },
     ),
     (

@@ -93,8 +93,8 @@ class Case:
     def done(self, job: ReadJob, at: float = 2.0) -> None:
         self.reader.completed(ReadDone(job.tag, 64 * len(job.dst_pages), 0.1, at), at)
 
-    def first_token(self) -> None:
-        self.event(PrefillDone(request_id="r", attempt=0, token_ids=[42]), 3.0)
+    def first_token(self, held_ms: float = 0.0) -> None:
+        self.event(PrefillDone(request_id="r", attempt=0, token_ids=[42], held_ms=held_ms), 3.0)
 
     def finish(self) -> None:
         """Whatever happened: once the request ends, nothing is held or promised."""
@@ -111,7 +111,7 @@ def test_all_pages_land() -> None:
     assert first.checksums == (7, 7)
     assert [*first.dst_pages, *second.dst_pages] == case.pages.table(case.key)
     case.done(first)
-    case.first_token()
+    case.first_token(held_ms=500.0)
     assert case.reader.take_ended() == []
     case.done(second, at=4.0)
     (read,) = case.reader.take_ended()
@@ -119,7 +119,7 @@ def test_all_pages_land() -> None:
     assert read.first is not None
     assert read.first.token_ids == [42]
     assert read.spans.transfer_bytes == 192
-    assert read.spans.exposed_transfer_ms == 1000.0  # from the first token to the last page
+    assert read.spans.exposed_transfer_ms == 1500.0  # from the first token to the last page
     assert isinstance(case.links.sent[0], Prefill)
     assert isinstance(case.links.sent[-1], PagesLanded)
     assert case.pages.match(case.wanted.hashes) == list(first.dst_pages)  # named: the next prompt finds them

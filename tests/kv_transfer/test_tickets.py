@@ -145,7 +145,8 @@ class World:
         for index, page in enumerate(self.lent.allocate(key, 2)):
             self.lent_memory[page] = name, index
             self.lender.offer(loan, [page], 4 * (index + 1), self.now)
-        self.lender.close(loan, PrefillDone(request_id=name, attempt=0, token_ids=[1]))
+        done = PrefillDone(request_id=name, attempt=0, token_ids=[1])
+        self.lender.close(loan, lambda now: done, self.now)
         self.lent.release(key)
 
     def lender_uses_what_is_free(self) -> None:

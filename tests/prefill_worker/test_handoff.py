@@ -26,7 +26,9 @@ def test_a_ticket_for_each_chunk_the_token_to_the_router_and_the_end_behind_the_
     assert batch.deltas[0].token_ids == oracle(PROMPT, 1)
     assert batch.deltas[0].finish is None
     assert case.of(PrefillDone) == []
+    case.now += 0.25
     case.seal_all()
+    assert case.of(PrefillDone)[0].held_ms == 250.0
     tickets = case.of(PagesReady)
     assert [(t.first_page, len(t.pages[0]), t.num_tokens) for t in tickets] == [(0, 1, 4), (1, 1, 8), (2, 1, 10)]
     assert all(t.checksums == [[7]] and t.heartbeat_seq == 3 for t in tickets)
