@@ -48,7 +48,6 @@ __all__ = [
 _POLL_MIN_S, _POLL_MAX_S = 50e-6, 5e-3  # between two looks at copies in flight: 1/32 of the time nothing has moved
 _IDLE_FACTOR = 10  # an idle mover calls `progress` this much less often
 _CPU_BATCH_BYTES, _GPU_BATCH_BYTES = 8 << 20, 64 << 20  # at 13 MB/s a GPU's still lands before it counts as stalled
-_CAREFUL = 8  # the first batch over a network is so much smaller
 _QUICK_S = 2.0  # for how long after a command the mover does not count as idle
 
 
@@ -200,11 +199,11 @@ class PageMover:
             self._turns.start(job.tag, Read(job, transport, pace, self._checksum))
 
     def _first_pace(self, transport: Transport) -> LinkPace:
-        """Of a link that is not known yet: with care, where it may be anything."""
+        """Of a link that is not known yet: a page first, where it may be anything."""
         wanted = transport.batch_bytes if self._by_default else None
         most = max(1, wanted // self._page_bytes) if wanted else self._batch_pages
         careful = self._by_default and transport.name == "nixl"
-        return LinkPace(most, most // _CAREFUL if careful else most, self._stall_s)
+        return LinkPace(most, 1 if careful else most, self._stall_s)
 
     def _connect(self, peer: str, name: str, description: bytes) -> None:
         if self._turns.reads_from(peer) and self._connected.get((peer, name)) == description:
