@@ -55,10 +55,10 @@ def test_both_directions_are_copied_as_they_travel_and_a_tap_that_left_is_forgot
         peer.setsockopt(zmq.ROUTING_ID, b"router-1/1")
         for socket in (peer, tap):
             socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.RCVTIMEO, 10_000)
+            socket.setsockopt(zmq.RCVTIMEO, 60_000)
             socket.connect(server.address)
         tap.send_multipart((b"tap", b"9999"))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not server._taps:
             assert time.monotonic() < deadline and server.receive() == []
         said = msgpack.packb({"type": "abort", "request_id": "r", "attempt": 0})

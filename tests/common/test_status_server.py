@@ -44,7 +44,7 @@ def serving(
 
 
 def get(server: StatusServer, path: str) -> tuple[int, str]:
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         connection.request("GET", path)
         response = connection.getresponse()

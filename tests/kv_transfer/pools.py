@@ -88,11 +88,11 @@ class Lender:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
-        return self.process.wait(10)
+        return self.process.wait(60)
 
 
 def wait_for(
-    mover: PageMover, wanted: Callable[[Sequence[Completion]], bool], limit_s: float = 20.0
+    mover: PageMover, wanted: Callable[[Sequence[Completion]], bool], limit_s: float = 60.0
 ) -> list[Completion]:
     """Completions until `wanted` is content with them; fails after limit_s."""
     heard: list[Completion] = []

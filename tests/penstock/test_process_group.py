@@ -20,7 +20,7 @@ from penstock.supervisor import Member
 
 pytestmark = pytest.mark.system
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 # Says it is ready by writing its pid to a file; ends on SIGTERM, and tells when.
 CHILD = """
 import os, pathlib, signal, sys, time

@@ -93,7 +93,7 @@ class FakeService:
         self.cancel_heard = threading.Event()
         self.started = self.stopped = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._quiet: list[Any] = []
+        self.quiet: list[Any] = []  # sinks that get nothing more
 
     async def start(self) -> None:
         self.off_loop = OffLoop()
@@ -103,7 +103,7 @@ class FakeService:
         self.stopped += 1
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=drain_s)
-        for sink in self._quiet:
+        for sink in self.quiet:
             sink.on_error(Unavailable("this router is shutting down"))
         self.off_loop.close()
 
@@ -120,7 +120,7 @@ class FakeService:
     async def _play(self, request: GenerateRequest, sink: Any) -> None:
         for position, item in enumerate(self.script(request)):
             if position == self.pause_after:
-                self._quiet.append(sink)
+                self.quiet.append(sink)
                 return
             if (request.request_id, request.choice) in self.cancelled:
                 return
@@ -204,8 +204,9 @@ def running(
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            deadline = time.monotonic() + 10
-            while not server.started and time.monotonic() < deadline:
+            deadline = time.monotonic() + 60
+            while not server.started:
+                assert time.monotonic() < deadline and thread.is_alive()
                 time.sleep(0.005)
             router = Router(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
             with router.http, router.openai:

@@ -43,7 +43,7 @@ class FakeWorker:
         worker_id: str,
         role: str = "decode",
         *,
-        lease_s: float = 2.0,
+        lease_s: float = 30.0,
         announced: str = "",
         fingerprint: str = "f",
         max_model_len: int = 4096,

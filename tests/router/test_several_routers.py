@@ -34,7 +34,7 @@ def workers(redis_server: Any) -> Iterator[list[FakeWorker]]:
 @contextlib.asynccontextmanager
 async def routers(url: str, count: int, **options: Any) -> AsyncIterator[list[RouterService]]:
     """Services that see all workers and know of each other; afterwards nothing is reserved, here or in Redis."""
-    services = [RouterService(RouterConfig(redis_url=url, lease_s=2.0, **options)) for _ in range(count)]
+    services = [RouterService(RouterConfig(redis_url=url, **{"lease_s": 30.0, **options})) for _ in range(count)]
     for service in services:
         await service.start()
     try:
@@ -108,7 +108,7 @@ def test_load_is_as_even_as_one_routers(redis_server, workers):
 
 def test_a_router_that_dies_is_forgotten_after_a_lease(redis_server, workers):
     async def scenario() -> None:
-        async with routers(redis_server.url, 2) as (dying, other):
+        async with routers(redis_server.url, 2, lease_s=2.0) as (dying, other):
             for worker in workers:
                 worker.limit = 2
             await asyncio.gather(*(send(dying, request(f"r{i}", 50)) for i in range(8)))
