@@ -1,10 +1,11 @@
 """The page at /ui in a real browser, over a real fleet: a message typed, tokens streamed, the waterfall drawn.
 
-Needs Chromium (Debian's `chromium`, which .ci/run installs). The last picture is kept: test-artifacts/ui.png.
+Needs Chromium (Debian's `chromium`, which .ci/run installs). Two pictures are kept: test-artifacts/ui*.png.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import ConsoleMessage, Locator, Page, Route, expect, sync_playwright
 
 from penstock.demo_model import CHECKPOINT
 from tests.system.fleets import fleet
@@ -58,21 +59,58 @@ def test_a_conversation(page: Page) -> None:
         answer = page.locator(".message[data-role=assistant]")
         expect(answer).to_contain_text(re.compile("assistant.{5,}"), timeout=60_000)
         expect(page.locator(".waterfall")).to_have_count(1, timeout=60_000)
-        text = answer.inner_text().removeprefix("assistant").strip()
-        told = running_answer(running.url, 120)
-        assert text == told, "the page shows what the API says"
+        assert said(answer) == running_answer(running.url, 120), "the page shows what the API says"
+        expect(answer.locator("small")).to_contain_text(
+            re.compile(r"tokens in, \d+ out · first after \d+ ms · then \d+")
+        )
         for name in ("prefill", "transfer", "decode"):
             expect(page.locator(f".waterfall .lane .{name}")).to_have_count(1)
         boxes = page.locator(".waterfall .lane i").all()
         assert all((box.bounding_box() or {"width": 0})["width"] > 0 for box in boxes)
         expect(page.locator("#totals")).to_contain_text("2 finished")
 
-        page.fill("#prompt", "And a mill?")
         page.fill("#limit", "100000")
+        page.fill("#prompt", "And a mill?")
         page.click("#send")
         expect(answer.last).to_contain_text("maximum context length is 2048")
-        ARTIFACTS.mkdir(exist_ok=True)
+        expect(page.locator("#prompt")).to_have_value("And a mill?")  # to be sent again
+        page.fill("#limit", "1500")
+        page.route("**/v1/chat/completions", never_ending)
+        page.click("#send")
+        expect(answer.last).to_contain_text(re.compile("assistant.{5,}"), timeout=60_000)
+        page.click("#stop")
+        expect(answer.last.locator("small")).to_have_text("stopped")
+        expect(page.locator("#totals")).to_contain_text("0 in flight", timeout=20_000)
         page.screenshot(path=ARTIFACTS / "ui.png")
+        page.click("#new")
+        expect(page.locator(".message")).to_have_count(0)
+
+        page.route("**/fleet", twenty_workers)
+        expect(page.locator("#workers tr")).to_have_count(20)
+        expect(page.locator("#workers tr").nth(1)).to_contain_text("draining")
+        expect(page.locator(".waterfall").first).to_be_in_viewport()
+        page.screenshot(path=ARTIFACTS / "ui-20-workers.png")
+
+
+def said(answer: Locator) -> str:
+    """A message's text without what stands around it."""
+    script = "message => [...message.childNodes].filter(n => n.nodeType === Node.TEXT_NODE).map(n => n.data).join('')"
+    return str(answer.evaluate(script)).strip()
+
+
+def never_ending(route: Route) -> None:
+    route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}))
+
+
+def twenty_workers(route: Route) -> None:
+    answer = route.fetch()
+    fleet = answer.json()
+    one = fleet["workers"][0]
+    fleet["workers"] = [
+        {**one, "worker_id": f"{one['role']}-of-host-{number}", "state": "draining" if number == 1 else "up"}
+        for number in range(20)
+    ]
+    route.fulfill(response=answer, json=fleet)
 
 
 def running_answer(url: str, max_tokens: int) -> str:
