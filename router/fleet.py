@@ -209,6 +209,11 @@ class Fleet:
         """Live workers of a role."""
         return [m.worker for m in self._members.values() if m.worker.role == role]
 
+    def has(self, placement: Placement) -> bool:
+        """Whether its workers are live."""
+        wanted = {worker.incarnation for worker in (placement.decode, placement.prefill) if worker is not None}
+        return wanted <= {member.worker.incarnation for member in self._members.values()}
+
     def candidates(self, found: Mapping[str, Lookup], now: float) -> list[Candidate]:
         """Workers for the policy, if any is usable only such; `found` is what Redis said of some of them (nothing while
         it is away). Without a usable prefill worker decode workers compute prompts themselves."""

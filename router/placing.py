@@ -70,12 +70,14 @@ class Placing:
             if placement is None or not lookups or not self._reader.other_routers:
                 break
             others = await self._claim(placement)
-            if others is None or not _grown(placement, lookups, others):
+            alive = self._fleet.has(placement)  # what is lost from here on, the dispatcher is told
+            if alive and (others is None or not _grown(placement, lookups, others)):
                 break
-            lookups = {i: replace(one, reserved_tokens=others.get(i, 0)) for i, one in lookups.items()}
+            if others is not None:
+                lookups = {i: replace(one, reserved_tokens=others.get(i, 0)) for i, one in lookups.items()}
             before = placement
             placement, found = self._choose(facts, lookups, since, source)
-            if placement is not None and placement.load == before.load:  # still the best, and claimed already
+            if alive and placement is not None and placement.load == before.load:  # still the best, and claimed already
                 break
         return Found(placement, found, lookups)
 

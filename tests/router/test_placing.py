@@ -1,0 +1,62 @@
+"""Placing a request beside other routers: what changes while a claim is on its way to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from penstock.common.messages import GenerateRequest
+from penstock.common.redis_state import Lookup
+from penstock.common.sampling import SamplingParams
+from penstock.router.admission import Limits
+from penstock.router.fleet import Fleet
+from penstock.router.off_loop import OffLoop
+from penstock.router.placing import Placing
+from penstock.router.simple_policies import LeastLoadPolicy
+from tests.router.test_fleet import worker
+
+WORKERS = [worker(name, f"tcp://127.0.0.1:{name}") for name in ("1", "2")]
+REQUEST = GenerateRequest(request_id="a", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=4))
+
+
+class Reader:
+    """A Redis in which there is another router, and nothing else."""
+
+    other_routers = 1
+
+    async def look_up(self, incarnations: Sequence[str], hashes: Sequence[bytes]) -> dict[str, Lookup]:
+        return {one: Lookup(0, 0) for one in incarnations}
+
+
+class Claims:
+    """Reservations for which something happens during each claim; they answer `others`."""
+
+    def __init__(self, during: list[Callable[[], Any]], others: dict[str, int] | None) -> None:
+        self._during, self._others = during, others
+
+    def publish(self, incarnation: str, tokens: int) -> None:
+        pass
+
+    async def claim(self) -> dict[str, int] | None:
+        if self._during:
+            self._during.pop(0)()
+        return self._others
+
+
+@pytest.mark.parametrize("others", [{}, None])
+@pytest.mark.parametrize(("lost", "left"), [(["1"], "2"), (["1", "2"], None)])
+def test_a_worker_lost_during_the_claim_gets_nothing(lost: list[str], left: str | None, others: dict[str, int] | None):
+    fleet, off_loop = Fleet(), OffLoop(1)
+    for one in WORKERS:
+        fleet.connected(one.address, one, 0.0)
+    during = [lambda address=f"tcp://127.0.0.1:{name}": fleet.disconnected(address, 1.0) for name in lost]
+    placing = Placing(fleet, LeastLoadPolicy(), Reader(), Claims(during, others), off_loop, 0, Limits())  # type: ignore[arg-type]
+    try:
+        placement = asyncio.run(placing.place(REQUEST, frozenset(), 0.0)).placement
+    finally:
+        off_loop.close()
+    assert (placement and placement.decode.incarnation) == left
+    assert fleet.reservations == {}, "what was claimed is given back"
