@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI
 
 from penstock.child_process import ProcessSpec
 from penstock.console import Console
@@ -44,7 +44,7 @@ CASES = 21
 LOAD_S = 18.0
 AT_ONCE = 16  # requests under way
 EXACT, LEFT, CLOSED = "exact", "left", "closed"
-STOPPED_S = SHORT_LEASE_S + 1.0
+STOPPED_S = {"stop": SHORT_LEASE_S + 1.0, "hang": SHORT_LEASE_S + 5.0}  # routers notice the second, after 5 s
 RESTARTED_S = 60.0  # the last to leave may still be draining when the load is over, and has to start again
 ROUTER_AWAY_S = 20.0  # from its death until the next one answers, on a busy machine
 POLL_S = 0.2
@@ -55,11 +55,12 @@ TYPED = {"unavailable", "worker_lost", "timeout", "queue_timeout", "overloaded"}
 SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,
+    "hang": signal.SIGSTOP,
     "drain": signal.SIGTERM,
     "cut": signal.SIGUSR1,
     "break": signal.SIGUSR2,
 }
-HARMFUL = ("kill", "stop", "drain")  # for a while its target serves nobody
+HARMFUL = ("kill", "stop", "hang", "drain")  # for a while its target serves nobody
 SERVING = ("up", "starting", "probing")
 DECODE_WORKERS = ("decode-0", "decode-1")
 DECODERS = "decoders"  # all of them
@@ -177,7 +178,7 @@ def _nothing_left(running: Fleet) -> Iterator[None]:
 def _plan(chooser: random.Random, workers: list[str], *, blackout: bool) -> list[FaultAt]:
     """Faults in order; when, as a share of the requests that have begun. In a `blackout` all decode workers die."""
     faults = [("kill", chooser.choice(workers)) for _ in range(chooser.randint(3, 5))]
-    faults += [("stop", chooser.choice(workers)) for _ in range(2)]
+    faults += [(fault, chooser.choice(workers)) for fault in STOPPED_S]
     faults += [("cut", chooser.choice(workers)) for _ in range(2)]
     faults += [("break", worker) for worker in DECODE_WORKERS]
     faults += [("drain", chooser.choice(DECODE_WORKERS))]  # what runs there moves with its pages
@@ -263,6 +264,8 @@ class Load:
                 await answer.ask(client, case, max_tokens, stream=stream)
                 return EXACT
             except (APIError, httpx.HTTPError) as error:
+                if isinstance(error, APITimeoutError):
+                    raise ChaosFailure(f"{case.kind}: no answer within {DEADLINE_S} s, stream {stream}") from error
                 if not isinstance(error, (APIConnectionError, httpx.TransportError)):
                     return f"{code_of(error)}: {error}"
                 if not self._router_died(began, time.monotonic()):
@@ -283,6 +286,8 @@ class Load:
             targets = [target] if target != DECODERS else [w for w in self.running.worker_pids() if w in DECODE_WORKERS]
             if fault in HARMFUL and target in DECODE_WORKERS:
                 await self._until_spared(target)
+            while fault in ("cut", "break") and not self._over and target not in await self._names():
+                await asyncio.sleep(POLL_S)  # it is just starting: the signal would end it
             if self._over:
                 return
             if target == "router":
@@ -290,8 +295,8 @@ class Load:
             self.happened.append((round(time.monotonic() - self._began_at, 2), fault, target))
             for one in targets:
                 self.running.kill(one, SIGNALS[fault])
-        if fault == "stop":
-            await asyncio.sleep(STOPPED_S)
+        if fault in STOPPED_S:
+            await asyncio.sleep(STOPPED_S[fault])
             self.running.kill(target, signal.SIGCONT)
             self._harmed.pop(target, None)
         if target == "router":
@@ -310,6 +315,9 @@ class Load:
                 self._harmed[target] = serving.get(target, "")
                 return
             await asyncio.sleep(POLL_S)
+
+    async def _names(self) -> list[str]:
+        return [worker["worker_id"] for worker in await self._fleet() or []]
 
     async def _fleet(self) -> list[dict[str, Any]] | None:
         """The workers, as a router that is ready sees them."""
