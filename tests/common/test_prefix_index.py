@@ -14,7 +14,7 @@ from penstock.common import announcements as announcements_module
 from penstock.common.announcements import Announcements
 from penstock.common.index_writer import IndexWriter, Sweeper
 from penstock.common.page_hash import chained, page_hashes, root_hash
-from penstock.common.prefix_index import LOOK_UP, PACKED_BYTES, pack
+from penstock.common.prefix_index import BUCKET_TTL_S, LOOK_UP, PACKED_BYTES, pack
 from tests.index_view import index_view
 
 WORKERS = 3
@@ -182,6 +182,20 @@ def test_what_the_index_lost_is_announced_again_and_said(redis_server, caplog: p
         one.settle()
         assert len(index_view(client, "ns")["w0-0"]) == len(PAGES)
         assert f"had lost 3 of {len(PAGES)} pages" in caplog.text and one.writer.repaired == 3
+
+
+def test_what_nobody_refreshes_expires_and_what_is_announced_again_stays(redis_server) -> None:
+    with contextlib.closing(redis_server.client()) as client:
+        one = Worker(client, 0)
+        one.publish([page for prompt in PROMPTS for page in prompt], [])
+        one.settle()
+        buckets = client.keys("ns:pages:*")
+        assert all(0 < client.pttl(bucket) <= BUCKET_TTL_S * 1000 for bucket in buckets)
+        for bucket in buckets:
+            client.pexpire(bucket, 60_000)  # as if nothing had come for long
+        one.known.repeat(len(PAGES))
+        one.settle()
+        assert all(client.pttl(bucket) > 60_000 for bucket in buckets)
 
 
 @given(st.lists(st.tuples(pages, pages), max_size=20))

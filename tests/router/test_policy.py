@@ -213,13 +213,14 @@ def test_a_prefix_is_read_where_that_is_cheaper_than_computing_or_waiting():
 def test_each_term_decides_between_workers_that_are_alike_else():
     a, b = candidate("a"), candidate("b")
     assert names(choose(FACTS, [a, b])) == ("a", None)
-    long_contexts = dict(num_pages=100_000, running=1)
+    no_decoding = WorkerRates(decode_sequence_ms=0.0, decode_context_ms=0.0)  # a step takes what it takes
+    one = dict(running=1, num_pages=100_000)
+    idle = but(b, load=WorkerLoad(free_pages=100_000, **one))
+    long_contexts = but(a, load=WorkerLoad(free_pages=50_000, **one))
+    assert names(choose(FACTS, [long_contexts, idle])) == ("b", None), "decode"
     terms = {
-        "decode": but(a, load=WorkerLoad(free_pages=0, **long_contexts)),
-        "slots": but(
-            a, load=WorkerLoad(running=8, num_pages=1000, free_pages=1000), rates=WorkerRates(decode_sequence_ms=0.0)
-        ),
-        "pages": but(a, load=WorkerLoad(running=1, num_pages=300, free_pages=200)),
+        "slots": but(a, load=WorkerLoad(running=8, num_pages=1000, free_pages=1000), rates=no_decoding),
+        "pages": but(a, load=WorkerLoad(running=1, num_pages=300, free_pages=200), rates=no_decoding),
         "share": but(a, given_ms=1000.0),
         "rate": but(a, rates=WorkerRates(prefill_tokens_per_s=1000.0)),
     }
