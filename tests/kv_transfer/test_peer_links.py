@@ -1,0 +1,82 @@
+"""Links to lenders over real sockets: a busy one is waited for, one that is not there is not."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+from msgspec.structs import replace
+
+from penstock.common import bus
+from penstock.common.bus import BusServer, Peers
+from penstock.common.messages import AnyMessage, Heartbeat, HeartbeatAck, Hello, PagesLanded, WorkerLoad
+from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLinks, PeerLost
+from tests.kv_transfer.noting import worker_info
+
+LEASE_S = 10.0
+
+
+@pytest.fixture
+def links() -> Iterator[PeerLinks]:
+    opened = PeerLinks("decode-0", "decode", "f", "", LEASE_S, zmq.Poller())
+    yield opened
+    opened.close()
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_worker_that_computes_is_waited_for_and_its_answers_renew_the_lease(links: PeerLinks) -> None:
+    server = BusServer("127.0.0.1", 0, "")
+    try:
+        worker = replace(worker_info("prefill-0", "p1"), address=server.address)
+        peers = Peers(worker, LEASE_S)
+        links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
+        got: list[AnyMessage] = []
+        events: list[LinkEvent] = []
+        for now in range(60):  # it is in a long step, and says nothing
+            assert links.poll(float(now)) == []
+
+        def turn() -> None:
+            for identity, message in server.receive():
+                if isinstance(message, Hello):
+                    server.send(identity, peers.hello(identity, message, 60.0)[0])
+                elif isinstance(message, Heartbeat):
+                    server.send(identity, HeartbeatAck(seq=message.seq, load=WorkerLoad()))
+                else:
+                    got.append(message)
+            events.extend(event for _, event in links.poll(61.0))
+
+        def both() -> bool:
+            turn()
+            return bool(got) and any(isinstance(event, LeaseRenewed) for event in events)
+
+        _until(both)
+        assert isinstance(events[0], PeerFound) and got == [PagesLanded(request_id="r", attempt=0)]
+        assert [event.sent_at for event in events if isinstance(event, LeaseRenewed)] == [61.0]
+    finally:
+        server.close()
+
+
+def test_whoever_takes_a_connection_and_never_speaks_is_lost(links: PeerLinks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process: the kernel accepts for it. libzmq gives up a handshake that does not get on."""
+    monkeypatch.setattr(bus, "CONNECT_TIMEOUT_MS", 100)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        worker = replace(worker_info("prefill-0", "p1"), address=address)
+        links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
+        events: list[tuple[str, LinkEvent]] = []
+
+        def lost() -> bool:
+            events.extend(links.poll(1.0))
+            return bool(events)
+
+        _until(lost)
+        assert [(name, type(event)) for name, event in events] == [("p1", PeerLost)] and len(links) == 0
