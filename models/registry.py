@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from penstock.models.decoder import CausalLM
 from penstock.models.errors import ModelError
@@ -38,6 +36,9 @@ def resolve_checkpoint(model: str) -> Path:
     """
     path = Path(model)
     if not path.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
         try:
             path = Path(snapshot_download(model, allow_patterns=list(_NEEDED_FILES)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -62,7 +62,7 @@ from penstock.router.policies import make_policy
 from penstock.router.turns import Turns, new_admission
 
 TICK_S = 0.1
-DISCOVER_S = 1.0
+DISCOVER_S = 0.25  # a worker that has come up is used as soon
 DISCOVER_FIRST_S = 0.1  # while no worker is known
 FLUSH_MS = 200  # what the last aborts get to leave
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -39,7 +40,7 @@ def test_a_hub_id_brings_only_what_is_needed(monkeypatch: pytest.MonkeyPatch, tm
         (tmp_path / "config.json").write_text("{}")
         return str(tmp_path)
 
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_checkpoint("someone/model") == tmp_path
     ((model, patterns),) = calls
     assert model == "someone/model"

@@ -13,7 +13,7 @@ import pytest
 
 from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
-from penstock.common.messages import GenerateRequest, TokenDelta
+from penstock.common.messages import GenerateRequest, MeasuredRates, TokenDelta
 from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
 from penstock.common.text_probe import TextProbe
@@ -451,7 +451,8 @@ def test_a_broken_sink_hurts_nobody_else(redis_server, start_worker):
 
 
 def test_a_worker_that_hangs_is_taken_out_until_it_goes_on(redis_server, start_worker):
-    workers = [start_worker("d1"), start_worker("d2")]
+    rates = MeasuredRates(prefill_tokens_per_s=1e6)  # steps are short: none has to be waited for
+    workers = [start_worker(name, rates=rates) for name in ("d1", "d2")]
 
     async def scenario() -> None:
         async with running(redis_server.url, 2, lease_s=LEASE_S, stall_timeout_s=0.5) as service:
