@@ -44,9 +44,10 @@ assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
 """
 
 
+@pytest.mark.timeout(300)
 def test_compiles_for_hopper() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
 
 
 def test_what_it_supports_is_never_a_cpu_tensor() -> None:
