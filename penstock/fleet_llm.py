@@ -29,6 +29,7 @@ class FleetLLM(LLM):
         )
         self._ending = weakref.finalize(self, self.thread.close)
         self._forms = Grammars(self.get_tokenizer, self.vocab_size, self.eos_token_ids, masks=False)
+        self._forms.prepare()
 
     @property
     def max_model_len(self) -> int:

@@ -127,7 +127,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        preparing = asyncio.get_running_loop().create_task(_prepare_forms(front), name="prepare forms")
+        preparing = app.state.preparing = asyncio.get_running_loop().create_task(_prepare_forms(front))
         try:
             yield
         finally:
@@ -176,7 +176,7 @@ async def _prepare_forms(front: Front) -> None:
     """Before the first request that demands a form, as soon as it is known what the workers serve."""
     while (model := front.service.model_info()) is None:
         await asyncio.sleep(MODEL_POLL_S)
-    front.forms.prepare(front.tokenizer, model)
+    await front.forms.prepare(front.tokenizer, model)
 
 
 def _add_information(app: FastAPI, front: Front, group: Group) -> None:

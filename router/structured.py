@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -125,9 +126,10 @@ class Forms:
     def __init__(self) -> None:
         self._grammars: Grammars | None = None
 
-    def prepare(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
+    async def prepare(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
         """Prepare for a model's vocabulary, in the thread: before there are requests that it would hold up."""
-        self._for(tokenizer, model).prepare()
+        with contextlib.suppress(GrammarError):  # whoever demands a form will be told
+            await asyncio.wrap_future(self._for(tokenizer, model).prepare())
 
     async def check(self, form: StructuredOutputsParams, field: str, tokenizer: Tokenizer, model: ModelInfo) -> None:
         """Return if the workers can follow the form.
