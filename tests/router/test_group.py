@@ -14,7 +14,7 @@ from penstock.private_redis import free_port
 from penstock.router.app import create_app
 from penstock.router.group import Group, merged
 from penstock.router.server import RouterServer
-from tests.router.fake_router import FakeService
+from tests.router.fake_router import NO_REDIS, FakeService
 from tests.tiny_tokenizers import byte_level
 
 
@@ -51,7 +51,7 @@ def test_which_questions_are_for_all(ports: tuple[str, ...], port: int, for_all:
 def test_a_shared_port_that_is_taken_is_said_and_nothing_is_left_open() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port, admin = taken.getsockname()[1], free_port("127.0.0.1")
-        config = RouterConfig(port=port, admin_port=admin, group_ports=(str(admin), "1"))
+        config = RouterConfig(port=port, admin_port=admin, group_ports=(str(admin), "1"), redis_url=NO_REDIS)
         service: Any = FakeService()
         server = RouterServer(create_app(service, config, byte_level()), service, config)
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}"):
