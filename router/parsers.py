@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -40,9 +40,9 @@ class Parsers:
             ConfigError: an unknown name, a plugin that cannot be loaded, or one option without another.
         """
         plugins = {"--tool-parser-plugin": config.tool_parser_plugin}
-        tool = _named(ToolParser, "--tool-call-parser", config.tool_call_parser, plugins)  # type: ignore[type-abstract]
+        tool = _named(_tool_parsers, "--tool-call-parser", config.tool_call_parser, plugins)
         plugins = {"--reasoning-parser-plugin": config.reasoning_parser_plugin}
-        reasoning = _named(ReasoningParser, "--reasoning-parser", config.reasoning_parser, plugins)  # type: ignore[type-abstract]
+        reasoning = _named(_reasoning_parsers, "--reasoning-parser", config.reasoning_parser, plugins)
         return cls(tool if config.enable_auto_tool_choice else None, reasoning)
 
 
@@ -52,13 +52,12 @@ def marker_ids(tokenizer: Tokenizer, parsers: Iterable[type[ToolParser] | type[R
     return tokenizer.special_ids.intersection(i for i in ids if i is not None)
 
 
-def _named(kind: type[_Parser], flag: str, name: str, plugins: dict[str, str]) -> type[_Parser] | None:
-    known: dict[str, type[_Parser]] = {}
-    for module in (tool_formats, qwen3_coder, pythonic, reasoning_formats):
-        known |= _in_module(kind, module)
-    for plugin_flag, path in plugins.items():
-        if path:
-            known |= _in_module(kind, _module(path, plugin_flag))
+def _named(
+    kind: Callable[[ModuleType], list[type[_Parser]]], flag: str, name: str, plugins: dict[str, str]
+) -> type[_Parser] | None:
+    modules = [tool_formats, qwen3_coder, pythonic, reasoning_formats]
+    modules += [_module(path, plugin_flag) for plugin_flag, path in plugins.items() if path]
+    known = {known: parser for module in modules for parser in kind(module) for known in parser.names}
     if not name:
         return None
     if name not in known:
@@ -66,11 +65,18 @@ def _named(kind: type[_Parser], flag: str, name: str, plugins: dict[str, str]) -
     return known[name]
 
 
-def _in_module(kind: type[_Parser], module: ModuleType) -> dict[str, type[_Parser]]:
-    """The parsers of a module by their names; classes that it only imports do not count."""
-    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, kind)]
-    own = [value for value in classes if value.__module__ == module.__name__ and not inspect.isabstract(value)]
-    return {name: value for value in own for name in getattr(value, "names", ())}
+def _tool_parsers(module: ModuleType) -> list[type[ToolParser]]:
+    return [value for value in _classes(module) if issubclass(value, ToolParser)]
+
+
+def _reasoning_parsers(module: ModuleType) -> list[type[ReasoningParser]]:
+    return [value for value in _classes(module) if issubclass(value, ReasoningParser)]
+
+
+def _classes(module: ModuleType) -> list[type]:
+    """The classes of a module that have names to be asked for by; those that it only imports do not count."""
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    return [value for value in own if hasattr(value, "names") and not inspect.isabstract(value)]
 
 
 def _module(path: str, flag: str) -> ModuleType:
