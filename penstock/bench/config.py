@@ -18,8 +18,6 @@ from penstock.common.errors import ConfigError
 HIDDEN = ("redis_url", "namespace", "cluster_key", "lease_s", "served_model_name")
 
 _WHY_NOT = {
-    "--use-beam-search": "beam search is not supported",
-    "--backend": "this measures Penstock's own engine in this process",
     "--async-engine": "offline benchmarks call LLM.generate",
     "--prequeue-requests": "all requests are queued before the first step anyway",
     "--lora-path": "LoRA adapters are not supported",
@@ -56,6 +54,7 @@ class LatencyConfig(BenchConfig):
     batch_size: int = option(8, "prompts in the batch")
     num_iters_warmup: int = option(10, "runs that do not count")
     num_iters: int = option(30, "runs that count")
+    use_beam_search: bool = option(False, "search with n beams instead of sampling n outputs")
     enable_prefix_caching: bool = option(False, "keep pages of earlier runs: every run but the first skips its prompts")
 
     def __post_init__(self) -> None:
@@ -68,6 +67,7 @@ class LatencyConfig(BenchConfig):
 class ThroughputConfig(BenchConfig):
     """`penstock bench throughput`: many requests at once."""
 
+    backend: str = option("vllm", "whose name LLM goes by: the engine in this process", choices=("vllm",))
     dataset_name: str = option("sharegpt", "what dataset_path is; without a path it is random", choices=DATASETS)
     dataset_path: str = option(
         "", "ShareGPT conversations; lines of prompts (custom); a trace; a list of [input, output] lengths"

@@ -12,6 +12,7 @@ from tqdm import trange
 from penstock.bench.config import LatencyConfig
 from penstock.bench.profiling import profile
 from penstock.bench.result import build, check_length, percentiles, sampling, write_json
+from penstock.common.beam_search import BeamSearchParams
 
 HIGHEST_ID = 10000  # as in vLLM: random token ids below it
 
@@ -26,13 +27,17 @@ def run_latency(config: LatencyConfig) -> dict[str, Any] | None:
     try:
         check_length(llm, config.input_len, config.output_len)
         params = sampling(config, config.output_len)
+        beams = BeamSearchParams(beam_width=config.n, max_tokens=config.output_len, ignore_eos=True)
         ids = range(min(HIGHEST_ID, llm.vocab_size))
         generator = random.Random(config.seed)
         prompts = [generator.choices(ids, k=config.input_len) for _ in range(config.batch_size)]
 
         def once() -> float:
             begun = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
+            if config.use_beam_search:
+                llm.beam_search(prompts, beams)
+            else:
+                llm.generate(prompts, params, use_tqdm=False)
             return time.perf_counter() - begun
 
         for _ in trange(config.num_iters_warmup, desc="Warm-up"):

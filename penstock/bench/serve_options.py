@@ -26,12 +26,9 @@ _REFUSED = {
     "--plot-timeline": "ask for the timeline of a request instead (X-Penstock-Timeline), or look at /ui",
     "--timeline-itl-thresholds": "ask for the timeline of a request instead (X-Penstock-Timeline), or look at /ui",
     "--plot-dataset-stats": "--save-detailed has the lengths",
-    "--trust-remote-code": "no code of a checkpoint is run",
-    "--tokenizer-mode": "tokenizers are those of tokenizer.json",
     "--hf-name": "give the data set as a file",
     "--hf-split": "give the data set as a file",
     "--hf-subset": "give the data set as a file",
-    "--random-batch-size": "a request has one prompt",
     "--disable-shuffle": "only sharegpt is shuffled, from --seed",
     "--no-oversample": "no data set is repeated: where it has fewer prompts, fewer are asked",
     "--skip-chat-template": "completions send the prompts of a file as they are; openai-chat has the server's template",
@@ -58,6 +55,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_load(parser)
     _add_dataset(parser)
     _add_result(parser)
+    _add_matters_of_course(parser)
     options = parser.parse(arguments, os.environ)
     _check(options)
     return options
@@ -134,6 +132,14 @@ def _add_result(parser: argparse.ArgumentParser) -> None:
     add("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="fields of the result")
     add("--label", help="a field of the result")
     add("--disable-tqdm", action="store_true")
+
+
+def _add_matters_of_course(parser: argparse.ArgumentParser) -> None:
+    """Flags of vLLM's that ask, with these values, for what is the case anyway."""
+    add = parser.add_argument_group("taken as they are").add_argument
+    add("--trust-remote-code", action="store_true", help="no code of a checkpoint is run, so nothing has to be trusted")
+    add("--tokenizer-mode", default="auto", choices=("auto", "hf"), help="tokenizers are those of tokenizer.json")
+    add("--random-batch-size", type=int, default=1, choices=(1,), help="a request has one prompt")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from penstock.bench.profiling import KernelTime, RunProfile
 from penstock.bench.result import percentiles
 from penstock.bench.throughput import samples
 from penstock.cli import main
+from penstock.common.beam_search import BeamSearchParams
 from penstock.common.errors import ConfigError
 from penstock.common.tokenizer import Tokenizer
 
@@ -63,11 +64,39 @@ def test_latency_has_vllms_keys(model: str, tmp_path: Path, capsys: pytest.Captu
     assert "Average latency:" in out and "4 tokens" in out  # the page size, in the line that describes the engine
 
 
+def test_latency_of_a_search(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[BeamSearchParams] = []
+    search = LLM.beam_search
+
+    def noted(llm: LLM, prompts: Any, params: BeamSearchParams) -> Any:
+        searched.append(params)
+        return search(llm, prompts, params)
+
+    monkeypatch.setattr(LLM, "beam_search", noted)
+    sizes = [
+        "--input-len",
+        "6",
+        "--output-len",
+        "3",
+        "--batch-size",
+        "2",
+        "--num-iters-warmup",
+        "0",
+        "--num-iters",
+        "2",
+    ]
+    beams = ["--use-beam-search", "--n", "4", "--output-json", str(tmp_path / "r.json")]
+    assert main(["bench", "latency", model, *ENGINE, *sizes, *beams]) == 0
+    assert searched == [BeamSearchParams(beam_width=4, max_tokens=3, ignore_eos=True)] * 2
+    assert len(json.loads((tmp_path / "r.json").read_text())["latencies"]) == 2
+
+
 def test_throughput_counts_what_was_asked_for(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "throughput.json"
     lengths = tmp_path / "lengths.json"
     lengths.write_text("[[3, 5], [20, 1], [9, 8], [1, 1]]")
     dataset = ["--dataset-name", "lengths", "--dataset-path", str(lengths), "--num-prompts", "3", "--num-warmups", "1"]
+    dataset += ["--backend", "vllm"]
     more = ["--n", "2", "--skip-tokenizer-init", "--load-format", "dummy", "--output-json", str(path)]
     assert main(["benchmark", "throughput", model, *ENGINE, *dataset, *more]) == 0
     result = json.loads(path.read_text())
@@ -116,9 +145,8 @@ def test_help_lists_vllms_flags(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["latncy"], "unknown benchmark 'latncy'; there are latency, throughput"),
         (["latency"], "MODEL is missing"),
-        (["latency", "m", "--use-beam-search"], "vLLM's --use-beam-search is not supported: beam search"),
         (["latency", "m", "-tp=2"], "-tp 2 is not supported: one worker uses one device"),
-        (["throughput", "m", "--backend", "hf"], "vLLM's --backend is not supported"),
+        (["throughput", "m", "--backend", "hf"], "--backend: must be one of vllm, got 'hf'"),
         (["throughput", "m", "--async_engine"], "vLLM's --async_engine is not supported"),
         (["latency", "m", "--num-itters", "3"], "unknown option --num-itters; did you mean --num-iters?"),
         (["latency", "m", "--batch-size", "0"], "batch_size must be at least 1, got 0"),

@@ -110,6 +110,7 @@ def test_it_measures_what_the_server_did(server: Server, tmp_path: Path, capsys:
     # Long delays: a client that runs late on a busy machine is late by much less.
     server.delays = lambda number: (0.6 if number % 2 else 1.4, 0.4)
     flags = ["--num-prompts", "6", "--output-len", "4", "--request-rate", "20"]
+    flags += ["--trust-remote-code", "--tokenizer-mode", "auto", "--random-batch-size", "1"]
     flags += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,100"]
     result = bench(server, tmp_path, *flags, "--goodput", "ttft:1000", "tpot:900")
     firsts = [times[1] - times[0] for times in server.sent]
@@ -233,6 +234,7 @@ def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixtu
         (["--header", "x"], "--header takes KEY=VALUE"),
         (["--hf-name", "x"], "vLLM's --hf-name is not supported: give the data set as a file"),
         (["--num-prompts", "0"], "--num-prompts must be at least 1"),
+        (["--random-batch-size", "2"], "invalid choice: 2 (choose from 1)"),
         (["--lora-modules", "a"], "LoRA adapters are not supported"),
         (["--num-promts", "3"], "unknown option --num-promts; did you mean --num-prompts?"),
         (["--extra-body", "[]"], "must be a JSON object"),

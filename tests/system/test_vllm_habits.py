@@ -171,7 +171,7 @@ def test_command_lines_that_ask_a_server(served: Served, offline: list[str], tmp
     [
         ("bench latency --model M --input-len 8 --output-len 4 --batch-size 2 --num-iters-warmup 0 --num-iters 1",
          "avg_latency"),
-        ("bench throughput --model M --dataset-name random --input-len 8 --output-len 4 --num-prompts 3",
+        ("bench throughput --backend vllm --model M --dataset-name random --input-len 8 --output-len 4 --num-prompts 3",
          "tokens_per_second"),
     ],
     ids=["latency", "throughput"],
