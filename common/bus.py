@@ -220,10 +220,11 @@ class BusLink:
         if self.state.must_open(now):
             self._open(now)
         items: list[LinkItem] = []
-        cut = self._read_monitor()  # before the messages: what came in before the cut is still read below
         end = self._drain(items, now)
-        if end is None and cut:
-            end = self.state.lost(cut, now)
+        if (
+            not items and end is None and (cut := self._read_monitor())
+        ):  # else the monitor stays readable: it is read then
+            end = self._drain(items, now) or self.state.lost(cut, now)  # what came in before the cut still counts
         if end is None:
             end = self.state.silent(now)
         if end is not None:

@@ -25,7 +25,7 @@ class Detokenizer:
     bad byte spoils the valid characters of its whole run of byte tokens, which cannot be known while streaming.)
     """
 
-    __slots__ = ("_bytes", "_strip", "_tokenizer", "_utf8", "_window", "skipped")
+    __slots__ = ("_bytes", "_strip", "_tokenizer", "_utf8", "_whole", "_window", "skipped")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Detokenizer:
         self.skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._bytes = tokenizer.byte_tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if self._bytes else None
+        self._whole = True  # no character is incomplete
         self._strip = tokenizer.strips_first_space and not prompt_ids
         self._window = None if self._bytes else _Window(tokenizer, [i for i in prompt_ids if i not in self.skipped])
 
@@ -52,7 +53,12 @@ class Detokenizer:
             data = b"" if token_ids[0] in skipped else piece(token_ids[0])
         else:
             data = b"".join([piece(i) for i in token_ids if i not in skipped])
-        return self._strip_first(self._utf8.decode(data))
+        if self._whole and data.isascii():
+            text = data.decode("ascii")
+        else:
+            text = self._utf8.decode(data)
+            self._whole = not self._utf8.getstate()[0]
+        return self._strip_first(text) if self._strip else text
 
     def finish(self) -> str:
         """What was held back: an incomplete character, as U+FFFD."""

@@ -1,9 +1,11 @@
-"""Ending asyncio tasks for certain."""
+"""Ending asyncio tasks for certain, and doing without them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import types
+from collections.abc import Awaitable, Generator, Iterable
+from typing import Any
 
 ASK_AGAIN_S = 0.2
 
@@ -22,3 +24,26 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in done:
             if not task.cancelled():
                 task.exception()
+
+
+def begun(work: Awaitable[None]) -> Awaitable[None] | None:
+    """Run `work` until it has to wait, here and now; what is left of it, None if nothing is.
+
+    For work that hardly ever waits, and is not worth a task: it must not ask which task it runs in.
+    """
+    steps = work.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration:
+        return None
+    return _rest(steps, waits_for)
+
+
+@types.coroutine
+def _rest(steps: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    try:
+        yield waits_for
+    except BaseException:
+        steps.close()
+        raise
+    yield from steps

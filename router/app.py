@@ -1,6 +1,7 @@
 """The router's HTTP application: routes, keys, errors. server.py runs it.
 
-FastAPI holds the routes; those with a body are raw ASGI (endpoints.py), without its request and response machinery.
+FastAPI holds the routes; those with a body are raw ASGI (endpoints.py), without its request and response machinery,
+and what they are mostly asked does not pass through its layers either (`Application`).
 Request headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-Timeline: 1` (adds `timeline`).
 """
 
@@ -14,7 +15,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ _PAGE_HEADERS = {
     "connect-src 'self'; frame-ancestors 'none'",
     "cache-control": "no-cache",
 }
+Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class KeyGate:
@@ -70,7 +72,7 @@ class KeyGate:
     It comes as `Authorization: Bearer KEY`, or as Anthropic's clients send it: `x-api-key: KEY`.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], keys: tuple[str, ...]) -> None:
+    def __init__(self, app: Endpoint, keys: tuple[str, ...]) -> None:
         self._app, self._keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +94,21 @@ class KeyGate:
         return matches.index(True) // len(given) if any(matches) else None
 
 
+class Application(FastAPI):
+    """FastAPI, past which POST requests go straight to one of `direct` (endpoints by path).
+
+    Its layers and Starlette's have nothing to do for an endpoint that answers every error itself, and each of them
+    costs as much a request as the routing of ours, and something for every token of a stream.
+    """
+
+    direct: Mapping[str, Endpoint] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        endpoint = self.direct.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (endpoint or super().__call__)(scope, receive, send)
+
+
 def errors_of(path: str) -> ErrorBody:
     """How errors of a path are written."""
     return anthropic_error if (path + "/").startswith("/v1/messages/") else error_body
@@ -103,7 +120,7 @@ def create_app(
     tokenizer: Tokenizer,
     template: ChatTemplate | None = None,
     defaults: GenerationDefaults | None = None,
-) -> FastAPI:
+) -> Application:
     """The ASGI application; it starts and stops `service` with its own life."""
     models = config.served_model_name or (config.model,)
     group = Group(config)
@@ -139,25 +156,32 @@ def create_app(
             if tracing is not None:
                 await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
-    app = FastAPI(title="Penstock", version=__version__, lifespan=lifespan)
+    app = Application(title="Penstock", version=__version__, lifespan=lifespan)
     app.openapi = functools.partial(openapi_document, bool(config.api_key))  # type: ignore[method-assign]
-    if config.api_key:
-        app.add_middleware(KeyGate, keys=config.api_key)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     _add_information(app, front, group)
+    generating = {
+        "/v1/completions": Generation(front, plan_completion),
+        "/v1/chat/completions": Generation(front, plan_chat),
+        "/v1/messages": Generation(front, plan_message, anthropic_error),
+        "/invocations": Generation(front, _plan_invocation),
+    }
     app.router.routes += [
-        Route("/v1/completions", Generation(front, plan_completion), methods=["POST"]),
-        Route("/v1/chat/completions", Generation(front, plan_chat), methods=["POST"]),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
         *responses.routes(),
-        Route("/v1/messages", Generation(front, plan_message, anthropic_error), methods=["POST"]),
         Route("/v1/messages/count_tokens", answering(front, count_tokens, anthropic_error), methods=["POST"]),
-        Route("/invocations", Generation(front, _plan_invocation), methods=["POST"]),
         Route("/tokenize", answering(front, tokenize), methods=["POST"]),
         Route("/detokenize", answering(front, detokenize), methods=["POST"]),
     ]
     paths = frozenset(path for route in app.routes if "{" not in (path := getattr(route, "path", "{")))
-    app.add_middleware(HttpMeter, metrics=front.metrics.http, paths=paths)
+
+    def guarded(endpoint: Endpoint) -> Endpoint:
+        gated = KeyGate(endpoint, config.api_key) if config.api_key else endpoint
+        return HttpMeter(gated, front.metrics.http, paths)
+
+    app.add_middleware(guarded)
+    app.direct = {path: guarded(endpoint) for path, endpoint in generating.items()}
     return app
 
 

@@ -186,10 +186,10 @@ class Dispatcher:
     # ------------------------------------------------------------ one choice
 
     def _apply(self, choice: Choice, event: object, now: float) -> None:
-        choice.history.append(f"{now:.3f} {choice.state.value} #{choice.attempt}: {event!r:.200}")
+        choice.history.append((now, choice.state, choice.attempt, event))
         action = _TABLE.get((choice.state, type(event)))
         if action is None:
-            raise InvalidTransition(f"{choice.key}: " + "; ".join(choice.history))
+            raise InvalidTransition(f"{choice.key}: {choice.story()}")
         action(self, choice, event, now)
 
     def _place(self, choice: Choice, now: float) -> None:

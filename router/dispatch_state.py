@@ -16,6 +16,7 @@ from penstock.router.policy import Placement
 
 Key = tuple[str, int]  # request id and choice
 WAIT_FOR_WORKER_S = 30.0  # the last one may just be restarting, and load its model
+Happened = tuple[float, "State", int, object]  # when, in which state and attempt, the event
 
 
 class State(Enum):
@@ -69,7 +70,7 @@ class Choice:
     reserved: Release | None = None  # at the decode worker, until the attempt is over
     prompt_reserved: Release | None = None  # at the worker that computes the prompt, until a token comes
     failed: set[str] = field(default_factory=set)  # incarnations that lost this choice
-    history: deque[str] = field(default_factory=lambda: deque(maxlen=32))
+    history: deque[Happened] = field(default_factory=lambda: deque(maxlen=32))
 
     @property
     def key(self) -> Key:
@@ -83,3 +84,9 @@ class Choice:
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""
         return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.delivered))
+
+    def story(self) -> str:
+        """What it went through, for people."""
+        return "; ".join(
+            f"{at:.3f} {state.value} #{attempt}: {event!r:.200}" for at, state, attempt, event in self.history
+        )

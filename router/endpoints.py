@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -56,9 +56,7 @@ class Generation:
                 return
             plan = await self._plan(body, head, front)
             timeline.mark("tokenised", time.monotonic())
-            reply = _KINDS[plan.beams, plan.stream](
-                plan, front.service, front.tokenizer, front.metrics, timeline, headers
-            )
+            reply = _KINDS[plan.beams, plan.stream](plan, front, timeline, headers)
             if plan.conduct is None:
                 await reply.run(receive, send)
             else:
@@ -138,7 +136,7 @@ def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
             timeline = value.strip().lower() in (b"1", b"true")
         elif name in (b"traceparent", b"tracestate"):
             context[name.decode()] = value.decode("latin-1")
-    unique = uuid.uuid4().hex
+    unique = os.urandom(16).hex()
     answer_id = unique if given is None else given.decode("ascii")
     context["tenant"] = scope.get("tenant", "")
     head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline, **context)

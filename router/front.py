@@ -21,6 +21,7 @@ from penstock.common.messages import GenerateRequest
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat
 from penstock.router.chat_setup import ChatSetup
+from penstock.router.event_stream import Outbox
 from penstock.router.metrics import RouterMetrics
 from penstock.router.protocol import GenerationRequest
 from penstock.router.reply import Plan
@@ -71,6 +72,7 @@ class Front:
     models: tuple[str, ...]  # names clients may use; the first is shown
     chat: ChatSetup = field(default_factory=ChatSetup)
     forms: Forms = field(default_factory=Forms)
+    outbox: Outbox = field(default_factory=Outbox)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
     observers: Sequence[Observer] = ()  # told of every request that has ended

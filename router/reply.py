@@ -1,7 +1,7 @@
 """One HTTP answer in the making: submits the choices and has the plan's format write what they say, whole or streamed.
 
-Made by app.py from a `Plan`. Sent as raw ASGI messages: a stream has one task, which is woken once for all tokens
-of a step and joins them into one write, and one that waits for the client to hang up.
+Made by endpoints.py from a `Plan`. Sent as raw ASGI messages; a stream's tokens are written by event_stream.py. Beside
+the answer runs a task that waits for the client to hang up.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest
 from penstock.common.timeline import Timeline
-from penstock.common.tokenizer import Tokenizer
 from penstock.router.answer_format import AnswerFormat, Delta, Said, Usage
 from penstock.router.answer_parser import AnswerParsing
 from penstock.router.choice import Choice, ScoredToken
 from penstock.router.error_bodies import Send, send_json
-from penstock.router.metrics import RouterMetrics
+from penstock.router.event_stream import EventStream
 
 if TYPE_CHECKING:
-    from penstock.router.service import RouterService
+    from penstock.router.front import Front
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -58,15 +57,14 @@ class Reply(ABC):
     def __init__(
         self,
         plan: Plan,
-        service: RouterService,
-        tokenizer: Tokenizer,
-        metrics: RouterMetrics,
+        front: Front,
         timeline: Timeline,
         headers: list[tuple[bytes, bytes]],
     ) -> None:
-        self._plan, self._service, self._metrics = plan, service, metrics
+        self._plan, self._service, self._metrics = plan, front.service, front.metrics
         self._format, self._timeline, self._headers = plan.format, timeline, headers
         shown = frozenset[int]() if plan.parsing is None else plan.parsing.shown_ids
+        tokenizer, service, metrics = front.tokenizer, front.service, front.metrics
         self._choices = [
             Choice(request, index, plan.echoes[index], tokenizer, service, metrics, timeline, self, shown)
             for index, request in enumerate(plan.requests)
@@ -106,7 +104,7 @@ class Reply(ABC):
         try:
             await self._submit()
             await self._answer(send)
-            if not self._gone and self._error is None:
+            if not self.gone and self._error is None:
                 self._metrics.answered(self._longest())
         except PenstockError as error:
             failure = error
@@ -249,41 +247,45 @@ class StreamReply(Reply):
     The status goes out with the first event, so that a request that fails before its first token has its own status.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._pending: list[bytes] = []
+    def __init__(self, plan: Plan, front: Front, timeline: Timeline, headers: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(plan, front, timeline, headers)
+        self._events = EventStream(front.outbox)
         self._opened = [False for _ in self._choices]
-        self._complete = False
 
     def on_delta(self, choice: Choice, delta: Delta) -> None:
         """Write an event, unless there is nothing to tell yet."""
-        if self._complete:
+        events = self._events
+        if events.ended:
             return
         for opened in self._choices if self._format.opens_together else (choice,):
             if not self._opened[opened.index]:
                 self._opened[opened.index] = True
-                self._pending.append(self._format.opening(opened))
+                events.put(self._format.opening(opened))
         if delta.content or delta.reasoning or delta.calls or delta.tokens or choice.ended:
             usage = None
             if self._plan.usage_in_chunks:
                 usage = Usage(len(choice.request.prompt_token_ids), choice.text.num_tokens)
-            self._pending.append(self._format.delta(choice, delta, usage))
+            events.put(self._format.delta(choice, delta, usage))
         if choice.ended:
             self._running -= 1
             if self._running == 0:
-                self._pending.append(self._format.closing(*self._finished()))
-                self._complete = True
-        self._wake()
+                events.put(self._format.closing(*self._finished()), last=True)
+        if not self.started:
+            self._wake()
 
     def on_failure(self, error: PenstockError) -> None:
         """After the first event, an error is an event, too."""
         super().on_failure(error)
-        if self.started and not self._complete:
-            self._pending.append(self._format.failure(error))
-            self._complete = True
+        if self.started and not self._events.ended:
+            self._events.put(self._format.failure(error), last=True)
+
+    def _wake(self) -> None:
+        super()._wake()
+        if self._gone:
+            self._events.give_up()
 
     async def _answer(self, send: Send) -> None:
-        while not self._pending and self._error is None and not self._gone:
+        while not self._events.has_events and self._error is None and not self._gone:
             await self._wait_for_news()
         if self._gone:
             return
@@ -292,11 +294,4 @@ class StreamReply(Reply):
         self.started = True
         content = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": content + self._headers})
-        while not self._gone:
-            body, complete = b"".join(self._pending), self._complete
-            self._pending.clear()
-            if body or complete:
-                await send({"type": "http.response.body", "body": body, "more_body": not complete})
-            if complete:
-                return
-            await self._wait_for_news()
+        await self._events.run(send)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import signal
 import socket
 import sys
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 READY_POLL_S = 0.05
+GC_AFTER_OBJECTS = (
+    20_000  # a stream's objects are freed by their counts; Python's own 700 looks through them all the time
+)
 
 
 class RouterServer(uvicorn.Server):
@@ -118,6 +122,8 @@ def serve(config: RouterConfig) -> None:
     service = RouterService(config, TextProbe.of(tokenizer, with_template=not config.chat_template))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = RouterServer(create_app(service, config, tokenizer, template, defaults), service, config)
+    gc.freeze()  # what the start made stays: no collection looks at it again
+    gc.set_threshold(GC_AFTER_OBJECTS)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Uvicorn raises the signal again when it is done; after a drain that is a normal end, not a death.
         signal.signal(number, server.handle_exit)
