@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import msgspec
+
 from penstock.common.errors import PenstockError
 from penstock.router.choice import Choice, ScoredToken
 
@@ -23,7 +25,7 @@ class CallDelta(NamedTuple):
     name: str | None = None
 
 
-class Delta(NamedTuple):
+class Delta(msgspec.Struct, frozen=True):  # as quick to make as a tuple of C's: there is one for every token
     """What a choice said since the last one: reasoning comes before content, calls after it."""
 
     content: str = ""

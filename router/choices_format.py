@@ -59,6 +59,7 @@ class ChoicesFormat(AnswerFormat):
         self._tail = b'}],"usage":null}\n\n' if usage_field else b"}]}\n\n"
         self._plain_end = b',"logprobs":null,"finish_reason":null' + self._tail
         self._plain = self.after_text + self._plain_end
+        self._starts: dict[int, bytes] = {}  # choice -> its chunks up to their text
 
     @abstractmethod
     def choice(self, choice: Choice, said: Said) -> dict[str, Any]:
@@ -103,12 +104,15 @@ class ChoicesFormat(AnswerFormat):
 
     def delta(self, choice: Choice, delta: Delta, usage: Usage | None) -> bytes:
         """See `AnswerFormat.delta`: one chunk."""
-        start = b"%b%d" % (self._head, choice.index)
+        bare = not delta.tokens and delta.finish_reason is None and usage is None and not self.token_ids
         if delta.reasoning or delta.calls:
-            said = self.said(delta)
+            start, said = b"%b%d" % (self._head, choice.index), self.said(delta)
         else:
-            said = b"".join((self.before_text, _json(delta.content), self.after_text))
-        if not delta.tokens and delta.finish_reason is None and usage is None and not self.token_ids:
+            start, content = self._start(choice.index), _json(delta.content)
+            if bare:  # nearly all of them are
+                return b"".join((start, content, self._plain))
+            said = content + self.after_text
+        if bare:
             return b"".join((start, said, self._plain_end))
         ending: dict[str, Any] = {"logprobs": self.logprobs(delta.tokens), "finish_reason": delta.finish_reason}
         if delta.finish_reason is not None:
@@ -118,6 +122,12 @@ class ChoicesFormat(AnswerFormat):
             self._ids_written[choice.index] = len(choice.token_ids)
         tail = self._tail if usage is None else b'}],"usage":' + _json(usage_fields(usage)) + b"}\n\n"
         return b"".join((start, said, b",", _json(ending)[1:-1], tail))
+
+    def _start(self, index: int) -> bytes:
+        start = self._starts.get(index)
+        if start is None:
+            start = self._starts[index] = b"%b%d%b" % (self._head, index, self.before_text)
+        return start
 
     def closing(self, usage: Usage, timeline: list[dict[str, Any]] | None) -> bytes:
         """See `AnswerFormat.closing`: a chunk without choices, if there is something to tell, and the end."""

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Seque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest
 from penstock.common.timeline import Timeline
@@ -119,9 +121,9 @@ class Reply(ABC):
         """See `Listener`."""
         finish_reason = choice.text.finish_reason
         if self._parsers is None:
-            delta = Delta(text, tokens=tokens, finish_reason=finish_reason)
+            delta = Delta(text, "", (), tokens, finish_reason)
         else:
-            delta = self._parsers[choice.index].delta(text, finish_reason)._replace(tokens=tokens)
+            delta = structs.replace(self._parsers[choice.index].delta(text, finish_reason), tokens=tokens)
             if delta.reasoning:
                 choice.reasoning_tokens = choice.text.num_tokens
         self.on_delta(choice, delta)
@@ -257,10 +259,8 @@ class StreamReply(Reply):
         events = self._events
         if events.ended:
             return
-        for opened in self._choices if self._format.opens_together else (choice,):
-            if not self._opened[opened.index]:
-                self._opened[opened.index] = True
-                events.put(self._format.opening(opened))
+        if not self._opened[choice.index]:
+            self._open(choice)
         if delta.content or delta.reasoning or delta.calls or delta.tokens or choice.ended:
             usage = None
             if self._plan.usage_in_chunks:
@@ -272,6 +272,12 @@ class StreamReply(Reply):
                 events.put(self._format.closing(*self._finished()), last=True)
         if not self.started:
             self._wake()
+
+    def _open(self, choice: Choice) -> None:
+        for opened in self._choices if self._format.opens_together else (choice,):
+            if not self._opened[opened.index]:
+                self._opened[opened.index] = True
+                self._events.put(self._format.opening(opened))
 
     def on_failure(self, error: PenstockError) -> None:
         """After the first event, an error is an event, too."""

@@ -255,11 +255,11 @@ class RouterService:
             if warning:
                 log.warning("%s", warning)
         try:
-            command.sink.on_delta(command.delta)
+            command.sink.on_delta(delta)
         except Exception:  # one client's bug must not cost the others of this step their tokens
-            log.exception("the sink of a request failed", extra=about(command.delta))
-            self._handle(Cancelled(command.delta.request_id, command.delta.choice))
-        if command.delta.finish is not None:
+            log.exception("the sink of a request failed", extra=about(delta))
+            self._handle(Cancelled(delta.request_id, delta.choice))
+        if delta.finish is not None:
             self._counters["finished"] += 1
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
