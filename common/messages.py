@@ -71,6 +71,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_model_len: int
     max_num_seqs: int
     vocab_size: int
+    step_tokens: int = 2048  # of prompts, in one step at most
     eos_token_ids: list[int] = []
     hash_scope: str = ""  # root of the page-hash chain: model, dtype, page size
     hash_probe: str = ""  # what the worker's hashing makes of known prompts (common/hash_probe.py)

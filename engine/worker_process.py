@@ -128,6 +128,7 @@ def _worker_info(
         max_model_len=built.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=built.spec.vocab_size,
+        step_tokens=built.engine.scheduler.max_num_batched_tokens,
         eos_token_ids=list(built.spec.eos_token_ids),
         hash_scope=built.hash_scope,
         hash_probe=probe_digest(pages.page_size, partial(_engine_hashes, built)),

@@ -8,16 +8,14 @@
             v  │
            WAITING             PLACING ──Queued──> QUEUED ──Placed──> RUNNING; ──Refused──> error: end
 
-Tokens are delivered exactly once, in order, without gaps, whoever sends them: the prefill worker sends the first one,
-the decode worker the rest, and a later attempt goes on behind what the client has. TokenDelta.index makes that so.
+Two halves: `handle` moves choices between states, `tokens` delivers what they say (in order: token_order.py). What a
+choice remembers is in dispatch_state.py, what goes in and out in dispatch_events.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import msgspec
 
 from penstock.common.errors import (
     InternalError,
@@ -42,8 +40,6 @@ from penstock.router.dispatch_events import (
     PlaceFailed,
     Queued,
     Refused,
-    Release,
-    Reserve,
     SendAbort,
     SendMove,
     SendSubmit,
@@ -51,15 +47,16 @@ from penstock.router.dispatch_events import (
     Shutdown,
     Submitted,
     Tick,
+    WorkerComputing,
     WorkerDown,
     WorkerLeaving,
     WorkerStalled,
     WorkerUp,
 )
 from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State
+from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 
 MAX_WAITING = 1000
-MAX_BUFFERED = 1024  # deltas of one choice that came before their turn
 
 
 class InvalidTransition(RuntimeError):
@@ -98,8 +95,10 @@ class Dispatcher:
             choice = choices.get((delta.request_id, delta.choice))
             if choice is None or delta.attempt != choice.attempt or choice.state is not State.RUNNING:
                 self.stale_deltas += 1
-            elif choice.steady and delta.finish is None and delta.index == len(choice.delivered):
-                choice.delivered += delta.token_ids
+                continue
+            order = choice.order
+            if order.steady and delta.finish is None and delta.index == len(order.delivered):
+                order.delivered += delta.token_ids
                 choice.deadline = now + self._progress_timeout_s
                 commands.append(Deliver(choice.sink, delta))
             else:
@@ -114,8 +113,8 @@ class Dispatcher:
 
     def _submitted(self, event: Submitted, now: float) -> None:
         request = event.request
-        delivered = list(request.output_token_ids)
-        choice = Choice(request, event.sink, deadline=0.0, delivered=delivered, tenant=event.tenant, since=now)
+        order = TokenOrder(list(request.output_token_ids))
+        choice = Choice(request, event.sink, order, deadline=0.0, tenant=event.tenant, since=now)
         if choice.key in self.choices:
             raise ValueError(f"request {request.request_id!r} choice {request.choice} is under way already")
         self.choices[choice.key] = choice
@@ -134,7 +133,7 @@ class Dispatcher:
                 self._apply(choice, Lost("its worker was lost"), now)
             elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
                 choice.prefill_cut = True
-                self._release_prompt(choice)  # if the worker is dead the decode worker computes the prompt
+                self._commands += choice.prompt_computed()  # by the decode worker, if this one is dead
                 self._check_gap(choice, now)
 
     def _worker_leaving(self, event: WorkerLeaving, now: float) -> None:
@@ -144,6 +143,14 @@ class Dispatcher:
                 request_id, number = choice.key
                 move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
                 self._commands.append(SendMove(event.incarnation, move))
+
+    def _worker_computing(self, event: WorkerComputing, now: float) -> None:
+        """A prompt takes as long as it takes: who waits for a first token is not late while the worker computes."""
+        for choice in self._where(lambda c: c.placement is not None and c.awaits_first_token):
+            assert choice.placement is not None
+            prefill = choice.placement.prefill
+            if event.incarnation in (choice.placement.decode.incarnation, prefill and prefill.incarnation):
+                choice.deadline = max(choice.deadline, now + self._progress_timeout_s)
 
     def _worker_stalled(self, event: WorkerStalled, now: float) -> None:
         stalled, reason = event.incarnation, event.reason
@@ -204,11 +211,8 @@ class Dispatcher:
             self._wait(choice, now)
             return
         choice.state = State.RUNNING
-        choice.placement = placement
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        choice.reserved = self._reserve(placement.decode.incarnation, placement.decode_tokens, prompt=False)
-        computing = placement.prefill or placement.decode
-        choice.prompt_reserved = self._reserve(computing.incarnation, placement.prefill_tokens, prompt=True)
+        self._commands += choice.run_at(placement)
         submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill, source=placement.source)
         self._commands.append(SendSubmit(placement.decode.incarnation, submit))
 
@@ -242,9 +246,9 @@ class Dispatcher:
         if not event.blameless:
             choice.failed.add(choice.placement.decode.incarnation)
         choice.source = None
-        self._let_go(choice)
+        self._commands += choice.let_go()
         limit = choice.request.sampling.max_tokens
-        if limit is not None and len(choice.delivered) >= limit:  # all tokens came, only the finish was lost
+        if limit is not None and len(choice.order.delivered) >= limit:  # all tokens came, only the finish was lost
             self._finish(choice, Finish(reason="length"))
         elif choice.attempt - choice.moves + 1 < self._max_attempts:
             self.retries += 1
@@ -259,7 +263,7 @@ class Dispatcher:
     def _move(self, choice: Choice, event: Moved, now: float) -> None:
         assert choice.placement is not None
         choice.source = choice.placement.decode
-        self._let_go(choice)
+        self._commands += choice.let_go()
         self.moves += 1
         choice.moves += 1
         choice.attempt += 1
@@ -290,25 +294,22 @@ class Dispatcher:
         if finish is not None and finish.reason in ("error", "abort"):
             self._worker_error(choice, finish, now)
             return
-        choice.early.append(delta)
-        choice.early.sort(key=lambda d: d.index)
-        while choice.early and choice.early[0].index <= len(choice.delivered):
-            following = choice.early.pop(0)
-            overlap = len(choice.delivered) - following.index
-            known = choice.delivered[following.index : following.index + len(following.token_ids)]
-            ended_before = following.finish is not None and overlap > len(following.token_ids)
-            if known != following.token_ids[:overlap] or ended_before:
-                self.divergences += 1
-                self._apply(choice, Lost("an attempt diverged from what was delivered", abort=True), now)
-                return
-            if self._deliver(choice, _without(following, overlap), now):
-                return
-        choice.steady = not choice.early
+        order = choice.order
+        order.put(delta)
+        try:
+            for following in order.due():
+                if self._deliver(choice, following, now):
+                    return
+        except Diverged:
+            self.divergences += 1
+            self._apply(choice, Lost("an attempt diverged from what was delivered", abort=True), now)
+            return
         self._check_gap(choice, now)
 
     def _check_gap(self, choice: Choice, now: float) -> None:
         """A decode worker sends in order, so a gap is the prefill worker's token: it may be late, or lost in a cut."""
-        if len(choice.early) > MAX_BUFFERED or (choice.early and choice.prefill_cut):
+        early = choice.order.early
+        if len(early) > MAX_EARLY or (early and choice.prefill_cut):
             self._apply(choice, Lost("tokens are missing", abort=True), now)
 
     def _deliver(self, choice: Choice, delta: TokenDelta, now: float) -> bool:
@@ -320,8 +321,8 @@ class Dispatcher:
             self._apply(choice, Moved(), now)
             return True
         choice.deadline = now + self._progress_timeout_s
-        choice.delivered += delta.token_ids
-        self._release_prompt(choice)  # a token came: the prompt is computed
+        choice.order.delivered += delta.token_ids
+        self._commands += choice.prompt_computed()
         self._commands.append(Deliver(choice.sink, delta))
         if delta.finish is None:
             return False
@@ -350,7 +351,7 @@ class Dispatcher:
 
     def _finish(self, choice: Choice, finish: Finish) -> None:
         request = choice.request
-        delta = TokenDelta(request.request_id, choice.attempt, request.choice, len(choice.delivered), [], finish)
+        delta = TokenDelta(request.request_id, choice.attempt, request.choice, len(choice.order.delivered), [], finish)
         self._commands.append(Deliver(choice.sink, delta))
         self._end(choice)
 
@@ -361,7 +362,7 @@ class Dispatcher:
     def _end(self, choice: Choice) -> None:
         if choice.state is State.QUEUED:
             self._commands.append(Dequeue(*choice.key))
-        self._let_go(choice)
+        self._commands += choice.let_go()
         del self.choices[choice.key]
 
     def _abort(self, choice: Choice) -> None:
@@ -369,39 +370,6 @@ class Dispatcher:
             request_id, number = choice.key
             message = Abort(request_id=request_id, choice=number, attempt=choice.attempt)
             self._commands.append(SendAbort(choice.placement.decode.incarnation, message))
-
-    def _let_go(self, choice: Choice) -> None:
-        """The attempt is over: give back its load and forget its workers and early tokens."""
-        if choice.reserved is not None:
-            self._commands.append(choice.reserved)
-            choice.reserved = None
-        self._release_prompt(choice)
-        choice.early.clear()
-        choice.steady = choice.moving = choice.prefill_cut = False
-        choice.placement = None
-
-    def _reserve(self, incarnation: str, tokens: int, *, prompt: bool) -> Release | None:
-        """Count load; returns what takes it back."""
-        if not tokens:
-            return None
-        self._commands.append(Reserve(incarnation, tokens, prompt))
-        return Release(incarnation, tokens, prompt)
-
-    def _release_prompt(self, choice: Choice) -> None:
-        if choice.prompt_reserved is not None:
-            self._commands.append(choice.prompt_reserved)
-            choice.prompt_reserved = None
-
-
-def _without(delta: TokenDelta, known: int) -> TokenDelta:
-    """The delta less its first `known` tokens."""
-    if known == 0:
-        return delta
-    known = min(known, len(delta.token_ids))
-    logprobs = delta.logprobs[known:] if delta.logprobs is not None else None
-    return msgspec.structs.replace(
-        delta, index=delta.index + known, token_ids=delta.token_ids[known:], logprobs=logprobs
-    )
 
 
 _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
@@ -413,6 +381,7 @@ _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
     WorkerUp: Dispatcher._worker_up,
     WorkerDown: Dispatcher._worker_down,
     WorkerLeaving: Dispatcher._worker_leaving,
+    WorkerComputing: Dispatcher._worker_computing,
     WorkerStalled: Dispatcher._worker_stalled,
     Cancelled: Dispatcher._cancelled_event,
     Tick: Dispatcher._ticked,

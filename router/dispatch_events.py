@@ -71,6 +71,12 @@ class WorkerLeaving(msgspec.Struct, frozen=True):
     incarnation: str
 
 
+class WorkerComputing(msgspec.Struct, frozen=True):
+    """A worker (of either role) has made steps since it was last heard of, and has prompts left to compute."""
+
+    incarnation: str
+
+
 class WorkerStalled(msgspec.Struct, frozen=True):
     """A worker (of either role) makes no progress, though it may be alive: what runs there goes on elsewhere."""
 
@@ -94,7 +100,7 @@ class Shutdown(msgspec.Struct, frozen=True):
 
 
 Answer = Placed | PlaceFailed | Queued | Refused  # to `Place`
-Fate = WorkerUp | WorkerDown | WorkerLeaving | WorkerStalled
+Fate = WorkerUp | WorkerDown | WorkerLeaving | WorkerComputing | WorkerStalled
 Event = Submitted | Answer | Fate | Cancelled | Tick | Shutdown
 
 # ---------------------------------------------------------------- commands

@@ -10,9 +10,10 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import PenstockError
-from penstock.common.messages import GenerateRequest, TokenDelta, WorkerInfo
-from penstock.router.dispatch_events import Release
+from penstock.common.messages import GenerateRequest, WorkerInfo
+from penstock.router.dispatch_events import Release, Reserve
 from penstock.router.policy import Placement
+from penstock.router.token_order import TokenOrder
 
 Key = tuple[str, int]  # request id and choice
 WAIT_FOR_WORKER_S = 30.0  # the last one may just be restarting, and load its model
@@ -54,6 +55,7 @@ class Choice:
 
     request: GenerateRequest
     sink: Any
+    order: TokenOrder
     deadline: float  # moves with progress
     state: State = State.PLACING
     tenant: str = ""
@@ -62,9 +64,6 @@ class Choice:
     moves: int = 0  # attempts that were not lost, but moved to another worker
     moving: bool = False  # this attempt's worker was asked to give it up
     source: WorkerInfo | None = None  # whom the next attempt comes from
-    delivered: list[int] = field(default_factory=list)
-    steady: bool = False  # this attempt has delivered, and nothing of it is early
-    early: list[TokenDelta] = field(default_factory=list)  # of this attempt, before their turn
     placement: Placement | None = None
     prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
     reserved: Release | None = None  # at the decode worker, until the attempt is over
@@ -81,12 +80,44 @@ class Choice:
         """How long it waits for a worker to come up: no longer than for room."""
         return min(WAIT_FOR_WORKER_S, self.request.queue_timeout_s)
 
+    @property
+    def awaits_first_token(self) -> bool:
+        """This attempt has said nothing yet."""
+        return not self.order.steady and not self.order.early
+
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""
-        return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.delivered))
+        return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.order.delivered))
+
+    def run_at(self, placement: Placement) -> list[Reserve]:
+        """This attempt begins; what it weighs, and at which workers."""
+        self.placement = placement
+        sequence = Reserve(placement.decode.incarnation, placement.decode_tokens)
+        computing = placement.prefill or placement.decode
+        prompt = Reserve(computing.incarnation, placement.prefill_tokens, prompt=True)
+        self.reserved, self.prompt_reserved = _undoing(sequence), _undoing(prompt)
+        return [weight for weight in (sequence, prompt) if weight.tokens]
+
+    def prompt_computed(self) -> list[Release]:
+        """A token has come: what the prompt has weighed until now."""
+        released, self.prompt_reserved = self.prompt_reserved, None
+        return [] if released is None else [released]
+
+    def let_go(self) -> list[Release]:
+        """The attempt is over: forget its workers and early tokens; what it still weighed."""
+        released = [] if self.reserved is None else [self.reserved]
+        self.reserved = None
+        self.order.begin_attempt()
+        self.moving = self.prefill_cut = False
+        self.placement = None
+        return released + self.prompt_computed()
 
     def story(self) -> str:
         """What it went through, for people."""
         return "; ".join(
             f"{at:.3f} {state.value} #{attempt}: {event!r:.200}" for at, state, attempt, event in self.history
         )
+
+
+def _undoing(weight: Reserve) -> Release | None:
+    return Release(weight.incarnation, weight.tokens, weight.prompt) if weight.tokens else None

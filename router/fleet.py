@@ -21,8 +21,8 @@ from penstock.router.policy import DECODE_TOKENS, Candidate, Placement
 from penstock.router.rates import H200_LLAMA8B, WorkerRates, measured, typical
 from penstock.router.shares import WorkShares
 
+STEP_SLACK = 3.0  # times what a step full of prompts takes is no stall
 # A request waits for WAIT_FOR_WORKER_S at most, so none begins on one model and goes on with another.
-STEP_TOKENS = 2048  # of prompts, in one step: three times what that takes is no stall
 FINGERPRINT_KEPT_S = WAIT_FOR_WORKER_S + 5.0
 
 
@@ -115,15 +115,17 @@ class Fleet:
             return f"its fingerprint is {worker.fingerprint!r}, that of this router's workers {self._fingerprint!r}"
         return ""
 
-    def report(self, address: str, load: WorkerLoad, now: float) -> None:
-        """A worker's own view of its load."""
+    def report(self, address: str, load: WorkerLoad, now: float) -> str | None:
+        """A worker's own view of its load. Returns its incarnation if it is at work on prompts."""
         member = self._members.get(address)
         if member is None:
-            return
+            return None
+        computing = load.steps > member.load.steps and load.queued_tokens > 0
         if member.load.rates != load.rates:
             member.rates = measured(load.rates, self._typical.get(member.worker.role, H200_LLAMA8B))
         member.load = load
         self.health.reported(member.worker.incarnation, load, now)
+        return member.worker.incarnation if computing else None
 
     def reserve(self, incarnation: str, tokens: int, *, prompt: bool = False) -> int:
         """Add to this router's load at a worker, a prompt's or a sequence's; returns the total."""
@@ -157,13 +159,12 @@ class Fleet:
     def _slack_s(self, member: Member) -> float | None:
         """What a step of prompts may take at a worker; None: neither it nor its role's others have measured that."""
         assumed = member.rates.prefill_tokens_per_s == H200_LLAMA8B.prefill_tokens_per_s
-        return None if assumed else 3e-3 * member.rates.prefill_ms(STEP_TOKENS)
+        return None if assumed else STEP_SLACK * 1e-3 * member.rates.prefill_ms(member.worker.step_tokens)
 
     def has_other(self, incarnation: str, now: float) -> bool:
-        """Somebody else can do what this worker does: requests may be taken from it."""
-        role = next(m.worker.role for m in self._members.values() if m.worker.incarnation == incarnation)
+        """Somebody else can do what this worker does, prompts included: requests may be taken from it."""
         others = [w.incarnation for w in self.live("decode") if w.incarnation != incarnation]
-        return role == "prefill" or any(self.health.usable(other, now) for other in others)
+        return any(self.health.usable(other, now) for other in others)
 
     def measure(self) -> None:
         """Now and then: what a worker has not measured itself yet is what others of its role have."""

@@ -48,6 +48,7 @@ from penstock.router.dispatch_events import (
     Shutdown,
     Submitted,
     Tick,
+    WorkerComputing,
     WorkerDown,
     WorkerLeaving,
     WorkerStalled,
@@ -325,7 +326,9 @@ class RouterService:
             self._counters["token_batches"] += 1
             self._carry_out(self._dispatcher.tokens(item.deltas, time.monotonic()))
         elif isinstance(item, HeartbeatAck):
-            self._fleet.report(address, item.load, time.monotonic())
+            computing = self._fleet.report(address, item.load, time.monotonic())
+            if computing is not None:
+                self._handle(WorkerComputing(computing))
             for incarnation in self._fleet.leaving():
                 self._handle(WorkerLeaving(incarnation))
         elif isinstance(item, Connected):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 
@@ -19,6 +20,9 @@ from tests.forking import ForkedPython
 
 if not os.path.exists("/dev/nvidia0"):  # before anything imports triton: kernels run through its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # a loaded machine fails no test
+hypothesis.settings.load_profile("no clock")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,13 @@
-"""Ending tasks, also such as lose a cancel."""
+"""Ending tasks, also such as lose a cancel, and work without a task."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
 
-from penstock.common.tasks import end_tasks
+import pytest
+
+from penstock.common.tasks import begun, end_tasks
 
 
 def test_a_lost_cancel_is_asked_again() -> None:
@@ -34,3 +36,41 @@ def test_a_lost_cancel_is_asked_again() -> None:
         await end_tasks([])
 
     asyncio.run(scenario())
+
+
+def test_work_begins_at_once_and_what_waits_goes_on_where_it_is_awaited() -> None:
+    async def check() -> None:
+        done: list[str] = []
+        gate = asyncio.Event()
+
+        async def work(*, fails: bool = False) -> None:
+            done.append("begun")
+            await gate.wait()
+            await asyncio.sleep(0)
+            done.append("through")
+            if fails:
+                raise ValueError("as it should")
+
+        gate.set()
+        rest = begun(work())  # waits once, for a turn of the loop
+        assert rest is not None and done == ["begun"]
+        await rest
+        assert done == ["begun", "through"]
+        gate.clear()
+        rest = begun(work(fails=True))
+        assert rest is not None and done[2:] == ["begun"]
+        asyncio.get_running_loop().call_soon(gate.set)
+        with pytest.raises(ValueError, match="as it should"):
+            await rest
+
+    asyncio.run(check())
+
+
+def test_work_that_never_waits_is_through_at_once() -> None:
+    async def work(fails: bool) -> None:
+        if fails:
+            raise ValueError("as it should")
+
+    assert begun(work(fails=False)) is None
+    with pytest.raises(ValueError, match="as it should"):
+        begun(work(fails=True))

@@ -36,6 +36,7 @@ from penstock.router.dispatch_events import (
     Shutdown,
     Submitted,
     Tick,
+    WorkerComputing,
     WorkerDown,
     WorkerLeaving,
     WorkerStalled,
@@ -406,6 +407,28 @@ def test_progress_moves_the_deadline():
     assert h.reserved() == {}
 
 
+@pytest.mark.parametrize("computing", ["p1", "d1"])
+def test_a_long_prompt_is_not_late_while_its_worker_computes(computing: str):
+    h = Harness()
+    h.run(prefill="p1")
+    for _ in range(20):  # 500 s, where 90 without a token are too many
+        h.now += 25.0
+        assert h.do(WorkerComputing(computing), Tick()) == []
+    h.now += 25.0
+    assert h.do(WorkerComputing("p2"), Tick()) == [], "what others do says nothing, and it is not late yet"
+    h.now += 25.0
+    assert type(the(Fail, h.do(WorkerComputing("p2"), Tick())).error) is Timeout
+
+
+@pytest.mark.parametrize("came", [0, 1])
+def test_a_token_that_is_missing_is_missed_however_busy_its_worker_is(came: int):
+    h = Harness()
+    h.run(prefill="p1")
+    h.tokens(delta(came, 5))  # the first one, or one behind it
+    h.now += 91.0
+    assert type(the(Fail, h.do(WorkerComputing("d1"), Tick())).error) is Timeout
+
+
 def test_cancel_in_every_state():
     for state in State:
         h = Harness()
@@ -451,7 +474,7 @@ def test_choices_of_one_request_are_apart():
 
 
 def test_tokens_kept_for_their_turn_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dispatch, "MAX_BUFFERED", 10)
+    monkeypatch.setattr(dispatch, "MAX_EARLY", 10)
     h = Harness()
     h.run()
     h.tokens(*(delta(i, i) for i in range(1, 11)))
@@ -635,6 +658,10 @@ class Faults(RuleBasedStateMachine):
         if incarnation not in self.up:
             self.up.add(incarnation)
             self.apply(self.core.handle(WorkerUp(incarnation), self.now))
+
+    @rule(incarnation=st.sampled_from((*WORKERS, "p1")))
+    def worker_computing(self, incarnation: str) -> None:
+        self.apply(self.core.handle(WorkerComputing(incarnation), self.now))
 
     @rule(incarnation=st.sampled_from((*WORKERS, "p1")))
     def worker_down(self, incarnation: str) -> None:

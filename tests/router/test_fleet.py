@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from penstock.common.messages import WorkerInfo, WorkerLoad
+from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
 from penstock.router.health import Health
@@ -184,3 +184,41 @@ def test_beside_a_draining_worker_a_cold_one_is_always_a_candidate():
     fleet.connected(TWO.address, TWO, 100.0)
     fleet.report(ONE.address, WorkerLoad(draining=True), 100.0)
     assert all([c.worker for c in fleet.candidates({}, 100.1)] == [TWO] for _ in range(20))
+
+
+def test_how_long_a_step_may_take_depends_on_how_much_goes_into_it():
+    fleet = Fleet(health=Health(stall_timeout_s=30.0))
+    larger = msgspec.structs.replace(TWO, step_tokens=4 * ONE.step_tokens)
+    rates = MeasuredRates(
+        prefill_tokens_per_s=ONE.step_tokens / 10.0
+    )  # a full step takes the first 10 s: 30 are allowed
+    for one in (ONE, larger):
+        fleet.connected(one.address, one, 0.0)
+        fleet.report(one.address, WorkerLoad(running=1, rates=rates), 1.0)
+        fleet.report(one.address, WorkerLoad(running=1, rates=rates), 100.0)  # it answers, and no step has ended
+    assert fleet.stalled(60.0) == []
+    assert [one for one, _ in fleet.stalled(62.0)] == [ONE]
+    assert [one for one, _ in fleet.stalled(129.0)] == []
+    assert [one for one, _ in fleet.stalled(152.0)] == [larger]
+
+
+def test_a_worker_is_at_work_on_prompts_while_its_steps_grow():
+    fleet = Fleet()
+    fleet.connected(ONE.address, ONE, 0.0)
+    told = [(1, 500), (1, 500), (2, 300), (3, 0), (4, 0), (5, 10)]
+    at_work = [fleet.report(ONE.address, WorkerLoad(steps=s, queued_tokens=q), 1.0) is not None for s, q in told]
+    assert at_work == [True, False, True, False, False, True]
+    assert fleet.report("tcp://127.0.0.1:9", WorkerLoad(steps=1, queued_tokens=1), 1.0) is None
+
+
+def test_requests_are_taken_from_a_worker_only_if_a_usable_decode_worker_is_left():
+    fleet = Fleet(health=Health(stall_timeout_s=30.0))
+    prefill = worker("p", "tcp://127.0.0.1:3", role="prefill")
+    for one in (ONE, prefill):
+        fleet.connected(one.address, one, 0.0)
+    assert fleet.has_other("p", 1.0) and not fleet.has_other("1", 1.0)
+    fleet.report(prefill.address, WorkerLoad(), 1000.0)
+    assert [one for one, _ in fleet.stalled(1000.0)] == [ONE]
+    assert not fleet.has_other("p", 1000.0), "nobody is left who could compute its prompts"
+    fleet.connected(TWO.address, TWO, 1000.0)
+    assert fleet.has_other("p", 1000.0) and fleet.has_other("1", 1000.0)
