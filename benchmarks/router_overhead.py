@@ -1,12 +1,13 @@
 """What the router costs: streamed requests per second of its CPU time, and the latency it adds, over instant workers.
 
-    python benchmarks/router_overhead.py [--requests 2000] [--streams 64] [--step-ms 10]
+    python benchmarks/router_overhead.py [--requests 2000] [--streams 64] [--step-ms 10] [--router-procs 1 2 4]
+        [--only KEY ...]
 
-Four processes: Redis, the router as `penstock router` starts it, one worker that speaks the bus protocol but computes
-nothing (one token of every running request a step, all in one message), and this one, the load generator (its CPU is
-not counted). `paced`: a step every --step-ms, so that tokens come one by one as from a real worker. `instant`: steps as
-fast as they go. Latencies are of one client alone: request sent until the first event, and until the last.
-Writes benchmarks/results/router_overhead-<commit>.json.
+Redis, the router as `penstock router` starts it, workers that speak the bus protocol but compute nothing (one token of
+every running request a step, all in one message), and the load generator (router_load.py); only the router's CPU time
+is counted. About four minutes. What each key measures is in `MEASURES`; `prompts` has two workers, so that the router
+looks prefixes up for what it tokenises, the rest one.
+Writes benchmarks/results/router_overhead-<commit>.json, unless --only names some of the keys.
 """
 
 from __future__ import annotations
@@ -15,275 +16,217 @@ import argparse
 import asyncio
 import contextlib
 import json
-import math
 import os
-import platform
-import signal
-import socket
+import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import msgspec
 import uvloop
-import zmq
 
-from penstock.common.bus import BusServer
-from penstock.common.messages import (
-    Abort,
-    Finish,
-    GenerateRequest,
-    Heartbeat,
-    HeartbeatAck,
-    Hello,
-    Spans,
-    Submit,
-    TokenBatch,
-    TokenDelta,
-    WorkerInfo,
-    WorkerLoad,
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, installed or not
+
+from benchmarks.record import RESULTS, commit, file_name, machine
+from benchmarks.router_load import (
+    MODEL,
+    ROOT,
+    TOKENS,
+    Running,
+    arrive,
+    asked,
+    clients_apart,
+    cpu_seconds,
+    drive,
+    fleet,
+    http_request,
+    memory_mib,
 )
-from penstock.common.peers import Peers
-from penstock.common.redis_state import RegistryWriter
 from penstock.common.tokenizer import Tokenizer
-from penstock.private_redis import find_redis_server
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "penstock" / "demo_model" / "checkpoint"
 TEXT = ROOT / "scripts" / "demo_corpus" / "mill.txt"
-TOKENS = 64
-CONTEXT = 16384
-SPANS = Spans(queue_ms=0.1, prefill_ms=1.0, decode_ms=1.0)
+SHORT, LONG, LONGEST = 100, 8_000, 100_000  # tokens of a prompt
+HELD, HELD_STEP_MS, RAMP_S = 5_000, 1000.0, 25.0  # a stream of so many tokens is open for 64 s
 
 
-# ---------------------------------------------------------------- the worker that computes nothing
+class Bench:
+    """The prompts, and the measurements by the result's keys."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.tokenizer = Tokenizer.load(str(MODEL))
+        ids = self.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
+        ids *= LONGEST // len(ids) + 1
+        self.prompts = {n: self.tokenizer.decode(ids[:n]) for n in (SHORT, LONG, LONGEST)}
+        self.per_cpu_s = 0.0  # requests, as `paced` has measured
+
+    def request(self, running: Running, tokens: int = SHORT) -> bytes:
+        """A streamed completion as bytes."""
+        return http_request(running.port, self.prompts[tokens])
+
+    # ------------------------------------------------------------ keys of the result
+
+    def paced(self) -> dict[str, Any]:
+        """Tokens come one by one, as from a real worker: what a CPU-second of the router's is good for."""
+        found = self._throughput(self.options.step_ms, 1)
+        self.per_cpu_s = found["requests_per_router_cpu_s"]
+        return found
+
+    def paced_two_workers(self) -> dict[str, Any]:
+        """The same with a choice of workers: a look-up in Redis a request."""
+        return self._throughput(self.options.step_ms, 2)
+
+    def instant(self) -> dict[str, Any]:
+        """Steps as fast as they go: many tokens of a stream arrive together."""
+        return self._throughput(0.0, 1)
+
+    def prompt_costs(self) -> dict[str, Any]:
+        """CPU time of a whole request by the prompt's length; the tokenizer's part is measured in this process."""
+        return {str(tokens): self._prompt_cost(tokens) for tokens in (SHORT, LONG, LONGEST)}
+
+    def latency_alone(self) -> dict[str, Any]:
+        """What one client alone sees: all of it is added by the router and the bus."""
+        found: dict[str, Any] = {}
+        with fleet(0.0) as running:
+            for tokens, requests in ((SHORT, 300), (LONG, 150)):
+                request = self.request(running, tokens)
+                uvloop.run(drive(running.port, request, 1, 20))
+                times = uvloop.run(drive(running.port, request, 1, requests))
+                first, last = zip(*times, strict=True)
+                found[str(tokens)] = {"first_event": percentiles(first), "last_event": percentiles(last)}
+        return found
+
+    def latency_half_load(self) -> dict[str, Any]:
+        """Requests at random, half as many a second as a CPU-second is good for; the first token comes at once."""
+        per_cpu_s = self.per_cpu_s or self.paced()["requests_per_router_cpu_s"]
+        rate, seconds = per_cpu_s / 2, 15.0
+        with fleet(self.options.step_ms, first_at_once=True) as running:
+            request = self.request(running)
+            uvloop.run(arrive(running.port, request, rate, 3.0))
+            before, start = cpu_seconds(running.pid), time.perf_counter()
+            times = uvloop.run(arrive(running.port, request, rate, seconds))
+            busy = (cpu_seconds(running.pid) - before) / (time.perf_counter() - start)
+        first = percentiles([first for first, _ in times])
+        return {"requests_per_s": round(rate), "router_busy": round(busy, 2), "first_event": first}
+
+    def open_streams(self) -> dict[str, Any]:
+        """Thousands at a time: all are answered in full, what they take, and how long the event loop is held up."""
+        with fleet(HELD_STEP_MS, first_at_once=True, watched=True) as running:
+            before, empty_mib, since = cpu_seconds(running.pid), memory_mib(running.pid), time.time()
+            most, most_mib, times = uvloop.run(self._hold(running))
+            return {
+                "streams": HELD,
+                "step_ms": HELD_STEP_MS,
+                "answered": len(times),
+                "open_at_once": most,
+                "router_mib_per_1000": round((most_mib - empty_mib) / HELD * 1e3, 1),
+                "router_cpu_s": round(cpu_seconds(running.pid) - before, 2),
+                "whole_answer": percentiles([last for _, last in times]),
+                "event_loop": running.stalls(since, time.time()),
+            }
+
+    def stalls(self) -> dict[str, Any]:
+        """How long the event loop is held up while short streams run: by themselves, and beside the longest prompts."""
+        found = {}
+        with fleet(self.options.step_ms, workers=2, watched=True) as running:
+            for name, prompts in (("short_prompts", 0), (f"beside_{LONGEST}_tokens", 12)):
+                since = time.time()
+                uvloop.run(self._beside(running, prompts))
+                found[name] = running.stalls(since, time.time())
+        return found
+
+    def router_procs(self) -> dict[str, Any]:
+        """Requests a second on the clock with several router processes, each with a worker and a client process more.
+
+        Only a machine with four cores for each shows what they can do.
+        """
+        return {str(procs): self._wall_rate(procs) for procs in self.options.router_procs}
+
+    # ------------------------------------------------------------ how
+
+    def _throughput(self, step_ms: float, workers: int) -> dict[str, Any]:
+        streams, requests = self.options.streams, self.options.requests
+        with fleet(step_ms, workers=workers) as running:
+            request = self.request(running)
+            uvloop.run(drive(running.port, request, streams, max(streams, requests // 10)))
+            before, start = cpu_seconds(running.pid), time.perf_counter()
+            times = uvloop.run(drive(running.port, request, streams, requests))
+            cpu_s, wall_s = cpu_seconds(running.pid) - before, time.perf_counter() - start
+        return {
+            "step_ms": step_ms,
+            "streams": streams,
+            "requests": requests,
+            "router_cpu_s": round(cpu_s, 2),
+            "wall_s": round(wall_s, 2),
+            "requests_per_router_cpu_s": round(requests / cpu_s, 1),
+            "router_cpu_us_per_token": round(cpu_s / requests / TOKENS * 1e6, 1),
+            "first_event": percentiles([first for first, _ in times]),
+        }
+
+    def _prompt_cost(self, tokens: int) -> dict[str, float]:
+        requests = {SHORT: 400, LONG: 200, LONGEST: 24}[tokens]
+        with fleet(self.options.step_ms, workers=2) as running:
+            request = self.request(running, tokens)
+            uvloop.run(drive(running.port, request, 4, 8))
+            before = cpu_seconds(running.pid)
+            uvloop.run(drive(running.port, request, 4, requests))
+            whole_ms = (cpu_seconds(running.pid) - before) / requests * 1e3
+        alone_ms = min(self._tokenising_ms(tokens) for _ in range(5))
+        return {
+            "router_cpu_ms": round(whole_ms, 2),
+            "tokenising_ms": round(alone_ms, 2),
+            "rest_ms": round(whole_ms - alone_ms, 2),
+        }
+
+    def _tokenising_ms(self, tokens: int) -> float:
+        before = time.process_time()
+        self.tokenizer.encode(self.prompts[tokens])
+        return (time.process_time() - before) * 1e3
+
+    async def _hold(self, running: Running) -> tuple[int, float, list[tuple[float, float]]]:
+        streams = asyncio.ensure_future(drive(running.port, self.request(running), HELD, HELD, RAMP_S))
+        most, most_mib = 0, 0.0
+        while not streams.done():
+            await asyncio.wait({streams}, timeout=1.0)
+            most = max(most, (await asyncio.to_thread(asked, running.port, "/load"))["server_load"])
+            most_mib = max(most_mib, memory_mib(running.pid))
+        return most, most_mib, streams.result()
+
+    async def _beside(self, running: Running, prompts: int) -> None:
+        """Short streams for some seconds, and as long as prompts are left."""
+        long = asyncio.ensure_future(drive(running.port, self.request(running, LONGEST), 2, prompts))
+        until = time.monotonic() + 5.0
+        while not long.done() or time.monotonic() < until:
+            await drive(running.port, self.request(running), 32, 32)
+        await long
+
+    def _wall_rate(self, procs: int) -> dict[str, Any]:
+        streams, requests = 400, max(1, self.options.requests // 400) * 400
+        with (
+            fleet(self.options.step_ms, workers=procs, procs=procs) as running,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            request = Path(folder) / "request"
+            request.write_bytes(self.request(running))
+            clients_apart(running.port, request, streams, streams, procs)
+            before = cpu_seconds(running.pid)
+            wall_s = clients_apart(running.port, request, streams, requests, procs)
+            cpu_s = cpu_seconds(running.pid) - before
+        return {"requests_per_s": round(procs * requests / wall_s, 1), "router_cores_used": round(cpu_s / wall_s, 2)}
 
 
-class InstantWorker:
-    """Answers every request with `TOKENS` tokens, one a step."""
-
-    def __init__(self, redis_url: str, vocab_size: int, step_s: float) -> None:
-        self._server = BusServer("127.0.0.1", 0, "")
-        info = WorkerInfo(
-            worker_id="instant-0", incarnation=f"instant-{os.getpid()}", role="decode", address=self._server.address,
-            fingerprint="instant", model="instant", served_models=["bench"], page_size=16, num_pages=1 << 20,
-            page_bytes=1, max_model_len=CONTEXT, max_num_seqs=4096, vocab_size=vocab_size, eos_token_ids=[],
-        )  # fmt: skip
-        self._peers = Peers(info, info.lease_s)
-        self._registry = RegistryWriter(redis_url, "penstock", info)
-        self._step_s = step_s
-        self._running: dict[tuple[str, int], tuple[bytes, GenerateRequest, int]] = {}
-        self._words = range(400, 400 + TOKENS)  # whole words of the demo tokenizer: each is an event
-
-    def run(self) -> None:
-        """Until killed."""
-        next_step = time.monotonic()
-        while True:
-            wait_s = max(next_step - time.monotonic(), 0.0) if self._running else 0.2
-            self._server.socket.poll(math.ceil(wait_s * 1e3), zmq.POLLIN)
-            for identity, message in self._server.receive():
-                self._take(identity, message)
-            if self._running and time.monotonic() >= next_step:
-                next_step = max(next_step + self._step_s, time.monotonic())
-                self._step()
-
-    def _take(self, identity: bytes, message: Any) -> None:
-        if isinstance(message, Hello):
-            self._server.send(identity, self._peers.hello(identity, message, time.monotonic())[0])
-        elif isinstance(message, Heartbeat):
-            self._peers.heartbeat(identity, message.seq, time.monotonic())
-            self._server.send(identity, HeartbeatAck(seq=message.seq, load=WorkerLoad(running=len(self._running))))
-        elif isinstance(message, Submit):
-            request = message.request
-            self._running[request.request_id, request.attempt] = (identity, request, 0)
-        elif isinstance(message, Abort):
-            self._running.pop((message.request_id, message.attempt), None)
-
-    def _step(self) -> None:
-        batches: dict[bytes, list[TokenDelta]] = {}
-        for key, (identity, request, index) in list(self._running.items()):
-            last = index == TOKENS - 1
-            finish, spans = (Finish(reason="length"), SPANS) if last else (None, None)
-            token = [self._words[index]]
-            delta = TokenDelta(*key, request.choice, index, token, finish, None, spans)
-            batches.setdefault(identity, []).append(delta)
-            if last:
-                del self._running[key]
-            else:
-                self._running[key] = (identity, request, index + 1)
-        for identity, deltas in batches.items():
-            self._server.send(identity, TokenBatch(deltas=deltas))
+MEASURES: tuple[Callable[[Bench], dict[str, Any]], ...] = (
+    Bench.paced, Bench.paced_two_workers, Bench.instant, Bench.prompt_costs, Bench.latency_alone,
+    Bench.latency_half_load, Bench.open_streams, Bench.stalls, Bench.router_procs,
+)  # fmt: skip
 
 
-# ---------------------------------------------------------------- the load
-
-
-class Client(asyncio.Protocol):
-    """One keep-alive connection; sends a request and notes when its first and last event came. As cheap as can be."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.first_at = 0.0
-        self.events = 0
-        self._tail = b""
-        self._done: asyncio.Future[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        if not self.first_at:
-            self.first_at = time.perf_counter()
-            if not data.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"not a 200: {data.decode(errors='replace')}")
-        self.events += data.count(b"data: ")
-        self._tail = (self._tail + data)[-7:]
-        if self._tail.endswith(b"\r\n0\r\n\r\n") and self._done is not None:
-            self._done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error or ConnectionError("the router closed the connection"))
-
-    async def ask(self, request: bytes) -> tuple[float, float]:
-        """(seconds until the first event, until the last)."""
-        self.first_at, self.events, self._tail = 0.0, 0, b""
-        self._done = asyncio.get_running_loop().create_future()
-        assert self.transport is not None
-        start = time.perf_counter()
-        self.transport.write(request)
-        await self._done
-        end = time.perf_counter()
-        if self.events != TOKENS + 1:  # one each, and [DONE]
-            raise SystemExit(f"{self.events} events in a stream of {TOKENS} tokens")
-        return self.first_at - start, end - start
-
-
-def http_request(port: int, prompt: str) -> bytes:
-    """A streamed completion as bytes."""
-    fields = {"model": "bench", "prompt": prompt, "max_tokens": TOKENS, "stream": True, "temperature": 0.0}
-    body = json.dumps(fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-async def drive(port: int, request: bytes, streams: int, requests: int) -> list[tuple[float, float]]:
-    """`requests` requests over `streams` connections, each with one at a time."""
-    loop = asyncio.get_running_loop()
-    left = iter(range(requests))
-    times: list[tuple[float, float]] = []
-
-    async def one_client() -> None:
-        _, client = await loop.create_connection(Client, "127.0.0.1", port)
-        for _ in left:
-            times.append(await client.ask(request))
-        assert client.transport is not None
-        client.transport.close()
-
-    await asyncio.gather(*(one_client() for _ in range(streams)))
-    return times
-
-
-# ---------------------------------------------------------------- processes
-
-
-@contextlib.contextmanager
-def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child that is gone at the end."""
-    child = subprocess.Popen(command, **options)
-    try:
-        yield child
-    finally:
-        child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_ready(port: int) -> None:
-    """Until /health says 200."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, from /proc/<pid>/stat."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def fleet(step_ms: float) -> Iterator[tuple[int, int]]:
-    """(port, pid) of a router with one instant worker behind it."""
-    redis_port, port = free_port(), free_port()
-    url = f"redis://127.0.0.1:{redis_port}/0"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    quiet = {"stdout": subprocess.DEVNULL, "env": environment}
-    with tempfile.TemporaryDirectory() as folder:
-        redis = [find_redis_server(), "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        router = [sys.executable, "-m", "penstock", "router", str(MODEL), "--redis-url", url, "--port", str(port)]
-        router += ["--served-model-name", "bench", "--log-level", "warning"]
-        worker = [sys.executable, __file__, "--worker", url, "--step-ms", str(step_ms)]
-        with process(redis, **quiet), process(worker, **quiet), process(router, **quiet) as child:
-            wait_ready(port)
-            yield port, child.pid
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: Any) -> dict[str, float]:
     cuts = statistics.quantiles(seconds, n=100)
     return {"p50_ms": round(cuts[49] * 1e3, 3), "p99_ms": round(cuts[98] * 1e3, 3)}
-
-
-def measure_throughput(step_ms: float, prompt: str, streams: int, requests: int) -> dict[str, Any]:
-    """Requests per second of the router's CPU time."""
-    with fleet(step_ms) as (port, pid):
-        request = http_request(port, prompt)
-        uvloop.run(drive(port, request, streams, max(streams, requests // 10)))  # warm-up
-        before, start = cpu_seconds(pid), time.perf_counter()
-        times = uvloop.run(drive(port, request, streams, requests))
-        cpu_s, wall_s = cpu_seconds(pid) - before, time.perf_counter() - start
-    return {
-        "step_ms": step_ms,
-        "streams": streams,
-        "requests": requests,
-        "router_cpu_s": round(cpu_s, 2),
-        "wall_s": round(wall_s, 2),
-        "requests_per_router_cpu_s": round(requests / cpu_s, 1),
-        "router_cpu_us_per_token": round(cpu_s / requests / TOKENS * 1e6, 1),
-        "first_event": percentiles([first for first, _ in times]),
-    }
-
-
-def measure_latency(prompt: str, requests: int) -> dict[str, Any]:
-    """What one client alone sees over an instant worker: all of it is added by the router and the bus."""
-    with fleet(0.0) as (port, _):
-        request = http_request(port, prompt)
-        uvloop.run(drive(port, request, 1, 20))
-        times = uvloop.run(drive(port, request, 1, requests))
-    first, whole = [first for first, _ in times], [last for _, last in times]
-    return {"requests": requests, "first_event": percentiles(first), "last_event": percentiles(whole)}
 
 
 def main() -> None:
@@ -291,35 +234,32 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--step-ms", type=float, default=10.0)
-    parser.add_argument("--worker", metavar="REDIS_URL", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--router-procs", type=int, nargs="+", help="default: 1, 2, 4, ... one for four cores, at least 2"
+    )
+    parser.add_argument("--only", nargs="+", choices=[measure.__name__ for measure in MEASURES], metavar="KEY")
     options = parser.parse_args()
-    tokenizer = Tokenizer.load(str(MODEL))
-    if options.worker:
-        InstantWorker(options.worker, tokenizer.vocab_size, options.step_ms / 1e3).run()
-        return
-    ids = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
-    ids = ids * (8000 // len(ids) + 1)
-    short, long = tokenizer.decode(ids[:100]), tokenizer.decode(ids[:8000])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    cores = os.cpu_count() or 1
+    options.router_procs = options.router_procs or [1, 2, *(n for n in (4, 8, 16) if 4 * n <= cores)]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the router's as well: each stream has a socket
+    bench = Bench(options)
+    at_commit, load_before = commit(), os.getloadavg()
+    found = {}
+    for measure in MEASURES:
+        if options.only is None or measure.__name__ in options.only:
+            found[measure.__name__] = measure(bench)
+            print(measure.__name__, json.dumps(found[measure.__name__]), flush=True)
     result = {
-        "commit": commit.strip(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg(),
-        "tokens_per_stream": TOKENS,
-        "prompt_tokens": {name: len(tokenizer.encode(text)) for name, text in (("short", short), ("long", long))},
-        "paced": measure_throughput(options.step_ms, short, options.streams, options.requests),
-        "instant": measure_throughput(0.0, short, options.streams, options.requests),
-        "paced_long_prompt": measure_throughput(options.step_ms, long, options.streams, options.requests // 4),
-        "latency_short_prompt": measure_latency(short, 300),
-        "latency_long_prompt": measure_latency(long, 150),
-        "load_after": os.getloadavg(),
+        "commit": at_commit,
+        "machine": machine(),
+        "load": [load_before, os.getloadavg()],
+        "tokens": TOKENS,
+        **found,
     }
-    text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
-    path = ROOT / "benchmarks" / "results" / f"router_overhead-{result['commit']}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text + "\n")
-    print(text)
+    if options.only is None:
+        (RESULTS / file_name("router_overhead", at_commit)).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
