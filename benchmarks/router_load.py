@@ -286,7 +286,7 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process and its descendants, from /proc."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
     return own + sum(cpu_seconds(int(child)) for child in children)
 
 

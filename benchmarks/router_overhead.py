@@ -200,7 +200,7 @@ class Bench:
         long = asyncio.ensure_future(drive(running.port, self.request(running, LONGEST), 2, prompts))
         until = time.monotonic() + 5.0
         while not long.done() or time.monotonic() < until:
-            await drive(running.port, self.request(running), 32, 32)
+            await arrive(running.port, self.request(running), 50.0, 1.0)
         await long
 
     def _wall_rate(self, procs: int) -> dict[str, Any]:
