@@ -5,8 +5,8 @@
 
 Redis, the router as `penstock router` starts it, workers that speak the bus protocol but compute nothing (one token of
 every running request a step, all in one message), and the load generator (router_load.py); only the router's CPU time
-is counted. About four minutes. What each key measures is in `MEASURES`; `prompts` has two workers, so that the router
-looks prefixes up for what it tokenises, the rest one.
+is counted. About five minutes. Each key of the result is a method of `Bench`; those with long prompts have two workers,
+so that the router hashes what it has tokenised and looks it up.
 Writes benchmarks/results/router_overhead-<commit>.json, unless --only names some of the keys.
 """
 
@@ -167,12 +167,12 @@ class Bench:
         }
 
     def _prompt_cost(self, tokens: int) -> dict[str, float]:
-        requests = {SHORT: 400, LONG: 200, LONGEST: 24}[tokens]
+        requests, streams = {SHORT: (1000, 64), LONG: (200, 16), LONGEST: (24, 4)}[tokens]
         with fleet(self.options.step_ms, workers=2) as running:
             request = self.request(running, tokens)
-            uvloop.run(drive(running.port, request, 4, 8))
+            uvloop.run(drive(running.port, request, streams, 2 * streams))
             before = cpu_seconds(running.pid)
-            uvloop.run(drive(running.port, request, 4, requests))
+            uvloop.run(drive(running.port, request, streams, requests))
             whole_ms = (cpu_seconds(running.pid) - before) / requests * 1e3
         alone_ms = min(self._tokenising_ms(tokens) for _ in range(5))
         return {
