@@ -63,7 +63,10 @@ class EventStream:
         self._wake(None)
 
     async def run(self, send: Send) -> None:
-        """Write everything, until the last events are out or the stream is given up; raises what `send` raises."""
+        """Write everything, until the last events are out or the stream is given up; raises what `send` raises.
+
+        The last write is this task's own: whoever stands between it and the server may have to keep the answer first.
+        """
         self._send = send
         try:
             while not self._over:
@@ -72,26 +75,32 @@ class EventStream:
                 rest = await self._woken
                 if rest is not None:
                     await rest
+                elif self.ended and not self._over:
+                    self._over = True
+                    await send({"type": "http.response.body", "body": b"".join(self._pending), "more_body": False})
         finally:
             self._over = True
 
     def _write(self) -> None:
-        """Send what has been put. If that has to wait, `run` does it, and looks again."""
+        """Send what has been put. What has to wait is left to `run`, which looks again."""
         if self._over or self._send is None:
             return
-        body, last = b"".join(self._pending), self.ended
+        if self.ended:
+            self._wake(None)
+            return
+        body = b"".join(self._pending)
         self._pending.clear()
         self._busy = False
-        if not body and not last:
+        if not body:
             return
         try:
-            rest = begun(self._send({"type": "http.response.body", "body": body, "more_body": not last}))
+            rest = begun(self._send({"type": "http.response.body", "body": body, "more_body": True}))
         except Exception as error:
             self._over = True
             self._wake(error)
             return
-        if last or rest is not None:
-            self._busy, self._over = True, last
+        if rest is not None:
+            self._busy = True
             self._wake(rest)
 
     def _wake(self, news: Awaitable[None] | Exception | None) -> None:
