@@ -108,7 +108,7 @@ class WorkerLoop:
         self._stop_requested.set()
         self.wake()
 
-    def ask(self, question: Callable[[], dict[str, Any]], timeout_s: float = 5.0) -> dict[str, Any]:
+    def ask(self, question: Callable[[], dict[str, Any]], timeout_s: float = 15.0) -> dict[str, Any]:
         """Run `question` in the loop's thread, between two steps.
 
         Raises:

@@ -28,7 +28,7 @@ def _greedy(count: int = NEW_TOKENS) -> SamplingParams:
 @pytest.mark.parametrize(("chunk", "page_size"), [(64, 4), (7, 16), (1, 4)])
 def test_greedy_equals_hugging_face(checkpoints: dict[str, Path], family: str, chunk: int, page_size: int) -> None:
     path = checkpoints[family]
-    prompts = random_prompts(_lengths(40))
+    prompts = random_prompts(_lengths(24))
     expected = reference_tokens(path, prompts, NEW_TOKENS)
     built = make_engine(path, max_num_batched_tokens=chunk, block_size=page_size)
     chooser = random.Random(2)
