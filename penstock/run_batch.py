@@ -26,7 +26,7 @@ from penstock.client_options import api_key
 from penstock.common.errors import ConfigError
 from penstock.http_client import Client, RequestError, connect
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_OPEN = 1024  # requests that are open at a time
 
 

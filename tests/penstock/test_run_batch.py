@@ -27,17 +27,19 @@ def answers(path: Path) -> list[dict[str, Any]]:
 def test_answers_come_in_the_order_of_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
     completion = line("b", "/v1/completions", {"prompt": "x", "max_tokens": 99})
-    source.write_text("\n".join([line("a"), "", completion, *(line(f"c{i}") for i in range(20))]))
+    response = line("r", "/v1/responses", {"input": "x", "max_output_tokens": 99})
+    source.write_text("\n".join([line("a"), "", completion, response, *(line(f"c{i}") for i in range(20))]))
     with running() as router:
         files = ["-i", str(source), "-o", str(out)]
         assert main(["run-batch", *files, "--base-url", router.url + "/v1", "--disable-tqdm"]) == 0
     found = answers(out)
-    assert [answer["custom_id"] for answer in found] == ["a", "b", *(f"c{i}" for i in range(20))]
+    assert [answer["custom_id"] for answer in found] == ["a", "b", "r", *(f"c{i}" for i in range(20))]
     assert found[0]["response"]["body"]["choices"][0]["message"]["content"] == ANSWER
     assert found[1]["response"]["body"]["choices"][0]["text"] == ANSWER
+    assert found[2]["response"]["body"]["output"][0]["content"][0]["text"] == ANSWER
     assert all(answer["error"] is None and answer["response"]["status_code"] == 200 for answer in found)
     assert found[0]["response"]["request_id"] in found[0]["response"]["body"]["id"]
-    assert "22 requests, 0 without an answer" in capsys.readouterr().err
+    assert "23 requests, 0 without an answer" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_a_line_is_its_own_matter(tmp_path: Path) -> None:
