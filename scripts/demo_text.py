@@ -33,8 +33,20 @@ SIGNS = (("plus", "+"), ("minus", "-"), ("times", "*"))
 PETS = ("Tilly", "Bruno", "Minka", "Robin", "Moss")
 SYLLABLES = ("ba", "ko", "ri", "mel", "tur", "van", "shi", "dro", "pex", "lin", "gor", "ash", "ule", "wim", "tic", "fo")
 
-SCHOOL_FACTS = (26, 16, 16, 10, 6, 22, 4)
-SCHOOL_KINDS = (80, 2, 3, 9, 3, 3)
+
+@dataclass(frozen=True)
+class Mixture:
+    """How often each source of facts and each kind of turn is drawn, in the order of `Writer`, and how often prose."""
+
+    facts: tuple[int, ...]
+    kinds: tuple[int, ...]
+    prose: float
+
+
+TALES = Mixture((32, 20, 11, 8, 5, 15, 4, 0), (66, 9, 7, 11, 3, 4), 0.12)  # half of it tales, poems and prose
+FACTS = Mixture((26, 16, 16, 10, 6, 22, 4, 0), (80, 2, 3, 9, 3, 3), 0.05)
+ALL = Mixture((30, 16, 14, 7, 4, 13, 4, 12), (74, 6, 4, 9, 3, 4), 0.05)
+
 
 UNKNOWN_ANSWERS = (
     "I am sorry, I do not know that. I am a very small model, and I know only a little about rivers, mills, animals "
@@ -190,23 +202,28 @@ def words() -> Iterator[Fact]:
         yield Fact(filled(asked, thing), (f"{capital(thing)} is {colour}.",))
 
 
-def arithmetic() -> Iterator[Fact]:
-    def said(x: str, word: str, sign: str, y: str, result: str) -> Fact:
-        spoken = f"{x} {word} {y}"
-        written = filled(("What is {} {} {}?", "{} {} {}", "{}{}{}", "{} {} {} = ?", "Calculate {} {} {}"), x, sign, y)
-        asked = filled(("What is {}?", "What is {}?", "How much is {}?", "{}", "Can you tell me what {} is?"), spoken)
-        return Fact(
-            asked + written, (f"{capital(spoken)} is {result}.",), filled(("And {}?", "What about {}?"), spoken)
-        )
+def _sum(x: str, word: str, sign: str, y: str, result: str) -> Fact:
+    spoken = f"{x} {word} {y}"
+    written = filled(("What is {} {} {}?", "{} {} {}", "{}{}{}", "{} {} {} = ?", "Calculate {} {} {}"), x, sign, y)
+    asked = filled(("What is {}?", "What is {}?", "How much is {}?", "{}", "Can you tell me what {} is?"), spoken)
+    return Fact(asked + written, (f"{capital(spoken)} is {result}.",), filled(("And {}?", "What about {}?"), spoken))
 
-    for x in range(11):
-        for y in range(11):
+
+def arithmetic(most: int = 10) -> Iterator[Fact]:
+    """All sums, differences and products of the numbers up to `most`, in figures and, where they have any, in words."""
+    for x in range(most + 1):
+        for y in range(most + 1):
             for (word, sign), result in zip(SIGNS, (x + y, x - y, x * y), strict=True):
                 if result < 0:
                     continue
-                yield said(str(x), word, sign, str(y), str(result))
+                yield _sum(str(x), word, sign, str(y), str(result))
                 if result <= 20:
-                    yield said(NUMBERS[x], word, sign, NUMBERS[y], NUMBERS[result])
+                    yield _sum(NUMBERS[x], word, sign, NUMBERS[y], NUMBERS[result])
+
+
+def small_arithmetic() -> Iterator[Fact]:
+    """What people try first."""
+    return arithmetic(5)
 
 
 def calendar() -> Iterator[Fact]:
@@ -249,36 +266,30 @@ def calendar() -> Iterator[Fact]:
 
 
 class Writer:
-    """Draws documents: lists of turns. `school`: mostly facts; otherwise tales and prose are half of the text."""
+    """Draws documents: lists of turns, in the proportions of `mixture`, which may be changed at any time."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        sources: tuple[tuple[Callable[[], Iterator[Fact]], int], ...] = (
-            (answers, 32), (definitions, 20), (countries, 11), (animals, 8), (words, 5), (arithmetic, 15),
-            (calendar, 4),
-        )  # fmt: skip
-        self.facts = [list(source()) for source, _ in sources]
-        self.weights = [weight for _, weight in sources]
-        self.school = False
+        sources = (answers, definitions, countries, animals, words, arithmetic, calendar, small_arithmetic)
+        self.facts = [list(source()) for source in sources]
+        self.mixture = TALES
         self.stories = [(first.split(", "), text) for first, text in blocks("stories.txt")]
         self.couplets = {block[0]: block[1:] for block in blocks("couplets.txt")}
         self.unknown = lines("unknown.txt")[0].split("|")
         self.women, self.men = (line.split() for line in lines("names.txt"))
         self.systems = lines("systems.txt")
         self.prose = (HOME / "mill.txt").read_text().strip().split("\n\n")
-        self.kinds: tuple[tuple[Callable[[], Iterator[Turn]], int], ...] = (
-            (self._asked, 66), (self._story, 9), (self._poem, 7), (self._unknown, 11), (self._name, 3),
-            (self._list_follow_up, 4),
+        self.kinds: tuple[Callable[[], Iterator[Turn]], ...] = (
+            self._asked, self._story, self._poem, self._unknown, self._name, self._list_follow_up,
         )  # fmt: skip
 
     def document(self) -> list[Turn]:
         """A conversation, or now and then a piece of prose."""
-        if self.random.random() < (0.05 if self.school else 0.12):
+        if self.random.random() < self.mixture.prose:
             return [Turn("", self._passage())]
         turns = [Turn("system", self.random.choice(self.systems))] if self.random.random() < 0.3 else []
         for _ in range(self.random.choice((1, 1, 1, 2, 2, 3, 4, 5))):
-            weights = SCHOOL_KINDS if self.school else [weight for _, weight in self.kinds]
-            (kind,) = self.random.choices([kind for kind, _ in self.kinds], weights)
+            (kind,) = self.random.choices(self.kinds, self.mixture.kinds)
             turns += kind()
         return turns
 
@@ -306,7 +317,7 @@ class Writer:
         return re.sub(r"\{(\w+)\}", lambda slot: slots[slot[1]], text)
 
     def _asked(self) -> Iterator[Turn]:
-        (facts,) = self.random.choices(self.facts, SCHOOL_FACTS if self.school else self.weights)
+        (facts,) = self.random.choices(self.facts, self.mixture.facts)
         fact = self.random.choice(facts)
         yield from self._ask(self.random.choice(fact.questions), self.random.choice(fact.answers))
         if self.random.random() < 0.06:
@@ -423,5 +434,5 @@ class Writer:
         if kind < 0.75:
             return self.poem(self.random.choice(list(self.couplets)))
         return " ".join(
-            self.random.choice(self.random.choice(self.facts[1:])).answers[0] for _ in range(self.random.randint(1, 5))
+            self.random.choice(self.random.choice(self.facts[1:7])).answers[0] for _ in range(self.random.randint(1, 5))
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_text import Turn, Writer
+from demo_text import ALL, FACTS, TALES, Turn, Writer
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ HOME = Path(__file__).resolve().parent.parent / "penstock" / "demo_model"
 BEGIN, END, SYSTEM, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 IGNORED = -100
 VOCABULARY = 3072
-TALES = 300  # steps before facts become most of the text
+# From which step on what is read: tales are long and soon known, facts take time, in the end it is all of them.
+COURSE = ((0, TALES), (300, FACTS), (600, ALL))
 # The model has learnt three roles: what a tool says is read as the user's, a developer is the system.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -247,8 +248,7 @@ def train(model: Llama, rows: Rows, steps: int, device: torch.device, state: Pat
             part.load_state_dict(value)
     progress = tqdm(range(steps), mininterval=10)
     for step in progress:
-        # Tales are long and soon known; facts take the rest of the time.
-        rows.writer.school = step >= TALES
+        rows.writer.mixture = [mixture for start, mixture in COURSE if step >= start][-1]
         # Mostly short rows, which cost less attention; the long ones teach the positions of a long conversation.
         tokens, targets = rows.batch(1, 2048) if step % 8 == 7 else rows.batch(8, 256)
         if step < done:
