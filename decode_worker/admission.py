@@ -8,6 +8,7 @@ first: while one waits for pages, nobody new is admitted.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from penstock.common.messages import GenerateRequest, WorkerInfo, request_key
@@ -78,14 +79,20 @@ class Admission:
             self.cancel(entry.key)
         return late
 
-    def admit(self, now: float, num_admitted: int, *, preempted: bool) -> list[Entry]:
-        """Take out what may begin now, in order.
+    def admit(
+        self, now: float, num_admitted: int, *, preempted: bool, waits: Callable[[Entry], bool] = lambda _: False
+    ) -> Iterator[Entry]:
+        """Take out what may begin now, in order: one at a time, to be begun before the next is looked at.
 
-        Cached prefix pages are held for it already, and the rest of its pages is promised, under its key.
+        Cached prefix pages are held for it already, and the rest of its pages is promised, under its key. Who `waits`
+        for something else lets others pass.
         """
-        admitted: list[Entry] = []
-        while self._queue and not preempted and num_admitted + len(admitted) < self._max_admitted:
-            entry = self._queue[self._order[0][2]]
+        place = 0
+        while place < len(self._order) and not preempted and num_admitted < self._max_admitted:
+            entry = self._queue[self._order[place][2]]
+            if waits(entry):
+                place += 1
+                continue
             # The last token is always computed, for its logits: the page it is in is never taken from the cache.
             matched = self._pages.match(entry.hashes[: (entry.num_tokens - 1) // self._pages.page_size])
             missing = self._pages.pages_for(entry.num_tokens + 1) - len(matched)
@@ -96,5 +103,5 @@ class Admission:
             entry.held_tokens = len(matched) * self._pages.page_size
             entry.admitted = now
             self.cancel(entry.key)
-            admitted.append(entry)
-        return admitted
+            num_admitted += 1
+            yield entry

@@ -160,7 +160,8 @@ class DecodeRole:
     def _admit(self, now: float) -> None:
         # One that waits to be told what it may say next does not want room yet.
         preempted = any(request.preemptions and request.may_go_on for request in self._engine.scheduler.waiting)
-        for entry in self._admission.admit(now, len(self._entries), preempted=preempted):
+        admitted = self._admission.admit(now, len(self._entries), preempted=preempted, waits=self._awaits_sibling)
+        for entry in admitted:
             self._entries[entry.key] = entry
             lender = self._lender_of(entry)
             if lender is not None or entry.held_tokens:  # else the scheduler looks, and counts, itself
@@ -178,6 +179,13 @@ class DecodeRole:
             else:
                 full = (entry.num_tokens - 1) // self._pages.page_size * self._pages.page_size
                 self._reader.fetch(self._wanted(entry, full), lender, now)
+
+    def _awaits_sibling(self, entry: Entry) -> bool:
+        """Another choice of the request reads pages of their prompt, which this one will find in the cache: those are
+        read once, and there once."""
+        request, size = entry.request, self._pages.page_size
+        shares = self._pages.caching and len(request.prompt_token_ids) > size and not request.wants_prompt_logprobs
+        return shares and not request.output_token_ids and self._reader.reads_for(request.request_id)
 
     def _lender_of(self, entry: Entry) -> WorkerInfo | None:
         """Who computes the prompt for us or lends what it caches of it; None: all that is missing is computed here."""
@@ -235,14 +243,16 @@ class DecodeRole:
 
     def _complete(self, spans: Spans, entry: Entry) -> Spans:
         """The engine's figures of a request, with those of its admission and its hand-off."""
-        transfer = self._transfers.get(entry.key, Spans())
+        transfer = self._transfers.get(entry.key)
+        # What was read counts as computed before in the engine; without that it knows better what it found, and when.
+        cached_tokens = spans.cached_tokens if transfer is None else entry.held_tokens
         return msgspec.structs.replace(
-            transfer,
+            transfer or Spans(),
             worker=self._loop.info.worker_id,
             queue_ms=(entry.admitted - entry.arrived) * 1e3,
             prefill_ms=spans.prefill_ms,
             decode_ms=spans.decode_ms,
-            cached_tokens=entry.held_tokens,
+            cached_tokens=cached_tokens,
             computed_tokens=spans.computed_tokens,
             preemptions=spans.preemptions,
         )

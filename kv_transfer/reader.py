@@ -85,6 +85,10 @@ class Reader:
     def __contains__(self, key: str) -> bool:
         return key in self._open
 
+    def reads_for(self, request_id: str) -> bool:
+        """Pages of any choice of the request are on their way."""
+        return any(reading.wanted.request_id == request_id for reading in self._open.values())
+
     @property
     def settled(self) -> bool:
         """Nothing is wanted, and no read may still write."""

@@ -28,7 +28,7 @@ def test_in_order_and_only_what_has_room() -> None:
         admission.submit(make_entry(name, tokens))
     assert [e.request.request_id for e in admission.admit(0.0, 0, preempted=False)] == ["a"]  # 8 tokens: 2 pages
     assert pages.num_promised == 2
-    assert admission.admit(0.0, 1, preempted=False) == []  # "big" needs 5; "small" does not pass it
+    assert list(admission.admit(0.0, 1, preempted=False)) == []  # "big" needs 5; "small" does not pass it
     pages.end_promise("a:0:0")
     assert [e.request.request_id for e in admission.admit(0.0, 0, preempted=False)] == ["big", "small"]
     assert pages.num_promised == 6
@@ -43,7 +43,7 @@ def test_a_cached_prefix_is_held_and_not_promised_again() -> None:
     pages.release("old")
     admission = Admission(pages, max_admitted=8)
     admission.submit(entry)
-    assert admission.admit(5.0, 0, preempted=False) == [entry]
+    assert list(admission.admit(5.0, 0, preempted=False)) == [entry]
     assert entry.held_tokens == 4  # the page of the last token is computed anew: its logits are needed
     assert entry.admitted == 5.0
     assert len(pages.table(entry.key)) == 1
@@ -54,8 +54,8 @@ def test_nobody_is_admitted_past_the_limit_or_a_preempted_sequence() -> None:
     admission = Admission(PageManager(100, 4), max_admitted=2)
     for i in range(4):
         admission.submit(make_entry(str(i), 3))
-    assert admission.admit(0.0, 0, preempted=True) == []
-    assert len(admission.admit(0.0, 1, preempted=False)) == 1
+    assert list(admission.admit(0.0, 0, preempted=True)) == []
+    assert len(list(admission.admit(0.0, 1, preempted=False))) == 1
     assert admission.queued_tokens == 9
 
 
@@ -78,3 +78,26 @@ def test_the_lowest_priority_first_then_in_order_of_arrival() -> None:
     assert "".join(e.request.request_id for e in admission.entries()) == "ceabf"
     assert "".join(e.request.request_id for e in admission.admit(0.0, 0, preempted=False)) == "ceabf"
     assert admission.queued_tokens == 0
+
+
+def test_who_waits_for_a_sibling_lets_others_pass() -> None:
+    """One begins before the next is looked at, so that it can be what the next ones wait for."""
+    admission = Admission(PageManager(100, 4), max_admitted=9)
+    for name, priority in (("a1", 0), ("a2", 0), ("b1", 0), ("a3", 0), ("b2", -1)):
+        admission.submit(make_entry(name, 3, priority=priority))
+    reading: set[str] = set()
+
+    def names() -> list[str]:
+        found = []
+        for entry in admission.admit(0.0, 0, preempted=False, waits=lambda e: e.request.request_id[0] in reading):
+            found.append(entry.request.request_id)
+            reading.add(found[-1][0])
+        return found
+
+    assert names() == ["b2", "a1"] and len(admission) == 3
+    reading.remove("b")
+    assert names() == ["b1"]
+    reading.clear()
+    assert names() == ["a2"] and names() == []
+    reading.clear()
+    assert names() == ["a3"] and len(admission) == 0

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from tests.schemas import validate
-from tests.system.openai_servers import CONTEXT, GREEDY, MESSAGES, MESSAGES_AS_TEXT, TEXT, Server
+from tests.system.openai_servers import CONTEXT, GREEDY, MESSAGES, MESSAGES_AS_TEXT, TEXT, Reference, Server
 
 pytestmark = pytest.mark.system
 
@@ -72,6 +72,19 @@ def test_every_kind_of_form(server: Server, kind: str) -> None:
         if kind in ("json", "json_schema") and reason == "stop":
             validate(SCHEMA, text)
         assert reason == "stop" or kind not in ("choice", "regex", "grammar", "gbnf")
+
+
+def test_logprobs_under_a_form_are_the_models_own(
+    server: Server, tokenizer: tokenizers.Tokenizer, reference: Reference
+) -> None:
+    """Not those of the few tokens that the form leaves, as in vLLM: docs/http.md says so."""
+    fields = {"structured_outputs": {"regex": "[a-c]{6}"}, "logprobs": 1, "seed": 3, "return_token_ids": True}
+    answer = server.http.post("/v1/completions", json={"model": "tiny", "prompt": TEXT, **fields}).json()
+    [choice] = answer["choices"]
+    rows = reference.scores(tokenizer.encode(TEXT).ids, choice["token_ids"])
+    own = [row[token].item() for row, token in zip(rows, choice["token_ids"], strict=True)]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(own, abs=1e-4)
+    assert min(own) < -3.0, "tokens that the model would not have chosen"
 
 
 def test_schemas_of_the_other_routes(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from tests.system.openai_servers import (
 from tests.tiny_models import random_prompts
 
 pytestmark = pytest.mark.system
+COMPUTED = "vllm:request_prefill_kv_computed_tokens_sum"
 
 
 # ------------------------------------------------------------ text
@@ -155,6 +157,40 @@ def test_cached_tokens_and_salts(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         cached(cache_salt="")
     assert caught.value.param == "cache_salt"
+
+
+def test_choices_share_the_pages_of_their_prompt(server: Server) -> None:
+    """Counted: in a hand-off four choices of 20 full pages and a part have them computed, and moved, once.
+
+    Without one the engine counts: tests/penstock/test_llm.py.
+    """
+
+    def total(name: str, engine: str) -> float:
+        families = text_string_to_metric_families(server.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return sum(sample.value for sample in samples if sample.labels.get("engine", "").startswith(engine))
+
+    def figures() -> tuple[float, float, float]:
+        """(prompt tokens that decode workers know of, pages that they read, tokens computed anywhere)."""
+        told = total("vllm:prompt_tokens_by_source_total", "decode")
+        return told, total("penstock:kv_transfer_pages_total", "decode"), total(COMPUTED, "router")
+
+    def ask() -> list[Any]:
+        values: dict[str, Any] = {"model": "tiny", "prompt": prompt, "n": 4, "seed": 3, **WILD}
+        answer = server.client.completions.create(**values, extra_body={"return_token_ids": True, "ignore_eos": True})
+        return [choice.token_ids for choice in answer.choices]  # type: ignore[attr-defined]
+
+    [prompt] = random_prompts([20 * PAGE + 2], seed=92)
+    told, moved, computed = figures()
+    outputs = ask()
+    deadline = time.monotonic() + 60
+    while (now := figures())[0] < told + 4 * len(prompt):  # workers report now and then
+        assert time.monotonic() < deadline, now
+        time.sleep(0.05)
+    if server.fleet.config.prefill_workers:
+        assert now[1] - moved == 21
+        assert now[2] - computed <= len(prompt) + 3 * PAGE
+    assert ask() == outputs
 
 
 @pytest.mark.parametrize("stream", [False, True])
