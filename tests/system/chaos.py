@@ -384,6 +384,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "left": sum(row["left"] for row in rows),
         "closed": sum(row["closed"] for row in rows),
         "typed_errors": dict(errors),
+        **{name: sum(row[name] for row in rows) for name in ("retries", "moves", "pages_broken", "pages_refused")},
         "slowest_s": max(row["slowest_s"] for row in rows),
         "router_back_s": max(row["router_back_s"] for row in rows),
     }
