@@ -15,7 +15,8 @@ NEW_TOKENS = 12
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "extra_body": {"top_k": 40, "repetition_penalty": 1.1}}
 
 # Every family in every way of moving pages; chunk and page sizes and a pool that preempts go round.
-PAIR = {"prefill_workers": 1, "decode_workers": 1}
+# Round-robin hands every long prompt off; what hand-offs cost, as measured on a busy machine, may speak against them.
+PAIR = {"prefill_workers": 1, "decode_workers": 1, "routing_policy": "round-robin"}
 MODES = {
     "aggregated": {},
     "nixl": {**PAIR, "kv_transport": "nixl"},
