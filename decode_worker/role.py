@@ -181,11 +181,14 @@ class DecodeRole:
                 self._reader.fetch(self._wanted(entry, full), lender, now)
 
     def _awaits_sibling(self, entry: Entry) -> bool:
-        """Another choice of the request reads pages of their prompt, which this one will find in the cache: those are
-        read once, and there once."""
+        """Another choice of the request reads or computes pages of their prompt, which this one will find in the cache:
+        that is done once, and they are there once."""
         request, size = entry.request, self._pages.page_size
         shares = self._pages.caching and len(request.prompt_token_ids) > size and not request.wants_prompt_logprobs
-        return shares and not request.output_token_ids and self._reader.reads_for(request.request_id)
+        if not shares or request.output_token_ids:
+            return False
+        request_id = request.request_id
+        return self._reader.reads_for(request_id) or self._engine.scheduler.computes_for(request_id)
 
     def _lender_of(self, entry: Entry) -> WorkerInfo | None:
         """Who computes the prompt for us or lends what it caches of it; None: all that is missing is computed here."""

@@ -75,6 +75,10 @@ class Scheduler:
     def get(self, key: str) -> Request | None:
         return self._by_key.get(key)
 
+    def computes_for(self, request_id: str) -> bool:
+        """Whether a choice of this request computes pages now that its other choices will find in the cache."""
+        return self._siblings.computes_for(request_id)
+
     def add(self, request: Request, *, computed: int = 0) -> None:
         """Queue a request. If its key already holds pages (a hand-off landed), the first `computed` tokens are in them.
 

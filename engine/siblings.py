@@ -17,6 +17,10 @@ class Siblings:
         """Whether anybody leads."""
         return bool(self._leading)
 
+    def computes_for(self, request_id: str) -> bool:
+        """Whether a choice of this request computes the pages that all of them share."""
+        return request_id in self._leading
+
     def shared_tokens(self, request: Request) -> int:
         """Tokens in the full pages that all choices of a request may share."""
         return (request.prompt_len - 1) // self._pages.page_size * self._pages.page_size
