@@ -1,6 +1,6 @@
 """Writes the text that the demo model learns from: conversations and prose, without end, from scripts/demo_corpus/.
 
-The folder holds what people wrote by hand: answers, definitions, tables, stories with choices in them, couplets. This
+The folder holds what is written by hand: answers, definitions, tables, stories with choices in them, couplets. This
 module draws from it: a question in one of its phrasings, a story with its names, a poem of a few couplets, one to five
 turns in a row. The same seed gives the same documents.
 """
