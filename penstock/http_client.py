@@ -7,6 +7,7 @@ nothing of aiohttp is seen outside.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -99,6 +100,10 @@ async def connect(
 def _in_words() -> Iterator[None]:
     try:
         yield
+    except aiohttp.ClientConnectorError as error:
+        number = error.os_error.errno or 0  # below 0: of name resolution, which has words of its own
+        reason = os.strerror(number) if number > 0 else error.os_error.strerror or error
+        raise RequestError(f"cannot connect to {error.host} port {error.port}: {reason}") from error
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
         raise RequestError(f"{type(error).__name__}: {error}") from error
 

@@ -6,7 +6,9 @@ The first signal drains in order (router, workers, Redis), the second one kills.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -36,7 +38,7 @@ def launch(config: ServeConfig) -> int:
     logs.setup("launcher", config.log_level, config.log_format)
     logger.debug("configuration: %s", redacted(config))
     fleet = Fleet(config)
-    return run_in_foreground(fleet.group, lambda: ready_line(fleet))
+    return run_in_foreground(fleet.group, lambda: ready_line(fleet), config.drain_s)
 
 
 def launch_routers(config: RouterConfig) -> int:
@@ -50,7 +52,8 @@ def launch_routers(config: RouterConfig) -> int:
         raise ConfigError(f"cannot listen on {config.host} port {config.port}: it is in use, or not an address here")
     group = ProcessGroup(router_specs(config, {"decode": 1}), Console(json_lines=config.log_format == "json"))
     where = f"{reachable_host(config.host)}:{config.port}"
-    return run_in_foreground(group, lambda: f"Penstock's routers are ready: {where} | {config.router_procs} processes")
+    ready = f"Penstock's routers are ready: {where} | {config.router_procs} processes"
+    return run_in_foreground(group, lambda: ready, config.drain_s)
 
 
 def ready_line(fleet: Fleet) -> str:
@@ -71,16 +74,24 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def run_in_foreground(group: ProcessGroup, describe: Callable[[], str]) -> int:
-    """Start the group, print `describe()` when it is ready, and stop it on a signal. Call it from the main thread."""
+def run_in_foreground(group: ProcessGroup, describe: Callable[[], str], drain_s: float) -> int:
+    """Start the group, print `describe()` when it is ready, and stop it on a signal. Call it from the main thread.
+
+    `drain_s` is how long requests may go on then, as people are told.
+    """
 
     seen: list[int] = []
+    announced = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if seen or group.stopping:
             group.kill()
         else:
             group.stop()
+            if announced:
+                told = f"Penstock stops: requests have up to {drain_s:g} s to end, a second Ctrl-C ends them now\n"
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, told.encode())  # not print: the signal may have come within one
         seen.append(number)
 
     signal.signal(signal.SIGINT, on_signal)
@@ -91,6 +102,7 @@ def run_in_foreground(group: ProcessGroup, describe: Callable[[], str]) -> int:
     status = 0
     try:
         group.wait_ready()
+        announced = True
         print(describe(), flush=True)
     except LaunchError as error:
         status = error.exit_status

@@ -175,7 +175,9 @@ class ProcessGroup:
     def _note_exit(self, name: str, status: int, now: float) -> list[Command]:
         self._console.forget(name)
         commands = self._supervisor.process_exited(name, status, now)
-        if not self._supervisor.stopping:
+        if not self._supervisor.stopping and status == 0:  # a worker that was drained
+            logger.info("%s has left and will be started again", name)
+        elif not self._supervisor.stopping:
             logger.warning("%s died (%s) and will be started again", name, _describe(status))
         return commands
 

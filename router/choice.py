@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence, Set
-from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from penstock.common.errors import InternalError, PenstockError, from_code
@@ -147,9 +146,13 @@ class Choice:
         """The prompt's tokens, to be echoed with their scores; none unless logprobs were asked for."""
         if not self._scores:
             return []
-        token_ids = self.request.prompt_token_ids
-        lengths = [len(self._tokenizer.token_text(token_id)) for token_id in token_ids]
-        return list(map(ScoredToken, token_ids, [None, *self.prompt_logprobs], [0, *accumulate(lengths[:-1])]))
+        offsets, end = [], 0
+        for token_id in self.request.prompt_token_ids:
+            offsets.append(min(end, len(self.echo)))
+            text = self._tokenizer.token_text(token_id)
+            if token_id not in self._tokenizer.special_ids or self.echo.startswith(text, end):  # echo leaves out bos
+                end += len(text)
+        return list(map(ScoredToken, self.request.prompt_token_ids, [None, *self.prompt_logprobs], offsets))
 
     def _end(self, cancel: bool) -> None:
         if cancel:

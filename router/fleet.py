@@ -90,8 +90,8 @@ class Fleet:
         self._shares.keep({member.worker.incarnation for member in self._members.values()})
         return ""
 
-    def disconnected(self, address: str, now: float) -> WorkerInfo | None:
-        """The link is down: the member that was lost, if there was one."""
+    def disconnected(self, address: str, now: float) -> Member | None:
+        """The link is down: the member that it was, if there was one."""
         self._refused.pop(address, None)
         member = self._members.pop(address, None)
         if member is None:
@@ -100,7 +100,7 @@ class Fleet:
         self._shares.keep({other.worker.incarnation for other in self._members.values()})
         if not self._members:
             self._left_at = now
-        return member.worker
+        return member
 
     def acceptable(self, now: float) -> list[tuple[str, WorkerInfo]]:
         """Refused workers, with addresses, that `connected` would take now: the other model's workers are long gone."""

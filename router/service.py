@@ -357,11 +357,15 @@ class RouterService:
             self._handle(WorkerUp(worker.incarnation))
 
     def _on_disconnected(self, address: str, item: Disconnected) -> None:
-        worker = self._fleet.disconnected(address, time.monotonic())
-        if worker is None:
+        member = self._fleet.disconnected(address, time.monotonic())
+        if member is None:
             return
-        log.warning("worker %s (%s) at %s is lost: %s", worker.worker_id, worker.role, address, item.reason)
-        self._counters["workers_lost"] += 1
+        worker = member.worker
+        if member.load.draining:
+            log.info("worker %s (%s) at %s has drained and left", worker.worker_id, worker.role, address)
+        else:
+            log.warning("worker %s (%s) at %s is lost: %s", worker.worker_id, worker.role, address, item.reason)
+            self._counters["workers_lost"] += 1
         if self._addresses.get(worker.incarnation) == address:
             del self._addresses[worker.incarnation]
         self._handle(WorkerDown(worker.incarnation))

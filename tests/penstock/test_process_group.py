@@ -178,7 +178,9 @@ def spec(name, tier):
         lambda pid: (folder / name).exists() and (folder / name).read_text() == str(pid),
     )
 group = ProcessGroup([spec("low", 0), spec("top", 1)], Console())
-sys.exit(run_in_foreground(group, lambda: "ready " + " ".join(str(pid) for pid in group.pids().values())))
+def ready():
+    return "ready " + " ".join(str(pid) for pid in group.pids().values())
+sys.exit(run_in_foreground(group, ready, float(sys.argv[3])))
 """
 
 
@@ -213,6 +215,7 @@ def test_sigterm_drains_in_order_and_exits_with_0(tmp_path: Path) -> None:
     assert status == 0
     assert (tmp_path / "stopped").read_text().split() == ["top", "low"]
     assert "top        | hello from top" in errors
+    assert errors.count("requests have up to 10 s") == 1
 
 
 def test_the_second_signal_kills(tmp_path: Path) -> None:

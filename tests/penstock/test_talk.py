@@ -82,7 +82,7 @@ def test_a_refusal_is_said_and_forgotten(
     assert main(["complete", "-q", "x", "--api-key", "wrong"]) == 1
     assert "401" in capsys.readouterr().err
     assert main(["chat", "-q", "x", "--url", "http://127.0.0.1:9"]) == 1
-    assert "Cannot connect" in capsys.readouterr().err
+    assert "cannot connect to 127.0.0.1 port 9: Connection refused" in capsys.readouterr().err
 
 
 def test_options_from_a_file_the_environment_and_the_command_line(

@@ -276,6 +276,18 @@ def test_echo_with_logprobs(router: Router, stream: bool) -> None:
     assert joined["text_offset"] == [0, *accumulate(map(len, joined["tokens"]))][:-1]
 
 
+def test_offsets_in_an_echo_are_those_of_the_shown_text(router: Router) -> None:
+    """A special token that the echo leaves out has no length; one that the client wrote has."""
+    special, *ids = byte_level().encode("<s>The water", add_special_tokens=False)
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 3}
+    for prompt, length in (([special, *ids], 0), ("<s>The water", 3)):
+        choice = router.post("/v1/completions", {"prompt": prompt, **fields}).json()["choices"][0]
+        found = choice["logprobs"]
+        assert found["tokens"][0] == "<s>" and choice["text"].startswith("<s>"[:length] + "The water")
+        lengths = [length, *map(len, found["tokens"][1:])]
+        assert found["text_offset"] == [0, *accumulate(lengths)][:-1]
+
+
 def test_truncated_prompts_and_priority(router: Router) -> None:
     ids = list(range(10, 40))
     for fields, expected in (

@@ -49,7 +49,8 @@ def test_an_address_is_forgotten_only_when_its_link_is_down_too():
     fleet.discovered([ONE, TWO])
     fleet.connected(ONE.address, ONE, 0.0)
     assert fleet.discovered([]) == Discovery([], [TWO.address]), "ONE has lost its lease but answers"
-    assert fleet.disconnected(ONE.address, 0.0) == ONE
+    gone = fleet.disconnected(ONE.address, 0.0)
+    assert gone is not None and gone.worker == ONE
     assert fleet.disconnected(ONE.address, 0.0) is None
     assert fleet.discovered([]) == Discovery([], [ONE.address])
     assert fleet.discovered([ONE]) == Discovery([ONE.address], [])

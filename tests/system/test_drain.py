@@ -64,6 +64,7 @@ async def _drain_by_command(
     totals = await asyncio.to_thread(_totals, running, other)
     moves = int(await asyncio.to_thread(router_metric, running.url, "penstock:moves_total"))
     assert moves > 0
+    assert await asyncio.to_thread(router_metric, running.url, "penstock:workers_lost_total") == 0
     fetched, failed, computed = (totals[name] - before[name] for name in ("fetches", "fetch_failures", "prompt_tokens"))
     assert failed == 0 and 0 < fetched <= moves
     assert computed <= moves * PAGE  # each lacked what its last page held, and its last token had never been computed
