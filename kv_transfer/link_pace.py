@@ -14,7 +14,7 @@ class LinkPace:
 
     A read has stalled when nothing has come over its link, for whomever, for `stall_s`, or for several times as long as
     the link was seen to need; one that a busy link seems to have forgotten, after `FORGOTTEN` times that. Where one has
-    stalled, and nothing has come since, no other is begun for `stall_s`.
+    stalled on a quiet link, and nothing has come since, no other is begun for `stall_s`.
     """
 
     SLOW_S, QUICK_S = 0.5, 0.1
@@ -37,7 +37,7 @@ class LinkPace:
         return self._in_flight < (1 if slow else self.ABREAST)
 
     def is_dead(self, now: float) -> bool:
-        """Whether a read has stalled just now, and nothing has come since."""
+        """Whether a read has stalled for the link's silence just now, and nothing has come since."""
         return self._moved_at < self._stalled_at and now < self._stalled_at + self._stall_s
 
     def posted(self) -> None:
@@ -63,10 +63,12 @@ class LinkPace:
         should it still come, say so with `came_late`."""
         patience_s = max(self._stall_s, self.TIMES_EXPECTED * pages * (self._page_s or 0.0))
         quiet_s = now - max(posted_at, self._moved_at)
-        if quiet_s < patience_s and now - posted_at < self.FORGOTTEN * patience_s:
+        is_quiet = quiet_s >= patience_s
+        if not is_quiet and now - posted_at < self.FORGOTTEN * patience_s:
             return False
         self._in_flight -= 1
-        self._stalled_at = now
+        if is_quiet:  # else only this one is stuck
+            self._stalled_at = now
         return True
 
     def came_late(self, seconds: float, pages: int, now: float) -> None:

@@ -166,6 +166,7 @@ def test_a_read_that_a_busy_link_forgets_is_given_up() -> None:
         pace.arrived(0.3, 8, float(second))
         pace.posted()
     assert pace.stalled(0.0, 8, 60.0)
+    assert not pace.is_dead(60.0)  # what others read over it goes on
     pace.arrived(0.3, 8, 60.5)
     assert not pace.is_dead(61.0) and pace.has_room
 
