@@ -29,6 +29,7 @@ class Entry:
     source: WorkerInfo | None = None  # a worker to fetch the prefix from
 
     def __post_init__(self) -> None:
+        self.wants_room_since = self.arrived
         self.key = request_key(self.request.request_id, self.request.choice, self.request.attempt)
 
     @property
@@ -73,8 +74,8 @@ class Admission:
         return entry
 
     def expired(self, now: float) -> list[Entry]:
-        """Take out what has waited longer than its `queue_timeout_s`."""
-        late = [e for e in self._queue.values() if now - e.arrived > e.request.queue_timeout_s]
+        """Take out what has waited for room longer than its `queue_timeout_s`."""
+        late = [e for e in self._queue.values() if now - e.wants_room_since > e.request.queue_timeout_s]
         for entry in late:
             self.cancel(entry.key)
         return late
@@ -91,6 +92,7 @@ class Admission:
         while place < len(self._order) and not preempted and num_admitted < self._max_admitted:
             entry = self._queue[self._order[place][2]]
             if waits(entry):
+                entry.wants_room_since = now
                 place += 1
                 continue
             # The last token is always computed, for its logits: the page it is in is never taken from the cache.

@@ -123,6 +123,7 @@ class DecodeRole:
 
     def tick(self, now: float) -> None:
         self._exchange.poll(now)
+        self._admit(now)
         for entry in self._admission.expired(now):
             finish = Finish(
                 reason="error",
@@ -130,7 +131,6 @@ class DecodeRole:
                 message=f"no room within {entry.request.queue_timeout_s:.0f} s",
             )
             self._loop.replies.end(entry.identity, entry.request, finish)
-        self._admit(now)
         for read in self._reader.take_ended():
             self._start(read)
         self._moved.expire(now)

@@ -101,3 +101,15 @@ def test_who_waits_for_a_sibling_lets_others_pass() -> None:
     assert names() == ["a2"] and names() == []
     reading.clear()
     assert names() == ["a3"] and len(admission) == 0
+
+
+def test_who_waits_for_something_else_has_not_waited_for_room() -> None:
+    admission = Admission(PageManager(8, 4), max_admitted=8)
+    entry = make_entry("sibling", 3, arrived=0.0, timeout_s=10.0)
+    admission.submit(entry)
+    for now in (1.0, 12.0):
+        assert list(admission.admit(now, 0, preempted=False, waits=lambda _: True)) == []
+        assert admission.expired(now) == []
+    assert list(admission.admit(13.0, 8, preempted=False)) == []  # now it wants room, and there is none
+    assert admission.expired(21.0) == []
+    assert admission.expired(23.0) == [entry]
