@@ -58,9 +58,10 @@ class EventStream:
             self._outbox.add(self._write)
 
     def give_up(self) -> None:
-        """The client is gone: `run` returns, and nothing more is written."""
-        self._over = True
-        self._wake(None)
+        """The client is gone: `run` returns, and nothing more is written, unless the last events have been put."""
+        if not self.ended:
+            self._over = True
+            self._wake(None)
 
     async def run(self, send: Send) -> None:
         """Write everything, until the last events are out or the stream is given up; raises what `send` raises.

@@ -293,7 +293,7 @@ class StreamReply(Reply):
     async def _answer(self, send: Send) -> None:
         while not self._events.has_events and self._error is None and not self._gone:
             await self._wait_for_news()
-        if self._gone:
+        if self.gone:
             return
         if self._error is not None:
             raise self._error

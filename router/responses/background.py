@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from penstock.common.errors import PenstockError
@@ -15,6 +15,7 @@ from penstock.router.reply import Receive, Reply
 from penstock.router.responses.answer import ResponseFormat
 
 log = logging.getLogger(__name__)
+Done = Callable[[Sequence[bytes]], Awaitable[None]]
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -24,13 +25,14 @@ class BackgroundResponse:
     def __init__(self, format: ResponseFormat, streamed: bool) -> None:
         self.format, self.streamed = format, streamed
         self.events: list[bytes] = []  # each at the place of its sequence number
+        self._last = b""  # the events that tell how it ended
         self._complete = False
         self._news = asyncio.Event()  # set once, for those who read now, and replaced
         self._hang_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, reply: Reply, done: Callable[[], Awaitable[None]]) -> None:
-        """Begin; `done` is called when the last event is there, and then nothing of it runs any more."""
+    def start(self, reply: Reply, done: Done) -> None:
+        """Begin; `done` is called with all events, before anybody reads the last of them."""
         self._take(self.format.queued())
         self._task = asyncio.get_running_loop().create_task(self._run(reply, done), name="background response")
 
@@ -41,6 +43,10 @@ class BackgroundResponse:
     async def cancel(self) -> None:
         """End it, wherever it runs; returns when nothing of it runs any more."""
         self._hang_up.set()
+        await self.over()
+
+    async def over(self) -> None:
+        """Wait until nothing of it runs any more."""
         if self._task is not None:
             await asyncio.wait({self._task})
 
@@ -63,23 +69,27 @@ class BackgroundResponse:
         finally:
             gone.cancel()
 
-    async def _run(self, reply: Reply, done: Callable[[], Awaitable[None]]) -> None:
+    async def _run(self, reply: Reply, done: Done) -> None:
         try:
             await reply.run(self._receive, self._send)
             if self._hang_up.is_set() and not self.format.is_final:
                 self.format.cancelled()
         except PenstockError as error:  # refused, or failed before its first token
-            self._take(self.format.failure(error))
+            self._last = self.format.failure(error)
         except Exception:
             log.exception("response %s failed", self.format.response["id"], extra=about(reply.choices[0].request))
-            self._take(self.format.failure(internal_error()))
+            self._last = self.format.failure(internal_error())
         finally:
-            self._complete = True
-            self._wake()
-            await done()
+            last = _apart(self._last)
+            try:
+                await done([*self.events, *last])
+            finally:
+                self.events += last
+                self._complete = True
+                self._wake()
 
     def _take(self, events: bytes) -> None:
-        self.events += [event + b"\n\n" for event in events.split(b"\n\n") if event]
+        self.events += _apart(events)
         self._wake()
 
     def _wake(self) -> None:
@@ -91,7 +101,15 @@ class BackgroundResponse:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
-        self._take(message.get("body", b""))
+        events = message.get("body", b"")
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._last = events
+        else:
+            self._take(events)
+
+
+def _apart(events: bytes) -> list[bytes]:
+    return [event + b"\n\n" for event in events.split(b"\n\n") if event]
 
 
 async def disconnected(receive: Receive) -> None:

@@ -7,6 +7,7 @@ read from the store (store.py), which all routers share.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import re
@@ -97,8 +98,9 @@ class Responses:
             return ()
         field = "previous_response_id"
         key = tenant, response_id
+        made_here = await self._made_here(key)
         stored = await self._store.get(key) if _RESPONSE_ID.fullmatch(response_id) else None
-        if key in self._running or (stored is not None and stored.made_elsewhere):
+        if made_here is not None or (stored is not None and stored.made_elsewhere):
             raise BadRequest(f"{field}: the response {response_id!r} is still in the making", param=field)
         if stored is None:
             raise BadRequest(f"{field}: there is no response {response_id!r} here", param=field)
@@ -162,11 +164,18 @@ class Responses:
         else:
             await send_json(send, _json(running.format.response), headers)
 
-    async def _done(self, key: ResponseKey) -> None:
-        """All events are there; they are stored with the response, once."""
-        running = self._running[key]
-        await self._keep(key, running.events if running.streamed else ())
+    async def _done(self, key: ResponseKey, events: Sequence[bytes]) -> None:
+        """These are all its events; they are stored with the response, once."""
+        await self._keep(key, events if self._running[key].streamed else ())
         del self._running[key]
+
+    async def _made_here(self, key: ResponseKey) -> BackgroundResponse | None:
+        """What this router makes now; of one that has ended nobody hears before it is stored."""
+        running = self._running.get(key)
+        if running is not None and running.format.is_final:
+            await running.over()
+            return None
+        return running
 
     async def _tend(self) -> None:
         """Tell the other routers how far responses are, and do what they wish, as long as any is made here."""
@@ -174,13 +183,15 @@ class Responses:
         while self._running:
             for key, running in list(self._running.items()):
                 number = len(running.events) if running.streamed else 0
-                events = running.events[told.get(key, 0) : number]
+                first = told.get(key, 0)
+                events = running.events[first:number]
                 if running.format.is_final:
                     continue
-                wish = await self._store.tend(key[1], _json(running.format.response), events)
-                told[key] = number
-                if wish is not None:
-                    running.hang_up()
+                with contextlib.suppress(Unavailable):  # told again the next time
+                    wish = await self._store.tend(key[1], _json(running.format.response), first, events)
+                    told[key] = number
+                    if wish is not None:
+                        running.hang_up()
             await asyncio.sleep(TEND_S)
 
     # ------------------------------------------------------------ the other routes
@@ -190,7 +201,7 @@ class Responses:
         query = parse_qs(scope["query_string"].decode("latin-1"))
         stream = query.get("stream", ["false"])[-1].lower() in ("1", "true")
         after = _number(query.get("starting_after", ["-1"])[-1])
-        running = self._running.get(key)
+        running = await self._made_here(key)
         stored = None if running is not None else await self._found(key)
         streamed = running.streamed if running is not None else stored is not None and stored.streamed
         if stream and not streamed:

@@ -29,6 +29,7 @@ forget(id)
 if wish == 'delete' then return 0 end
 if size > most then return 1 end
 redis.call('HSET', key(id), 'tenant', ARGV[7], 'streamed', ARGV[8], 'body', ARGV[9], 'turns', ARGV[10])
+if lease == 0 then redis.call('HSET', key(id), 'final', 1) end
 for i = 11, #ARGV do redis.call('RPUSH', key(id) .. ':events', ARGV[i]) end
 redis.call('PEXPIRE', key(id), ttl)
 redis.call('PEXPIRE', key(id) .. ':events', ttl)
@@ -45,12 +46,14 @@ end
 return 1
 """
 
-# ARGV: NS, id, lifetime (ms), lease (ms), body, then new events of one that is being made. Answers what others wish of
-# it: 'cancel', 'delete' or ''.
+# ARGV: NS, id, lifetime (ms), lease (ms), body, a number, then the events from that number on, of one that is being
+# made. Events that are there already are passed over; so is all of it, if the last KEEP was quicker. Answers what
+# others wish of it: 'cancel', 'delete' or ''.
 TEND = f"""{_FORGET}
-if redis.call('EXISTS', key(id)) == 0 then return '' end
+if redis.call('EXISTS', key(id)) == 0 or redis.call('HEXISTS', key(id), 'final') == 1 then return '' end
 redis.call('HSET', key(id), 'body', ARGV[5])
-for i = 6, #ARGV do redis.call('RPUSH', key(id) .. ':events', ARGV[i]) end
+local known = math.max(0, redis.call('LLEN', key(id) .. ':events') - tonumber(ARGV[6]))
+for i = 7 + known, #ARGV do redis.call('RPUSH', key(id) .. ':events', ARGV[i]) end
 redis.call('PEXPIRE', key(id), ARGV[3])
 redis.call('PEXPIRE', key(id) .. ':events', ARGV[3])
 redis.call('SET', key(id) .. ':runner', 1, 'PX', ARGV[4])

@@ -1,7 +1,8 @@
 """The responses that were asked to be kept, in Redis: any router of the fleet can read them, go on from them, end them.
 
 key                       type    holds                                                       lives
-NS:response:ID            hash    tenant, body (JSON), turns (MessagePack), streamed, wish    --response-ttl-s
+NS:response:ID            hash    tenant, body (JSON), turns (MessagePack), streamed, wish,   --response-ttl-s
+                                  final (nobody makes it any more)
 NS:response:ID:events     list    the events of one that can be read as a stream              the same
 NS:response:ID:runner     string  there while a router makes it in the background             1 lease
 NS:responses              zset    ids, by when they end (Redis's clock)                       as the last of them
@@ -52,7 +53,7 @@ class ResponseStore:
     """A router's access to them. All methods belong to one event loop.
 
     Raises:
-        Unavailable: (what looks something up) Redis is away.
+        Unavailable: (all but `keep`) Redis is away.
     """
 
     def __init__(self, config: RouterConfig) -> None:
@@ -83,10 +84,11 @@ class ResponseStore:
         fields: list[Any] = [self._namespace, response_id, *limits, tenant, streamed, stored.body, turns, *events]
         return await self._ask(lambda: self._keep(args=fields))
 
-    async def tend(self, response_id: str, body: bytes, events: Sequence[bytes]) -> Wish | None:
-        """Say how far a response is that this router makes, with its newest events; what is wished of it."""
-        fields: list[Any] = [self._namespace, response_id, self._ttl_ms, self._lease_ms, body, *events]
-        wish: bytes | None = await self._ask(lambda: self._tend(args=fields))
+    async def tend(self, response_id: str, body: bytes, first: int, events: Sequence[bytes]) -> Wish | None:
+        """Say how far a response is that this router makes, with its events from number `first` on; what is wished of
+        it. All earlier events have been told; where that is not certain (Unavailable), tell them again."""
+        fields: list[Any] = [self._namespace, response_id, self._ttl_ms, self._lease_ms, body, first, *events]
+        wish: bytes = self._found(await self._ask(lambda: self._tend(args=fields)))
         return None if not wish else "delete" if wish == b"delete" else "cancel"
 
     async def get(self, key: ResponseKey) -> Stored | None:

@@ -152,3 +152,17 @@ def test_a_cancelled_answer_leaves_nothing_behind() -> None:
         assert client.bodies == [] and len(asyncio.all_tasks()) == 1
 
     asyncio.run(check())
+
+
+def test_what_has_ended_is_written_to_its_end() -> None:
+    async def check() -> None:
+        client = Client()
+        stream = EventStream(Outbox())
+        running = asyncio.ensure_future(stream.run(client.send))
+        await turns()
+        stream.put(b"a", last=True)
+        stream.give_up()  # too late: a response in the background must not lose how it ended
+        await running
+        assert client.bodies == [b"a"] and client.complete
+
+    asyncio.run(check())

@@ -96,19 +96,39 @@ async def test_who_makes_one_hears_what_is_wished_of_it(redis_server: RedisServe
         assert await other.wish(key, "cancel") == "unknown"
         await maker.begin(key, Stored(b"queued", streamed=True))
         assert await other.get(key) == Stored(b"queued", (), True, True)
-        assert await maker.tend("a", b"going", [b"0", b"1"]) is None
+        assert await maker.tend("a", b"going", 0, [b"0", b"1"]) is None
         assert (await other.get(key), await other.events("a", 0)) == (Stored(b"going", (), True, True), [b"1"])
         assert await other.wish(key, "cancel") == "told"
-        assert await maker.tend("a", b"going", [b"2"]) == "cancel"
+        assert await maker.tend("a", b"going", 2, [b"2"]) == "cancel"
         await maker.keep(key, Stored(b"over", (b"t",), True), [b"0", b"1", b"2", b"3"])
         assert await other.get(key) == Stored(b"over", (b"t",), True, False)
         assert await other.events("a", -1) == [b"0", b"1", b"2", b"3"]
         await maker.begin(("", "b"), Stored(b"queued"))
         assert await other.wish(("", "b"), "delete") == "told"
         assert await other.get(("", "b")) is None and await other.wish(("", "b"), "delete") == "unknown"
-        assert await maker.tend("b", b"going", []) == "delete"
+        assert await maker.tend("b", b"going", 0, []) == "delete"
         await maker.keep(("", "b"), Stored(b"over"))
-        assert await other.get(("", "b")) is None and await maker.tend("b", b"", []) is None
+        assert await other.get(("", "b")) is None and await maker.tend("b", b"", 0, []) is None
+
+
+@pytest.mark.asyncio
+async def test_what_is_said_late_changes_nothing_that_is_over(redis_server: RedisServer) -> None:
+    async with opened(redis_server) as store:
+        key = "", "a"
+        await store.begin(key, Stored(b"queued", streamed=True))
+        await store.keep(key, Stored(b"over", streamed=True), [b"0", b"1"])
+        assert await store.tend("a", b"going", 0, [b"0"]) is None  # overtaken on its way
+        assert await store.get(key) == Stored(b"over", streamed=True)
+        assert await store.events("a", -1) == [b"0", b"1"]
+
+
+@pytest.mark.asyncio
+async def test_events_that_are_told_twice_are_there_once(redis_server: RedisServer) -> None:
+    async with opened(redis_server) as store:
+        await store.begin(("", "a"), Stored(b"queued", streamed=True))
+        for first, events in ((0, [b"0", b"1"]), (0, [b"0", b"1", b"2"]), (3, [b"3"]), (2, [b"2", b"3"])):
+            assert await store.tend("a", b"going", first, events) is None
+        assert await store.events("a", -1) == [b"0", b"1", b"2", b"3"]
 
 
 @pytest.mark.asyncio
@@ -123,7 +143,11 @@ async def test_redis_is_away(own_redis: RedisServer) -> None:
     own_redis.stop()
     async with opened(own_redis) as store:
         await store.keep(("", "a"), Stored(b"body"))  # the answer is given all the same
-        assert await store.tend("a", b"body", []) is None
-        for asked in (store.get(("", "a")), store.wish(("", "a"), "cancel"), store.begin(("", "a"), Stored(b""))):
+        for asked in (
+            store.get(("", "a")),
+            store.wish(("", "a"), "cancel"),
+            store.begin(("", "a"), Stored(b"")),
+            store.tend("a", b"body", 0, []),
+        ):
             with pytest.raises(Unavailable, match="Redis"):
                 await asked
