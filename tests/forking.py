@@ -34,16 +34,19 @@ PRELOADED = (
     "penstock.router.service", "uvicorn.lifespan.on", "uvicorn.loops.uvloop", "uvicorn.protocols.http.httptools_impl",
 )  # fmt: skip
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+_CLONE_NEWNS, _CLONE_NEWNET = 0x20000, 0x40000000  # unshare(2), setns(2)
+_MS_REC, _MS_SLAVE, _MNT_DETACH = 1 << 14, 1 << 19, 2  # mount(2), umount2(2)
 _MAX_BYTES = 1 << 18
 _ROOM_FOR_NAMES = 2000  # characters, in which children write their own command lines
 
 
 @dataclass(frozen=True)
 class _Job:
-    """`python -m module arguments...`, to be a child of `parent`."""
+    """`python -m module arguments...`, to be a child of `parent`; in the network namespace `netns`, if one is named."""
 
     module: str
     arguments: list[str]
+    netns: str
     environ: dict[str, str]
     cwd: str
     new_session: bool
@@ -51,17 +54,18 @@ class _Job:
 
 
 class ForkedPython(subprocess.Popen[Any]):
-    """A `Popen` that forks `[sys.executable, "-m", MODULE, ...]`, behind die_with_parent.py or not; the child dies with
-    this process. Any other command is started as usual."""
+    """A `Popen` that forks `[sys.executable, "-m", MODULE, ...]`, behind die_with_parent.py or `ip netns exec NAME` or
+    neither; the child dies with this process. Any other command is started as usual."""
 
     def _execute_child(self, *given: Any) -> None:
         command, cwd, environ, pipes, new_session = given[0], given[5], given[6], given[10:16], given[21]
         own = command[5:] if command[3:4] and command[3].endswith("die_with_parent.py") else command
+        netns, own = (own[3], own[4:]) if list(own[:3]) == ["ip", "netns", "exec"] else ("", own)
         if list(own[:2]) != [sys.executable, "-m"]:
             super()._execute_child(*given)  # type: ignore[misc]
             return
         environ = dict(os.environ if environ is None else environ)
-        job = _Job(own[2], list(own[3:]), environ, str(cwd or os.getcwd()), new_session, os.getpid())
+        job = _Job(own[2], list(own[3:]), netns, environ, str(cwd or os.getcwd()), new_session, os.getpid())
         # Of the six the child's are the first of the pair for stdin, the second for stdout and stderr.
         streams = [fd if fd != -1 else number for number, fd in enumerate((pipes[0], pipes[3], pipes[5]))]
         try:
@@ -111,8 +115,23 @@ def start_server() -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+    _libc("prctl", option, value, 0, 0, 0)
+
+
+def _enter(netns: str) -> None:
+    """As `ip netns exec`: the namespace's network, and a /sys that shows it, where UCX looks for devices."""
+    with Path("/var/run/netns", netns).open() as namespace:
+        _libc("setns", namespace.fileno(), _CLONE_NEWNET)
+    _libc("unshare", _CLONE_NEWNS)
+    _libc("mount", b"none", b"/", None, _MS_REC | _MS_SLAVE, None)  # nothing of the following leaves this process
+    with contextlib.suppress(OSError):  # nothing was mounted there
+        _libc("umount2", b"/sys", _MNT_DETACH)
+    _libc("mount", b"sysfs", b"/sys", b"sysfs", 0, None)
+
+
+def _libc(function: str, *arguments: int | bytes | None) -> None:
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"{function}{arguments} failed")
 
 
 def _serve(channel: socket.socket) -> _Job | None:
@@ -154,6 +173,8 @@ def _become(job: _Job, streams: list[int], between: int) -> None:
         os.dup2(fd, number)
     for fd in set(streams) - {0, 1, 2}:
         os.close(fd)
+    if job.netns:
+        _enter(job.netns)
     os.chdir(job.cwd)
     os.environ.clear()
     os.environ.update(job.environ)
