@@ -211,12 +211,14 @@ class Reader:
             reading.first = message
             reading.computed_at = now - message.held_ms / 1e3
         if reading.failed == "":
-            if isinstance(message, FetchDone):
-                self.landings.complete(wanted.key, wanted.first_page + message.num_pages)
-            elif message.finish is not None:
+            if isinstance(message, PrefillDone) and message.finish is not None:
                 self._give_up(reading)  # ended with its first token: the pages are not needed
             else:
-                self.landings.complete(wanted.key)
+                fetched = wanted.first_page + message.num_pages if isinstance(message, FetchDone) else None
+                self.landings.complete(wanted.key, fetched)
+                if self.landings.state(wanted.key) is LandingState.FAILED:
+                    self._fail(reading, "its lender has left pages out", now)
+                    return
         self._try_end(reading, now)
 
     # ------------------------------------------------------------ from the mover

@@ -68,6 +68,7 @@ def main() -> int:
         port=0,
         prefill_workers=1,
         decode_workers=1,
+        routing_policy="round-robin",  # each prompt is handed off, also where the cost policy would compute it in place
         log_level="warning",
     )
     _title("A fleet on the embedded model")

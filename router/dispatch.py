@@ -199,10 +199,10 @@ class Dispatcher:
             raise InvalidTransition(f"{choice.key}: {choice.story()}")
         action(self, choice, event, now)
 
-    def _place(self, choice: Choice, now: float) -> None:
+    def _place(self, choice: Choice, now: float, lost: str = "") -> None:
         choice.state = State.PLACING
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        place = Place(choice.as_it_stands(), frozenset(choice.failed), choice.source, choice.tenant, choice.since)
+        place = Place(choice.as_it_stands(), frozenset(choice.failed), choice.source, choice.tenant, choice.since, lost)
         self._commands.append(place)
 
     def _placed(self, choice: Choice, event: Placed, now: float) -> None:
@@ -253,7 +253,7 @@ class Dispatcher:
         elif choice.attempt - choice.moves + 1 < self._max_attempts:
             self.retries += 1
             choice.attempt += 1
-            self._place(choice, now)
+            self._place(choice, now, event.reason)
         elif self._live:
             lost = WorkerLost(f"gave up after {self._max_attempts} attempts: {event.reason}")
             self._fail(choice, event.error or lost)

@@ -114,6 +114,7 @@ class Place(msgspec.Struct, frozen=True):
     source: WorkerInfo | None = None  # it comes from there, with its pages
     tenant: str = ""
     since: float = 0.0  # when the request came
+    lost: str = ""  # why it needs workers again
 
 
 class Dequeue(msgspec.Struct, frozen=True):

@@ -231,6 +231,8 @@ class RouterService:
                 self._counters["failed"] += 1
                 command.sink.on_error(command.error)
             elif isinstance(command, Place):
+                if command.lost:
+                    log.warning("trying again: %s", command.lost, extra=about(command.request))
                 self._spawn(self._turns.place(command), f"place {command.request.request_id}")
             elif isinstance(command, Dequeue):
                 self._turns.forget((command.request_id, command.choice))

@@ -56,7 +56,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             [*self._inside, _executable(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         with contextlib.closing(self.client()) as client:
             while True:
                 try:

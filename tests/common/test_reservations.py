@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from penstock.common import reservations, router_redis
 from penstock.common.reservations import Reservations
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 async def until(check: Callable[[], bool]) -> None:

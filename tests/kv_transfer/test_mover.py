@@ -108,7 +108,7 @@ def test_a_read_goes_in_batches_and_wakes(fake: FakeTransport, start: Start) -> 
     woken = threading.Event()
     mover = start(wake=woken.set)
     mover.read(read("a", 0, 10, checked=True))
-    assert woken.wait(10)
+    assert woken.wait(60)
     (done,) = wait_for(mover, count(1))
     assert isinstance(done, ReadDone) and done.size_bytes == 10 * PAGE and done.seconds >= 0.0
     assert [dst for _, _, dst in fake.posted] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -237,7 +237,7 @@ def test_a_bug_in_the_thread_is_heard(fake: FakeTransport, start: Start) -> None
     mover = start(wake=woken.set)
     fake.poll = lambda copy: 1 / 0  # type: ignore[method-assign]
     mover.read(read("a", 0, 1))
-    assert woken.wait(10)
+    assert woken.wait(60)
     with pytest.raises(RuntimeError) as caught:
         mover.poll_done()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

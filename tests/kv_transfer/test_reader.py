@@ -270,6 +270,22 @@ def test_without_its_first_token_the_prompts_last_page_is_nobodys_to_find() -> N
         case.finish()
 
 
+def test_pages_that_no_ticket_covered_are_a_failure_that_is_counted() -> None:
+    case = Case()
+    case.done(case.read(0, 2, 8))
+    case.first_token()
+    (read,) = case.reader.take_ended()
+    assert read.computed == 8 and read.spans.local_prefill
+    assert case.reader.counters.handoff_failures == 1
+    case.finish()
+    case = fetching()
+    case.done(case.read(0, 1, 4))
+    case.event(FetchDone(request_id="r", attempt=0, num_pages=2))
+    (read,) = case.reader.take_ended()
+    assert read.computed == 4 and case.reader.counters.fetch_failures == 1
+    case.finish()
+
+
 def fetching(prefill_tokens_per_s: float = 0.0) -> Case:
     """A worker that has asked for the two full pages of the prompt."""
     case = Case()

@@ -131,7 +131,7 @@ def test_a_worker_that_dies_comes_back() -> None:
     with Fleet(ServeConfig(model=MODEL, port=0, **SMALL), console=Console(io.StringIO())) as fleet:
         before = fleet.workers()["decode-0"]
         assert before.pid == fleet.worker_pids()["decode-0"]
-        with urllib.request.urlopen(fleet.status_urls()["decode-0"] + "/health", timeout=10) as response:
+        with urllib.request.urlopen(fleet.status_urls()["decode-0"] + "/health", timeout=60) as response:
             assert json.load(response)["healthy"] is True
         fleet.kill("decode-0")
         wait_for(lambda: fleet.worker_pids().get("decode-0", before.pid) != before.pid, "it is started again")

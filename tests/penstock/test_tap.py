@@ -73,7 +73,9 @@ def test_mistakes(argv: list[str], words: str, capsys: pytest.CaptureFixture[str
 def test_a_request_is_seen_from_submit_to_its_last_token(checkpoints: dict[str, Path]) -> None:
     """On an encrypted bus: a tap without the fleet's key would see nothing."""
     cluster_key = "a secret of the fleet"
-    with fleets.fleet(checkpoints["llama"], prefill_workers=1, cluster_key=cluster_key) as running:
+    with fleets.fleet(
+        checkpoints["llama"], prefill_workers=1, cluster_key=cluster_key, routing_policy="round-robin"
+    ) as running:
         command = [sys.executable, "-m", "penstock", "tap", "--json", "--url", running.url]
         environ = {**os.environ, "PENSTOCK_CLUSTER_KEY": cluster_key, "PENSTOCK_API_KEY": ""}
         heartbeats = subprocess.run([*command, "--tag", "heartbeat", "--limit", "1"], env=environ, cwd=CHECKOUT,
@@ -92,7 +94,7 @@ def test_a_request_is_seen_from_submit_to_its_last_token(checkpoints: dict[str, 
                 return await fleets.complete(client, list(range(3, 40)), 4)
 
         answered = asyncio.run(ask())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not any(line["tag"] == "pages_landed" for line in lines) or _tokens(lines) != answered:
             assert time.monotonic() < deadline, [line["tag"] for line in lines]
             lines.append(json.loads(tap.stdout.readline()))
@@ -100,7 +102,8 @@ def test_a_request_is_seen_from_submit_to_its_last_token(checkpoints: dict[str, 
         tap.stdout.close()
         tap.wait()
     order = [line["tag"] for line in lines if "heartbeat" not in line["tag"]]
-    for earlier, later in (("submit", "prefill"), ("prefill", "pages_ready"), ("pages_ready", "pages_landed")):
+    assert "submit" in order  # from decode-0; what two workers send has no order
+    for earlier, later in (("prefill", "pages_ready"), ("pages_ready", "pages_landed")):
         assert order.index(earlier) < order.index(later)
     prefill = next(line for line in lines if line["tag"] == "prefill")
     assert (prefill["worker"], prefill["direction"], prefill["peer"]) == ("prefill-0", "in", "decode-0")

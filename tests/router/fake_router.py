@@ -170,8 +170,8 @@ class Router:
 
     def __init__(self, service: FakeService, url: str) -> None:
         self.service, self.url = service, url
-        self.http = httpx.Client(base_url=url, timeout=20.0)
-        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=20.0)
+        self.http = httpx.Client(base_url=url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60)
 
     @property
     def last(self) -> GenerateRequest:

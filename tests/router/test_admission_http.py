@@ -32,7 +32,7 @@ class Fleet:
 
     def __init__(self, url: str, worker: FakeWorker, service: RouterService) -> None:
         self.worker, self.service = worker, service
-        self.http = httpx.Client(base_url=url, timeout=30.0)
+        self.http = httpx.Client(base_url=url, timeout=60)
         self._threads = ThreadPoolExecutor(32)
 
     def ask(self, name: str, key: str = KEYS[0], **fields: Any) -> Future[httpx.Response]:
@@ -60,7 +60,7 @@ class Fleet:
 
 
 def until(check: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not check():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.005)

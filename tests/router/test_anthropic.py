@@ -34,7 +34,7 @@ PROMPT = "<s><|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.fixture
 def client(router: Router) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=20) as client:
+    with anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -128,7 +128,7 @@ def test_a_begun_answer_is_continued(router: Router, client: anthropic.Anthropic
 def test_thinking_reaches_the_template() -> None:
     with (
         running(template="{{ enable_thinking }} {{ thinking }}") as router,
-        anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=20) as client,
+        anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=60) as client,
     ):
         create(client, thinking={"type": "disabled"})
         assert prompt_of(router) == "False False"
@@ -222,9 +222,9 @@ def test_error_types(error: PenstockError, kind: str) -> None:
 def test_keys() -> None:
     with running(api_key=("sk-one",)) as router:
         for given in ({"api_key": "sk-one"}, {"auth_token": "sk-one"}):
-            with anthropic.Anthropic(base_url=router.url, max_retries=0, timeout=20, **given) as client:  # type: ignore[arg-type]
+            with anthropic.Anthropic(base_url=router.url, max_retries=0, timeout=60, **given) as client:  # type: ignore[arg-type]
                 assert create(client).content
-        wrong = anthropic.Anthropic(base_url=router.url, api_key="sk-two", max_retries=0, timeout=20)
+        wrong = anthropic.Anthropic(base_url=router.url, api_key="sk-two", max_retries=0, timeout=60)
         with wrong as client, pytest.raises(anthropic.AuthenticationError) as caught:
             create(client)
         assert caught.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
@@ -237,7 +237,7 @@ def test_reasoning_and_a_call(step: int) -> None:
     options: Any = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "deepseek_r1"}
     with (
         running(**options) as router,
-        anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=20) as client,
+        anthropic.Anthropic(base_url=router.url, api_key="any", max_retries=0, timeout=60) as client,
     ):
         router.service.script, router.service.step = say(f"Hmm.</think>Let me see.{call}"), step
         whole = create(client, tools=[tool])

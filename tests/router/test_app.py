@@ -92,7 +92,7 @@ def test_forms_are_prepared_for_before_anybody_asks(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Grammars, "prepare", prepare)
     with running() as router:
-        assert prepared.wait(30) and router.service.requests == []
+        assert prepared.wait(60) and router.service.requests == []
 
 
 def test_request_ids(router: Router) -> None:
@@ -251,8 +251,8 @@ def test_running_streams_end_before_the_server_does() -> None:
     with running() as router:
         router.service.script = say("the water " * 9)
         client = BackgroundStream(router)
-        assert client.begun.wait(5)
-    client.join(5)
+        assert client.begun.wait(60)
+    client.join(60)
     assert client.text.endswith("data: [DONE]\n\n") and '"finish_reason":"stop"' in client.text
 
 
@@ -260,6 +260,6 @@ def test_a_stream_that_outlasts_the_drain_ends_in_an_error() -> None:
     with running() as router:
         router.service.pause_after = 3
         client = BackgroundStream(router)
-        assert client.begun.wait(5)
-    client.join(5)
+        assert client.begun.wait(60)
+    client.join(60)
     assert client.text.endswith("data: [DONE]\n\n") and "shutting down" in client.text

@@ -244,7 +244,7 @@ def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
     commands = h.do(WorkerDown("d1"))
     place = the(Place, commands)
     assert place.avoid == {"d1"} and place.request.output_token_ids == [5, 6] and place.request.attempt == 1
-    assert h.reserved() == {}
+    assert place.lost == "its worker was lost" and h.reserved() == {}
     again = the(SendSubmit, h.do(Placed("a", 0, 1, placement("d2")))).message.request
     assert again.prompt_token_ids == [1, 2, 3] and again.output_token_ids == [5, 6] and again.sampling.seed == 7
     assert h.tokens(delta(2, 99)) == [], "tokens of the old attempt"

@@ -36,7 +36,7 @@ async def opened(redis: RedisServer, namespace: str = "", **options: Any) -> Asy
 
 
 async def until(ask: Callable[[], Awaitable[Any]], wanted: object) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (found := await ask()) != wanted:
         assert time.monotonic() < deadline, found
         await asyncio.sleep(0.005)

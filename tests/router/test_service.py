@@ -302,7 +302,7 @@ def test_a_prefix_is_fetched_from_a_holder_that_is_busy(redis_server, start_work
     play(scenario())
 
 
-def test_a_killed_worker_shows_nothing_to_the_client(redis_server, start_worker):
+def test_a_killed_worker_shows_nothing_to_the_client(redis_server, start_worker, caplog):
     victim, other = start_worker("d1"), start_worker("d2")
     victim.limit = other.limit = 5
 
@@ -317,6 +317,8 @@ def test_a_killed_worker_shows_nothing_to_the_client(redis_server, start_worker)
             await ended(*sinks)
             assert all(sink.complete() for sink in sinks)
             assert service.counters()["retries"] == lost
+            told = [record.request_id for record in caplog.records if record.message.startswith("trying again: ")]
+            assert sorted(told) == sorted(r.request_id for r in victim.submitted)
             again = [r for r in other.submitted if r.attempt == 1]
             assert len(again) == lost and all(r.output_token_ids == oracle(r)[:5] for r in again)
 

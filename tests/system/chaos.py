@@ -24,19 +24,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI
 
-from penstock.child_process import ProcessSpec
 from penstock.console import Console
 from penstock.fleet import Fleet
-from penstock.placement import Placement
 from tests.system.chaos_cases import KINDS, Answer, Case, make_cases
-from tests.system.fleets import SHORT_LEASE_S, assert_idle, fleet_config, metric, router_metric
+from tests.system.fleets import SHORT_LEASE_S, FleetOf, assert_idle, fleet_config, metric, router_metric
 from tests.tiny_models import FAMILIES, make_checkpoint
 
 REQUESTS = 200
@@ -110,14 +108,6 @@ class _Witness(Console):
         return sum(words in text for text in self._said)
 
 
-class _FaultyFleet(Fleet):
-    """A fleet whose workers can be cut off, and break pages (faulty.py)."""
-
-    def _worker_spec(self, placement: Placement) -> ProcessSpec:
-        spec = super()._worker_spec(placement)
-        return replace(spec, command=tuple("tests.system.faulty" if p == "penstock" else p for p in spec.command))
-
-
 def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bool = False) -> Report:
     """Run one seed; in a `blackout` all decode workers die at once. Raises `ChaosFailure`, or an assertion about what
     is left, unless all is well."""
@@ -129,7 +119,7 @@ def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bo
     options = {"prefill_workers": 2, "decode_workers": 2, "max_num_batched_tokens": 32, "cpu_threads": 1}
     options |= {"kv_cache_memory_bytes": pool_mib << 20, "max_model_len": 512}
     config = fleet_config(path, lease_s=SHORT_LEASE_S, **options)
-    running = _FaultyFleet(config, console=(console := _Witness()))
+    running = FleetOf("tests.system.faulty", config, console=(console := _Witness()))
     with _nothing_left(running):
         running.start()
         cases = make_cases(path, chooser, CASES)  # while it starts

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import httpx
 import redis
 from openai import AsyncOpenAI
 
+from penstock.child_process import ProcessSpec
 from penstock.common.config import ServeConfig
 from penstock.console import Console
 from penstock.fleet import Fleet
+from penstock.placement import Placement
 from tests.conftest import free_port
 from tests.forking import ForkedPython
 from tests.two_hosts import Host
@@ -28,16 +31,29 @@ from tests.two_hosts import Host
 LEASE_S = 30.0  # on no busy machine is anybody silent for so long
 SHORT_LEASE_S = 3.0  # for tests in which leases of the dead have to end
 IDLE_S = 60.0
+WITHIN_S = 60.0  # for an answer that takes milliseconds where nobody else is busy
 EMPTY = ("running", "waiting", "held_pages", "promised_pages")
 EMPTY_IF_THERE = ("requests", "admission", "handoffs", "reads", "lent_pages", "quarantined_pages")
 
 
 @contextlib.contextmanager
-def fleet(model: Path, *, console: Console | None = None, **options: Any) -> Iterator[Fleet]:
-    """A running fleet that must be idle, everywhere, when the block ends."""
-    with Fleet(fleet_config(model, **options), console=console) as running:
+def fleet(model: Path, *, console: Console | None = None, module: str = "penstock", **options: Any) -> Iterator[Fleet]:
+    """A running fleet that must be idle, everywhere, when the block ends. `module`: what its workers run."""
+    with FleetOf(module, fleet_config(model, **options), console=console) as running:
         yield running
         assert_idle(running)
+
+
+class FleetOf(Fleet):
+    """A fleet whose workers run a module that changes something in `penstock`."""
+
+    def __init__(self, module: str, config: ServeConfig, *, console: Console | None = None) -> None:
+        self._module = module
+        super().__init__(config, console=console)
+
+    def _worker_spec(self, placement: Placement) -> ProcessSpec:
+        spec = super()._worker_spec(placement)
+        return replace(spec, command=tuple(self._module if part == "penstock" else part for part in spec.command))
 
 
 def fleet_config(model: Path, **options: Any) -> ServeConfig:
@@ -53,7 +69,7 @@ def ledgers(running: Fleet) -> dict[str, dict[str, Any]]:
     for worker_id, url in running.status_urls().items():
         with (
             contextlib.suppress(urllib.error.URLError, ConnectionError),
-            urllib.request.urlopen(f"{url}/debug/ledger", timeout=20) as answer,
+            urllib.request.urlopen(f"{url}/debug/ledger", timeout=WITHIN_S) as answer,
         ):
             found[worker_id] = json.load(answer)
     return found
@@ -91,11 +107,13 @@ def reservations_in(redis_url: str, namespace: str = "penstock") -> dict[str, in
     return {worker: int(tokens) for load in hashes for worker, tokens in load.items() if int(tokens)}
 
 
-def metric(running: Fleet, name: str) -> float:
-    """A metric of the workers, summed. From themselves: the router's copy is as old as the last heartbeat."""
+def metric(running: Fleet, name: str, workers: str = "") -> float:
+    """A metric of the workers (whose ids begin so), summed. From themselves: the router's copy is as old as the last
+    heartbeat. As of now: a worker tells its ledger when it has counted what its last turn did."""
+    ledgers(running)
     lines: list[str] = []
-    for url in running.status_urls().values():
-        with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
+    for url in [url for worker_id, url in running.status_urls().items() if worker_id.startswith(workers)]:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=WITHIN_S) as answer:
             lines += answer.read().decode().splitlines()
     found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")]
     assert found, f"no worker has the metric {name}"
@@ -104,7 +122,7 @@ def metric(running: Fleet, name: str) -> float:
 
 def router_metric(url: str, name: str) -> float:
     """A metric of the router, summed over its labels."""
-    lines = httpx.get(f"{url}/metrics", timeout=20).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=WITHIN_S).text.splitlines()
     found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + " ", name + "{"))]
     assert found, f"the router has no metric {name}"
     return sum(found)

@@ -41,7 +41,7 @@ class Collector:
         with self._lock:
             return list(self._spans)
 
-    def wait(self, condition: Callable[[list[Span]], bool], seconds: float = 30.0) -> list[Span]:
+    def wait(self, condition: Callable[[list[Span]], bool], seconds: float = 60.0) -> list[Span]:
         """All spans, once `condition` holds of them."""
         deadline = time.monotonic() + seconds
         while not condition(self.spans):

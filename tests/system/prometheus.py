@@ -30,7 +30,7 @@ class Prometheus:
     """A running server."""
 
     def __init__(self, url: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=20)
+        self._http = httpx.Client(base_url=url, timeout=60)
 
     def get(self, path: str, **parameters: str) -> Any:
         return self._http.get(path, params=parameters).raise_for_status().json()["data"]
@@ -67,7 +67,7 @@ def prometheus(folder: Path, router_url: str) -> Iterator[Prometheus]:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
     server = Prometheus(f"http://{address}")
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not server.ready():
             assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.05)
@@ -76,7 +76,7 @@ def prometheus(folder: Path, router_url: str) -> Iterator[Prometheus]:
         server.close()
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         finally:
             process.kill()
             process.wait()

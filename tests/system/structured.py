@@ -30,7 +30,7 @@ KEYWORDS = re.compile("not|uniqueItems|contains|propertyNames|dependentRequired|
 MAX_TOKENS = 120
 FLEETS: dict[str, dict[str, Any]] = {
     "one worker": {"decode_workers": 1},
-    "hand-off": {"prefill_workers": 1, "decode_workers": 1},
+    "hand-off": {"prefill_workers": 1, "decode_workers": 1, "routing_policy": "round-robin"},
     "a decode worker killed": {"prefill_workers": 1, "decode_workers": 2},
 }
 

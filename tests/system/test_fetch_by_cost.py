@@ -18,14 +18,14 @@ NEW_TOKENS = 8
 PAGE = 4
 PREFIX = [3 + i * i % 59 for i in range(600)]
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.system
 
 
 def test_the_next_request_is_served_beside_the_busy_holder_of_its_prefix(tmp_path: Path) -> None:
     path = make_checkpoint("llama", tmp_path / "model", max_position_embeddings=4096)
     prompts = [[*PREFIX, 5, 6, 7], [*PREFIX, 9, 8]]
     expected = reference_tokens(path, prompts[1:], NEW_TOKENS)
-    with fleet(path, decode_workers=2, cpu_threads=1, max_num_seqs=1) as running:
+    with fleet(path, decode_workers=2, cpu_threads=1, max_num_seqs=1, module="tests.workers.patient") as running:
         assert asyncio.run(_second_of(running, prompts)) == expected[0]
         assert metric(running, "penstock:fetched_tokens_total") == len(PREFIX) // PAGE * PAGE
         assert metric(running, "penstock:fetches_total") == 1

@@ -72,7 +72,7 @@ def running(observed: Observed) -> Fleet:
 
 def scrape(url: str) -> dict[str, Metric]:
     """Families by the name that a scrape shows."""
-    text = httpx.get(f"{url}/metrics", timeout=20).text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     families = list(text_string_to_metric_families(text))
     names = [f"{family.name}_total" if family.type == "counter" else family.name for family in families]
     assert len(set(names)) == len(names), "a family appears twice"
@@ -83,7 +83,7 @@ def settled(running: Fleet) -> dict[str, Metric]:
     """A scrape of the router after its workers' last heartbeats."""
     import time
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         found = scrape(running.url)
         if total(found, "vllm:generation_tokens_total") >= len(PROMPTS) * OUTPUT:
@@ -228,7 +228,7 @@ def test_refused_requests_are_traced_as_errors(observed: Observed) -> None:
 
 
 def test_every_process_logs_the_request_under_its_id(observed: Observed, followed: dict[str, Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(about := [r for r in observed.records() if r.get("trace_id") == TRACE]) < 3:
         assert time.monotonic() < deadline, about
         time.sleep(0.05)

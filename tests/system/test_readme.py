@@ -85,7 +85,7 @@ def served(command: str, cwd: Path) -> Iterator[str]:
                 raise AssertionError("not ready: " + "".join(seen)) from None
         yield seen[-1]
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.fleet import Fleet
-from tests.system.fleets import fleet, reservations, router, router_metric, wait_restarted
+from tests.system.fleets import assert_idle, fleet, router, router_metric, wait_restarted
 
 pytestmark = pytest.mark.system
 PROCS = 3
@@ -31,7 +31,7 @@ def ask(running: Fleet, path: str, port: int = 0) -> httpx.Response:
     """One request on a connection of its own, so that the kernel deals it out anew."""
     headers = {"Authorization": "Bearer sk-test", "Connection": "close"}
     url = running.url if not port else f"http://127.0.0.1:{port}"
-    return httpx.get(url + path, headers=headers, timeout=20, verify=False)
+    return httpx.get(url + path, headers=headers, timeout=60, verify=False)
 
 
 def complete(running: Fleet) -> Any:
@@ -62,7 +62,9 @@ def test_every_process_takes_part_and_any_tells_of_all(running: Fleet) -> None:
         assert all(by_process.values()), "the kernel deals connections out to all of them"
         router = ask(running, "/fleet").json()["router"]
         assert router["finished"] == router["requests"] == REQUESTS and router["processes"] == PROCS
-        assert ask(running, "/load").json() == {"server_load": 0}
+        deadline = time.monotonic() + 60
+        while ask(running, "/load").json() != {"server_load": 0}:  # a client may have its answer before that is noted
+            assert time.monotonic() < deadline
     metrics = ask(running, "/metrics").text
     assert metrics.count("# TYPE vllm:num_requests_running ") == 1
     workers = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
@@ -87,7 +89,7 @@ def test_a_process_that_dies_is_replaced_and_the_others_serve_on(running: Fleet)
         complete(running)
     after = answered(running)
     assert after["0"] >= before["0"] and after["2"] >= before["2"]
-    assert not reservations(running)
+    assert_idle(running)
 
 
 def test_each_process_speaks_for_itself_at_its_admin_port(running: Fleet) -> None:
@@ -129,7 +131,7 @@ def test_a_response_in_the_background_is_everybodys(running: Fleet) -> None:
 def test_a_group_of_routers_can_be_started_alone(running: Fleet) -> None:
     with router(running.config.redis_url, Path(running.config.model), api_server_count=2) as url:
         deadline = time.monotonic() + 60
-        while httpx.get(f"{url}/fleet", timeout=20, verify=False).json()["router"]["processes"] != 2:
+        while httpx.get(f"{url}/fleet", timeout=60, verify=False).json()["router"]["processes"] != 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
@@ -155,7 +157,7 @@ def test_a_router_that_reads_text_otherwise_uses_no_worker_or_says_so(
         while router_metric(other, "penstock:workers_refused_total") != 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert httpx.get(f"{other}/health", timeout=20).status_code == 503
+        assert httpx.get(f"{other}/health", timeout=60).status_code == 503
     with router(url, tmp_path / "template") as other:
         assert router_metric(other, "penstock:template_mismatches_total") == 1
     with router(url, model) as other:

@@ -37,7 +37,7 @@ def test_memory_that_wanders_does_not_grow() -> None:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_fleet_in_which_everything_comes_and_goes_loses_nothing(tmp_path: Path) -> None:
     result = run(MINUTES, RATE, tmp_path)
     assert [action for _, action in result["events"]] == [action for _, action in PLAN]

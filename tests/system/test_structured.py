@@ -10,7 +10,7 @@ from tests.system.structured import check, run
 
 SCHEMAS = 25
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.system
 
 
 def test_outputs_follow_their_schemas_in_every_fleet(checkpoints: dict[str, Path]) -> None:

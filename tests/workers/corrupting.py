@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from penstock.cli import main
 from penstock.kv_transfer.base import Copy
 from penstock.kv_transfer.shm import ShmTransport
+from tests.workers.patient import wait_for_sources
 
 _post = ShmTransport.post
 
@@ -19,5 +20,6 @@ def _corrupt(self: ShmTransport, peer: str, src_pages: Sequence[int], dst_pages:
 
 
 if __name__ == "__main__":
+    wait_for_sources()
     ShmTransport.post = _corrupt  # type: ignore[method-assign]
     raise SystemExit(main())

@@ -16,6 +16,7 @@ from tests.workers.worker_processes import RouterDouble, WorkerProcess, workers
 NEW_TOKENS = 12
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
 PAGE = 4
+PATIENT = "tests.workers.patient"
 FLAGS = {"block_size": PAGE, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": "8MiB"}
 
 pytestmark = pytest.mark.system
@@ -62,7 +63,7 @@ def test_prefixes_between_workers_of_every_role(
     turns = [[*prompt, *tokens, *more] for prompt, tokens, more in zip(prompts, expected, prompts[::-1], strict=True)]
     expected_turns = reference_tokens(path, turns, NEW_TOKENS)
     roles = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
-    with workers(redis_server.url, path, roles, kv_transport=transport, **FLAGS) as fleet:
+    with workers(redis_server.url, path, roles, module=PATIENT, kv_transport=transport, **FLAGS) as fleet:
         prefill, first, second = (fleet[name] for name in roles)
         assert prefill.info and first.info and second.info
         with RouterDouble(first.info, second.info, prefill.info) as router:

@@ -37,7 +37,7 @@ class WorkerProcess:
 
     def ledger(self) -> dict[str, Any]:
         assert self.info is not None
-        with urllib.request.urlopen(f"{self.info.status_url}/debug/ledger", timeout=20) as answer:
+        with urllib.request.urlopen(f"{self.info.status_url}/debug/ledger", timeout=60) as answer:
             found: dict[str, Any] = json.load(answer)
         return found
 
@@ -60,8 +60,10 @@ class WorkerProcess:
             assert extra.get(name, 0) == 0, extra
 
     def metric(self, name: str) -> float:
+        """As of now: /metrics says what the last turn of its loop has left, and a ledger is told after a turn."""
+        self.ledger()
         assert self.info is not None
-        with urllib.request.urlopen(f"{self.info.status_url}/metrics", timeout=20) as answer:
+        with urllib.request.urlopen(f"{self.info.status_url}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         found = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")]
         assert found, f"{self.worker_id} has no metric {name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import httpx
@@ -11,6 +10,7 @@ import pytest
 import tokenizers
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.system.fleets import assert_idle, metric, router_metric
 from tests.system.openai_servers import (
     CONTEXT,
     GREEDY,
@@ -162,15 +162,11 @@ def test_cached_tokens_and_salts(server: Server) -> None:
 def test_choices_share_the_pages_of_their_prompt(server: Server) -> None:
     """Counted: four choices of 20 full pages and a part have them computed, and in a hand-off moved, once."""
 
-    def total(name: str, engine: str) -> float:
-        families = text_string_to_metric_families(server.http.get("/metrics").text)
-        samples = [sample for family in families for sample in family.samples if sample.name == name]
-        return sum(sample.value for sample in samples if sample.labels.get("engine", "").startswith(engine))
-
-    def figures() -> tuple[float, float, float]:
-        """(prompt tokens that decode workers know of, pages that they read, tokens computed anywhere)."""
-        told = total("vllm:prompt_tokens_by_source_total", "decode")
-        return told, total("penstock:kv_transfer_pages_total", "decode"), total(COMPUTED, "router")
+    def figures() -> tuple[float, float]:
+        """(pages that the decode worker read, tokens computed anywhere), of all that has ended."""
+        assert_idle(server.fleet)
+        pages = metric(server.fleet, "penstock:kv_transfer_pages_total", "decode")
+        return pages, router_metric(server.fleet.url, COMPUTED)
 
     def ask() -> list[Any]:
         values: dict[str, Any] = {"model": "tiny", "prompt": prompt, "n": 4, "seed": 3, **WILD}
@@ -178,14 +174,11 @@ def test_choices_share_the_pages_of_their_prompt(server: Server) -> None:
         return [choice.token_ids for choice in answer.choices]  # type: ignore[attr-defined]
 
     [prompt] = random_prompts([20 * PAGE + 2], seed=92)
-    told, moved, computed = figures()
+    moved, computed = figures()
     outputs = ask()
-    deadline = time.monotonic() + 60
-    while (now := figures())[0] < told + 4 * len(prompt):  # workers report now and then
-        assert time.monotonic() < deadline, now
-        time.sleep(0.05)
-    assert now[1] - moved == (21 if server.fleet.config.prefill_workers else 0)
-    assert now[2] - computed <= len(prompt) + 3 * PAGE
+    now = figures()
+    assert now[0] - moved == (21 if server.fleet.config.prefill_workers else 0)
+    assert now[1] - computed <= len(prompt) + 3 * PAGE
     assert ask() == outputs
 
 
