@@ -67,6 +67,7 @@ class PeerLinks:
         self._poller = poller
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, _Link] = {}
+        self._early: list[tuple[str, LinkEvent]] = []  # of links that were opened since the last poll
         self._sessions = 0
 
     def __len__(self) -> int:
@@ -93,31 +94,9 @@ class PeerLinks:
 
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
         """What happened on all links, as (incarnation, event). A lost link is closed and forgotten."""
-        events: list[tuple[str, LinkEvent]] = []
+        events, self._early = self._early, []
         for incarnation, link in list(self._links.items()):
-            lost: PeerLost | None = None
-            seq = link.link.state.heartbeat_seq
-            for item in link.link.receive(now):
-                if isinstance(item, Connected):
-                    if item.worker.incarnation != incarnation:
-                        lost = PeerLost(incarnation, f"restarted as {item.worker.incarnation}")
-                        break
-                    events.append((incarnation, PeerFound(item.worker)))
-                    for message in link.waiting:
-                        link.link.send(message)
-                    link.waiting.clear()
-                elif isinstance(item, Disconnected):
-                    lost = PeerLost(incarnation, item.reason)
-                elif isinstance(item, HeartbeatAck):
-                    events.append((incarnation, LeaseRenewed(link.heartbeats.sent_at(item.seq))))
-                else:
-                    events.append((incarnation, item))
-            if link.link.state.heartbeat_seq > seq:
-                link.heartbeats.sent(link.link.state.heartbeat_seq, now)
-            if lost is not None:
-                logger.warning("worker %s, whose pages were read, is lost: %s", link.worker.worker_id, lost.reason)
-                self._close(incarnation)
-                events.append((incarnation, lost))
+            events += [(incarnation, event) for event in self._receive(incarnation, link, now)]
         return events
 
     def close(self) -> None:
@@ -138,8 +117,36 @@ class PeerLinks:
             lease_s=self._lease_s,
             poller=self._poller,
         )
-        self._links[worker.incarnation] = _Link(worker, link, HeartbeatLog(now))
-        link.receive(now)  # connects
+        opened = self._links[worker.incarnation] = _Link(worker, link, HeartbeatLog(now))
+        # Connects. On a busy machine the worker's answer may be there before this thread goes on.
+        self._early += [(worker.incarnation, event) for event in self._receive(worker.incarnation, opened, now)]
+
+    def _receive(self, incarnation: str, link: _Link, now: float) -> list[LinkEvent]:
+        events: list[LinkEvent] = []
+        lost: PeerLost | None = None
+        seq = link.link.state.heartbeat_seq
+        for item in link.link.receive(now):
+            if isinstance(item, Connected):
+                if item.worker.incarnation != incarnation:
+                    lost = PeerLost(incarnation, f"restarted as {item.worker.incarnation}")
+                    break
+                events.append(PeerFound(item.worker))
+                for message in link.waiting:
+                    link.link.send(message)
+                link.waiting.clear()
+            elif isinstance(item, Disconnected):
+                lost = PeerLost(incarnation, item.reason)
+            elif isinstance(item, HeartbeatAck):
+                events.append(LeaseRenewed(link.heartbeats.sent_at(item.seq)))
+            else:
+                events.append(item)
+        if link.link.state.heartbeat_seq > seq:
+            link.heartbeats.sent(link.link.state.heartbeat_seq, now)
+        if lost is not None:
+            logger.warning("worker %s, whose pages were read, is lost: %s", link.worker.worker_id, lost.reason)
+            self._close(incarnation)
+            events.append(lost)
+        return events
 
     def _close(self, incarnation: str) -> None:
         self._links.pop(incarnation).link.close()

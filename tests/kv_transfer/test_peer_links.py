@@ -65,6 +65,33 @@ def test_a_worker_that_computes_is_waited_for_and_its_answers_renew_the_lease(li
         server.close()
 
 
+def test_an_answer_that_is_there_at_once_is_not_missed(links: PeerLinks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the handshake may be over before the thread that began it goes on."""
+    server = BusServer("127.0.0.1", 0, "")
+    try:
+        worker = replace(worker_info("prefill-0", "p1"), address=server.address)
+        peers = Peers(worker, LEASE_S)
+        receive = bus.BusLink.receive
+
+        def receive_late(link: bus.BusLink, now: float) -> list[bus.LinkItem]:
+            items = receive(link, now)
+            while not items and not peers:
+                for identity, message in server.receive():
+                    assert isinstance(message, Hello)
+                    server.send(identity, peers.hello(identity, message, now)[0])
+            while not items:
+                items = receive(link, now)
+            return items
+
+        monkeypatch.setattr(bus.BusLink, "receive", receive_late)
+        links.send(worker, PagesLanded(request_id="r", attempt=0), 1.0)
+        monkeypatch.undo()
+        assert links.lent_at("p1", 1) == 1.0  # the first heartbeat went out with it
+        assert [(name, type(event)) for name, event in links.poll(2.0)][:1] == [("p1", PeerFound)]
+    finally:
+        server.close()
+
+
 def test_whoever_takes_a_connection_and_never_speaks_is_lost(links: PeerLinks, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process: the kernel accepts for it. libzmq gives up a handshake that does not get on."""
     monkeypatch.setattr(bus, "CONNECT_TIMEOUT_MS", 100)
