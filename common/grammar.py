@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import msgspec
@@ -34,6 +34,7 @@ COMPILE_STACK_BYTES = 256 << 20  # a thousand schemas, each in the one before, o
 CACHED_GRAMMARS = 64
 ENCODED_TEXTS = 4096  # kept: with every token the rest of what a form dictates is asked for, by every request
 SPECIAL_MARK = b"\xff"  # no text has this byte: llguidance's mark of special tokens
+TEXT_MARK = "\x02"  # merges with nothing, so that a text behind it has tokens of its own
 # One space, or a line break with the next line's indentation: a model can write JSON as people do, but not nothing
 # but spaces until its tokens are used up.
 JSON_WHITESPACE = r" |\r?\n[ \t]{0,64}"
@@ -168,11 +169,43 @@ class _Tokens:
         self.tokens = [SPECIAL_MARK * (i in special) + tokenizer.token_bytes(i) for i in range(size)]
         self.special_token_ids = sorted(special)
         self.eos_token_id = ends[0]
-        self._encode = lru_cache(ENCODED_TEXTS)(lambda text: tokenizer.encode(text.decode(), add_special_tokens=False))
+        self._tokenizer = tokenizer
+        self._encode = lru_cache(ENCODED_TEXTS)(self._usual)
 
     def __call__(self, text: bytes) -> list[int]:
         """Where a form leaves no choice, llguidance asks for the tokens that the text usually has."""
         return self._encode(text)
+
+    def _usual(self, text: bytes) -> list[int]:
+        """Of exactly these bytes, whatever a tokenizer adds (SentencePiece: a space before a text, but for the mark),
+        normalises, or takes for a special token: nothing else would satisfy the form."""
+        for mark in ("", TEXT_MARK):
+            before = self._tokenizer.encode(mark, add_special_tokens=False)
+            ids = self._tokenizer.encode(mark + text.decode(), add_special_tokens=False)[len(before) :]
+            if b"".join(self.tokens[i] for i in ids) == text:
+                return ids
+        return self._longest(text)
+
+    def _longest(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again; up to where none does."""
+        ids, place = [], 0
+        while place < len(text):
+            lengths = range(min(self._most_bytes, len(text) - place), 0, -1)
+            fits = (self._by_bytes[piece] for n in lengths if (piece := text[place : place + n]) in self._by_bytes)
+            token = next(fits, None)
+            if token is None:
+                break
+            ids.append(token)
+            place += len(self.tokens[token])
+        return ids
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        return {data: token for token, data in enumerate(self.tokens) if data and data[:1] != SPECIAL_MARK}
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        return max(map(len, self._by_bytes), default=0)
 
 
 def grammar_text(params: StructuredOutputsParams, special_tokens: Mapping[str, int]) -> str:

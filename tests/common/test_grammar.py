@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from penstock.common.grammar import (
     CACHED_GRAMMARS,
@@ -258,6 +258,34 @@ def test_tokens_mean_the_bytes_that_llguidance_reads_itself(tokenizer: Tokenizer
     assert set(vocabulary.eos_tokens) <= tokenizer.special_ids
     for token in range(tokenizer.vocab_size):
         assert vocabulary.decode_bytes([token]) == theirs.decode_bytes([token]), token
+
+
+def spaced_sentencepiece() -> Tokenizer:
+    """As Llama 2 and Mistral have it: a space goes before every text."""
+    backend = tokenizers.Tokenizer.from_str(sentencepiece_backend().to_str())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return Tokenizer(backend)
+
+
+def composing_byte_level() -> Tokenizer:
+    """As Qwen has it: accents become one character with their letter."""
+    backend = tokenizers.Tokenizer.from_str(byte_level_backend().to_str())
+    backend.normalizer = normalizers.NFC()
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("tokenizer", [spaced_sentencepiece(), composing_byte_level()], ids=["spaced", "composing"])
+@pytest.mark.parametrize("text", ["the water", " the water", "e\u0301 and é", "a<s>b</s>", "\x02 水, 🙂"])
+def test_a_dictated_text_has_its_own_bytes(tokenizer: Tokenizer, text: str) -> None:
+    grammars = Grammars(lambda: tokenizer, tokenizer.vocab_size, [END])
+    matcher, said = grammars.compile(Form(choice=[text])).result().deep_copy(), b""
+    while said != text.encode():
+        mask = matcher.compute_bitmask()
+        allowed = [i for i in range(tokenizer.vocab_size) if mask[i // 8] >> i % 8 & 1 and i != END]
+        assert allowed and matcher.consume_token(allowed[0]), said
+        said += tokenizer.token_bytes(allowed[0])
+        assert text.encode().startswith(said)
+    assert matcher.is_accepting()
 
 
 def test_text_has_every_plain_token_and_no_special_one() -> None:
