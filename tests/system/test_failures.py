@@ -42,10 +42,12 @@ CONTEXT = 8192
 ROOM = 32 << 20  # bytes of KV: over 40,000 tokens
 FOREVER = 6000  # tokens: more than any test waits for
 WITHIN_S = 60.0  # for what takes a second where nobody else is busy
-HANG_ANSWERED_S = 60.0  # the bus notices after 5 s at most; the rest is for busy machines
+HANG_ANSWERED_S = 120.0  # the bus notices after 5 s at most; the rest is for busy machines
 QUEUE_TIMEOUT_S = 10  # so long the router waits for a worker that may be restarting
-DEAD_ANSWERED_S = QUEUE_TIMEOUT_S + 10.0
-POOL = 1 << 20  # bytes: 1364 tokens
+DEAD_ANSWERED_S = QUEUE_TIMEOUT_S + 50.0
+POOL = 4 << 20  # bytes: 5456 tokens
+BLOCKS = 2000  # tokens that a long prompt may get there: seconds
+LATE_S = 3.0  # of waiting for room: longer than it takes to see that somebody does, shorter than the bus's patience
 # Round-robin hands every long prompt off, whatever that costs on a busy machine.
 PAIR = {"prefill_workers": 1, "decode_workers": 1, "cpu_threads": 1, "routing_policy": "round-robin"}
 
@@ -87,21 +89,21 @@ async def _clients_leave(running: Fleet, prompts: list[list[int]], expected: lis
     """While they are prefilled, and while they are decoded; their neighbours' answers are not disturbed."""
     async with open_client(running.url) as client:
         for stream in (True, False):
-            long = random_prompts([3000], seed=int(stream))[0]
-            for prompt, worker in ((long, "prefill-0"), (prompts[1], "decode-0")):
-                async with _leaves(client, prompt, stream):
+            long = random_prompts([7000], seed=int(stream))[0]
+            for prompt, worker, tokens in ((long, "prefill-0", 1000), (prompts[1], "decode-0", FOREVER)):
+                async with _leaves(client, prompt, stream, tokens):
                     await wait_for(running, worker, running=1)
                     neighbours = _ask_all(client, prompts[:3], salt=f"{worker}-{stream}")
                     await asyncio.wait(neighbours, timeout=0.05)
                 await wait_for(running, "prefill-0", running=0, waiting=0, held_pages=0, lent_pages=0)
                 assert await asyncio.gather(*neighbours) == expected[:3]
                 await asyncio.to_thread(assert_idle, running)
-    assert metric(running, "vllm:generation_tokens_total") < FOREVER  # nobody computed on for those who left
+    assert metric(running, "vllm:generation_tokens_total") < 2 * FOREVER  # nobody computed on for those who left
 
 
 @contextlib.asynccontextmanager
 async def _leaves(
-    client: AsyncOpenAI, prompt: list[int], stream: bool, max_tokens: int = FOREVER - 1000
+    client: AsyncOpenAI, prompt: list[int], stream: bool, max_tokens: int = FOREVER
 ) -> AsyncIterator[None]:
     """A client that hangs up when the block ends, before it has its answer."""
     task = asyncio.create_task(complete(client, prompt, max_tokens, stream=stream))
@@ -118,19 +120,18 @@ async def _redis_goes(
 ) -> None:
     async with open_client(running.url) as client:
 
-        async def keep_asking(index: int) -> int:
+        async def keep_asking(index: int) -> None:
             answers = 0
-            while time.monotonic() < back_at or not answers:
+            while time.monotonic() < back_at or answers < 2:
                 stream = answers % 2 == 0
                 assert await complete(client, prompts[index], NEW_TOKENS, stream=stream) == expected[index]
                 answers += 1
-            return answers
 
         back_at = time.monotonic() + outage_s
         asking = [asyncio.create_task(keep_asking(index)) for index in range(3)]
         await wait_for(running, "decode-0", running=3)
         server.stop()
-        assert all(count > 1 for count in await asyncio.gather(*asking))
+        await asyncio.gather(*asking)
         await asyncio.to_thread(server.start)
         await asyncio.to_thread(_wait_announced, running, server)
         async with _leaves(client, prompts[0], True):
@@ -175,14 +176,16 @@ async def _the_router_dies(running: Fleet, prompts: list[list[int]]) -> None:
 
 def test_no_room(model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
     """A pool for one long prompt at a time: the others wait, in order, leave, or are sent away in time."""
-    with fleet(model, kv_cache_memory_bytes=POOL, max_model_len=1200, queue_timeout_s=2.0, cpu_threads=1) as running:
+    with fleet(model, kv_cache_memory_bytes=POOL, max_model_len=4800, cpu_threads=1) as running:
         asyncio.run(_too_long(running))
         asyncio.run(_waits(running, prompts, expected))
+        with router(running.config.redis_url, model, queue_timeout_s=LATE_S) as impatient:
+            asyncio.run(_is_too_late(running, impatient))
 
 
 async def _too_long(running: Fleet) -> None:
     async with open_client(running.url) as client:
-        for prompt_tokens, max_tokens, numbers in ((1300, 1, ("1200", "1300")), (1000, 201, ("1200", "1201"))):
+        for prompt_tokens, max_tokens, numbers in ((4900, 1, ("4800", "4900")), (4000, 801, ("4800", "4801"))):
             for stream in (True, False):
                 with pytest.raises(BadRequestError) as refused:
                     await complete(client, random_prompts([prompt_tokens])[0], max_tokens, stream=stream)
@@ -194,7 +197,7 @@ async def _too_long(running: Fleet) -> None:
 
 async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[int]]) -> None:
     """A long request holds most of the pool. Each other long one waits for it; short ones behind wait as well."""
-    blocker, gone, *long = random_prompts([700, 701, 702, 703, 704], seed=3)
+    blocker, gone, *long = random_prompts([2800, 2801, 2802, 2803, 2804], seed=3)
     wanted = await asyncio.to_thread(reference_tokens, Path(running.config.model), long, 8)
     worker = "decode-0"
     async with open_client(running.url) as client:
@@ -205,7 +208,7 @@ async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[i
             order.append(index)
 
         for stream in (True, False):
-            async with _leaves(client, blocker, True, 500):
+            async with _leaves(client, blocker, True, BLOCKS):
                 await wait_for(running, worker, requests=1, running=1)
                 async with _leaves(client, gone, stream, 100):
                     await wait_for(running, worker, requests=1, admission=1)
@@ -215,7 +218,7 @@ async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[i
                 assert await neighbour == expected[0][:8]
             await asyncio.to_thread(assert_idle, running)
 
-        async with _leaves(client, blocker, True, 500):
+        async with _leaves(client, blocker, True, BLOCKS):
             await wait_for(running, worker, requests=1, running=1)
             waiting = []
             for index in range(len(long)):
@@ -224,20 +227,30 @@ async def _waits(running: Fleet, prompts: list[list[int]], expected: list[list[i
         await asyncio.gather(*waiting)
         assert order == sorted(order)
 
-        async with _leaves(client, blocker, True, 500):
-            await wait_for(running, worker, requests=1, running=1)
-            late = [asyncio.create_task(complete(client, gone, 8, stream=stream)) for stream in (True, False)]
-            await wait_for(running, worker, requests=1, admission=2)
-            running.kill(worker, signal.SIGSTOP)  # so that the blocker is there, still, when their time is up
-            await asyncio.sleep(running.config.queue_timeout_s + 0.1)
-            running.kill(worker, signal.SIGCONT)
-            for error in await asyncio.gather(*late, return_exceptions=True):
-                assert isinstance(error, InternalServerError), error
-                assert error.status_code == 503
-                assert error.body == {
-                    "message": "no room within 2 s", "type": "server_error", "param": None, "code": "queue_timeout"
-                }  # fmt: skip
-                assert error.response.headers["retry-after"] == "1"
+
+async def _is_too_late(running: Fleet, impatient: str) -> None:
+    """Who comes by a router with little patience is sent away; meanwhile the worker stands still, and so does whom it
+    serves."""
+    blocker, late = random_prompts([2800, 2801], seed=4)
+    worker = "decode-0"
+    async with (
+        open_client(impatient) as other,
+        open_client(running.url) as client,
+        _leaves(client, blocker, True, BLOCKS),
+    ):
+        await wait_for(running, worker, requests=1, running=1)
+        waiting = [asyncio.create_task(complete(other, late, 8, stream=stream)) for stream in (True, False)]
+        await wait_for(running, worker, requests=1, admission=2)
+        running.kill(worker, signal.SIGSTOP)
+        await asyncio.sleep(LATE_S + 0.1)
+        running.kill(worker, signal.SIGCONT)
+        for error in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(error, InternalServerError), error
+            assert error.status_code == 503
+            assert error.body == {
+                "message": "no room within 3 s", "type": "server_error", "param": None, "code": "queue_timeout"
+            }  # fmt: skip
+            assert error.response.headers["retry-after"] == "1"
 
 
 # ---------------------------------------------------------------- workers that hang or leave
@@ -343,14 +356,14 @@ def test_cut_connections_and_nobody_left(
     flags = {"max_num_batched_tokens": 8, "block_size": 4, "kv_cache_memory_bytes": ROOM, "lease_s": SHORT_LEASE_S}
     with (
         workers(own_redis.url, model, roles, module="tests.system.cutting", **flags) as started,
-        router(own_redis.url, model, queue_timeout_s=QUEUE_TIMEOUT_S) as url,
+        router(own_redis.url, model, queue_timeout_s=QUEUE_TIMEOUT_S, routing_policy="round-robin") as url,
     ):
         prefill, decode = started["prefill-0"], started["decode-0"]
-        asyncio.run(_cut_under_load(url, prefill, "handoffs", 1, prompts, expected))
-        assert decode.metric("penstock:handoff_failures_total") > 0
+        while not decode.metric("penstock:handoff_failures_total"):  # what was seen there may end before the cut
+            asyncio.run(_cut_under_load(url, prefill, "handoffs", 1, prompts, expected))
         retries = router_metric(url, "penstock:retries_total")
-        asyncio.run(_cut_under_load(url, decode, "running", 2, prompts, expected))
-        assert router_metric(url, "penstock:retries_total") > retries
+        while router_metric(url, "penstock:retries_total") == retries:
+            asyncio.run(_cut_under_load(url, decode, "running", 2, prompts, expected))
         for worker in started.values():
             worker.assert_idle()
         asyncio.run(_the_last_worker_dies(url, decode, prompts))
@@ -362,13 +375,14 @@ async def _cut_under_load(
 ) -> None:
     """Cut all connections of a worker while its ledger has requests in `busy`."""
     async with open_client(url) as client:
-        asked = _ask_all(client, prompts * 2, salt=worker.worker_id)
+        asked: list[asyncio.Task[list[int]]] = []
         for _ in range(cuts):
             while not (await asyncio.to_thread(worker.ledger))[busy]:
-                assert not all(task.done() for task in asked), "the answers came before the cut"
+                if all(task.done() for task in asked):
+                    asked += _ask_all(client, prompts * 2, salt=f"{worker.worker_id}-{time.monotonic()}")
             worker.kill(signal.SIGUSR1)
             await asyncio.sleep(0.2)
-        assert await asyncio.gather(*asked) == expected * 2
+        assert await asyncio.gather(*asked) == expected * (len(asked) // len(expected))
 
 
 async def _the_last_worker_dies(url: str, decode: WorkerProcess, prompts: list[list[int]]) -> None:
