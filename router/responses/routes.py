@@ -281,6 +281,8 @@ class Responses:
         running = self._running.get(key)
         if running is not None:
             await running.cancel()
+            if known != "told":  # Redis had lost it, or its lease: it has been stored as it ended
+                await self._store.wish(key, "delete")
         elif known == "unknown":
             raise _unknown(key)
         await send_json(send, _json({"id": key[1], "object": "response", "deleted": True}), headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -75,6 +76,19 @@ def test_the_background(here: Router, there: Router) -> None:
     assert found.output_text == ANSWER
     with pytest.raises(openai.BadRequestError, match="over, with status 'completed'"):
         there.openai.responses.cancel(done.id)
+
+
+def test_what_is_deleted_stays_so_when_redis_had_lost_it(
+    here: Router, there: Router, _shared_redis: RedisServer
+) -> None:
+    here.service.pause_after = 5
+    response = create(here, background=True)
+    with contextlib.closing(_shared_redis.client()) as redis:
+        redis.delete(*redis.scan_iter(f"two-routers:response:{response.id}*"))
+    assert here.openai.responses.delete(response.id) is None
+    for router in (here, there):
+        with pytest.raises(openai.NotFoundError):
+            router.openai.responses.retrieve(response.id)
 
 
 def test_a_background_response_is_deleted(here: Router, there: Router) -> None:
