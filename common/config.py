@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from penstock.common.errors import ConfigError
 
@@ -66,6 +67,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _in(self, "dtype", DTYPES)
         _in(self, "attention_backend", ATTENTION_BACKENDS)
+        _in_bounds(self)
         _positive(self, "max_num_seqs")
         for name in ("max_num_batched_tokens", "block_size"):
             if getattr(self, name) is not None:
@@ -173,7 +175,8 @@ class RouterConfig(FleetConfig):
     otlp_traces_endpoint: str = option("", "OpenTelemetry collector that gets a trace of each request (needs [otel])")
 
     def __post_init__(self) -> None:
-        _positive(self, "max_inflight", "max_queued", "router_procs")
+        _in_bounds(self)
+        _positive(self, "max_inflight", "max_queued", "router_procs", "max_attempts")
         _in(self, "routing_policy", ROUTING_POLICIES)
         _in(self, "chat_template_content_format", CONTENT_FORMATS)
         if self.enable_auto_tool_choice and not self.tool_call_parser:
@@ -230,6 +233,10 @@ class ServeConfig(WorkerConfig, RouterConfig):
             raise ConfigError("decode_workers must be at least 1: every request ends on a decode worker")
         if self.prefill_workers < 0:
             raise ConfigError("prefill_workers must be at least 0")
+        for role in ROLES:
+            devices, workers = getattr(self, f"{role}_devices"), getattr(self, f"{role}_workers")
+            if len(devices) > workers:
+                raise ConfigError(f"{role}_devices names {len(devices)} devices for {role}_workers={workers}")
 
     def router(self) -> RouterConfig:
         """The router's share."""
@@ -250,6 +257,26 @@ def tenant_of(key_number: int) -> str:
 def _in(config: object, name: str, allowed: tuple[str, ...]) -> None:
     if getattr(config, name) not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+
+
+def _in_bounds(config: object) -> None:
+    """What holds for every option of its kind: ports, addresses of Redis, amounts and times."""
+    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name.endswith("port") and type(value) is int and not 0 <= value <= 65535:
+            raise ConfigError(f"{name} must be from 0 to 65535, got {value}")
+        if name != "seed" and type(value) in (int, float) and not value >= 0:
+            raise ConfigError(f"{name} must not be below 0, got {value}")
+    if values.get("redis_url") and not _is_redis_url(values["redis_url"]):
+        raise ConfigError("redis_url must be redis://HOST:PORT, rediss://HOST:PORT or unix://PATH")
+
+
+def _is_redis_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("redis", "rediss", "unix") and (parts.port is None or parts.port > 0)
+    except ValueError:  # no port number, say
+        return False
 
 
 def _positive(config: object, *names: str) -> None:

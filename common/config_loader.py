@@ -320,5 +320,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" where something known is near, else ""."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    bare = {_bare(other): other for other in known}
+    close = get_close_matches(_bare(name), bare, n=1)
+    return f"; did you mean {bare[close[0]]}?" if close else ""
+
+
+def _bare(name: str) -> str:
+    """Without what all names have in common, so that it makes none of them alike."""
+    return name.lstrip("-").removeprefix(ENV_PREFIX)

@@ -81,9 +81,9 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
     registry = RegistryWriter(config.redis_url, config.namespace, registered) if config.redis_url else None
     stop_on_signals(loop)
     logger.info(
-        "%s %s ready on %s, transports %s, status %s",
-        config.role,
+        "%s (%s) is ready on %s, transports %s, status %s",
         info.worker_id,
+        config.role,
         bus.address,
         "+".join(transports) or "none",
         announced,

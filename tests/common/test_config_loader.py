@@ -70,6 +70,7 @@ def test_file_types(tmp_path: Path, name: str) -> None:
         "max_model_len": "32K",
         "kv_cache_memory_bytes": 1024,
         "lease_s": 5,
+        "prefill_workers": 2,
         "prefill_devices": [0, 1],
         "decode_devices": 2,
         "served_model_name": "a, b",
@@ -158,6 +159,7 @@ def test_plain_digits_are_themselves(size: int) -> None:
 def test_unknown_things_are_named_with_the_nearest_known(tmp_path: Path) -> None:
     assert mistake("--prot", "1") == "unknown option --prot; did you mean --port?"
     environ = {"PENSTOCK_MAX_MODEL_LENGTH": "1"}
+    assert mistake("--bogus", "1") == "unknown option --bogus", "two dashes make nothing alike"
     assert "PENSTOCK_MAX_MODEL_LENGTH; did you mean PENSTOCK_MAX_MODEL_LEN?" in mistake(environ=environ)
     assert "fleet.yaml: unknown option max_seqs" in mistake("--config", file_with(tmp_path, {"max_seqs": 1}))
     assert "unexpected argument 'two'" in mistake("one", "two")
@@ -178,6 +180,12 @@ def test_what_other_processes_know_is_passed_over(tmp_path: Path) -> None:
         (("--dtype", "int3"), "--dtype: must be one of auto, float32"),
         (("--max-model-len", "1.5"), "or a size such as 4GiB"),
         (("--block-size", "0"), "block_size must be at least 1"),
+        (("--port", "65536"), "port must be from 0 to 65535, got 65536"),
+        (("--lease-s", "-1"), "lease_s must not be below 0, got -1"),
+        (("--drain-s", "nan"), "drain_s must not be below 0, got nan"),
+        (("--redis-url", "http://:secret@x"), "redis_url must be redis://HOST:PORT"),
+        (("--redis-url", "redis://:secret@x:port"), "redis_url must be redis://HOST:PORT"),
+        (("--prefill-devices", "0"), "prefill_devices names 1 devices for prefill_workers=0"),
         (("--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", "1G"), "exclude each other"),
     ],
 )
