@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelError, CheckpointError) as error:
         print(f"{logs.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # what a shell says of a process ended by Ctrl-C
 
 
 def _serve(arguments: list[str]) -> int:

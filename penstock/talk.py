@@ -120,8 +120,6 @@ def _run(options: argparse.Namespace, turn: Callable[[str], str], hint: str) -> 
             turn(options.quick)
         except RequestError as error:
             return _say(error)
-        except KeyboardInterrupt:
-            return 130  # what a shell says of a process ended by Ctrl-C
         return 0
     if sys.stdin.isatty():
         print(f"{options.url}: {hint}, Ctrl-D ends", file=sys.stderr)

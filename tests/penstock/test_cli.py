@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock import __version__
+from penstock import __version__, cli
 from penstock.cli import main
 from penstock.common.config import ServeConfig
 
@@ -67,6 +67,14 @@ def test_a_mistake_is_one_line_and_status_2(argv: list[str], words: str, capsys:
     assert err.startswith("penstock: error: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_an_exit_status_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "simulate", interrupted)
+    assert main(["simulate", "trace"]) == 130
 
 
 def test_serve_passes_its_configuration_to_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
