@@ -11,6 +11,7 @@ may still write go to quarantine until that read has settled.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -76,6 +77,7 @@ class Reader:
     counters: ReaderCounters = field(default_factory=ReaderCounters)
     histograms: ReadHistograms = field(default_factory=ReadHistograms)
     _open: dict[str, Reading] = field(default_factory=dict)  # by key
+    _requests: Counter[str] = field(default_factory=Counter)  # how many of `_open` are of each request
     _reads: dict[str, str] = field(default_factory=dict)  # tag of a read that may still write -> its key
     _ended: list[Read] = field(default_factory=list)
 
@@ -87,7 +89,7 @@ class Reader:
 
     def reads_for(self, request_id: str) -> bool:
         """Pages of any choice of the request are on their way."""
-        return any(reading.wanted.request_id == request_id for reading in self._open.values())
+        return self._requests[request_id] > 0
 
     @property
     def settled(self) -> bool:
@@ -275,6 +277,7 @@ class Reader:
     def _begin(self, reading: Reading, message: Prefill | Fetch, now: float) -> None:
         wanted, incarnation = reading.wanted, reading.worker.incarnation
         self._open[wanted.key] = reading
+        self._requests[wanted.request_id] += 1
         self.counters.asked_tokens += wanted.num_tokens - wanted.first_page * self.pages.page_size
         self.landings.promise(wanted.key, wanted.first_page, wanted.num_pages)
         if incarnation in self.transports.unreadable:
@@ -330,6 +333,9 @@ class Reader:
         wanted, size = reading.wanted, self.pages.page_size
         outcome = self.landings.take(wanted.key)
         del self._open[wanted.key]
+        self._requests[wanted.request_id] -= 1
+        if not self._requests[wanted.request_id]:
+            del self._requests[wanted.request_id]
         self.links.send_if_linked(reading.worker.incarnation, landed(wanted))
         if outcome.idle:  # their contents are unknown; the engine will need as many, so they stay promised
             self.pages.release_some(wanted.key, outcome.idle)

@@ -125,7 +125,7 @@ class BeamReply(_BeamReply, WholeReply):
 
 
 class BeamStreamReply(_BeamReply, StreamReply):
-    """The answer as events: those of a prompt come when its search has ended, each choice's text in one."""
+    """The answer as events: they come when the searches of all prompts have ended, each choice's text in one."""
 
 
 def _with_top(at: TokenLogprobs, count: int) -> TokenLogprobs:

@@ -57,6 +57,7 @@ from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, St
 from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 
 MAX_WAITING = 1000
+MAX_FIRST_TOKEN_TIMEOUTS = 30  # times `progress_timeout_s`: what a first token may take, whatever its workers compute
 
 
 class InvalidTransition(RuntimeError):
@@ -150,7 +151,9 @@ class Dispatcher:
             assert choice.placement is not None
             prefill = choice.placement.prefill
             if event.incarnation in (choice.placement.decode.incarnation, prefill and prefill.incarnation):
-                choice.deadline = max(choice.deadline, now + self._progress_timeout_s)
+                # Not for ever: it might be the one that a busy worker has forgotten.
+                latest = choice.since + MAX_FIRST_TOKEN_TIMEOUTS * self._progress_timeout_s
+                choice.deadline = max(choice.deadline, min(now + self._progress_timeout_s, latest))
 
     def _worker_stalled(self, event: WorkerStalled, now: float) -> None:
         stalled, reason = event.incarnation, event.reason

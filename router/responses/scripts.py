@@ -23,6 +23,7 @@ KEEP = f"""{_FORGET}
 local most, size, ttl, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+if redis.call('EXISTS', order) == 0 then redis.call('DEL', sizes) end -- the server has evicted what says who is old
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', order, '-inf', now)) do forget(name) end
 local wish = redis.call('HGET', key(id), 'wish')
 forget(id)

@@ -420,6 +420,17 @@ def test_a_long_prompt_is_not_late_while_its_worker_computes(computing: str):
     assert type(the(Fail, h.do(WorkerComputing("p2"), Tick())).error) is Timeout
 
 
+def test_a_request_that_a_busy_worker_has_forgotten_ends_at_last():
+    h = Harness()
+    h.run(prefill="p1")
+    minutes = 0
+    while not (commands := h.do(WorkerComputing("p1"), Tick())):
+        h.now += 60.0
+        minutes += 1
+        assert minutes < 100
+    assert type(the(Fail, commands).error) is Timeout and minutes > 10
+
+
 @pytest.mark.parametrize("came", [0, 1])
 def test_a_token_that_is_missing_is_missed_however_busy_its_worker_is(came: int):
     h = Harness()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,19 @@ async def opened(redis: RedisServer, namespace: str = "", **options: Any) -> Asy
         yield store
     finally:
         await store.close()
+
+
+def test_an_order_that_the_server_has_evicted_is_begun_anew(redis_server: RedisServer) -> None:
+    async def check() -> None:
+        async with opened(redis_server, namespace="evicted") as store:
+            await store.keep(("", "old"), Stored(b"b" * 900 * KIB, ()))
+            with redis.Redis.from_url(redis_server.url) as client:
+                client.delete("evicted:responses")
+            for name in ("one", "two", "three"):
+                await store.keep(("", name), Stored(b"b" * 300 * KIB, ()))
+            assert all([await store.get(("", name)) for name in ("one", "two", "three")])
+
+    asyncio.run(check())
 
 
 async def until(ask: Callable[[], Awaitable[Any]], wanted: object) -> None:
