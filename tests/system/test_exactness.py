@@ -60,7 +60,8 @@ def test_every_mode_equals_hugging_face(
         if mode != "aggregated":
             assert metric(running, "penstock:kv_transfer_bytes_total") > 0
         if "pages" in sizes:
-            assert metric(running, "vllm:num_preemptions_total") > 0
+            while not metric(running, "vllm:num_preemptions_total"):  # unless too few were there at once
+                assert complete_all(running, prompts, NEW_TOKENS, spread_s=0.0) == expected
         else:
             hits = metric(running, "vllm:prefix_cache_hits_total")
             assert complete_all(running, prompts[:8], NEW_TOKENS) == expected[:8]

@@ -168,7 +168,7 @@ print(*llm.thread.fleet.group.pids().values(), flush=True)
 @pytest.mark.parametrize(("end", "status"), [("", 0), ("1 / 0", 1)])
 def test_no_process_outlives_the_program(end: str, status: int, checkpoints: dict[str, Path]) -> None:
     command = [sys.executable, "-c", PROGRAM.format(end=end), str(checkpoints["llama"])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=250)
     assert done.returncode == status, done.stderr
     length, pids = done.stdout.splitlines()
     assert length == "4" and len(pids.split()) == 2  # Redis and the worker
