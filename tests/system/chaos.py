@@ -43,8 +43,8 @@ LOAD_S = 18.0
 AT_ONCE = 16  # requests under way
 EXACT, LEFT, CLOSED = "exact", "left", "closed"
 STOPPED_S = {"stop": SHORT_LEASE_S + 1.0, "hang": SHORT_LEASE_S + 5.0}  # routers notice the second, after 5 s
-RESTARTED_S = 60.0  # the last to leave may still be draining when the load is over, and has to start again
-ROUTER_AWAY_S = 20.0  # from its death until the next one answers, on a busy machine
+RESTARTED_S = 120.0  # the last to leave may still be draining when the load is over, and has to start again
+ROUTER_AWAY_S = 60.0  # from its death until the next one answers, on a busy machine
 POLL_S = 0.2
 AGAIN_S = 0.3  # a client that nobody takes a connection of tries again
 MORE_FILES = 24  # links to others at most; two hundred requests that leave one each are more
@@ -128,7 +128,7 @@ def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bo
         plan = _plan(chooser, sorted(running.worker_pids()), blackout=blackout)
         load = Load(running, cases, plan, load_s)
         outcomes = asyncio.run(load.run(chooser, REQUESTS))
-        running.wait_ready(60)
+        running.wait_ready(RESTARTED_S)
         assert_idle(running, RESTARTED_S)
         more = max(number - opened[name] for name, number in descriptors(running).items())
         assert more <= MORE_FILES, f"{more} more open files than at the start: {descriptors(running)}"
