@@ -55,7 +55,7 @@ class TextProbe:
             return ""
         return (
             f"its tokenizer is another: the probes give {worker.tokenizer_probe} there and {self.tokenizer} here; "
-            f"give routers and workers the same model, or the same --tokenizer"
+            f"give routers and workers the same model, or the same --tokenizer, and the same version of tokenizers"
         )
 
     def warning(self, worker: WorkerInfo) -> str:

@@ -211,8 +211,7 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
             roles = Counter(worker.role for worker, _ in front.service.loads())
             body = b'{"status":"ok","workers":{"prefill":%d,"decode":%d}}' % (roles["prefill"], roles["decode"])
             return Response(body, media_type="application/json")
-        reason = "no worker is known yet" if front.service.model_info() is None else "no decode worker takes requests"
-        error = b'{"status":"unavailable","reason":"%b"}' % reason.encode()
+        error = b'{"status":"unavailable","reason":"%b"}' % front.service.why_not_ready().encode()
         return Response(error, 503, media_type="application/json")
 
     @app.get("/version")

@@ -82,7 +82,7 @@ class Front:
         """What the fleet serves; raises Unavailable while no worker is known."""
         info = self.service.model_info()
         if info is None:
-            raise Unavailable("no worker is known yet")
+            raise Unavailable(self.service.why_not_ready())
         return info
 
     def model_name(self, asked: str | None) -> str:

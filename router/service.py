@@ -175,6 +175,14 @@ class RouterService:
         """The model as its workers describe it; None until one was seen."""
         return self._model
 
+    def why_not_ready(self) -> str:
+        """What to tell who asks while no decode worker is alive."""
+        if self._model is not None:
+            return "no decode worker takes requests"
+        if self._refused:
+            return "no worker fits this router: its log says why"
+        return "no worker is known yet"
+
     def ready(self) -> bool:
         """At least one decode worker is alive."""
         return bool(self._fleet.live("decode"))

@@ -140,6 +140,9 @@ class FakeService:
             return None
         return SimpleNamespace(max_model_len=CONTEXT, vocab_size=VOCAB, eos_token_ids=[2])
 
+    def why_not_ready(self) -> str:
+        return "no decode worker takes requests" if self.known else "no worker is known yet"
+
     def ready(self) -> bool:
         return self.is_ready
 

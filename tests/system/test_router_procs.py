@@ -157,7 +157,8 @@ def test_a_router_that_reads_text_otherwise_uses_no_worker_or_says_so(
         while router_metric(other, "penstock:workers_refused_total") != 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert httpx.get(f"{other}/health", timeout=60).status_code == 503
+        told = httpx.get(f"{other}/health", timeout=60)
+        assert told.status_code == 503 and told.json()["reason"] == "no worker fits this router: its log says why"
     with router(url, tmp_path / "template") as other:
         assert router_metric(other, "penstock:template_mismatches_total") == 1
     with router(url, model) as other:
