@@ -406,7 +406,7 @@ def test_no_progress_is_a_timeout(redis_server, start_worker):
     worker.limit = 3
 
     async def scenario() -> None:
-        async with running(redis_server.url, 1, progress_timeout_s=0.3) as service:
+        async with running(redis_server.url, 1, progress_timeout_s=1.5) as service:
             sink = await send(service, request("r"))
             await ended(sink)
             assert sink.error is not None and sink.error.code == "timeout" and len(sink.tokens) == 3
