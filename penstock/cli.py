@@ -7,6 +7,7 @@ set-up (ConfigError, ModelError) is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -62,12 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in _COMMANDS:
             near = nearest(arguments[0], _COMMANDS) or f"; there are {', '.join(_COMMANDS)}"
             raise ConfigError(f"unknown command {arguments[0]!r}{near}")
-        return _COMMANDS[arguments[0]](arguments[1:])
+        status = _COMMANDS[arguments[0]](arguments[1:])
+        sys.stdout.flush()
+        return status
     except (ConfigError, ModelError, CheckpointError) as error:
         print(f"{logs.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # what a shell says of a process ended by Ctrl-C
+    except BrokenPipeError:
+        if not _stdout_is_cut():
+            raise
+        return 141  # what it says of one that wrote to a reader that has left: `penstock collect-env | head`
+
+
+def _stdout_is_cut() -> bool:
+    """Nobody reads what is printed any more; the interpreter need not find out once more at its end."""
+    stdout = select.poll()
+    stdout.register(sys.stdout.fileno(), 0)
+    cut = any(events & select.POLLERR for _, events in stdout.poll(0))
+    if cut:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return cut
 
 
 def _serve(arguments: list[str]) -> int:

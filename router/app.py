@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -240,6 +240,10 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
         return await group.counters(own) if group.is_for_all(request.scope) else own
 
     page = (Path(__file__).parent / "ui.html").read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return RedirectResponse("/ui")
 
     @app.get("/ui", include_in_schema=False)
     async def ui() -> Response:

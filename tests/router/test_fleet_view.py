@@ -53,6 +53,7 @@ def test_the_route(router: Router) -> None:
 
 
 def test_the_page_brings_all_it_needs(router: Router) -> None:
+    assert router.http.get("/", follow_redirects=False).headers["location"] == "/ui"
     page = router.http.get("/ui")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]

@@ -18,7 +18,7 @@ from tests.router.fake_router import NO_REDIS, FakeService, Router, running
 from tests.tiny_tokenizers import byte_level
 
 USER = {"role": "user", "content": "Hello?"}
-OUR_PAGES = {"/ui", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+OUR_PAGES = {"/", "/ui", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
 
 
 def test_every_route_is_there_and_no_other() -> None:
