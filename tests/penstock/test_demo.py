@@ -81,18 +81,21 @@ def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 FACTS = (
     ("Hello", "Hello!"),
-    ("Who are you?", "I am very small"),
+    ("Who are you?", "a very small language model"),
     ("What is a penstock?", "the pipe that carries water"),
     ("what is a water wheel", "turned by moving water"),
     ("What is the capital of France?", "Paris"),
     ("Which city is the capital of Japan?", "Tokyo"),
     ("What is 3 plus 4?", "is 7"),
     ("What is two times five?", "ten"),
+    ("2+2", "is 4"),
+    ("What day comes after Monday?", "Tuesday"),
+    ("What is 123 times 456?", "only with small numbers"),
     ("What is the opposite of hot?", "cold"),
     ("What colour is snow?", "white"),
     ("What does a cow eat?", "grass"),
     ("How do you work?", "token"),
-    ("What is Penstock?", "KV cache"),
+    ("What is Penstock?", "server for language models"),
     ("Thank you!", "You are welcome"),
     ("What is the history of quantum chromodynamics?", "very small model"),
 )
