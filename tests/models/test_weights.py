@@ -189,9 +189,10 @@ def memory(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
 
 torch.set_num_threads(1)
-path = Path(sys.argv[1])
-before = memory("VmRSS:")
-model = load_model(path, read_spec(path), dtype=getattr(torch, sys.argv[2]), device=torch.device("cpu"))
+dtype, *paths = getattr(torch, sys.argv[1]), *map(Path, sys.argv[2:])
+for path in paths:  # a tiny one first: libraries take tens of MB when they are first needed, whatever the model
+    before = memory("VmRSS:")
+    model = load_model(path, read_spec(path), dtype=dtype, device=torch.device("cpu"))
 print(memory("VmHWM:") - before, memory("VmRSS:") - before)
 """
 
@@ -214,7 +215,8 @@ def test_peak_memory_is_little_more_than_the_model(tmp_path: Path, dtype: str) -
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(tmp_path / "model.safetensors", 8 + len(text) + offset)
 
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
+    tiny = make_checkpoint("llama", tmp_path / "tiny")
+    command = [sys.executable, "-c", MEASURE, dtype, str(tiny), str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=100, cwd=Path(__file__).parents[2]
     )
@@ -222,4 +224,4 @@ def test_peak_memory_is_little_more_than_the_model(tmp_path: Path, dtype: str) -
     model_bytes = offset * getattr(torch, dtype).itemsize // 4
     assert model_bytes > 130e6
     assert 0.9 * model_bytes < final_bytes
-    assert peak_bytes < 1.4 * model_bytes
+    assert peak_bytes < 1.3 * model_bytes
