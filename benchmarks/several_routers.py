@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from benchmarks import record
 from tests.conftest import RedisServer
 from tests.router.fake_worker import FakeWorker
-from tests.router.test_service import ended, send
+from tests.router.services import ended, send
 from tests.router.test_several_routers import WORKERS, request, routers
 
 IN_FLIGHT = 24

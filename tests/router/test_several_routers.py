@@ -16,7 +16,7 @@ from penstock.common.messages import GenerateRequest
 from penstock.common.sampling import SamplingParams
 from penstock.router.service import RouterService
 from tests.router.fake_worker import FakeWorker
-from tests.router.test_service import Collector, ended, play, send, until
+from tests.router.services import Collector, ended, play, send, until
 
 ROUTERS = 4
 WORKERS = 4

@@ -1,0 +1,160 @@
+"""How a request ends before its last token: no worker, no room, too late, cancelled, shut down."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.common.errors import Overloaded, QueueTimeout, Timeout, Unavailable
+from penstock.router import dispatch
+from penstock.router.dispatch import State
+from penstock.router.dispatch_events import (
+    Cancelled,
+    Dequeue,
+    Fail,
+    Place,
+    Placed,
+    PlaceFailed,
+    Queued,
+    Refused,
+    Release,
+    Reserve,
+    SendAbort,
+    SendSubmit,
+    Shutdown,
+    Submitted,
+    Tick,
+    WorkerComputing,
+    WorkerDown,
+    WorkerUp,
+)
+from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
+from tests.router.dispatching import Harness, delta, placement, request, the
+
+
+def test_who_waits_its_turn_goes_leaves_or_is_told_why_not():
+    h = Harness()
+    h.do(WorkerUp("d1"), Submitted(request(), "sink"))
+    assert h.do(Queued("a", 0)) == [] and h.core.choices["a", 0].state is State.QUEUED
+    assert h.do(WorkerDown("d1"), WorkerUp("d1"), Tick()) == [], "it is the queue's, not the workers'"
+    assert [type(c) for c in h.do(Placed("a", 0, 0, placement("d1")))] == [Reserve, SendSubmit]
+    for event, code in ((Refused("b", 0, Overloaded("no")), "overloaded"), (Shutdown(), "unavailable")):
+        h.do(Submitted(request("b"), "sink"), Queued("b", 0))
+        commands = h.do(event)
+        assert the(Fail, [c for c in commands if isinstance(c, Fail)][-1:]).error.code == code
+        assert Dequeue("b", 0) in commands
+    h.do(Submitted(request("c"), "sink"), Queued("c", 0))
+    h.now += 61.0
+    fail, dequeue = h.do(Tick())
+    assert type(fail.error) is QueueTimeout and dequeue == Dequeue("c", 0)
+    h.do(Submitted(request("d"), "sink"))
+    assert h.do(Cancelled("d", 0)) == [] and h.do(Queued("d", 0)) == [Dequeue("d", 0)]
+
+
+def test_without_a_worker_a_request_waits_a_while():
+    h = Harness()
+    h.do(Submitted(request(), "sink"))
+    assert h.do(Placed("a", 0, 0, None)) == []
+    h.now += WAIT_FOR_WORKER_S / 2
+    assert the(Place, h.do(WorkerUp("d1"))).request.attempt == 0
+    h.do(Placed("a", 0, 0, None))
+    h.now += WAIT_FOR_WORKER_S + 0.1
+    assert isinstance(the(Fail, h.do(Tick())).error, Unavailable)
+
+
+def test_a_request_waits_for_a_worker_no_longer_than_for_room():
+    h = Harness()
+    h.do(Submitted(request(queue_timeout_s=2.0), "sink"), Placed("a", 0, 0, None))
+    h.now += 1.9
+    assert h.do(Tick()) == []
+    h.now += 0.2
+    assert str(the(Fail, h.do(Tick())).error) == "no worker came up within 2 s"
+
+
+def test_few_may_wait(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "MAX_WAITING", 1)
+    h = Harness()
+    for name in ("a", "b"):
+        h.do(Submitted(request(name), name))
+        h.do(Placed(name, 0, 0, None))
+    assert the(Fail, h.all).sink == "b"
+
+
+def test_progress_moves_the_deadline():
+    h = Harness()
+    h.run()
+    h.now += 60 + 29  # queue timeout and progress timeout together
+    assert h.do(Tick()) == []
+    h.tokens(delta(0, 5), delta(1, 6))
+    h.now += 29
+    assert h.do(Tick()) == []
+    h.now += 2
+    commands = h.do(Tick())
+    assert isinstance(the(Fail, commands).error, Timeout) and the(SendAbort, commands).incarnation == "d1"
+    assert h.reserved() == {}
+
+
+@pytest.mark.parametrize("computing", ["p1", "d1"])
+def test_a_long_prompt_is_not_late_while_its_worker_computes(computing: str):
+    h = Harness()
+    h.run(prefill="p1")
+    for _ in range(20):  # 500 s, where 90 without a token are too many
+        h.now += 25.0
+        assert h.do(WorkerComputing(computing), Tick()) == []
+    h.now += 25.0
+    assert h.do(WorkerComputing("p2"), Tick()) == [], "what others do says nothing, and it is not late yet"
+    h.now += 25.0
+    assert type(the(Fail, h.do(WorkerComputing("p2"), Tick())).error) is Timeout
+
+
+def test_a_request_that_a_busy_worker_has_forgotten_ends_at_last():
+    h = Harness()
+    h.run(prefill="p1")
+    minutes = 0
+    while not (commands := h.do(WorkerComputing("p1"), Tick())):
+        h.now += 60.0
+        minutes += 1
+        assert minutes < 100
+    assert type(the(Fail, commands).error) is Timeout and minutes > 10
+
+
+@pytest.mark.parametrize("came", [0, 1])
+def test_a_token_that_is_missing_is_missed_however_busy_its_worker_is(came: int):
+    h = Harness()
+    h.run(prefill="p1")
+    h.tokens(delta(came, 5))  # the first one, or one behind it
+    h.now += 91.0
+    assert type(the(Fail, h.do(WorkerComputing("d1"), Tick())).error) is Timeout
+
+
+def test_cancel_in_every_state():
+    for state in State:
+        h = Harness()
+        h.do(Submitted(request(), "sink"))
+        if state is State.QUEUED:
+            h.do(Queued("a", 0))
+        elif state is not State.PLACING:
+            h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
+        assert h.core.choices["a", 0].state is state
+        commands = h.do(Cancelled("a", 0))
+        expected = {State.RUNNING: [SendAbort, Release], State.QUEUED: [Dequeue]}
+        assert [type(c) for c in commands] == expected.get(state, [])
+        assert not h.core.choices and h.do(Cancelled("a", 0)) == []
+        assert h.do(Placed("a", 0, 0, placement("d1"))) == [], "the answer to a cancelled question"
+
+
+def test_a_failure_of_ours_while_placing_is_answered():
+    h = Harness()
+    h.do(Submitted(request(), "sink"))
+    assert the(Fail, h.do(PlaceFailed("a", 0, 0))).error.code == "internal_error" and not h.core.choices
+
+
+def test_shutdown_in_every_state():
+    for state in State:
+        h = Harness()
+        h.do(Submitted(request(), "sink"))
+        if state is State.QUEUED:
+            h.do(Queued("a", 0))
+        elif state is not State.PLACING:
+            h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
+        assert isinstance(the(Fail, h.do(Shutdown())).error, Unavailable)
+        assert not h.core.choices and h.reserved() == {}
