@@ -144,7 +144,7 @@ def test_tales_and_poems_are_long_readable_and_come_to_an_end(model: LLM) -> Non
 
 
 def test_the_checkpoint_is_what_the_script_makes_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as it can be told without half an hour of training: the tokenizer, the shape, the templates."""
+    """As far as it can be told without twenty minutes of training: the tokenizer, the shape, the templates."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = importlib.import_module("train_demo_model")
     tokenizer = script.make_tokenizer()
