@@ -23,7 +23,7 @@ from penstock.common.bus_access import ClusterMembers, curve_keys, resolve_bind
 from penstock.common.bus_tap import Taps
 from penstock.common.errors import ConfigError
 from penstock.common.link_state import Connected, Disconnected, LinkState, Phase
-from penstock.common.messages import PROTOCOL_VERSION, AnyMessage, Message, Refused, decode, encode
+from penstock.common.messages import PROTOCOL_VERSION, AnyMessage, Goodbye, Message, Refused, decode, encode
 from penstock.common.peers import PeerEvent, PeerExpired, PeerJoined, PeerReplaced, Peers, split_identity, wire_identity
 
 # fmt: off
@@ -39,6 +39,7 @@ MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens is 5 MB
 ZMQ_HEARTBEAT_MS = 1000
 ZMQ_HEARTBEAT_TIMEOUT_MS = 5000
 CONNECT_TIMEOUT_MS = 5000
+FLUSH_MS = 200  # what the last messages, a Goodbye among them, get to leave
 LOG_INTERVAL_S = 10.0
 ZAP_DOMAIN = "penstock"
 
@@ -134,8 +135,8 @@ class BusServer:
             self._copy_to_taps(b"out", identity, payload)
 
     def close(self) -> None:
-        """Close the socket at once; what is still queued is dropped. Closing twice does no harm."""
-        self.socket.close(0)
+        """Close; what is still queued has `FLUSH_MS` to leave. Closing twice does no harm."""
+        self.socket.close(FLUSH_MS)
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
@@ -246,11 +247,12 @@ class BusLink:
             return False
         return True
 
-    def close(self, flush_ms: int = 0) -> None:
-        """Close for good. What is queued has `flush_ms` to leave, then terminating the context drops it; what this peer
-        holds at the worker ends with its lease."""
+    def close(self) -> None:
+        """Close for good, and tell the worker: what this peer holds there ends. What is queued has `FLUSH_MS` to leave,
+        then terminating the context drops it."""
+        said = self.connected and self.send(Goodbye())
         self._closed = True
-        self._close_socket(flush_ms)
+        self._close_socket(FLUSH_MS if said else 0)
 
     def _open(self, now: float) -> None:
         hello = self.state.opened(now)
@@ -351,11 +353,11 @@ class AsyncBusLink(BusLink):
             self._look_again = self._loop.call_soon(self.tick)
         return sent
 
-    def close(self, flush_ms: int = 0) -> None:
+    def close(self) -> None:
         """As `BusLink.close`."""
+        super().close()
         if self._look_again is not None:
             self._look_again.cancel()
-        super().close(flush_ms)
 
 
 class _LoopPoller:

@@ -1,6 +1,6 @@
 """The connecting side of a bus link as a pure state machine; `bus.py` owns its sockets.
 
-    CONNECTING --Welcome--> GREETED --cut, refused or silent--> LOST --back-off--> CONNECTING (next session)
+    CONNECTING --Welcome--> GREETED --cut, left, refused or silent--> LOST --back-off--> CONNECTING (next session)
          └──────────── cut, refused or silent ─────────────────────^
 
 Every session has its own socket and says Hello once. libzmq answers its own heartbeats even while the worker computes,
@@ -17,6 +17,7 @@ import msgspec
 from penstock.common.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
+    Goodbye,
     Heartbeat,
     Hello,
     Refused,
@@ -54,6 +55,7 @@ class Disconnected:
     session: int
     reason: str
     greeted: bool  # False: this session never got its Welcome
+    left: bool = False  # the worker has left on purpose
 
 
 class LinkState:
@@ -90,13 +92,15 @@ class LinkState:
         )
 
     def received(self, message: AnyMessage, now: float) -> Connected | Disconnected | None:
-        """Note a message of this session; Welcome and Refused change the link's phase."""
+        """Note a message of this session; Welcome, Refused and Goodbye change the link's phase."""
         self._heard_at = now
         if isinstance(message, Welcome) and self.phase is Phase.CONNECTING:
             return self._greeted(message, now)
         if isinstance(message, Refused):
             permanent = message.code in ("protocol", "fingerprint")
             return self.lost(f"refused: {message.code}: {message.message}", now, BACKOFF_MOST_S if permanent else 0.0)
+        if isinstance(message, Goodbye):
+            return self.lost("it has left", now, left=True)
         return None
 
     def heartbeat_due(self, now: float) -> Heartbeat | None:
@@ -114,7 +118,7 @@ class LinkState:
             return None
         return self.lost(f"silent for {silence_s:.0f} s", now)
 
-    def lost(self, reason: str, now: float, at_least_s: float = 0.0) -> Disconnected | None:
+    def lost(self, reason: str, now: float, at_least_s: float = 0.0, *, left: bool = False) -> Disconnected | None:
         """The session is over; a new one may be opened after a back-off that doubles until a Welcome comes."""
         if self.phase is Phase.LOST:
             return None
@@ -122,7 +126,7 @@ class LinkState:
         self.phase = Phase.LOST
         self._retry_at = now + max(self._backoff_s, at_least_s)
         self._backoff_s = min(self._backoff_s * 2, BACKOFF_MOST_S)
-        return Disconnected(self.session, reason, greeted)
+        return Disconnected(self.session, reason, greeted, left)
 
     def _greeted(self, welcome: Welcome, now: float) -> Connected | Disconnected | None:
         if welcome.protocol != PROTOCOL_VERSION:

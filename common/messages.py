@@ -11,6 +11,7 @@ Protocol versions:
 4  prefixes are fetched: Submit and Prefill name a source, workers of any role ask each other with Fetch
 5  workers are drained: Drain, and Move, answered with the finish "moved"
 6  sampling has structured_outputs, which a worker must not overlook
+7  whoever leaves on purpose says Goodbye
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -53,6 +54,10 @@ class Refused(Message, tag="refused", frozen=True, kw_only=True):
     protocol: int
     code: str
     message: str
+
+
+class Goodbye(Message, tag="goodbye", frozen=True, kw_only=True):
+    """Either side, the last on a connection: I leave on purpose. Ends what a cut would end; nobody need be alarmed."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -387,6 +392,7 @@ AnyMessage = (
     Hello
     | Welcome
     | Refused
+    | Goodbye
     | Heartbeat
     | HeartbeatAck
     | Submit

@@ -6,6 +6,7 @@ events that say whose requests and loans have to end. The clock is passed in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from penstock.common.messages import PROTOCOL_VERSION, Hello, Refused, Welcome, WorkerInfo, encode
@@ -81,6 +82,9 @@ class Peers:
     def __contains__(self, identity: bytes) -> bool:
         return identity in self._by_identity
 
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._by_identity)
+
     def __len__(self) -> int:
         return len(self._by_identity)
 
@@ -126,13 +130,16 @@ class Peers:
         """Newest heartbeat of this peer that was processed (see `PagesReady.heartbeat_seq`)."""
         return self._by_identity[identity].heartbeat_seq
 
+    def left(self, identity: bytes) -> str:
+        """The peer said Goodbye: forget it. Returns its peer id."""
+        peer_id = self._by_identity.pop(identity).peer_id
+        del self._newest[peer_id]
+        return peer_id
+
     def expire(self, now: float) -> list[PeerExpired]:
         """Forget the peers whose lease has ended."""
-        silent = [(i, p) for i, p in self._by_identity.items() if now - p.heard_at > self.lease_s]
-        for identity, peer in silent:
-            del self._by_identity[identity]
-            del self._newest[peer.peer_id]
-        return [PeerExpired(identity, peer.peer_id) for identity, peer in silent]
+        silent = [identity for identity, peer in self._by_identity.items() if now - peer.heard_at > self.lease_s]
+        return [PeerExpired(identity, self.left(identity)) for identity in silent]
 
     @staticmethod
     def unknown() -> Refused:

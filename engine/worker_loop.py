@@ -25,7 +25,17 @@ import msgspec
 import zmq
 
 from penstock.common.bus import BusServer, Peers
-from penstock.common.messages import AnyMessage, Drain, Finish, Heartbeat, HeartbeatAck, Hello, WorkerInfo, WorkerLoad
+from penstock.common.messages import (
+    AnyMessage,
+    Drain,
+    Finish,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    WorkerInfo,
+    WorkerLoad,
+)
 from penstock.common.redis_state import RegistryWriter
 from penstock.engine.build import BuiltEngine
 from penstock.engine.outputs import StepOutput
@@ -149,6 +159,8 @@ class WorkerLoop:
             role.give_up(Finish(reason="error", code="internal_error", message="the worker failed", retryable=True))
             self.replies.flush()
             raise
+        for identity in self.peers:
+            self.bus.send(identity, Goodbye())
 
     def close(self) -> None:
         self.poller.unregister(self._wake_fd)
@@ -168,6 +180,9 @@ class WorkerLoop:
                 self.peers.heartbeat(identity, message.seq, now)
                 role.peer_renewed(identity, now)
                 self.bus.send(identity, HeartbeatAck(seq=message.seq, load=self.load))
+            elif isinstance(message, Goodbye):
+                logger.info("peer %s has left", self.peers.left(identity))
+                role.peer_gone(identity)
             elif isinstance(message, Drain):
                 logger.info("told to drain by %s", identity.decode())
                 self.request_stop()

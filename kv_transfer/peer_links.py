@@ -26,6 +26,7 @@ class PeerLost:
 
     incarnation: str
     reason: str
+    left: bool = False  # on purpose
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class PeerLinks:
                     link.link.send(message)
                 link.waiting.clear()
             elif isinstance(item, Disconnected):
-                lost = PeerLost(incarnation, item.reason)
+                lost = PeerLost(incarnation, item.reason, item.left)
             elif isinstance(item, HeartbeatAck):
                 events.append(LeaseRenewed(link.heartbeats.sent_at(item.seq)))
             else:
@@ -143,7 +144,8 @@ class PeerLinks:
         if link.link.state.heartbeat_seq > seq:
             link.heartbeats.sent(link.link.state.heartbeat_seq, now)
         if lost is not None:
-            logger.warning("worker %s, whose pages were read, is lost: %s", link.worker.worker_id, lost.reason)
+            level = logging.INFO if lost.left else logging.WARNING
+            logger.log(level, "no more pages are read of worker %s: %s", link.worker.worker_id, lost.reason)
             self._close(incarnation)
             events.append(lost)
         return events

@@ -20,7 +20,7 @@ from penstock.common.errors import ConfigError
 from penstock.common.messages import Drain, HeartbeatAck, WorkerLoad
 from penstock.tap import fleet
 
-GONE_S = 1.5  # a link that is down for so long is not merely cut
+GONE_S = 1.5  # a link that is down for so long, without a Goodbye, is not merely cut
 CONNECT_S = 10.0
 LEASE_S = 3.0  # of this command at the worker: three heartbeats in it tell how far it is
 
@@ -79,6 +79,8 @@ def _watch(link: BusLink, poller: zmq.Poller, incarnation: str, started: float, 
                 down_at = now
                 if not told and not item.greeted and item.reason.startswith("refused"):
                     raise ConfigError(f"the worker does not take us: {item.reason}")
+                if item.left and told:
+                    return True
             elif isinstance(item, HeartbeatAck) and (line := _describe(item.load)) != shown:
                 shown = line
                 print(line, file=sys.stderr, flush=True)

@@ -90,13 +90,16 @@ class Fleet:
         self._shares.keep({member.worker.incarnation for member in self._members.values()})
         return ""
 
-    def disconnected(self, address: str, now: float) -> Member | None:
-        """The link is down: the member that it was, if there was one."""
+    def disconnected(self, address: str, now: float, *, left: bool = False) -> Member | None:
+        """The link is down: the member that it was, if there was one. `left`: it has left on purpose."""
         self._refused.pop(address, None)
         member = self._members.pop(address, None)
         if member is None:
             return None
-        self.health.left(member.worker.incarnation, now)
+        if left:
+            self.health.left(member.worker.incarnation)
+        else:
+            self.health.lost(member.worker.incarnation, now)
         self._shares.keep({other.worker.incarnation for other in self._members.values()})
         if not self._members:
             self._left_at = now

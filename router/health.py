@@ -64,11 +64,14 @@ class Health:
         """Its link is up."""
         self._members[worker.incarnation] = _Member(worker, now, now, now)
 
-    def left(self, incarnation: str, now: float) -> None:
-        """Its link is down: a failure, unless it said before that it would leave."""
-        member = self._members.pop(incarnation)
-        if not member.load.draining:
-            self._fail(member.worker, "it was lost", now)
+    def lost(self, incarnation: str, now: float) -> None:
+        """Its link is down, without a Goodbye: a failure."""
+        self._fail(self._members[incarnation].worker, "it was lost", now)
+        self.left(incarnation)
+
+    def left(self, incarnation: str) -> None:
+        """It has gone."""
+        del self._members[incarnation]
         for pair in [pair for pair in self._pairs if incarnation in pair]:
             del self._pairs[pair]
 

@@ -65,7 +65,6 @@ from penstock.router.turns import Turns, new_admission
 TICK_S = 0.1
 DISCOVER_S = 0.25  # a worker that has come up is used as soon
 DISCOVER_FIRST_S = 0.1  # while no worker is known
-FLUSH_MS = 200  # what the last aborts get to leave
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class RouterService:
         await self._reservations.close()
         await self._reader.close()
         for link in self._links.values():
-            link.close(FLUSH_MS)
+            link.close()
         self._links.clear()
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
         self.off_loop.close()
@@ -367,12 +366,12 @@ class RouterService:
             self._handle(WorkerUp(worker.incarnation))
 
     def _on_disconnected(self, address: str, item: Disconnected) -> None:
-        member = self._fleet.disconnected(address, time.monotonic())
+        member = self._fleet.disconnected(address, time.monotonic(), left=item.left)
         if member is None:
             return
         worker = member.worker
-        if member.load.draining:
-            log.info("worker %s (%s) at %s has drained and left", worker.worker_id, worker.role, address)
+        if item.left:
+            log.info("worker %s (%s) at %s has left", worker.worker_id, worker.role, address)
         else:
             log.warning("worker %s (%s) at %s is lost: %s", worker.worker_id, worker.role, address, item.reason)
             self._counters["workers_lost"] += 1

@@ -32,6 +32,7 @@ from penstock.common.link_state import BACKOFF_FIRST_S, BACKOFF_MOST_S, SILENT_L
 from penstock.common.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Goodbye,
     Heartbeat,
     HeartbeatAck,
     Hello,
@@ -96,6 +97,15 @@ def test_a_peer_joins_renews_and_expires():
     assert not peers.heartbeat(b"r/1", 5, now=18.2), "it has to say Hello again"
 
 
+def test_a_peer_that_says_goodbye_is_forgotten_at_once():
+    peers = Peers(WORKER, lease_s=10.0)
+    greet(peers, hello())
+    greet(peers, hello("s"))
+    assert list(peers) == [b"r/1", b"s/1"] and peers.left(b"r/1") == "r"
+    assert list(peers) == [b"s/1"] and peers.identity_of("r") is None
+    assert greet(peers, hello())[1] == [PeerJoined(b"r/1", "r", "router")], "it may come back"
+
+
 def test_a_newer_session_replaces_and_an_older_one_is_refused():
     peers = Peers(WORKER, lease_s=10.0)
     greet(peers, hello(session=2))
@@ -151,6 +161,14 @@ def test_a_link_connects_beats_and_is_lost(lease_s: float, every_s: float):
     assert state.lost("again", 5.0) is None, "one end per session"
     assert not state.must_open(5.0) and state.must_open(5.0 + BACKOFF_FIRST_S)
     assert state.opened(6.0).session == 6
+
+
+def test_a_worker_that_says_goodbye_has_left():
+    state = LinkState("r", "router", 1, "", 9.0)
+    state.opened(0.0)
+    state.received(WELCOME, 0.0)
+    assert state.received(Goodbye(), 1.0) == Disconnected(1, "it has left", greeted=True, left=True)
+    assert state.silent(1000.0) is None and state.must_open(1.0 + BACKOFF_FIRST_S)
 
 
 def test_back_off_doubles_to_its_limit_and_starts_anew_after_a_welcome():
@@ -327,6 +345,31 @@ def test_a_link_outlives_its_worker(context: zmq.Context[Any]):
     session = pair.link.state.session
     assert session > 1 and pair.peers.identity_of("r") == wire_identity("r", session)
     pair.close()
+
+
+@pytest.mark.parametrize("key", ["", "a secret"])
+def test_whoever_closes_says_goodbye_and_it_arrives(context: zmq.Context[Any], key: str):
+    """Sockets close right behind it, each time: the message must be out before."""
+    for _ in range(20):
+        pair = Pair(context, key).connect()
+        pair.link.close()
+        pair.until(lambda pair=pair: (b"r/1", Goodbye()) in pair.at_server)
+        pair.close()
+        pair = Pair(context, key).connect()
+        pair.server.send(b"r/1", Goodbye())
+        pair.server.close()
+        pair.until(lambda pair=pair: isinstance(pair.at_link[-1], Disconnected))
+        assert pair.at_link[-1].left
+        pair.close()
+
+
+def test_a_link_that_was_never_greeted_closes_without_a_word(context: zmq.Context[Any]):
+    server = BusServer("127.0.0.1", 0, "")
+    link = BusLink(server.address, "r", "router", 1, "", "", context)
+    assert link.receive(0.0) == [] and server.socket.poll(60_000)
+    link.close()
+    assert [type(message) for _, message in server.receive()] == [Hello]
+    server.close()
 
 
 def test_nobody_listens(context: zmq.Context[Any]):

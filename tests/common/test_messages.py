@@ -98,6 +98,7 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
         m.Refused(protocol=1, code="fingerprint", message="no"),
         {"type": "refused", "protocol": 1, "code": "fingerprint", "message": "no"},
     ),
+    (m.Goodbye(), {"type": "goodbye"}),
     (m.Heartbeat(seq=7), {"type": "heartbeat", "seq": 7}),
     (
         m.HeartbeatAck(seq=7, load=m.WorkerLoad(running=2, free_pages=300, draining=True)),

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from penstock.common import bus
 from penstock.common.bus import BusServer, Peers
-from penstock.common.messages import AnyMessage, Heartbeat, HeartbeatAck, Hello, PagesLanded, WorkerLoad
+from penstock.common.messages import AnyMessage, Goodbye, Heartbeat, HeartbeatAck, Hello, PagesLanded, WorkerLoad
 from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLinks, PeerLost
 from tests.kv_transfer.noting import worker_info
 
@@ -107,3 +107,37 @@ def test_whoever_takes_a_connection_and_never_speaks_is_lost(links: PeerLinks, m
 
         _until(lost)
         assert [(name, type(event)) for name, event in events] == [("p1", PeerLost)] and len(links) == 0
+
+
+@pytest.mark.parametrize("first", ["lender", "reader"])
+def test_whoever_leaves_first_says_so(links: PeerLinks, caplog: pytest.LogCaptureFixture, first: str) -> None:
+    caplog.set_level("INFO")
+    server = BusServer("127.0.0.1", 0, "")
+    try:
+        worker = replace(worker_info("prefill-0", "p1"), address=server.address)
+        peers = Peers(worker, LEASE_S)
+        links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
+        got: list[AnyMessage] = []
+
+        def met() -> bool:
+            for identity, message in server.receive():
+                got.append(message)
+                if isinstance(message, Hello):
+                    server.send(identity, peers.hello(identity, message, 1.0)[0])
+            links.poll(1.0)
+            return PagesLanded(request_id="r", attempt=0) in got
+
+        _until(met)
+        if first == "reader":
+            links.close()
+            _until(lambda: Goodbye() in [message for _, message in server.receive()])
+        else:
+            for identity in peers:
+                server.send(identity, Goodbye())
+            server.close()
+            _until(lambda: bool(links.poll(1.0)))
+            assert len(links) == 0
+            told = [record for record in caplog.records if "prefill-0" in record.message]
+            assert [record.levelname for record in told] == ["INFO"] and "has left" in told[0].message
+    finally:
+        server.close()

@@ -8,11 +8,12 @@ from collections import deque
 
 import zmq
 
-from penstock.common.bus import BusServer, PeerExpired, PeerReplaced, Peers
+from penstock.common.bus import BusServer, PeerReplaced, Peers
 from penstock.common.messages import (
     Abort,
     Finish,
     GenerateRequest,
+    Goodbye,
     Heartbeat,
     HeartbeatAck,
     Hello,
@@ -95,11 +96,13 @@ class FakeWorker:
         self.peers = Peers(self.info, lease_s)
         self.registry = RegistryWriter(redis_url, "penstock", self.info)
         self._stop = threading.Event()
+        self._killed = False
         self._thread = threading.Thread(target=self._run, name=worker_id)
         self._thread.start()
 
     def kill(self) -> None:
         """As kill -9 would: the socket goes, the lease stays."""
+        self._killed = True
         self._stop.set()
         self._thread.join()
         self.registry.close(deregister=False)
@@ -117,9 +120,12 @@ class FakeWorker:
             now = time.monotonic()
             self._receive(now)
             for event in self.peers.expire(now):
-                self._forget(event)
+                self._forget(event.identity)
             self._step()
             time.sleep(self.step_s)
+        if not self._killed:
+            for identity in self.peers:
+                self._server.send(identity, Goodbye())
         self._server.close()
 
     @property
@@ -133,7 +139,7 @@ class FakeWorker:
                 self._server.send(identity, answer)
                 for event in events:
                     if isinstance(event, PeerReplaced):
-                        self._forget(event)
+                        self._forget(event.identity)
             elif isinstance(message, Heartbeat) and not self.answers_heartbeats:
                 self.peers.heartbeat(identity, message.seq, now)
             elif isinstance(message, Heartbeat) and self.peers.heartbeat(identity, message.seq, now):
@@ -148,6 +154,9 @@ class FakeWorker:
                 self._server.send(identity, HeartbeatAck(seq=message.seq, load=load))
             elif identity not in self.peers:
                 self._server.send(identity, self.peers.unknown())
+            elif isinstance(message, Goodbye):
+                self.peers.left(identity)
+                self._forget(identity)
             elif isinstance(message, Submit):
                 self._admit(identity, message)
             elif isinstance(message, Abort):
@@ -174,8 +183,8 @@ class FakeWorker:
             self.prefill_worker.first_tokens.append((identity.decode().rpartition("/")[0], request))
             self._next_index[key] += 1
 
-    def _forget(self, event: PeerExpired | PeerReplaced) -> None:
-        for key in [key for key in self.running if key[0] == event.identity]:
+    def _forget(self, identity: bytes) -> None:
+        for key in [key for key in self.running if key[0] == identity]:
             del self.running[key]
 
     def _step(self) -> None:

@@ -83,21 +83,20 @@ def test_an_idle_worker_is_not_stalled_but_a_silent_one_is():
     assert one.tick(121.0, lambda incarnation: 20.0) == [] and one.usable("d1-1", 121.0), "its steps take so long"
 
 
-def test_a_lost_worker_counts_as_failed_unless_it_drained():
+def test_a_lost_worker_counts_as_failed_one_that_has_left_does_not():
     one = health()
     for incarnation in range(FAILURES):
         info = msgspec.structs.replace(worker("d1"), incarnation=str(incarnation))
         one.joined(info, 0.0)
         assert one.usable(str(incarnation), 0.0)
-        one.left(str(incarnation), 0.0)
+        one.lost(str(incarnation), 0.0)
     one.joined(worker("d1"), 0.0)
     assert one.state("d1-1", 0.0).state == "broken" and not one.usable("d1-1", 0.0)
     assert one.state("d1-1", 3.0).state == "probing" and one.usable("d1-1", 3.0)
     one.served("d1-1", None, None, 3.0)
     assert one.state("d1-1", 3.0).state == "up"
     for _ in range(2 * FAILURES):
-        one.reported("d1-1", WorkerLoad(draining=True), 4.0)
-        one.left("d1-1", 4.0)
+        one.left("d1-1")
         one.joined(worker("d1"), 4.0)
     assert one.usable("d1-1", 4.0)
 
@@ -117,7 +116,7 @@ def test_a_pair_fails_as_a_pair():
     one.served("d1-1", "p1-1", True, 2.2)
     assert one.bad_pairs(2.2) == frozenset() and one.broken_pairs(2.2) == []
     one.served("d1-1", "p1-1", False, 3.0)
-    one.left("p1-1", 3.0)
+    one.left("p1-1")
     one.served("d1-1", "p1-1", False, 3.0)
     assert one.bad_pairs(3.0) == frozenset(), "with its workers the pair is gone"
 
@@ -163,7 +162,7 @@ class Fleet(RuleBasedStateMachine):
     def join_or_leave(self, name: str) -> None:
         if name in self.there:
             self.there.remove(name)
-            self.health.left(f"{name}-1", self.now)
+            self.health.lost(f"{name}-1", self.now)
         else:
             self.there.add(name)
             self.health.joined(worker(name), self.now)

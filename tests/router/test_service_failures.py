@@ -107,6 +107,23 @@ def test_a_worker_that_restarts_in_time_is_waited_for(redis_server, start_worker
     play(scenario())
 
 
+def test_a_goodbye_is_no_loss(redis_server, start_worker, caplog):
+    caplog.set_level("INFO")
+    leaving, staying = start_worker("d1"), start_worker("d2")
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            await asyncio.get_running_loop().run_in_executor(None, leaving.close)
+            await until(lambda: len(service.loads()) == 1)
+            assert service.counters()["workers_lost"] == 0 and len(staying.peers) == 1
+        await until(lambda: len(staying.peers) == 0)  # long before a lease is over
+
+    play(scenario())
+    told = [record for record in caplog.records if "worker d1" in record.message and "has left" in record.message]
+    assert [record.levelname for record in told] == ["INFO"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_a_cut_connection_is_a_new_session(redis_server, start_worker, proxy):
     worker = start_worker("d1", announced=proxy.address)
     proxy.target = worker.port

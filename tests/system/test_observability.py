@@ -66,7 +66,12 @@ def observed(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> It
         ) as running,
     ):
         complete_all(running, PROMPTS, OUTPUT)
-        yield Observed(running, output, collector)
+        yield (one := Observed(running, output, collector))
+    # The routers leave first, and say so; then the workers, to each other. Nobody takes anybody for lost.
+    records = one.records()
+    leaving = [record["message"] for record in records if record["message"].startswith("peer router-")]
+    assert len(leaving) == len(running.placements) and all(message.endswith(" has left") for message in leaving)
+    assert [record for record in records if record["level"] == "WARNING"] == []
 
 
 @pytest.fixture(scope="module")
