@@ -188,7 +188,7 @@ class Responses:
                 if running.format.is_final:
                     continue
                 with contextlib.suppress(Unavailable):  # told again the next time
-                    wish = await self._store.tend(key[1], _json(running.format.response), first, events)
+                    wish = await self._store.tend(key, _json(running.format.response), first, events)
                     told[key] = number
                     if wish is not None:
                         running.hang_up()
@@ -234,7 +234,7 @@ class Responses:
                 try:
                     stored = await self._store.get(key)  # first: what it says is over has all its events
                     complete = stored is None or not stored.made_elsewhere
-                    events = await self._store.events(key[1], after)
+                    events = await self._store.events(key, after)
                     after += len(events)
                     if stored is None:
                         raise _unknown(key)

@@ -1,12 +1,17 @@
 """The responses that were asked to be kept, in Redis: any router of the fleet can read them, go on from them, end them.
 
 key                       type    holds                                                       lives
-NS:response:ID            hash    tenant, body (JSON), turns (MessagePack), streamed, wish,   --response-ttl-s
-                                  final (nobody makes it any more)
-NS:response:ID:events     list    the events of one that can be read as a stream              the same
-NS:response:ID:runner     string  there while a router makes it in the background             1 lease
-NS:responses              zset    ids, by when they end (Redis's clock)                       as the last of them
-NS:response-sizes         hash    id -> bytes; "" -> their sum, at most --response-store-mib  as the last of them
+NS:response:NAME          hash    body (JSON), turns (MessagePack), streamed, wish, final     --response-ttl-s
+                                  (nobody makes it any more)
+NS:response:NAME:events   list    the events of one that can be read as a stream              the same
+NS:response:NAME:runner   string  there while a router makes it in the background             1 lease
+NS:responses              zset    names, by when they end (microseconds of Redis's clock)     as the last of them
+NS:responses:TENANT       zset    those that were made with one API key                       the same
+NS:response-holders       zset    tenants, by the bytes of theirs                             the same
+NS:response-sizes         hash    name -> bytes; "" -> their sum, at most --response-store-mib  the same
+
+A NAME is TENANT:ID. Where all of them together are too large, who holds most gives up its oldest: one API key that
+fills the store pushes out its own, and never what is less than an equal share.
 
 A router that makes a response in the background says how far it is a few times a second (`tend`), and hears what is
 wished of it. If the router dies its lease runs out, and the response has failed. Losing Redis loses what was kept: new
@@ -74,20 +79,19 @@ class ResponseStore:
         await self._put(key, stored, events, 0)
 
     async def _put(self, key: ResponseKey, stored: Stored, events: Sequence[bytes], lease_ms: int) -> object:
-        tenant, response_id = key
         turns = _pack(stored.turns)
         size = len(stored.body) + len(turns) + sum(map(len, events))
         limits = (self.max_bytes, size, self._ttl_ms, lease_ms)
         if size > self.max_bytes:  # an earlier state of it goes all the same
             stored, turns, events = Stored(b""), b"", ()
         streamed = "1" if stored.streamed else ""
-        fields: list[Any] = [self._namespace, response_id, *limits, tenant, streamed, stored.body, turns, *events]
+        fields: list[Any] = [self._namespace, _name(key), *limits, streamed, stored.body, turns, *events]
         return await self._ask(lambda: self._keep(args=fields))
 
-    async def tend(self, response_id: str, body: bytes, first: int, events: Sequence[bytes]) -> Wish | None:
+    async def tend(self, key: ResponseKey, body: bytes, first: int, events: Sequence[bytes]) -> Wish | None:
         """Say how far a response is that this router makes, with its events from number `first` on; what is wished of
         it. All earlier events have been told; where that is not certain (Unavailable), tell them again."""
-        fields: list[Any] = [self._namespace, response_id, self._ttl_ms, self._lease_ms, body, first, *events]
+        fields: list[Any] = [self._namespace, _name(key), self._ttl_ms, self._lease_ms, body, first, *events]
         wish: bytes = self._found(await self._ask(lambda: self._tend(args=fields)))
         return None if not wish else "delete" if wish == b"delete" else "cancel"
 
@@ -95,28 +99,26 @@ class ResponseStore:
         """The response; None if it was never kept, is no more, or is another tenant's."""
         if not self.max_bytes:
             return None
-        tenant, response_id = key
         pipe = self._redis.client.pipeline(transaction=False)
-        name = f"{self._namespace}:response:{response_id}"
-        pipe.hmget(name, "tenant", "wish", "streamed", "body", "turns")
+        name = f"{self._namespace}:response:{_name(key)}"
+        pipe.hmget(name, "wish", "streamed", "body", "turns")
         pipe.exists(f"{name}:runner")
-        (owner, wish, streamed, body, turns), runs = self._found(await self._ask(pipe.execute))
-        if owner is None or owner.decode() != tenant or wish == b"delete":
+        (wish, streamed, body, turns), runs = self._found(await self._ask(pipe.execute))
+        if body is None or wish == b"delete":
             return None
         return Stored(body, _turns.decode(turns), bool(streamed), bool(runs))
 
-    async def events(self, response_id: str, after: int) -> list[bytes]:
+    async def events(self, key: ResponseKey, after: int) -> list[bytes]:
         """Those of a stream behind number `after`."""
-        key = f"{self._namespace}:response:{response_id}:events"
-        found: list[bytes] = self._found(await self._ask(lambda: self._redis.client.lrange(key, after + 1, -1)))
+        name = f"{self._namespace}:response:{_name(key)}:events"
+        found: list[bytes] = self._found(await self._ask(lambda: self._redis.client.lrange(name, after + 1, -1)))
         return found
 
     async def wish(self, key: ResponseKey, wish: Wish) -> Heard:
         """Have a response cancelled or deleted: by the router that makes it, if one does ("told")."""
         if not self.max_bytes:
             return "unknown"
-        tenant, response_id = key
-        fields = (self._namespace, response_id, tenant, wish)
+        fields = (self._namespace, _name(key), wish)
         answer: int = self._found(await self._ask(lambda: self._wish(args=fields)))
         return _HEARD[answer]
 
@@ -139,3 +141,7 @@ class ResponseStore:
         if answer is None:
             raise Unavailable("responses cannot be looked up: Redis is away")
         return answer
+
+
+def _name(key: ResponseKey) -> str:
+    return ":".join(key)

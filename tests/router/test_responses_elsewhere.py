@@ -84,7 +84,7 @@ def test_what_is_deleted_stays_so_when_redis_had_lost_it(
     here.service.pause_after = 5
     response = create(here, background=True)
     with contextlib.closing(_shared_redis.client()) as redis:
-        redis.delete(*redis.scan_iter(f"two-routers:response:{response.id}*"))
+        redis.delete(*redis.scan_iter(f"two-routers:response:*{response.id}*"))
     assert here.openai.responses.delete(response.id) is None
     for router in (here, there):
         with pytest.raises(openai.NotFoundError):
@@ -133,7 +133,7 @@ def test_a_router_that_dies_fails_what_it_made(redis_server: RedisServer) -> Non
         with redis_server.client() as client:
 
             def asked() -> Any:
-                client.delete(f"dying:response:{response_id}:runner")
+                client.delete(f"dying:response::{response_id}:runner")
                 return there.openai.responses.retrieve(response_id)
 
             failed = eventually(asked, lambda r: r.status == "failed")
