@@ -1,12 +1,11 @@
-"""The table and plots of docs/routing.md: every routing policy on public traces, simulated.
+"""The tables and plots of docs/routing.md and all of docs/routing-tables.md: every policy on public traces, simulated.
 
     python benchmarks/routing.py TRACES [--only GROUP ...]
-    python benchmarks/routing.py TRACES --bounds    # prints what balance is possible at all
 
 TRACES is a folder with Mooncake's FAST'25 traces (mooncake_conversation_trace.jsonl, mooncake_synthetic_trace.jsonl)
 and the Azure 2023 ones (azure2023_code.csv, azure2023_conv.csv). Writes benchmarks/results/routing-<commit>.json (the
-groups asked for replace those of the same commit), docs/routing-*.png, and the tables between the markers of
-docs/routing.md. Takes ten minutes on one core; the figures do not depend on the machine, all but `us_per_request`.
+groups asked for replace those of the same commit) and, once that has all groups, the documents and docs/routing-*.png.
+Takes ten minutes on one core; the figures do not depend on the machine, all but `us_per_request`.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from benchmarks.record import RESULTS, ROOT, commit, file_name, machine, merge
 from penstock.common.config import ROUTING_POLICIES
+from penstock.router.cost import DEFAULT_WEIGHTS, CostPolicy
 from penstock.simulate.plot import draw
-from penstock.simulate.result import PolicyResult, Slo
-from penstock.simulate.runs import balance_bounds, compare, scaled
-from penstock.simulate.simulator import FleetShape
-from penstock.simulate.trace import read_trace, repeated
+from penstock.simulate.result import PolicyResult, Slo, with_oracle
+from penstock.simulate.runs import balance_bounds, compare, oracle_ratio, scaled
+from penstock.simulate.simulator import FleetShape, Simulator
+from penstock.simulate.trace import TracedRequest, read_trace, repeated
 
 UTILISATION = 0.7
 FETCH = "cost, fetch"  # the cost policy where workers can read prefixes from each other
@@ -41,7 +41,7 @@ TRACES = {
     "azure code": "azure2023_code.csv",
     "azure conv": "azure2023_conv.csv",
 }
-DOCUMENT = ROOT / "docs" / "routing.md"
+DOCUMENT, TABLES = ROOT / "docs" / "routing.md", ROOT / "docs" / "routing-tables.md"
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,71 @@ GROUPS: dict[str, list[Row]] = {
     "large": [Row(trace, 512, 6000) for trace in _MOONCAKE],
     "azure": [Row(trace, workers, 6000) for trace in ("azure code", "azure conv") for workers in (8, 64)],
 }
+HEADINGS = {  # of docs/routing-tables.md
+    "mooncake": "Mooncake's traces",
+    "repeated": "The same, played eight times",
+    "large": "512 workers",
+    "azure": "The Azure traces, which have no prefixes",
+    "weights": "Weights of the cost policy",
+}
+# Weight of the cost policy -> what is tried, and where.
+WEIGHTS: dict[str, tuple[tuple[float, ...], tuple[Row, ...]]] = {
+    "evict": ((4.0, 5.0, 6.0, 8.0, 10.0), (Row("synthetic", 8, 1000),)),
+    "share": ((0.1, 0.3, 1.0, 3.0), (Row("conversation", 64, 6000), Row("synthetic", 64, 6000))),
+    "decode": ((0.01, 0.05, 0.2), (Row("conversation", 64, 6000),)),
+}
+
+
+def requests_of(row: Row, shape: FleetShape, folder: Path) -> list[TracedRequest]:
+    """The trace, its arrivals stretched to the utilisation."""
+    requests = repeated(read_trace(str(folder / TRACES[row.trace]), shape.page_tokens), row.repeat)
+    return scaled(requests, shape, UTILISATION)
 
 
 def measure(row: Row, folder: Path) -> dict[str, Any]:
     """All policies of a row: a result each, and what greedy balancing comes to."""
     shape = FleetShape(row.workers, row.pages)
-    requests = repeated(read_trace(str(folder / TRACES[row.trace]), shape.page_tokens), row.repeat)
-    requests = scaled(requests, shape, UTILISATION)
+    requests = requests_of(row, shape, folder)
     found: dict[str, Any] = {"greedy_balance": round(balance_bounds(requests, shape).known, 4)}
     for name in row.policies:
         began = time.process_time()
         (result,) = compare(requests, shape, [name.partition(",")[0]], Slo(), fetch=name == FETCH)
         us_per_request = (time.process_time() - began) * 1e6 / len(requests)
         found[name] = asdict(replace(result, policy=name)) | {"us_per_request": round(us_per_request)}
-        print(f"{row.name:32} {name:15}", *(f"{key}={found[name][key]:.4g}" for key in _SHOWN), flush=True)
+        show(row.name, found[name])
     return found
+
+
+def measure_bounds(folder: Path) -> dict[str, Any]:
+    """The balance that is possible on the Mooncake traces, however many pages workers have."""
+    found = {}
+    for trace in _MOONCAKE:
+        for workers in (8, 64):
+            row, shape = Row(trace, workers, 6000), FleetShape(workers, 6000)
+            found[f"{trace}, {workers}"] = asdict(balance_bounds(requests_of(row, shape, folder), shape))
+    return found
+
+
+def measure_weights(folder: Path) -> dict[str, Any]:
+    """Weight -> the cost policy's results with other values of it, the other weights as they are."""
+    found: dict[str, Any] = {}
+    for weight, (values, rows) in WEIGHTS.items():
+        for row in rows:
+            shape = FleetShape(row.workers, row.pages)
+            requests = requests_of(row, shape, folder)
+            oracle = oracle_ratio(requests, shape)
+            for name in ("cost", FETCH):
+                for value in values:
+                    policy = CostPolicy(fetch=name == FETCH, weights=replace(DEFAULT_WEIGHTS, **{weight: value}))
+                    result = with_oracle(Simulator(shape, policy).run(requests, Slo()), oracle)
+                    tried = {"fleet": row.name, "value": value} | asdict(replace(result, policy=name))
+                    found.setdefault(weight, []).append(tried)
+                    show(f"{row.name}, {weight} {value:g}", tried)
+    return found
+
+
+def show(name: str, result: Mapping[str, Any]) -> None:
+    print(f"{name:36} {result['policy']:15}", *(f"{key}={result[key]:.4g}" for key in _SHOWN), flush=True)
 
 
 _SHOWN = ("hit_ratio", "oracle_hit_ratio", "max_over_mean_load", "ttft_p50_ms", "ttft_p99_ms", "itl_p99_ms", "goodput")
@@ -120,16 +170,26 @@ def marks_table(rows: Mapping[str, Any]) -> Iterable[str]:
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def bounds_table(folder: Path) -> Iterable[str]:
-    """Lines of Markdown: the balance that is possible on the Mooncake traces, however many pages workers have."""
+def bounds_table(rows: Mapping[str, Any]) -> Iterable[str]:
+    """Lines of Markdown: the balance that is possible."""
     yield "| fleet | all known beforehand | each known when it comes | outputs guessed |"
     yield "|---|---|---|---|"
-    for trace in _MOONCAKE:
-        for workers in (8, 64):
-            shape = FleetShape(workers, 6000)
-            requests = read_trace(str(folder / TRACES[trace]), shape.page_tokens)
-            found = balance_bounds(scaled(requests, shape, UTILISATION), shape)
-            yield f"| {trace}, {workers} | {found.foreseen:.3f} | {found.known:.3f} | {found.guessed:.3f} |"
+    for name, found in rows.items():
+        yield f"| {name} | {found['foreseen']:.3f} | {found['known']:.3f} | {found['guessed']:.3f} |"
+
+
+def weights_table(weights: Mapping[str, Any]) -> Iterable[str]:
+    """Lines of Markdown: what was tried of each weight; the one in use is bold."""
+    yield "| weight | fleet | policy | value | hits / oracle's | max/mean | TTFT p50 / p99, ms |"
+    yield "|---|---|---|---|---|---|---|"
+    for weight, results in weights.items():
+        for result in results:
+            chosen = result["value"] == getattr(DEFAULT_WEIGHTS, weight)
+            yield (
+                f"| {weight} | {result['fleet']} | {result['policy']} | {_bold(format(result['value'], 'g'), chosen)} "
+                f"| {result['hit_ratio'] / result['oracle_hit_ratio']:.3f} | {result['max_over_mean_load']:.3f} "
+                f"| {result['ttft_p50_ms']:.0f} / {result['ttft_p99_ms']:.0f} |"
+            )
 
 
 def policies_table(rows: Mapping[str, Any]) -> Iterable[str]:
@@ -145,20 +205,35 @@ def policies_table(rows: Mapping[str, Any]) -> Iterable[str]:
             )
 
 
-def _bold(text: str, missed: bool) -> str:
-    return f"**{text}**" if missed else text
+def _bold(text: str, told: bool) -> str:
+    return f"**{text}**" if told else text
 
 
-def write_document(groups: Mapping[str, Any]) -> None:
-    """Put the tables between their markers."""
-    text = DOCUMENT.read_text()
-    tables = {f"{name} marks": marks_table(rows) for name, rows in groups.items() if name in GROUPS}
-    tables |= {name: policies_table(rows) for name, rows in groups.items() if name in GROUPS}
+def with_tables(text: str, record: Mapping[str, Any]) -> str:
+    """docs/routing.md with the tables between its markers made anew."""
+    tables = {f"{name} marks": marks_table(record[name]) for name in GROUPS} | {
+        "bounds": bounds_table(record["bounds"])
+    }
     for name, lines in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         body = "\n".join([begin, *lines, end])
         text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, body=body: body, text, flags=re.DOTALL)
-    DOCUMENT.write_text(text)
+    return text
+
+
+def all_tables(record: Mapping[str, Any], source: str) -> str:
+    """docs/routing-tables.md, whole; `source` is the file with the record."""
+    parts = [
+        "# Routing policies: all figures",
+        f"Written by `python benchmarks/routing.py TRACES` from [{source}](../benchmarks/results/{source}); what the "
+        "columns mean and\nwhat follows from them is in [routing](routing.md).",
+    ]
+    for name, heading in HEADINGS.items():
+        parts.append(f"## {heading}")
+        if name in GROUPS and name != "mooncake":
+            parts.append("\n".join(marks_table(record[name])))
+        parts.append("\n".join(weights_table(record[name]) if name == "weights" else policies_table(record[name])))
+    return "\n\n".join(parts) + "\n"
 
 
 def draw_plots(rows: Mapping[str, Any]) -> None:
@@ -170,22 +245,26 @@ def draw_plots(rows: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
+    groups = (*GROUPS, "bounds", "weights")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", type=Path)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
-    parser.add_argument("--bounds", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP")
     flags = parser.parse_args()
-    if flags.bounds:
-        print("\n".join(bounds_table(flags.traces)))
-        return
     at_commit = commit()
     path = RESULTS / file_name("routing", at_commit)
     for group in flags.only:
-        rows = {row.name: measure(row, flags.traces) for row in GROUPS[group]}
-        merge(path, machine(), at_commit, {group: rows})
+        if group == "bounds":
+            found = measure_bounds(flags.traces)
+        elif group == "weights":
+            found = measure_weights(flags.traces)
+        else:
+            found = {row.name: measure(row, flags.traces) for row in GROUPS[group]}
+        merge(path, machine(), at_commit, {group: found})
     record = json.loads(path.read_text())
-    write_document(record)
-    draw_plots(record.get("mooncake", {}))
+    if record.keys() >= set(groups):
+        DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), record))
+        TABLES.write_text(all_tables(record, path.name))
+        draw_plots(record["mooncake"])
 
 
 if __name__ == "__main__":

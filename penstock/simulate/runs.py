@@ -78,6 +78,12 @@ def _balance(work: Sequence[float], workers: int, seen: Sequence[float] | None =
     return max(loads) * workers / sum(loads)
 
 
+def oracle_ratio(requests: Sequence[TracedRequest], shape: FleetShape) -> float:
+    """The share of prompt tokens that one cache with all pages of the fleet would have had."""
+    hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
+    return sum(hits) / sum(request.prompt_tokens for request in requests)
+
+
 def compare(
     requests: Sequence[TracedRequest],
     shape: FleetShape,
@@ -91,8 +97,7 @@ def compare(
     Raises:
         ConfigError: there is no such policy, or a request does not fit a worker.
     """
-    prompt = sum(request.prompt_tokens for request in requests)
-    ratio = sum(oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)) / prompt
+    ratio = oracle_ratio(requests, shape)
     return [
         with_oracle(Simulator(shape, make_policy(name, seed, fetch)).run(requests, slo), ratio) for name in policies
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -89,3 +90,13 @@ def test_the_marks_of_the_benchmark():
     assert routing.marks(found) == pytest.approx((0.75, 1.2, 0.5))
     assert list(routing.marks_table({"here": found}))[-1] == "| here | **0.750** | **1.200** | 1.100 | 0.500 |"
     assert len(list(routing.policies_table({"here": found}))) == 2 + 2
+
+
+def test_the_documents_are_what_the_benchmark_makes_of_its_record():
+    tables = routing.TABLES.read_text()
+    (source,) = set(re.findall(r"routing-[0-9a-f]+\.json", tables))
+    record = json.loads((routing.RESULTS / source).read_text())
+    assert tables == routing.all_tables(record, source)
+    document = routing.DOCUMENT.read_text()
+    assert document == routing.with_tables(document, record)
+    assert document.count("<!-- end of ") == 3 and document.count("\n| ") > 30
