@@ -40,26 +40,12 @@ from penstock.common.messages import (
     TokenBatch,
     TokenDelta,
     Welcome,
-    WorkerInfo,
     WorkerLoad,
     encode,
 )
+from tests.worker_info import worker_info
 
-WORKER = WorkerInfo(
-    worker_id="decode-0",
-    incarnation="i1",
-    role="decode",
-    address="tcp://127.0.0.1:1",
-    fingerprint="f",
-    model="m",
-    served_models=["m"],
-    page_size=4,
-    num_pages=100,
-    page_bytes=64,
-    max_model_len=128,
-    max_num_seqs=8,
-    vocab_size=256,
-)
+WORKER = worker_info()
 WELCOME = Welcome(protocol=PROTOCOL_VERSION, fingerprint="f", worker=encode(WORKER))
 
 

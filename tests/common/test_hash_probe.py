@@ -10,6 +10,7 @@ from penstock.common.messages import GenerateRequest, WorkerInfo
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
 from penstock.engine.request import Request
+from tests.worker_info import worker_info
 
 
 def engine_hashes(scope: str, page_size: int, tokens: list[int], salt: str) -> list[bytes]:
@@ -20,20 +21,8 @@ def engine_hashes(scope: str, page_size: int, tokens: list[int], salt: str) -> l
 
 
 def worker(page_size: int) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id="w",
-        incarnation="i",
-        role="decode",
-        address="tcp://127.0.0.1:1",
-        fingerprint="f",
-        model="m",
-        served_models=["m"],
+    return worker_info(
         page_size=page_size,
-        num_pages=1,
-        page_bytes=1,
-        max_model_len=1,
-        max_num_seqs=1,
-        vocab_size=1,
         hash_scope="scope",
         hash_probe=probe_digest(page_size, lambda tokens, salt: engine_hashes("scope", page_size, tokens, salt)),
     )

@@ -17,28 +17,14 @@ from penstock.common.prefix_index import pack
 from penstock.common.redis_state import FleetReader, RegistryWriter
 from penstock.common.reservations import Reservations
 from tests.index_view import index_view, pages_held
+from tests.worker_info import worker_info
 
 HASHES = list(page_hashes(root_hash("scope"), list(range(4 * 200)), 4))
 PAGES = chained(HASHES)
 
 
 def worker(incarnation: str = "i1", lease_s: float = 10.0) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id="decode-0",
-        incarnation=incarnation,
-        role="decode",
-        address="tcp://127.0.0.1:1",
-        fingerprint="f",
-        model="m",
-        served_models=["m"],
-        page_size=4,
-        num_pages=100,
-        page_bytes=64,
-        max_model_len=128,
-        max_num_seqs=8,
-        vocab_size=256,
-        lease_s=lease_s,
-    )
+    return worker_info(incarnation=incarnation, lease_s=lease_s)
 
 
 @contextlib.asynccontextmanager

@@ -17,6 +17,7 @@ from penstock.common.histogram import STEP_TOKENS, Histogram
 from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 from penstock.common.status_server import StatusServer
 from penstock.common.worker_metrics import worker_metric_families
+from tests.worker_info import worker_info
 
 LOAD = WorkerLoad(
     running=3, waiting=2, num_pages=100, free_pages=75, prompt_tokens=11, transfer_bytes=4096, draining=True
@@ -24,11 +25,7 @@ LOAD = WorkerLoad(
 
 
 def worker(worker_id: str) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=worker_id, incarnation="a", role="decode", address="", fingerprint="f", model="m",
-        served_models=["tiny"], page_size=16, num_pages=100, page_bytes=4096, max_model_len=512, max_num_seqs=8,
-        vocab_size=400,
-    )  # fmt: skip
+    return worker_info(worker_id, served_models=["tiny"], page_size=16, page_bytes=4096, max_model_len=512)
 
 
 @contextmanager

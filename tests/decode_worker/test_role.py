@@ -19,10 +19,10 @@ from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader
 from tests.engine.test_scheduler import Submitting, make_scheduler, oracle
-from tests.kv_transfer.noting import NotingLinks, NotingMover, worker_info
+from tests.kv_transfer.noting import NotingLinks, NotingMover, nixl_worker
 
 ROUTER = b"router/1"
-PREFILL = worker_info("prefill-0", "p1")
+PREFILL = nixl_worker("prefill-0", "p1")
 PROMPT = [1, 2, 0, 1, 2, 2, 1, 0]  # two full pages
 
 

@@ -7,26 +7,12 @@ from dataclasses import dataclass, field
 from penstock.common.messages import Message, WorkerInfo
 from penstock.kv_transfer.jobs import Completion, ReadJob, SealJob
 from penstock.kv_transfer.peer_links import LinkEvent
+from tests.worker_info import worker_info
 
 
-def worker_info(worker_id: str, incarnation: str) -> WorkerInfo:
-    """A worker whose pages are read with NIXL; pages of 4 tokens and 64 bytes."""
-    return WorkerInfo(
-        worker_id=worker_id,
-        incarnation=incarnation,
-        role=worker_id.partition("-")[0],
-        address="tcp://127.0.0.1:1",
-        fingerprint="f",
-        model="m",
-        served_models=["m"],
-        page_size=4,
-        num_pages=64,
-        page_bytes=64,
-        max_model_len=256,
-        max_num_seqs=8,
-        vocab_size=100,
-        transports={"nixl": b""},
-    )
+def nixl_worker(worker_id: str, incarnation: str) -> WorkerInfo:
+    """A worker whose pages are read with NIXL."""
+    return worker_info(worker_id, incarnation, role=worker_id.partition("-")[0], transports={"nixl": b""})
 
 
 @dataclass

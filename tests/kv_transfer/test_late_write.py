@@ -19,10 +19,10 @@ from penstock.kv_transfer.peer_links import PeerFound
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import QUARANTINE, Reader
 from penstock.kv_transfer.reading import Wanted
-from tests.kv_transfer.noting import NotingLinks, NotingMover, worker_info
+from tests.kv_transfer.noting import NotingLinks, NotingMover, nixl_worker
 
 LEASE_S = 10.0
-LENDER = worker_info("prefill-0", "p1")
+LENDER = nixl_worker("prefill-0", "p1")
 PAGES = 3
 
 

@@ -14,7 +14,7 @@ from penstock.common import bus
 from penstock.common.bus import BusServer, Peers
 from penstock.common.messages import AnyMessage, Goodbye, Heartbeat, HeartbeatAck, Hello, PagesLanded, WorkerLoad
 from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLinks, PeerLost
-from tests.kv_transfer.noting import worker_info
+from tests.kv_transfer.noting import nixl_worker
 
 LEASE_S = 10.0
 
@@ -36,7 +36,7 @@ def _until(done: Callable[[], bool]) -> None:
 def test_a_worker_that_computes_is_waited_for_and_its_answers_renew_the_lease(links: PeerLinks) -> None:
     server = BusServer("127.0.0.1", 0, "")
     try:
-        worker = replace(worker_info("prefill-0", "p1"), address=server.address)
+        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address)
         peers = Peers(worker, LEASE_S)
         links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
         got: list[AnyMessage] = []
@@ -69,7 +69,7 @@ def test_an_answer_that_is_there_at_once_is_not_missed(links: PeerLinks, monkeyp
     """On a busy machine the handshake may be over before the thread that began it goes on."""
     server = BusServer("127.0.0.1", 0, "")
     try:
-        worker = replace(worker_info("prefill-0", "p1"), address=server.address)
+        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address)
         peers = Peers(worker, LEASE_S)
         receive = bus.BusLink.receive
 
@@ -97,7 +97,7 @@ def test_whoever_takes_a_connection_and_never_speaks_is_lost(links: PeerLinks, m
     monkeypatch.setattr(bus, "CONNECT_TIMEOUT_MS", 100)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
-        worker = replace(worker_info("prefill-0", "p1"), address=address)
+        worker = replace(nixl_worker("prefill-0", "p1"), address=address)
         links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
         events: list[tuple[str, LinkEvent]] = []
 

@@ -37,9 +37,9 @@ from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import QUARANTINE, Reader
 from penstock.kv_transfer.reading import Wanted
 from penstock.kv_transfer.shm import host_id
-from tests.kv_transfer.noting import NotingLinks, NotingMover, worker_info
+from tests.kv_transfer.noting import NotingLinks, NotingMover, nixl_worker
 
-LENDER = worker_info("prefill-0", "p1")
+LENDER = nixl_worker("prefill-0", "p1")
 
 
 class Case:

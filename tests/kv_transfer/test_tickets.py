@@ -36,10 +36,10 @@ from penstock.kv_transfer.peer_links import LeaseRenewed, PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader
 from penstock.kv_transfer.reading import Wanted
-from tests.kv_transfer.noting import NotingMover, worker_info
+from tests.kv_transfer.noting import NotingMover, nixl_worker
 
 LEASE_S = 10.0
-LENDER = worker_info("prefill-0", "p1")
+LENDER = nixl_worker("prefill-0", "p1")
 LENT_PAGES, READ_PAGES = 4, 8
 Content = tuple[str, int]  # of which prompt, which page
 

@@ -7,24 +7,11 @@ import pytest
 from benchmarks.fetch import Row, chooses_fetch, crossover, measure
 from penstock.common.messages import MeasuredRates, WorkerInfo
 from penstock.demo_model import CHECKPOINT
+from tests.worker_info import worker_info
 
 
 def worker(name: str) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=name,
-        incarnation=name,
-        role="decode",
-        address="tcp://127.0.0.1:1",
-        fingerprint="f",
-        model="m",
-        served_models=["m"],
-        page_size=16,
-        num_pages=1000,
-        page_bytes=16_000,
-        max_model_len=4096,
-        max_num_seqs=8,
-        vocab_size=100,
-    )
+    return worker_info(name, name, page_size=16, num_pages=1000, page_bytes=16_000, max_model_len=4096)
 
 
 def test_rows_and_crossover() -> None:

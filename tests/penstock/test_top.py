@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 
 from penstock.cli import main
-from penstock.common.messages import WorkerInfo, WorkerLoad
+from penstock.common.messages import WorkerLoad
 from penstock.router.fleet_view import fleet_view
 from penstock.top import render
 from tests.router.fake_router import running
+from tests.worker_info import worker_info
 
-INFO = WorkerInfo(
-    worker_id="decode-0", incarnation="a", role="decode", address="tcp://h:1", fingerprint="f", model="m",
-    served_models=["m"], page_size=16, num_pages=100, page_bytes=2048, max_model_len=64, max_num_seqs=8, vocab_size=50,
-)  # fmt: skip
+INFO = worker_info(page_size=16, page_bytes=2048)
 
 
 def answer(time_s: float, **load: int) -> dict[str, object]:

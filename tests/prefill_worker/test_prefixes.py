@@ -18,10 +18,10 @@ from penstock.engine.pages import NoRoom
 from penstock.engine.request import Request
 from penstock.kv_transfer.peer_links import PeerFound, PeerLost
 from penstock.kv_transfer.reading import PATIENCE_S
-from tests.kv_transfer.noting import worker_info
+from tests.kv_transfer.noting import nixl_worker
 from tests.prefill_worker.cases import DECODE, PROMPT, Case
 
-SOURCE = worker_info("decode-1", "d1")
+SOURCE = nixl_worker("decode-1", "d1")
 
 
 def _fetching(case: Case) -> Fetch:

@@ -18,26 +18,13 @@ from penstock.router.dispatch_events import (
     WorkerUp,
 )
 from penstock.router.policy import Placement
+from tests.worker_info import worker_info
 
 STOP = Finish(reason="stop")
 
 
 def worker(incarnation: str, role: str = "decode") -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=incarnation,
-        incarnation=incarnation,
-        role=role,
-        address=f"tcp://127.0.0.1/{incarnation}",
-        fingerprint="f",
-        model="m",
-        served_models=["m"],
-        page_size=4,
-        num_pages=100,
-        page_bytes=64,
-        max_model_len=128,
-        max_num_seqs=8,
-        vocab_size=256,
-    )
+    return worker_info(incarnation, incarnation, role, address=f"tcp://127.0.0.1/{incarnation}")
 
 
 def request(

@@ -26,6 +26,7 @@ from penstock.router.health import WorkerState
 from penstock.router.off_loop import OffLoop
 from penstock.router.server import RouterServer
 from tests.tiny_tokenizers import TEMPLATE, byte_level
+from tests.worker_info import worker_info
 
 ANSWER = "Hello 😀 wörld, the water falls."
 VOCAB = 404
@@ -147,11 +148,9 @@ class FakeService:
         return self.is_ready
 
     def loads(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
-        info = WorkerInfo(
-            worker_id="decode-0", incarnation="a", role="decode", address="tcp://127.0.0.1:1", fingerprint="f",
-            model="m", served_models=["tiny"], page_size=16, num_pages=100, page_bytes=1, max_model_len=CONTEXT,
-            max_num_seqs=8, vocab_size=VOCAB,
-        )  # fmt: skip
+        info = worker_info(
+            served_models=["tiny"], incarnation="a", page_size=16, max_model_len=CONTEXT, vocab_size=VOCAB
+        )
         load = WorkerLoad(running=3, waiting=2, num_pages=100, free_pages=75, transfer_bytes=4096, lent_pages=5)
         return [(info, load)]
 

@@ -22,11 +22,11 @@ from penstock.common.messages import (
     Submit,
     TokenBatch,
     TokenDelta,
-    WorkerInfo,
     WorkerLoad,
 )
 from penstock.common.redis_state import RegistryWriter
 from penstock.common.text_probe import TextProbe
+from tests.worker_info import worker_info
 
 
 def oracle(request: GenerateRequest) -> list[int]:
@@ -72,17 +72,13 @@ class FakeWorker:
         self._next_index: dict[tuple[bytes, str, int, int], int] = {}
         self._server = BusServer("127.0.0.1", 0, "")
         self.port = int(self._server.address.rpartition(":")[2])
-        self.info = WorkerInfo(
-            worker_id=worker_id,
-            incarnation=f"{worker_id}-{self.port}",
-            role=role,
+        self.info = worker_info(
+            worker_id,
+            f"{worker_id}-{self.port}",
+            role,
             address=announced or self._server.address,
             fingerprint=fingerprint,
-            model="m",
-            served_models=["m"],
-            page_size=4,
             num_pages=1000,
-            page_bytes=64,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             vocab_size=1000,

@@ -10,24 +10,11 @@ from penstock.common.redis_state import Lookup
 from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
 from penstock.router.health import Health
 from penstock.router.policy import Placement
+from tests.worker_info import worker_info
 
 
 def worker(incarnation: str, address: str = "tcp://127.0.0.1:1", role: str = "decode") -> WorkerInfo:
-    return WorkerInfo(
-        worker_id="w",
-        incarnation=incarnation,
-        role=role,
-        address=address,
-        fingerprint="f",
-        model="m",
-        served_models=["m"],
-        page_size=4,
-        num_pages=100,
-        page_bytes=64,
-        max_model_len=128,
-        max_num_seqs=8,
-        vocab_size=256,
-    )
+    return worker_info("w", incarnation, role, address=address)
 
 
 ONE, TWO = worker("1", "tcp://127.0.0.1:1"), worker("2", "tcp://127.0.0.1:2")

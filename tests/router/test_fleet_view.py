@@ -5,13 +5,13 @@ from __future__ import annotations
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.router.fleet_view import fleet_view
 from tests.router.fake_router import Router, running
+from tests.worker_info import worker_info
 
 
 def worker(name: str, role: str) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=name, incarnation=f"{name}/1", role=role, address="tcp://h:1", fingerprint="f", model="m",
-        served_models=["m"], page_size=16, num_pages=100, page_bytes=2048, max_model_len=64, max_num_seqs=8,
-        vocab_size=50, status_url="http://h:2", version="1",
+    return worker_info(
+        name, f"{name}/1", role, address="tcp://h:1", page_size=16, page_bytes=2048, max_model_len=64,
+        status_url="http://h:2", version="1",
     )  # fmt: skip
 
 

@@ -11,32 +11,19 @@ from hypothesis import strategies as st
 
 from penstock.common.config import ROUTING_POLICIES
 from penstock.common.errors import ConfigError
-from penstock.common.messages import WorkerInfo, WorkerLoad
+from penstock.common.messages import WorkerLoad
 from penstock.router.cost import CostPolicy
 from penstock.router.policies import POLICIES, make_policy
 from penstock.router.policy import DECODE_TOKENS, Candidate, Placement, Policy, RequestFacts
 from penstock.router.rates import WorkerRates
 from penstock.router.shares import MOST_OWED_MS, WorkShares
+from tests.worker_info import worker_info
 
 
 def candidate(
     name: str, role: str = "decode", held: int = 0, reserved: int = 0, fingerprint: str = "f", **load: Any
 ) -> Candidate:
-    worker = WorkerInfo(
-        worker_id=name,
-        incarnation=f"{name}-1",
-        role=role,
-        address="tcp://127.0.0.1:1",
-        fingerprint=fingerprint,
-        model="m",
-        served_models=["m"],
-        page_size=4,
-        num_pages=100,
-        page_bytes=64,
-        max_model_len=128,
-        max_num_seqs=8,
-        vocab_size=256,
-    )
+    worker = worker_info(name, f"{name}-1", role, fingerprint=fingerprint)
     return Candidate(worker, WorkerLoad(**load), held, reserved)
 
 
