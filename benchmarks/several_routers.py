@@ -6,7 +6,7 @@ Routers, Redis and bus are real, in one process; workers answer a token a step a
 100 prompt tokens and 2 of output. `mixed`: 20 to 1000 prompt tokens (their logarithm uniform) and 2 to 12 of output.
 Balance is max/mean over the workers of the tokens they were given. At the end each router must have given back all that
 it had reserved, here and in Redis. Records benchmarks/results/several_routers-COMMIT.json, and fails if with several
-routers it is worse by more than 0.03. Uses the helpers of tests/router.
+routers it is worse by more than 0.03.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from benchmarks import record
 from tests.conftest import RedisServer
 from tests.router.fake_worker import FakeWorker
-from tests.router.services import ended, send
-from tests.router.test_several_routers import WORKERS, request, routers
+from tests.router.services import ended, request, routers, send
 
+WORKERS = 4
 IN_FLIGHT = 24
 WORSE = 0.03
 Sizes = list[tuple[int, int]]  # tokens of prompt and output
@@ -46,12 +46,13 @@ async def balance(url: str, workers: Sequence[FakeWorker], count: int, asked: Si
     """max/mean of tokens given, with so many routers, which are asked in turn."""
     for worker in workers:
         worker.submitted.clear()
-    async with routers(url, count) as services:
+    async with routers(url, count, len(workers)) as services:
         slots = asyncio.Semaphore(IN_FLIGHT)
 
         async def one(number: int, prompt: int, output: int) -> bool:
             async with slots:
-                sink = await send(services[number % count], request(f"r{number}", prompt, output))
+                ids = [random.randrange(1000) for _ in range(prompt)]
+                sink = await send(services[number % count], request(f"r{number}", output, prompt=ids))
                 await ended(sink)
             return sink.complete()
 

@@ -11,7 +11,7 @@ own rates by (measured as always, read from /metrics). Then a load of the kind t
 the rates that they have under it. Then the load that counts, with other prompts: each request is sent at its time, and
 the simulator gets the same requests with those rates. Prints mean time to first token and hit ratio of both, and how
 far they are apart; `--record` writes benchmarks/results/simulator_truth-<commit>.json. Workers do not read prefixes
-from each other here: over one machine's memory that is no model of a network. Uses the helpers of tests/.
+from each other here: over one machine's memory that is no model of a network.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ and is killed, one of the routers is told to end and later killed, Redis is kill
 - hits that routers predicted were found by the workers: `hits_apart` compares the sums, `hits_missed` is the share of
   predicted ones that were not found, request by request.
 
-Records benchmarks/results/soak-COMMIT.json, and fails if any of it does not hold. Uses the helpers of tests/system.
+Records benchmarks/results/soak-COMMIT.json, and fails if any of it does not hold.
 """
 
 from __future__ import annotations

@@ -124,3 +124,16 @@ def test_no_large_file_is_tracked() -> None:
     """But the embedded model: tests/penstock/test_demo.py says how large that may be."""
     large = {str(path.relative_to(ROOT)) for path in _files() if path.stat().st_size > 5_000_000}
     assert large <= {"penstock/demo_model/checkpoint/model.safetensors"}
+
+
+def test_benchmarks_say_that_they_use_helpers_of_the_tests() -> None:
+    """Helpers alone: a file of tests is nobody's library."""
+    imported = {
+        path.name: re.findall(r"^from (tests[\w.]*) import", path.read_text(), re.MULTILINE)
+        for path in (ROOT / "benchmarks").glob("*.py")
+    }
+    assert not [name for names in imported.values() for name in names if ".test_" in name]
+    told = re.findall(
+        r"`python benchmarks/(\w+\.py)[^|]*\|[^|]*\| tests\b", (ROOT / "benchmarks" / "README.md").read_text()
+    )
+    assert sorted(told) == sorted(name for name, names in imported.items() if names)

@@ -90,6 +90,22 @@ async def running(
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+@contextlib.asynccontextmanager
+async def routers(url: str, count: int, workers: int, **options: Any) -> AsyncIterator[list[RouterService]]:
+    """Services that see all `workers` and know of each other; afterwards nothing is reserved, here or in Redis."""
+    services = [RouterService(RouterConfig(redis_url=url, **{"lease_s": 30.0, **options})) for _ in range(count)]
+    for service in services:
+        await service.start()
+    try:
+        await until(lambda: all(len(service.loads()) == workers for service in services))
+        yield services
+    finally:
+        for service in services:
+            await service.stop(0.0)
+            assert service.counters()["in_flight"] == 0 and service.counters()["reserved_tokens"] == 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 def play(scenario: Awaitable[None]) -> None:
     async def run() -> None:
         await scenario

@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from penstock.common.config import RouterConfig
 from penstock.common.messages import GenerateRequest
 from penstock.common.sampling import SamplingParams
-from penstock.router.service import RouterService
 from tests.router.fake_worker import FakeWorker
-from tests.router.services import Collector, ended, play, send, until
+from tests.router.services import Collector, ended, play, routers, send, until
 
 ROUTERS = 4
 WORKERS = 4
@@ -31,22 +29,6 @@ def workers(redis_server: Any) -> Iterator[list[FakeWorker]]:
         worker.close()
 
 
-@contextlib.asynccontextmanager
-async def routers(url: str, count: int, **options: Any) -> AsyncIterator[list[RouterService]]:
-    """Services that see all workers and know of each other; afterwards nothing is reserved, here or in Redis."""
-    services = [RouterService(RouterConfig(redis_url=url, **{"lease_s": 30.0, **options})) for _ in range(count)]
-    for service in services:
-        await service.start()
-    try:
-        await until(lambda: all(len(service.loads()) == WORKERS for service in services))
-        yield services
-    finally:
-        for service in services:
-            await service.stop(0.0)
-            assert service.counters()["in_flight"] == 0 and service.counters()["reserved_tokens"] == 0
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
 def request(name: str, prompt_tokens: int, output_tokens: int = 5) -> GenerateRequest:
     prompt = [random.randrange(1000) for _ in range(prompt_tokens)]
     return GenerateRequest(
@@ -57,7 +39,7 @@ def request(name: str, prompt_tokens: int, output_tokens: int = 5) -> GenerateRe
 def test_requests_that_come_at_once_do_not_book_one_worker_twice(redis_server, workers):
     async def scenario() -> None:
         # A policy that looks at nothing but load: any other reason to prefer a worker would be one to share it.
-        async with routers(redis_server.url, ROUTERS, routing_policy="least-load") as services:
+        async with routers(redis_server.url, ROUTERS, WORKERS, routing_policy="least-load") as services:
             for turn in range(10):
                 for worker in workers:
                     worker.limit = 2
@@ -83,7 +65,7 @@ def test_load_is_as_even_as_one_routers(redis_server, workers):
         """The most requests of a worker over the mean; all are alike, so that no other balance would be better."""
         for worker in workers:
             worker.submitted.clear()
-        async with routers(redis_server.url, count) as services:
+        async with routers(redis_server.url, count, WORKERS) as services:
             slots = asyncio.Semaphore(24)
 
             async def one(i: int) -> Collector:
@@ -108,7 +90,7 @@ def test_load_is_as_even_as_one_routers(redis_server, workers):
 
 def test_a_router_that_dies_is_forgotten_after_a_lease(redis_server, workers):
     async def scenario() -> None:
-        async with routers(redis_server.url, 2, lease_s=2.0) as (dying, other):
+        async with routers(redis_server.url, 2, WORKERS, lease_s=2.0) as (dying, other):
             for worker in workers:
                 worker.limit = 2
             await asyncio.gather(*(send(dying, request(f"r{i}", 50)) for i in range(8)))
