@@ -114,7 +114,7 @@ def test_whoever_leaves_first_says_so(links: PeerLinks, caplog: pytest.LogCaptur
     caplog.set_level("INFO")
     server = BusServer("127.0.0.1", 0, "")
     try:
-        worker = replace(worker_info("prefill-0", "p1"), address=server.address)
+        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address)
         peers = Peers(worker, LEASE_S)
         links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
         got: list[AnyMessage] = []
