@@ -230,7 +230,7 @@ def all_tables(record: Mapping[str, Any], source: str) -> str:
     ]
     for name, heading in HEADINGS.items():
         parts.append(f"## {heading}")
-        if name in GROUPS and name != "mooncake":
+        if name == "large":  # those of the others are in docs/routing.md, or say nothing
             parts.append("\n".join(marks_table(record[name])))
         parts.append("\n".join(weights_table(record[name]) if name == "weights" else policies_table(record[name])))
     return "\n\n".join(parts) + "\n"
