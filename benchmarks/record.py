@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COMMIT_ENV = "PENSTOCK_COMMIT"  # for a copy of the tree whose git history is missing or another
+COMMIT_ENV = "BENCHMARK_COMMIT"  # for a copy of the tree whose git history is missing or another
 MEASURED = (
     *("common", "engine", "kernels", "kv_transfer", "models", "penstock"),
     *("decode_worker", "prefill_worker", "router"),
@@ -24,7 +24,7 @@ MEASURED = (
 
 
 def commit() -> str:
-    """$PENSTOCK_COMMIT, else the short hash of HEAD, with "+changes" if what is measured differs from it."""
+    """$BENCHMARK_COMMIT, else the short hash of HEAD, with "+changes" if what is measured differs from it."""
     if named := os.environ.get(COMMIT_ENV):
         return named
     head = _output("git", "rev-parse", "--short", "HEAD")

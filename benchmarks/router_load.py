@@ -317,7 +317,7 @@ def fleet(
     """Router processes with instant workers behind them; `watched`: its event loop's stalls are told."""
     redis_port, port = free_port(), free_port()
     url = f"redis://127.0.0.1:{redis_port}/0"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = child_environment() | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     quiet = {"stdout": subprocess.DEVNULL, "env": environment}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stalls = Path(folder) / "stalls"
@@ -337,12 +337,17 @@ def fleet(
         yield Running(port, child.pid, stalls)
 
 
+def child_environment() -> dict[str, str]:
+    """Ours, with this checkout importable, wherever it was started."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
 def clients_apart(port: int, request: Path, streams: int, requests: int, processes: int) -> float:
     """Seconds in which so many processes of clients, with `requests` each, were all answered."""
     command = [sys.executable, __file__, "--client", str(port), "--request", str(request)]
     command += ["--streams", str(streams), "--requests", str(requests)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(processes)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=child_environment()) for _ in range(processes)]
     spans = [json.loads(one.communicate()[0]) for one in running]
     return float(max(end for _, end in spans) - min(start for start, _ in spans))
 

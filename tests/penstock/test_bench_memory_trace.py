@@ -17,7 +17,7 @@ def arguments(out: Path) -> list[str]:
 
 
 def test_a_crowded_pool_is_empty_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PENSTOCK_COMMIT", "abc")
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
     out = tmp_path / "trace.json"
     assert memory_trace.main(arguments(out)) == 0
     found = json.loads(out.read_text())["tiny"]
@@ -29,7 +29,7 @@ def test_a_crowded_pool_is_empty_afterwards(tmp_path: Path, monkeypatch: pytest.
 
 def test_changed_tokens_fail_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_trace, "probe", lambda _built, salt: [[ord(letter) for letter in salt]])
-    monkeypatch.setenv("PENSTOCK_COMMIT", "abc")
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
     assert memory_trace.main(arguments(tmp_path / "trace.json")) == 1
 
 

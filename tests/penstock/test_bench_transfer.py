@@ -26,7 +26,7 @@ def test_a_row_says_bytes_time_and_rate() -> None:
 
 
 def test_a_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PENSTOCK_COMMIT", "abc1234")
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
     out = tmp_path / "transfer.json"
     flags = [
         "--devices",
@@ -57,7 +57,7 @@ def test_a_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_transport_that_fails_is_said_and_the_others_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PENSTOCK_COMMIT", "abc1234")
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
     out = tmp_path / "transfer.json"
     flags = ["--devices", "cpu,cpu", "--tokens", "16", "--page-tokens", "16", "--repeats", "1", "--out", str(out)]
     assert main([*flags, "--transports", "cuda_ipc,shm"]) == 1
