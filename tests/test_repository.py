@@ -18,6 +18,7 @@ _LOCAL = re.compile(
     r"(?<![\w.])/(?:work|root|tmp/venv)/|/home/(?!penstock\b)\w|(?:pypi|pythonhosted|npmjs|download\.pytorch)\.(?:org|io|com)"
 )
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+_CODE_LINK = re.compile(r"\[`([A-Za-z_][\w.]*)`\]\(([^)#\s]+\.py)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINES = re.compile(r"L(\d+)(?:-L(\d+))?")
 _SCRIPT = re.compile(r"(?<![\w/.-])(\.?/?(?:scripts|benchmarks|\.ci)/[\w./-]*\w)")
@@ -76,6 +77,18 @@ def test_links_in_documents_resolve() -> None:
         if (reason := _broken(document, target := match[1] or match[2]))
     ]
     assert not broken
+
+
+def test_names_in_links_are_in_the_files_they_lead_to() -> None:
+    """[`Scheduler.plan`](engine/scheduler.py) leads to that class and method; a file may go by its own name."""
+    missing = []
+    for document in _documents():
+        for name, target in _CODE_LINK.findall(document.read_text()):
+            path = document.parent / target
+            defined = set(re.findall(r"^ *(?:async )?(?:def|class) (\w+)", path.read_text(), re.MULTILINE))
+            if name not in (path.name, path.stem) and not defined.issuperset(name.split(".")):
+                missing.append(f"{document.name}: {name}")
+    assert not missing
 
 
 def test_commands_in_documents_exist() -> None:
