@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -188,8 +188,18 @@ async def connect(port: int) -> Client:
     return client
 
 
-async def drive(port: int, request: bytes, streams: int, requests: int, ramp_s: float = 0.0) -> list[Times]:
-    """`requests` requests over `streams` connections, each with one at a time; all have begun after `ramp_s`."""
+async def drive(
+    port: int,
+    request: bytes,
+    streams: int,
+    requests: int,
+    ramp_s: float = 0.0,
+    answered: Callable[[], None] = lambda: None,
+) -> list[Times]:
+    """`requests` requests over `streams` connections, each with one at a time; all have begun after `ramp_s`.
+
+    `answered` is called before the connections are closed.
+    """
     left = iter(range(requests))
     times: list[Times] = []
     clients = [await connect(port) for _ in range(streams)]
@@ -200,6 +210,7 @@ async def drive(port: int, request: bytes, streams: int, requests: int, ramp_s: 
             times.append(await client.ask(request))
 
     await asyncio.gather(*(one_after_the_other(number, client) for number, client in enumerate(clients)))
+    answered()
     close(clients)
     return times
 

@@ -116,7 +116,7 @@ class Bench:
         """Thousands at a time: all are answered in full, what they take, and how long the event loop is held up."""
         with fleet(HELD_STEP_MS, first_at_once=True, watched=True) as running:
             before, empty_mib, since = cpu_seconds(running.pid), memory_mib(running.pid), time.time()
-            most, most_mib, times = uvloop.run(self._hold(running))
+            most, most_mib, times, until = uvloop.run(self._hold(running))
             return {
                 "streams": HELD,
                 "step_ms": HELD_STEP_MS,
@@ -125,7 +125,7 @@ class Bench:
                 "router_mib_per_1000": round((most_mib - empty_mib) / HELD * 1e3, 1),
                 "router_cpu_s": round(cpu_seconds(running.pid) - before, 2),
                 "whole_answer": percentiles([last for _, last in times]),
-                "event_loop": running.stalls(since, time.time()),
+                "event_loop": running.stalls(since, until),
             }
 
     def stalls(self) -> dict[str, Any]:
@@ -186,14 +186,18 @@ class Bench:
         self.tokenizer.encode(self.prompts[tokens])
         return (time.process_time() - before) * 1e3
 
-    async def _hold(self, running: Running) -> tuple[int, float, list[tuple[float, float]]]:
-        streams = asyncio.ensure_future(drive(running.port, self.request(running), HELD, HELD, RAMP_S))
+    async def _hold(self, running: Running) -> tuple[int, float, list[tuple[float, float]], float]:
+        """(most streams, most memory, times, when the last was answered: thousands that hang up at once come after)."""
+        until: list[float] = []
+        request = self.request(running)
+        load = drive(running.port, request, HELD, HELD, RAMP_S, lambda: until.append(time.time()))
+        streams = asyncio.ensure_future(load)
         most, most_mib = 0, 0.0
         while not streams.done():
             await asyncio.wait({streams}, timeout=1.0)
             most = max(most, (await asyncio.to_thread(asked, running.port, "/load"))["server_load"])
             most_mib = max(most_mib, memory_mib(running.pid))
-        return most, most_mib, streams.result()
+        return most, most_mib, streams.result(), until[0]
 
     async def _beside(self, running: Running, prompts: int) -> None:
         """Short streams for some seconds, and as long as prompts are left."""

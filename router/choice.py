@@ -106,6 +106,11 @@ class Choice:
         self.ended = True
         self._service.cancel(self.request.request_id, self.request.choice)
 
+    def let_go(self) -> None:
+        """It has ended, and its listener hears no more: the two keep each other from being freed."""
+        assert self.ended
+        del self._listener
+
     def _take(self, delta: TokenDelta) -> None:
         finish = delta.finish
         if delta.spans is not None:

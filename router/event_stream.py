@@ -1,35 +1,18 @@
-"""The writing end of streamed answers: one write a turn of the event loop for each stream that has something to say.
+"""The writing end of streamed answers: one write a turn for each stream that has something to say.
 
 A step of a worker brings a token for every running stream, so a task switch a token is what a router cannot afford.
-`put` collects; the router's one `Outbox` writes, in a single callback, what all streams have collected. Only a stream
-whose client reads slowly waits, in the task of its own request.
+`put` collects; the router's one `Outbox` writes what all streams have collected, in slices of the loop's time. Only a
+stream whose client reads slowly waits, in the task of its own request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 
 from penstock.common.tasks import begun
 from penstock.router.error_bodies import Send
-
-
-class Outbox:
-    """What is to be written once the event loop has handled what it is at. `write` must not raise."""
-
-    def __init__(self) -> None:
-        self._due: list[Callable[[], None]] = []
-
-    def add(self, write: Callable[[], None]) -> None:
-        """Call `write` soon, after the others."""
-        if not self._due:
-            asyncio.get_running_loop().call_soon(self._write_all)
-        self._due.append(write)
-
-    def _write_all(self) -> None:
-        due, self._due = self._due, []
-        for write in due:
-            write()
+from penstock.router.slices import Slices
 
 
 class EventStream:
@@ -55,7 +38,7 @@ class EventStream:
         self.ended = last
         if not self._busy:
             self._busy = True
-            self._outbox.add(self._write)
+            self._outbox.add(self)
 
     def give_up(self) -> None:
         """The client is gone: `run` returns, and nothing more is written, unless the last events have been put."""
@@ -72,7 +55,7 @@ class EventStream:
         try:
             while not self._over:
                 self._woken = asyncio.get_running_loop().create_future()
-                self._outbox.add(self._write)
+                self._outbox.add(self)
                 rest = await self._woken
                 if rest is not None:
                     await rest
@@ -81,9 +64,10 @@ class EventStream:
                     await send({"type": "http.response.body", "body": b"".join(self._pending), "more_body": False})
         finally:
             self._over = True
+            self._send = self._woken = None  # whose frames hold this stream
 
-    def _write(self) -> None:
-        """Send what has been put. What has to wait is left to `run`, which looks again."""
+    def write(self) -> None:
+        """For the outbox: send what has been put. What has to wait is left to `run`, which looks again."""
         if self._over or self._send is None:
             return
         if self.ended:
@@ -111,3 +95,10 @@ class EventStream:
             self._woken.set_exception(news)
         else:
             self._woken.set_result(news)
+
+
+class Outbox(Slices[EventStream]):
+    """The streams that have something to write, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(EventStream.write)

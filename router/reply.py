@@ -116,6 +116,8 @@ class Reply(ABC):
             self._cancel_running()
             if self.over is not None:
                 self.over(failure)
+            for choice in self._choices:
+                choice.let_go()
 
     def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
         """See `Listener`."""

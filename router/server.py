@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 READY_POLL_S = 0.05
-GC_AFTER_OBJECTS = (
-    20_000  # a stream's objects are freed by their counts; Python's own 700 looks through them all the time
-)
+# Objects of requests are freed by their counts, so the collector finds little; Python's own limits would have it look
+# through all open streams again and again. These bound what it looks through at once: it holds up the event loop.
+GC_LIMITS = (10_000, 2, 1000)
 
 
 class RouterServer(uvicorn.Server):
@@ -123,7 +123,7 @@ def serve(config: RouterConfig) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = RouterServer(create_app(service, config, tokenizer, template, defaults), service, config)
     gc.freeze()  # what the start made stays: no collection looks at it again
-    gc.set_threshold(GC_AFTER_OBJECTS)
+    gc.set_threshold(*GC_LIMITS)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Uvicorn raises the signal again when it is done; after a drain that is a normal end, not a death.
         signal.signal(number, server.handle_exit)

@@ -60,6 +60,7 @@ from penstock.router.hit_check import HitCheck
 from penstock.router.off_loop import OffLoop
 from penstock.router.placing import Placing
 from penstock.router.policies import make_policy
+from penstock.router.slices import Slices
 from penstock.router.turns import Turns, new_admission
 
 TICK_S = 0.1
@@ -119,6 +120,7 @@ class RouterService:
         self._links: dict[str, AsyncBusLink] = {}  # by address
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
         self._tasks: set[asyncio.Task[None]] = set()
+        self._to_tell: Slices[Deliver | Fail] = Slices(self._tell)
         self._refused: set[str] = set()  # incarnations of workers that were not used, each reported once
         self._texts = texts or TextProbe()
         self._warned: set[str] = set()  # incarnations of workers whose chat template is another
@@ -144,6 +146,8 @@ class RouterService:
         while self._dispatcher.choices and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._handle(Shutdown())
+        while self._to_tell:
+            await asyncio.sleep(0)
         await end_tasks(self._tasks)
         await self._reservations.close()
         await self._reader.close()
@@ -232,11 +236,8 @@ class RouterService:
 
     def _carry_out(self, commands: Sequence[Command]) -> None:
         for command in commands:
-            if type(command) is Deliver:  # first: nearly all of them are
-                self._deliver(command)
-            elif isinstance(command, Fail):
-                self._counters["failed"] += 1
-                command.sink.on_error(command.error)
+            if type(command) is Deliver or type(command) is Fail:  # first: nearly all of them are
+                self._to_tell.add(command)
             elif isinstance(command, Place):
                 if command.lost:
                     log.warning("trying again: %s", command.lost, extra=about(command.request))
@@ -256,6 +257,13 @@ class RouterService:
             elif isinstance(command, Release):
                 self._placing.release(command.incarnation, command.tokens, prompt=command.prompt)
                 self._turns.take()
+
+    def _tell(self, command: Deliver | Fail) -> None:
+        if isinstance(command, Fail):
+            self._counters["failed"] += 1
+            command.sink.on_error(command.error)
+        else:
+            self._deliver(command)
 
     def _deliver(self, command: Deliver) -> None:
         delta = command.delta

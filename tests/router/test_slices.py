@@ -1,0 +1,111 @@
+"""Work in slices: all of it, in order, and the event loop has its turns between."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from penstock.router.slices import MOST_ITEMS, SLICE_S, Slices
+from tests.router.fake_router import Router
+
+
+class Bench:
+    """Items that take a given time each, on a clock of their own, and what was done at each turn of the loop."""
+
+    def __init__(self, item_s: float) -> None:
+        self.now = 0.0
+        self.done: list[int] = []
+        self.turns: list[int] = []  # how much had been done at each turn of the loop
+        self.slices = Slices(self.do, lambda: self.now)
+        self._item_s = item_s
+
+    def do(self, item: int) -> None:
+        self.done.append(item)
+        self.now += self._item_s
+
+    async def all_done(self, number: int) -> None:
+        while len(self.done) < number:
+            self.turns.append(len(self.done))
+            await asyncio.sleep(0)
+
+    @property
+    def largest(self) -> int:
+        """Most items of one slice."""
+        return max(after - before for before, after in zip(self.turns, [*self.turns[1:], len(self.done)], strict=True))
+
+
+@pytest.mark.parametrize(("item_s", "most"), [(SLICE_S / 10, 10), (SLICE_S * 3, 1), (0.0, MOST_ITEMS)])
+def test_the_loop_has_its_turns_between(item_s: float, most: int) -> None:
+    async def check() -> None:
+        bench = Bench(item_s)
+        bench.slices.extend(range(1000))
+        await bench.all_done(1000)
+        assert bench.done == list(range(1000)) and most - 1 <= bench.largest <= most + 1 and not bench.slices
+
+    asyncio.run(check())
+
+
+def test_what_comes_meanwhile_waits_its_turn() -> None:
+    async def check() -> None:
+        bench = Bench(SLICE_S / 10)
+        bench.slices.extend(range(100))
+        await asyncio.sleep(0)
+        assert 0 < len(bench.done) < 100
+        for item in range(100, 150):
+            bench.slices.add(item)
+        await bench.all_done(150)
+        assert bench.done == list(range(150)) and bench.largest <= 11
+
+    asyncio.run(check())
+
+
+def test_one_that_fails_costs_nobody_else_his_turn() -> None:
+    failed: list[Any] = []
+
+    def do(item: int) -> None:
+        if item % 3 == 0:
+            raise RuntimeError(f"item {item}")
+        done.append(item)
+
+    async def check() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context["exception"]))
+        slices = Slices(do)
+        slices.extend(range(9))
+        while slices:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    done: list[int] = []
+    asyncio.run(check())
+    assert done == [1, 2, 4, 5, 7, 8] and len(failed) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answered_request_leaves_nothing_to_the_collector(router: Router, stream: bool) -> None:
+    """What only the collector can free it must look for, and while it looks through open streams all of them wait."""
+
+    def ask() -> None:
+        assert router.post("/v1/completions", {"prompt": "a", "max_tokens": 5, "stream": stream}).status_code == 200
+
+    ask()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            ask()
+        router.service.requests.clear()
+        ask()  # the last one's task is over now
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = Counter(
+            type(found).__qualname__ for found in gc.garbage if type(found).__module__.startswith("penstock")
+        )
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
