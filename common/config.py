@@ -160,6 +160,9 @@ class RouterConfig(FleetConfig):
     max_attempts: int = option(3, "how often a request is tried when workers are lost")
     queue_timeout_s: float = option(60.0, "how long a request may wait for room")
     progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
+    write_timeout_s: float = option(
+        60.0, "a client that takes nothing of its answer for this long is cut off; 0: never"
+    )
     stall_timeout_s: float = option(
         30.0, "a worker that runs requests without a step, or answers no heartbeat, for this long is taken out"
     )

@@ -157,6 +157,7 @@ def create_app(
                 await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
     app = Application(title="Penstock", version=__version__, lifespan=lifespan)
+    app.state.metrics = front.metrics
     app.openapi = functools.partial(openapi_document, bool(config.api_key))  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)

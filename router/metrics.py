@@ -56,6 +56,7 @@ class RouterMetrics(Collector):
         self._labels = {"model_name": model_name, "engine": "router"}
         self._finished = Counter(dict.fromkeys(_REASONS, 0))
         self._errors: Counter[str] = Counter()
+        self.connections_cut = Counter(unread=0)  # before their clients had everything, by reason
         self._rows: list[tuple[str, str, Histogram, Sequence[float]]] = []  # name, help, counted, vLLM's bounds
         new = self._new
         self.time_to_first_token = new("time_to_first_token_seconds", "Received until the first token.", TO_FIRST)
@@ -173,6 +174,7 @@ class RouterMetrics(Collector):
             "vllm:request_success", "Choices that ended, by reason.", labels, "finished_reason", self._finished
         )
         yield _by_label("penstock:request_errors", "Requests answered with an error.", labels, "code", self._errors)
+        yield _by_label("penstock:connections_cut", "Connections cut.", labels, "reason", self.connections_cut)
         for name, value in sorted(self._service.counters().items()):
             kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
             family = kind(f"penstock:{name}", f"Router: {name.replace('_', ' ')}.", labels=LABELS)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import logging
 import signal
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -26,13 +28,18 @@ from penstock.common.tokenizer import Tokenizer
 from penstock.router.app import create_app
 from penstock.router.group import ADMIN_HOST
 from penstock.router.off_loop import SWITCH_INTERVAL_S
+from penstock.router.unread import Unread, cut, waiting_bytes
 
 if TYPE_CHECKING:
     from penstock.router.service import RouterService
 
+log = logging.getLogger(__name__)
+
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 READY_POLL_S = 0.05
+LOOKS = 10  # for unread answers, in the time that one may be
+TOLD = 5  # addresses of a warning
 # Objects of requests are freed by their counts, so the collector finds little; Python's own limits would have it look
 # through all open streams again and again. These bound what it looks through at once: it holds up the event loop.
 GC_LIMITS = (10_000, 2, 1000)
@@ -61,6 +68,8 @@ class RouterServer(uvicorn.Server):
         )
         self._app, self._service, self._drain_s = app, service, config.drain_s
         self._admin_port, self._shares_port = config.admin_port, len(config.group_ports) > 1
+        self._write_timeout_s, self._next_look = config.write_timeout_s, 0.0
+        self._unread: Unread[Any] = Unread(config.write_timeout_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """With an admin port, that one first."""
@@ -90,6 +99,27 @@ class RouterServer(uvicorn.Server):
             await self.lifespan.shutdown()
             raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
         self.servers.append(server)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Uvicorn's own, ten times a second; now and then for connections whose clients read nothing, too."""
+        now = time.monotonic()
+        if self._write_timeout_s and now >= self._next_look:
+            self._next_look = now + self._write_timeout_s / LOOKS
+            self._cut_unread(now)
+        return await super().on_tick(counter)
+
+    def _cut_unread(self, now: float) -> None:
+        """An open request of such a connection ends as if its client had hung up: its worker frees it at once."""
+        waiting = {each: size for each in self.server_state.connections if (size := waiting_bytes(each.transport))}
+        unread = self._unread.look(waiting, now)
+        for connection in unread:
+            cut(connection.transport)
+        if unread:
+            self._app.state.metrics.connections_cut["unread"] += len(unread)
+            hosts = ", ".join(sorted({f"{each.client[0]}" for each in unread if each.client})[:TOLD])
+            size, limit_s = sum(waiting[each] for each in unread), self._write_timeout_s
+            what = f"{len(unread)} connections cut whose clients ({hosts}) took nothing of their answers"
+            log.warning("%s for %g s: %d bytes were waiting", what, limit_s, size)
 
     def _can_answer(self) -> bool:
         """It knows its workers, and nothing of the start will hold up what it answers."""

@@ -170,8 +170,8 @@ class FakeService:
 class Router:
     """A running app and clients for it."""
 
-    def __init__(self, service: FakeService, url: str) -> None:
-        self.service, self.url = service, url
+    def __init__(self, service: FakeService, url: str, server: RouterServer) -> None:
+        self.service, self.url, self.server = service, url, server
         self.http = httpx.Client(base_url=url, timeout=60)
         self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60)
 
@@ -192,8 +192,10 @@ def running(
     defaults: GenerationDefaults | None = None,
     template: str = TEMPLATE,
     tokenizer: Tokenizer | None = None,
+    send_buffer: int = 0,
     **config: Any,
 ) -> Iterator[Router]:
+    """`send_buffer`: what the kernel holds of an answer, in bytes; 0: as it likes."""
     service = FakeService()
     tokenizer = tokenizer or byte_level()
     config = {"served_model_name": ("tiny", "alias"), "redis_url": NO_REDIS, **config}
@@ -201,6 +203,8 @@ def running(
     chat = ChatTemplate(template, tokenizer.special_tokens) if template else None
     app = create_app(service, router_config, tokenizer, chat, defaults)  # type: ignore[arg-type]
     with socket.socket() as listener:
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.bind(("127.0.0.1", 0))
         server = RouterServer(app, service, router_config)  # type: ignore[arg-type]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -210,7 +214,7 @@ def running(
             while not server.started:
                 assert time.monotonic() < deadline and thread.is_alive()
                 time.sleep(0.005)
-            router = Router(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+            router = Router(service, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
             with router.http, router.openai:
                 yield router
         finally:
