@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -19,13 +18,12 @@ from penstock.router.beams import BeamReply, BeamStreamReply
 from penstock.router.ended import Ended
 from penstock.router.error_bodies import Send, error_body, send_error, send_json
 from penstock.router.front import Front, RequestHead
-from penstock.router.protocol import REQUEST_ID
+from penstock.router.protocol import check_request_id
 from penstock.router.reply import Plan, Receive, Reply, StreamReply, WholeReply
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20  # below what the bus carries: what is taken can be sent on
-_REQUEST_ID = re.compile(REQUEST_ID.pattern.encode())
 Scope = MutableMapping[str, Any]
 Planner = Callable[[bytes, RequestHead, Front], Awaitable[Plan]]
 _KINDS: dict[tuple[bool, bool], type[Reply]] = {  # by (beams, stream)
@@ -46,11 +44,13 @@ class Generation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeline = Timeline()
         timeline.mark("received", time.monotonic())
-        head, headers = request_head(scope)
+        head, headers, wrong = request_head(scope)
         front, reply, failure = self._front, None, None
         if front.tracing is not None:
             head = front.tracing.begin(head, timeline.marks["received"])
         try:
+            if wrong is not None:
+                raise wrong
             body = await read_body(receive)
             if body is None:
                 return
@@ -102,8 +102,10 @@ class Guarded:
         self._front, self._handle, self._errors = front, handle, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head, headers = request_head(scope)
+        head, headers, wrong = request_head(scope)
         try:
+            if wrong is not None:
+                raise wrong
             await self._handle(scope, receive, send, headers)
         except PenstockError as error:
             self._front.metrics.failed(error.code)
@@ -126,21 +128,25 @@ def answering(
     return Guarded(front, handle, errors)
 
 
-def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]]]:
-    """(ids and wishes from the request's headers, headers of the response)."""
-    given, timeline, context = None, False, {}
+def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]], BadRequest | None]:
+    """(ids and wishes from the request's headers, headers of the response, what is wrong with the request's)."""
+    given, wrong, timeline, context = "", None, False, {}
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            given = value
+        if name == b"x-request-id" and value:
+            given = value.decode("utf-8", "surrogateescape")  # what is no UTF-8 is not printable then
+            try:
+                check_request_id(given, "X-Request-Id")
+            except BadRequest as error:
+                given, wrong = "", error
         elif name == b"x-penstock-timeline":
             timeline = value.strip().lower() in (b"1", b"true")
         elif name in (b"traceparent", b"tracestate"):
             context[name.decode()] = value.decode("latin-1")
     unique = os.urandom(16).hex()
-    answer_id = unique if given is None else given.decode("ascii")
+    answer_id = given or unique
     context["tenant"] = scope.get("tenant", "")
     head = RequestHead(answer_id=answer_id, request_id=unique, timeline=timeline, **context)
-    return head, [(b"x-request-id", answer_id.encode())]
+    return head, [(b"x-request-id", answer_id.encode())], wrong
 
 
 async def read_body(receive: Receive) -> bytes | None:

@@ -33,7 +33,7 @@ MAX_CHOICES = 1024  # of one HTTP request: prompts times n
 MAX_BAD_WORD_LENGTH = 1024  # characters
 MAX_RULE_IDS = 1 << 20  # ids of logit_bias and allowed_token_ids, times choices: each choice has its own
 
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+MAX_REQUEST_ID = 256  # characters: every event of a stream has it
 _AT_PATH = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 _SAMPLED_AS_GIVEN = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -113,8 +113,8 @@ class GenerationRequest(FormFields, kw_only=True):
             raise not_supported("best_of")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options is only allowed with stream=true", param="stream_options")
-        if self.request_id is not None and not REQUEST_ID.fullmatch(self.request_id):
-            raise BadRequest("request_id must be from 1 to 128 printable ASCII characters", param="request_id")
+        if self.request_id is not None:
+            check_request_id(self.request_id, "request_id")
         if self.cache_salt == "":
             raise BadRequest("cache_salt must not be empty", param="cache_salt")
         if self.cache_salt is not None and len(self.cache_salt) > MAX_SALT_LENGTH:
@@ -392,3 +392,9 @@ def check_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
     """Raise BadRequest for an id outside the model's vocabulary."""
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         raise BadRequest(f"{param} must hold token ids from 0 to {vocab_size - 1}", param=param)
+
+
+def check_request_id(text: str, param: str) -> None:
+    """Raise BadRequest for an id that does not fit into a header or a line of a log: nothing else is asked of it."""
+    if not (0 < len(text) <= MAX_REQUEST_ID and text.isprintable()):
+        raise BadRequest(f"{param} must be from 1 to {MAX_REQUEST_ID} printable characters", param=param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -100,8 +101,44 @@ def test_request_ids(router: Router) -> None:
         response = router.post("/v1/completions", BODY, **{"X-Request-Id": "mine-1"})
         assert response.json()["id"] == "cmpl-mine-1" and response.headers["x-request-id"] == "mine-1"
     assert len({request.request_id for request in router.service.requests}) == 2
-    response = router.post("/v1/chat/completions", CHAT, **{"X-Request-Id": "not valid: spaces"})
-    assert response.json()["id"] == f"chatcmpl-{response.headers['x-request-id']}" and " " not in response.json()["id"]
+    response = router.post("/v1/chat/completions", CHAT, **{"X-Request-Id": ""})
+    assert response.json()["id"] == f"chatcmpl-{response.headers['x-request-id']}" != "chatcmpl-"
+
+
+@pytest.mark.parametrize("name", ["two words: a/b?c=1#d", "größe ✓", "a" * 256, '"quoted" {json}', "%0d%0aX-Forged: 1"])
+def test_request_ids_are_taken_as_they_are(router: Router, name: str) -> None:
+    headers = {"X-Request-Id": name.encode()}
+    whole = router.http.post("/v1/completions", json=BODY, headers=headers)
+    streamed = router.http.post("/v1/chat/completions", json=CHAT | {"stream": True}, headers=headers)
+    assert whole.json()["id"] == f"cmpl-{name}" and {event["id"] for event in events(streamed)} == {f"chatcmpl-{name}"}
+    for response in (whole, streamed, router.http.post("/tokenize", json={"prompt": "a"}, headers=headers)):
+        assert dict(response.headers.raw)[b"x-request-id"] == name.encode() and "x-forged" not in response.headers
+    assert router.post("/v1/completions", BODY | {"request_id": name}).json()["id"] == f"cmpl-{name}"
+
+
+@pytest.mark.parametrize("name", ["a" * 257, "a\tb", "a\x85b", "\u2028", b"\xff", b"a\xc3"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/tokenize"])
+def test_request_ids_that_cannot_be_are_refused(router: Router, path: str, name: str | bytes) -> None:
+    given = name if isinstance(name, bytes) else name.encode()
+    response = router.http.post(path, json=BODY | CHAT, headers={"X-Request-Id": given})
+    assert response.status_code == 400 and "X-Request-Id must be" in response.json()["error"]["message"]
+    made_up = response.headers["x-request-id"]
+    assert made_up.isalnum() and not router.service.requests
+    if isinstance(name, str) and path == "/v1/completions":
+        assert router.post(path, BODY | {"request_id": name}).json()["error"]["param"] == "request_id"
+
+
+@pytest.mark.parametrize("name", [b"a\rX-Forged: 1", b"a\nX-Forged: 1", b"a\r\n X-Forged: 1", b"a\0b", b"a\x1b[31m"])
+def test_no_header_is_forged_through_a_request_id(router: Router, name: bytes) -> None:
+    address = router.http.base_url.host, router.http.base_url.port
+    with socket.create_connection(address, timeout=60) as client, client.makefile("rb") as answer:
+        body = json.dumps(BODY).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-Request-Id: "
+        client.sendall(head + name + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        lines = answer.read().partition(b"\r\n\r\n")[0].split(b"\r\n")
+    names = [line.partition(b":")[0].lower() for line in lines]
+    assert lines[0].startswith((b"HTTP/1.1 400", b"HTTP/1.1 200")) and b"x-forged" not in names
+    assert all(byte >= 0x20 for line in lines for byte in line)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -23,7 +23,7 @@ WRONG = [
     ("repetition_penalty", 0), ("min_tokens", -1), ("min_tokens", 10**9), ("stop", ""), ("stop", ["a"] * 65),
     ("stop", "x" * 2000), ("stop", 5), ("stop_token_ids", [VOCAB]), ("stop_token_ids", [-1]), ("ignore_eos", 1),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("cache_salt", ""), ("cache_salt", 1),
-    ("cache_salt", "x" * 257), ("request_id", ""), ("request_id", "a b"), ("stop_token_ids", list(range(1025))),
+    ("cache_salt", "x" * 257), ("request_id", ""), ("request_id", "a\nb"), ("stop_token_ids", list(range(1025))),
     ("best_of", 0), ("model", 5), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {str(VOCAB): 1}),
     ("logit_bias", [1]), ("logit_bias", {"1": "x"}), ("allowed_token_ids", []), ("allowed_token_ids", [VOCAB]),
     ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", CONTEXT + 1),
