@@ -11,7 +11,7 @@ NS:routers              set     router ids                                   10 
 NS:load:ROUTER          hash    incarnation -> tokens this router reserved   1 lease    workers
 
 All of it is a view that its writer can rebuild: losing Redis costs cache hits and news, never a request. What routers
-keep of responses (response..., responses, response-sizes) is in router/responses/store.py. The prefix
+keep of responses (response..., responses...) is in router/responses/store.py. The prefix
 index (slots, pages) is described in prefix_index.py, what routers reserve (routers, load) in reservations.py.
 """
 

@@ -23,12 +23,11 @@ Scores = Callable[[Sequence[ScoredToken]], list[dict[str, Any]]]
 class ResponseFormat(AnswerFormat):
     """Writes one response; requests of this API have one choice.
 
-    `response` holds all fields but the output's; `scores` writes logprobs; `ended` is called with the response, once,
-    when its status is final.
+    `response` holds all fields but the output's; `scores` writes logprobs.
     """
 
-    def __init__(self, response: dict[str, Any], scores: Scores, ended: Callable[[ResponseFormat], None]) -> None:
-        self._response, self._scores, self._ended = response, scores, ended
+    def __init__(self, response: dict[str, Any], scores: Scores) -> None:
+        self._response, self._scores = response, scores
         self._sequence_number = 0
         self._created = False
         self.is_final = False
@@ -115,23 +114,19 @@ class ResponseFormat(AnswerFormat):
         self._stop("incomplete")
         self._response["status"] = "cancelled"
         self.is_final = True
-        self._ended(self)
 
     def _final(self, status: str) -> bytes:
         self._response["status"] = status
         event = self._lifecycle(status)
         self.is_final = True
-        self._ended(self)
         return event
 
     def _lifecycle(self, name: str) -> bytes:
         return self._event(name, {"response": self._response})
 
     def _event(self, name: str, fields: dict[str, Any]) -> bytes:
-        kind = f"response.{name}"
-        body = _json({"type": kind, "sequence_number": self._sequence_number} | fields)
         self._sequence_number += 1
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), body)
+        return written_event(f"response.{name}", self._sequence_number - 1, fields)
 
     # ------------------------------------------------------------ the newest item
 
@@ -201,6 +196,12 @@ class ResponseFormat(AnswerFormat):
     def _of_item(self) -> dict[str, Any]:
         output = self._response["output"]
         return {"item_id": output[-1]["id"], "output_index": len(output) - 1}
+
+
+def written_event(kind: str, number: int, fields: dict[str, Any]) -> bytes:
+    """An event as it is sent."""
+    body = _json({"type": kind, "sequence_number": number} | fields)
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), body)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

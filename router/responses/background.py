@@ -1,44 +1,61 @@
-"""Responses that are made in the background: clients follow their events, or ask how they are."""
+"""A response that this router makes in the background: its log grows here, and is told to the other routers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from penstock.common.errors import PenstockError
+from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.logs import about
 from penstock.router.endpoints import internal_error
-from penstock.router.error_bodies import Send
-from penstock.router.reply import Receive, Reply
+from penstock.router.reply import Reply
 from penstock.router.responses.answer import ResponseFormat
+from penstock.router.responses.following import any_of
+from penstock.router.responses.grown import merged
+from penstock.router.responses.store import ResponseKey, ResponseStore, Stored
 
 log = logging.getLogger(__name__)
-Done = Callable[[Sequence[bytes]], Awaitable[None]]
-EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+TELL_S = 0.25  # at least between two times that others are told how far it is
+TELL_FOLLOWERS_S = 0.02  # the same, while somebody follows it at another router
 
 
 class BackgroundResponse:
-    """One response in the making. To its `Reply` it is the client: it takes the events, and hangs up to cancel."""
+    """One response in the making, a `Log` to those who follow it here.
 
-    def __init__(self, format: ResponseFormat, streamed: bool) -> None:
+    To its `Reply` it is the client: it takes the events, and hangs up to cancel.
+    """
+
+    def __init__(
+        self,
+        key: ResponseKey,
+        format: ResponseFormat,
+        streamed: bool,
+        store: ResponseStore,
+        stored: Callable[[], Stored],
+    ) -> None:
+        """`stored` is what is kept of it, once its status is final."""
         self.format, self.streamed = format, streamed
-        self.events: list[bytes] = []  # each at the place of its sequence number
+        self._key, self._store, self._stored = key, store, stored
+        self._log = bytearray(format.queued())
         self._last = b""  # the events that tell how it ended
-        self._complete = False
-        self._news = asyncio.Event()  # set once, for those who read now, and replaced
+        self._told = 0  # bytes of the log
+        self._written = 0  # bytes of it in the store, which are fewer where nobody follows it
+        self._ending = self._complete = False
+        self._grown = asyncio.Event()  # set once, for those who wait now, and replaced
+        self._hurry = asyncio.Event()  # it is ending, or others wish something of it
         self._hang_up = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self, reply: Reply, done: Done) -> None:
-        """Begin; `done` is called with all events, before anybody reads the last of them."""
-        self._take(self.format.queued())
-        self._task = asyncio.get_running_loop().create_task(self._run(reply, done), name="background response")
+    async def begin(self) -> None:
+        """Note that this router makes it; raises Unavailable, as others could not ask for it."""
+        await self._tell()
 
-    def hang_up(self) -> None:
-        """As `cancel`, and not waited for."""
-        self._hang_up.set()
+    def start(self, reply: Reply) -> asyncio.Task[None]:
+        """Make it; ends when nothing of it runs any more."""
+        self._task = asyncio.get_running_loop().create_task(self._run(reply), name="background response")
+        return self._task
 
     async def cancel(self) -> None:
         """End it, wherever it runs; returns when nothing of it runs any more."""
@@ -47,29 +64,19 @@ class BackgroundResponse:
 
     async def over(self) -> None:
         """Wait until nothing of it runs any more."""
-        if self._task is not None:
-            await asyncio.wait({self._task})
+        await asyncio.wait({self._task})
 
-    async def follow(self, after: int, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send the events behind number `after`, those to come included, until the last, or until the client leaves."""
-        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM + headers})
-        gone = asyncio.ensure_future(disconnected(receive))
-        try:
-            while not gone.done():
-                news, complete = self._news, self._complete
-                body = b"".join(self.events[after + 1 :])
-                after = max(after, len(self.events) - 1)
-                if body or complete:
-                    await send({"type": "http.response.body", "body": body, "more_body": not complete})
-                if complete:
-                    return
-                waiter = asyncio.ensure_future(news.wait())
-                await asyncio.wait({waiter, gone}, return_when=asyncio.FIRST_COMPLETED)
-                waiter.cancel()
-        finally:
-            gone.cancel()
+    async def read(self, offset: int) -> tuple[bytes, bool]:
+        """See `Log`."""
+        return bytes(self._log[offset:]), self._complete
 
-    async def _run(self, reply: Reply, done: Done) -> None:
+    async def changed(self, offset: int) -> None:
+        """See `Log`."""
+        if len(self._log) == offset and not self._complete:
+            await self._grown.wait()
+
+    async def _run(self, reply: Reply) -> None:
+        telling = asyncio.get_running_loop().create_task(self._keep_telling(), name="tell of a background response")
         try:
             await reply.run(self._receive, self._send)
             if self._hang_up.is_set() and not self.format.is_final:
@@ -77,24 +84,45 @@ class BackgroundResponse:
         except PenstockError as error:  # refused, or failed before its first token
             self._last = self.format.failure(error)
         except Exception:
-            log.exception("response %s failed", self.format.response["id"], extra=about(reply.choices[0].request))
+            log.exception("response %s failed", self._key[1], extra=about(reply.choices[0].request))
             self._last = self.format.failure(internal_error())
         finally:
-            last = _apart(self._last)
-            try:
-                await done([*self.events, *last])
-            finally:
-                self.events += last
-                self._complete = True
-                self._wake()
+            self._ending = True
+            self._hurry.set()
+            await telling
+            await self._store.keep(self._key, self._stored(), bytes(self._log) + self._last, self._written)
+            self._complete = True  # nobody hears of the end before it is stored
+            self._grow(self._last)
 
-    def _take(self, events: bytes) -> None:
-        self.events += _apart(events)
-        self._wake()
+    async def _keep_telling(self) -> None:
+        """Tell the other routers how far it is, and do what they wish, until it is over."""
+        async with self._store.wishes(self._key, self._hurry):
+            while not self._ending:
+                self._hurry.clear()
+                followed = False
+                with contextlib.suppress(Unavailable):  # told again the next time
+                    followed = await self._tell()
+                await any_of(self._hurry, timeout_s=TELL_FOLLOWERS_S if followed else TELL_S)
+                if len(self._log) == self._told:
+                    await any_of(self._hurry, self._grown, timeout_s=self._store.lease_s / 3)
 
-    def _wake(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    async def _tell(self) -> bool:
+        """Tell what has not been told; whether anybody follows it elsewhere."""
+        size = len(self._log)
+        piece = bytes(self._log[self._told : size])
+        if not self.streamed:
+            piece = merged(piece)
+        wished, followed = await self._store.tell(self._key, self.streamed, self._written, piece)
+        self._told = size
+        self._written += len(piece)
+        if wished:
+            self._hang_up.set()
+        return followed
+
+    def _grow(self, events: bytes) -> None:
+        self._log += events
+        grown, self._grown = self._grown, asyncio.Event()
+        grown.set()
 
     async def _receive(self) -> MutableMapping[str, Any]:
         await self._hang_up.wait()
@@ -105,14 +133,4 @@ class BackgroundResponse:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._last = events
         else:
-            self._take(events)
-
-
-def _apart(events: bytes) -> list[bytes]:
-    return [event + b"\n\n" for event in events.split(b"\n\n") if event]
-
-
-async def disconnected(receive: Receive) -> None:
-    """Return when the client has hung up."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            self._grow(events)

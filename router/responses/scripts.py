@@ -24,7 +24,8 @@ local function forget(one)
   redis.call('ZREMRANGEBYSCORE', holders, '-inf', 0)
   redis.call('ZREM', order, one)
   redis.call('ZREM', order_of(holder(one)), one)
-  redis.call('DEL', key(one), key(one) .. ':events', key(one) .. ':runner')
+  redis.call('DEL', key(one), key(one) .. ':log', key(one) .. ':runner')
+  redis.call('PUBLISH', key(one), '')
 end
 """
 
@@ -62,37 +63,54 @@ local function hold(size, ttl)
 end
 """
 
-# ARGV: NS, NAME, bytes at most, bytes of this one, lifetime (ms), lease (ms; 0: its status is final), streamed
-# (1 or ''), body, turns, then its events. Answers 1; 0 if it has been deleted meanwhile.
-KEEP = f"""{_HOLDINGS}{_ROOM}
-local most, size, ttl, lease = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local wish = redis.call('HGET', key(name), 'wish')
-forget(name)
-if wish == 'delete' then return 0 end
-if size > most then return 1 end
-redis.call('HSET', key(name), 'streamed', ARGV[7], 'body', ARGV[8], 'turns', ARGV[9])
-if lease == 0 then redis.call('HSET', key(name), 'final', 1) end
-for i = 10, #ARGV do redis.call('RPUSH', key(name) .. ':events', ARGV[i]) end
+# ARGV: NS, NAME, bytes at most, lifetime (ms), lease (ms; 0: its status is final), streamed (1 or ''), a number of
+# bytes, the log from there on, body, turns (both '' with a lease). Where the log is written twice it is the same.
+# Answers {answer, followers}: what others wish of it: 'cancel', 'delete' or ''; 'lost': what comes before is not there.
+WRITE = f"""{_HOLDINGS}{_ROOM}
+local most, ttl, lease, streamed = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local offset, piece, body, turns = tonumber(ARGV[7]), ARGV[8], ARGV[9], ARGV[10]
+local log, runner = key(name) .. ':log', key(name) .. ':runner'
+local wish, final = unpack(redis.call('HMGET', key(name), 'wish', 'final'))
+if lease > 0 and final then return {{'', 0}} end -- the last write was quicker
+if offset > 0 and (redis.call('EXISTS', key(name)) == 0 or redis.call('STRLEN', log) < offset) then
+  forget(name)
+  return {{'lost', 0}}
+end
+if lease == 0 and wish == 'delete' then
+  forget(name)
+  return {{wish, 0}}
+end
+if lease > 0 or streamed ~= '' then redis.call('SETRANGE', log, offset, piece) else redis.call('DEL', log) end
+redis.call('HSET', key(name), 'streamed', streamed, 'body', body, 'turns', turns)
+if lease > 0 then
+  redis.call('SET', runner, 1, 'PX', lease)
+else
+  redis.call('HSET', key(name), 'final', 1)
+  redis.call('DEL', runner)
+end
 redis.call('PEXPIRE', key(name), ttl)
-redis.call('PEXPIRE', key(name) .. ':events', ttl)
-if lease > 0 then redis.call('SET', key(name) .. ':runner', 1, 'PX', lease) end
-hold(size, ttl)
-make_room(most)
-return 1
+redis.call('PEXPIRE', log, ttl)
+local size = #body + #turns + redis.call('STRLEN', log)
+if size > most then
+  forget(name)
+else
+  hold(size, ttl)
+  make_room(most)
+end
+local news = #piece > 0 or lease == 0
+return {{wish or '', news and redis.call('PUBLISH', key(name), '') or 0}}
 """
 
-# ARGV: NS, NAME, lifetime (ms), lease (ms), body, a number, then the events from that number on, of one that is being
-# made. Events that are there already are passed over; so is all of it, if the last KEEP was quicker. Answers what
-# others wish of it: 'cancel', 'delete' or ''.
-TEND = f"""{_HOLDINGS}
-if redis.call('EXISTS', key(name)) == 0 or redis.call('HEXISTS', key(name), 'final') == 1 then return '' end
-redis.call('HSET', key(name), 'body', ARGV[5])
-local known = math.max(0, redis.call('LLEN', key(name) .. ':events') - tonumber(ARGV[6]))
-for i = 7 + known, #ARGV do redis.call('RPUSH', key(name) .. ':events', ARGV[i]) end
-redis.call('PEXPIRE', key(name), ARGV[3])
-redis.call('PEXPIRE', key(name) .. ':events', ARGV[3])
-redis.call('SET', key(name) .. ':runner', 1, 'PX', ARGV[4])
-return redis.call('HGET', key(name), 'wish') or ''
+# ARGV: NS, NAME, a number of bytes; '': no log of one whose status is final. Answers {final, streamed, body, turns,
+# what is left of the lease (ms; below 0: nobody makes it), the log from there on}; {} if there is no such response.
+READ = f"""{_HOLDINGS}
+local log = key(name) .. ':log'
+local wish, final, streamed, body, turns = unpack(
+  redis.call('HMGET', key(name), 'wish', 'final', 'streamed', 'body', 'turns'))
+if not streamed or wish == 'delete' or not final and redis.call('EXISTS', log) == 0 then return {{}} end
+local events = ''
+if not final or ARGV[3] ~= '' then events = redis.call('GETRANGE', log, tonumber(ARGV[3]) or 0, -1) end
+return {{final and 1 or 0, streamed, body, turns, redis.call('PTTL', key(name) .. ':runner'), events}}
 """
 
 # ARGV: NS, NAME, 'cancel' or 'delete'. Answers 0: there is no such response; 1: nobody makes it any more, and it is
@@ -101,6 +119,7 @@ WISH = f"""{_HOLDINGS}
 if redis.call('EXISTS', key(name)) == 0 or redis.call('HGET', key(name), 'wish') == 'delete' then return 0 end
 if redis.call('EXISTS', key(name) .. ':runner') == 1 then
   redis.call('HSET', key(name), 'wish', ARGV[3])
+  redis.call('PUBLISH', key(name) .. ':wish', '')
   return 2
 end
 if ARGV[3] == 'delete' then forget(name) end

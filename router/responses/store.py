@@ -1,9 +1,10 @@
 """The responses that were asked to be kept, in Redis: any router of the fleet can read them, go on from them, end them.
 
 key                       type    holds                                                       lives
-NS:response:NAME          hash    body (JSON), turns (MessagePack), streamed, wish, final     --response-ttl-s
-                                  (nobody makes it any more)
-NS:response:NAME:events   list    the events of one that can be read as a stream              the same
+NS:response:NAME          hash    streamed, wish, final (nobody makes it any more), and then  --response-ttl-s
+                                  body (JSON), turns (MessagePack)
+NS:response:NAME:log      string  its events, one after the other: what there is of one in    the same
+                                  the making, and what can be read again as a stream
 NS:response:NAME:runner   string  there while a router makes it in the background             1 lease
 NS:responses              zset    names, by when they end (microseconds of Redis's clock)     as the last of them
 NS:responses:TENANT       zset    those that were made with one API key                       the same
@@ -13,31 +14,39 @@ NS:response-sizes         hash    name -> bytes; "" -> their sum, at most --resp
 A NAME is TENANT:ID. Where all of them together are too large, who holds most gives up its oldest: one API key that
 fills the store pushes out its own, and never what is less than an equal share.
 
-A router that makes a response in the background says how far it is a few times a second (`tend`), and hears what is
-wished of it. If the router dies its lease runs out, and the response has failed. Losing Redis loses what was kept: new
-answers are given all the same. tests/router/test_response_store.py holds the rules against a model of them.
+A router that makes a response in the background appends what is new to its log (`tell`), and hears what is wished of
+it. On the channel NS:response:NAME it says that there is more, or that it is over; on NS:response:NAME:wish others say
+that they wish something (news.py). If the router dies its lease runs out, and the response has failed. Losing Redis
+loses what was kept: new answers are given all the same. tests/router/test_response_store.py holds the rules against a
+model of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import redis
 
 from penstock.common.config import RouterConfig
-from penstock.common.errors import Unavailable
-from penstock.common.router_redis import RouterRedis
-from penstock.router.responses.scripts import KEEP, TEND, WISH
+from penstock.common.errors import NotFound, Unavailable
+from penstock.common.router_redis import MAX_CONNECTIONS, RouterRedis
+from penstock.router.responses.grown import grown
+from penstock.router.responses.news import News
+from penstock.router.responses.scripts import READ, WISH, WRITE
 
 ResponseKey = tuple[str, str]  # whose API key it was made with ("": no keys are asked for), and its id
 Wish = Literal["cancel", "delete"]
 Heard = Literal["unknown", "over", "told"]
 _HEARD: tuple[Heard, ...] = ("unknown", "over", "told")  # by what the script answers
+GONE = "the router that made it is gone"
 _turns = msgspec.msgpack.Decoder(tuple[bytes, ...])
 _pack = msgspec.msgpack.Encoder().encode
+_json = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True)
@@ -54,65 +63,85 @@ class Stored:
     made_elsewhere: bool = False
 
 
+class Found(NamedTuple):
+    """What Redis has of a response; `lease_s` is what is left of the lease of who makes it, 0 if nobody does."""
+
+    is_final: bool
+    streamed: bool
+    body: bytes
+    turns: bytes
+    lease_s: float
+    log: bytes
+
+
 class ResponseStore:
     """A router's access to them. All methods belong to one event loop.
 
     Raises:
         Unavailable: (all but `keep`) Redis is away.
+        NotFound: (`get`, `read`) it was never kept, is no more, or is another tenant's.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self.max_bytes = config.response_store_mib << 20
+        self.lease_s = config.lease_s
         self._namespace = config.namespace
-        self._ttl_ms, self._lease_ms = int(config.response_ttl_s * 1000), int(config.lease_s * 1000)
+        self._ttl_ms = int(config.response_ttl_s * 1000)
         self._redis = RouterRedis(config.redis_url)
-        client = self._redis.client
-        self._keep, self._tend, self._wish = map(client.register_script, (KEEP, TEND, WISH))
+        self._news = News(config.redis_url)
+        self._patient = asyncio.Semaphore(MAX_CONNECTIONS // 2)  # what nobody waits for takes no more of them
+        self._write, self._read, self._wish = map(self._redis.client.register_script, (WRITE, READ, WISH))
 
-    async def begin(self, key: ResponseKey, stored: Stored) -> None:
-        """Note that this router makes a response from now on; raises Unavailable, as others could not ask for it."""
-        if await self._put(key, stored, (), self._lease_ms) is None:
+    async def tell(self, key: ResponseKey, streamed: bool, offset: int, piece: bytes) -> tuple[bool, bool]:
+        """Say how far a response is that this router makes: its log from `offset` bytes on; at 0 it begins.
+
+        What comes before has been told; where that is not certain (Unavailable), tell it again. Answers whether its end
+        is wished, and whether anybody follows it elsewhere.
+        """
+        async with self._patient:
+            answer = await self._put(key, int(self.lease_s * 1000), streamed, offset, piece, b"", b"")
+        if answer is None:
             raise Unavailable("responses in the background need Redis, which is away")
+        return answer[0] in (b"cancel", b"delete"), answer[1] > 0
 
-    async def keep(self, key: ResponseKey, stored: Stored, events: Sequence[bytes] = ()) -> None:
-        """Keep a response whose status is final, unless it alone is larger than the store, or Redis is away."""
-        await self._put(key, stored, events, 0)
+    async def keep(self, key: ResponseKey, stored: Stored, log: bytes = b"", told: int = 0) -> None:
+        """Keep a response whose status is final; what was told of it goes, but for the log of one that is streamed.
 
-    async def _put(self, key: ResponseKey, stored: Stored, events: Sequence[bytes], lease_ms: int) -> object:
+        Not kept: what is larger than the store, or when Redis is away. `told` are the bytes of the log that were told.
+        """
+        if not stored.streamed:
+            log, told = b"", 0
         turns = _pack(stored.turns)
-        size = len(stored.body) + len(turns) + sum(map(len, events))
-        limits = (self.max_bytes, size, self._ttl_ms, lease_ms)
-        if size > self.max_bytes:  # an earlier state of it goes all the same
-            stored, turns, events = Stored(b""), b"", ()
-        streamed = "1" if stored.streamed else ""
-        fields: list[Any] = [self._namespace, _name(key), *limits, streamed, stored.body, turns, *events]
-        return await self._ask(lambda: self._keep(args=fields))
+        answer = await self._put(key, 0, stored.streamed, told, log[told:], stored.body, turns)
+        if answer is not None and answer[0] == b"lost":
+            await self._put(key, 0, stored.streamed, 0, log, stored.body, turns)
 
-    async def tend(self, key: ResponseKey, body: bytes, first: int, events: Sequence[bytes]) -> Wish | None:
-        """Say how far a response is that this router makes, with its events from number `first` on; what is wished of
-        it. All earlier events have been told; where that is not certain (Unavailable), tell them again."""
-        fields: list[Any] = [self._namespace, _name(key), self._ttl_ms, self._lease_ms, body, first, *events]
-        wish: bytes = self._found(await self._ask(lambda: self._tend(args=fields)))
-        return None if not wish else "delete" if wish == b"delete" else "cancel"
+    async def _put(self, key: ResponseKey, lease_ms: int, streamed: bool, *written: int | bytes) -> Any:
+        limits = (self.max_bytes, self._ttl_ms, lease_ms)
+        fields: list[Any] = [self._namespace, _name(key), *limits, "1" if streamed else "", *written]
+        return await self._ask(lambda: self._write(args=fields))
 
-    async def get(self, key: ResponseKey) -> Stored | None:
-        """The response; None if it was never kept, is no more, or is another tenant's."""
-        if not self.max_bytes:
-            return None
-        pipe = self._redis.client.pipeline(transaction=False)
-        name = f"{self._namespace}:response:{_name(key)}"
-        pipe.hmget(name, "wish", "streamed", "body", "turns")
-        pipe.exists(f"{name}:runner")
-        (wish, streamed, body, turns), runs = self._found(await self._ask(pipe.execute))
-        if body is None or wish == b"delete":
-            return None
-        return Stored(body, _turns.decode(turns), bool(streamed), bool(runs))
+    async def get(self, key: ResponseKey) -> Stored:
+        """The response, as it is now. What nobody makes any more, and has no end, has failed."""
+        found = await self._look(key, "")
+        if found.is_final:
+            return Stored(found.body, _turns.decode(found.turns), found.streamed)
+        if found.lease_s:
+            return Stored(_json(grown(found.log)), (), found.streamed, made_elsewhere=True)
+        return Stored(gone(found.log), (), found.streamed)
 
-    async def events(self, key: ResponseKey, after: int) -> list[bytes]:
-        """Those of a stream behind number `after`."""
-        name = f"{self._namespace}:response:{_name(key)}:events"
-        found: list[bytes] = self._found(await self._ask(lambda: self._redis.client.lrange(name, after + 1, -1)))
-        return found
+    async def read(self, key: ResponseKey, offset: int) -> Found:
+        """The response with its log from `offset` bytes on."""
+        async with self._patient:
+            return await self._look(key, offset)
+
+    async def _look(self, key: ResponseKey, offset: int | Literal[""]) -> Found:
+        fields: list[Any] = [self._namespace, _name(key), offset]
+        found = self._found(await self._ask(lambda: self._read(args=fields))) if self.max_bytes else ()
+        if not found:
+            raise unknown(key)
+        is_final, streamed, body, turns, lease_ms, log = found
+        return Found(bool(is_final), bool(streamed), body, turns, max(lease_ms, 0) / 1000, log)
 
     async def wish(self, key: ResponseKey, wish: Wish) -> Heard:
         """Have a response cancelled or deleted: by the router that makes it, if one does ("told")."""
@@ -122,8 +151,17 @@ class ResponseStore:
         answer: int = self._found(await self._ask(lambda: self._wish(args=fields)))
         return _HEARD[answer]
 
+    def changes(self, key: ResponseKey, bell: asyncio.Event) -> AbstractAsyncContextManager[None]:
+        """Have `bell` rung when there is more of a response that another router makes, or when it is over."""
+        return self._news.listening(f"{self._namespace}:response:{_name(key)}", bell)
+
+    def wishes(self, key: ResponseKey, bell: asyncio.Event) -> AbstractAsyncContextManager[None]:
+        """Have `bell` rung when another router wishes something of one that this router makes: `tell` hears what."""
+        return self._news.listening(f"{self._namespace}:response:{_name(key)}:wish", bell)
+
     async def close(self) -> None:
         """Close the connections."""
+        await self._news.close()
         await self._redis.client.aclose()
 
     async def _ask(self, ask: Callable[[], Awaitable[Any]]) -> Any:
@@ -141,6 +179,16 @@ class ResponseStore:
         if answer is None:
             raise Unavailable("responses cannot be looked up: Redis is away")
         return answer
+
+
+def gone(log: bytes) -> bytes:
+    """A response, by its log, that nobody makes any more, as JSON."""
+    return _json(grown(log) | {"status": "failed", "error": {"code": "server_error", "message": GONE}})
+
+
+def unknown(key: ResponseKey) -> NotFound:
+    """What is said of a response that is not there."""
+    return NotFound(f"there is no response {key[1]!r} here", param="response_id")
 
 
 def _name(key: ResponseKey) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import msgspec
@@ -16,16 +17,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.common.config import RouterConfig
-from penstock.common.errors import Unavailable
-from penstock.router.responses.store import ResponseKey, ResponseStore, Stored
+from penstock.common.errors import NotFound, Unavailable
+from penstock.router.responses.answer import written_event
+from penstock.router.responses.following import StoredLog, follow
+from penstock.router.responses.store import GONE, ResponseKey, ResponseStore, Stored
 from tests.conftest import RedisServer
 
 MAX_BYTES = 1 << 20
 KIB = 1 << 10
 NAMES = itertools.count()
+A = "", "a"
+EVENTS = [
+    written_event(f"response.{name}", number, {"response": {"status": name, "output": []}})
+    for number, name in enumerate(("queued", "in_progress", "completed"))
+]
+GOING = b'{"status":"in_progress","output":[]}'
 Step = tuple[str, ResponseKey, int]
 _keys = st.tuples(st.sampled_from(["", "key-0", "a:b"]), st.sampled_from("abcd"))
-_steps = st.tuples(st.sampled_from(["keep", "keep", "get", "delete"]), _keys, st.integers(1, 1200))
+_steps = st.tuples(st.sampled_from(["keep", "tell", "tell", "look", "delete"]), _keys, st.integers(1, 1200))
 
 
 @contextlib.asynccontextmanager
@@ -55,6 +64,9 @@ def held(sizes: Mapping[ResponseKey, int]) -> dict[str, int]:
 
 def make_room(model: dict[ResponseKey, int], key: ResponseKey, size: int) -> None:
     """The rule, said plainly: `key` is the newest, then whoever holds most gives up its oldest until all fit."""
+    model.pop(key, None)
+    if size > MAX_BYTES:
+        return
     model[key] = size
     while sum(model.values()) > MAX_BYTES:
         largest = max(held(model).items(), key=lambda entry: (entry[1], entry[0].encode()))[0]
@@ -75,8 +87,23 @@ async def what_is_held(store: ResponseStore) -> dict[ResponseKey, int]:
     assert shares == held(found)
     keys = {f"{ns}:response:{name}" for name in names} | {f"{ns}:responses:{tenant}" for tenant in shares}
     indexes = {f"{ns}:{index}" for index in ("responses", "response-sizes", "response-holders")}
-    assert {key.decode() async for key in client.scan_iter(f"{ns}:*")} - indexes == keys
+    there = {key.decode() async for key in client.scan_iter(f"{ns}:*")} - indexes
+    assert there == keys | {f"{key}{part}" for key in keys for part in (":log", ":runner")} & there
     return found
+
+
+async def body_of(store: ResponseStore, key: ResponseKey) -> bytes | None:
+    try:
+        return (await store.get(key)).body
+    except NotFound:
+        return None
+
+
+async def log_of(store: ResponseStore, key: ResponseKey) -> bytes | None:
+    try:
+        return (await store.read(key, 0)).log
+    except NotFound:
+        return None
 
 
 @pytest.mark.parametrize("index", ["responses", "responses:", "response-sizes", "response-holders"])
@@ -88,7 +115,7 @@ def test_an_index_that_the_server_has_evicted_is_begun_anew(redis_server: RedisS
                 client.delete(f"evicted:{index}")
             for name in ("one", "two", "three"):
                 await store.keep(("", name), of_size(300 * KIB))
-            assert all([await store.get(("", name)) for name in ("one", "two", "three")])
+            assert all([await body_of(store, ("", name)) for name in ("one", "two", "three")])
             assert (await store._redis.client.hget("evicted:response-sizes", "")) == str(900 * KIB).encode()
 
     asyncio.run(check())
@@ -101,28 +128,34 @@ async def until(ask: Callable[[], Awaitable[Any]], wanted: object) -> None:
         await asyncio.sleep(0.005)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(_steps, max_size=30))
 def test_who_holds_most_gives_up_its_oldest(redis_server: RedisServer, steps: list[Step]) -> None:
     async def check() -> None:
         async with opened(redis_server) as store:
             model: dict[ResponseKey, int] = {}  # sizes; the oldest first
+            told: dict[ResponseKey, int] = {}  # bytes of the log of those that are in the making
             for action, key, size_kib in steps:
+                before, size = dict(model), size_kib * KIB
                 if action == "keep":
-                    await store.keep(key, of_size(size_kib * KIB))
-                    model.pop(key, None)
-                    before = dict(model)
-                    if size_kib * KIB <= MAX_BYTES:
-                        make_room(model, key, size_kib * KIB)
-                    hurt = {tenant for tenant, _ in before.keys() - model.keys()}
-                    shares = 1 + len({tenant for tenant, _ in before} | {key[0]})
-                    assert all(held(before)[tenant] * shares >= MAX_BYTES or tenant == key[0] for tenant in hurt)
-                elif action == "get":
-                    assert (await store.get(key) is not None) == (key in model)
+                    await store.keep(key, of_size(size))
+                    told.pop(key, None)
+                    make_room(model, key, size)
+                elif action == "tell" and (key in told or key not in model):  # else it is over
+                    offset = told.get(key, 0)
+                    await store.tell(key, True, offset, b"e" * size)
+                    told[key] = offset + size
+                    if not offset or key in model:  # else it had to go, and is not begun again
+                        make_room(model, key, told[key])
+                elif action == "delete" and key not in told:
+                    known = model.pop(key, None) is not None
+                    assert await store.wish(key, "delete") == ("over" if known else "unknown")
                 else:
-                    assert await store.wish(key, "delete") == (
-                        "over" if model.pop(key, None) is not None else "unknown"
-                    )
+                    found = await log_of(store, key)
+                    assert found == (None if key not in model else b"e" * told[key] if key in told else b"")
+                tenants = held(before).keys() | {key[0]}
+                hurt = {tenant for tenant, _ in before.keys() - model.keys()} - {key[0]}
+                assert all(held(before)[tenant] * len(tenants) >= MAX_BYTES for tenant in hurt)
             assert await what_is_held(store) == model
 
     asyncio.run(check())
@@ -151,8 +184,8 @@ def test_nobody_loses_what_is_less_than_an_equal_share(
 @pytest.mark.asyncio
 async def test_nothing_outlives_its_time(redis_server: RedisServer) -> None:
     async with opened(redis_server, response_ttl_s=0.02) as store:
-        await store.keep(("", "a"), Stored(b"body", streamed=True), [b"event"])
-        await until(lambda: store.get(("", "a")), None)
+        await store.keep(A, Stored(b"body", streamed=True), EVENTS[0])
+        await until(lambda: body_of(store, A), None)
         await store.keep(("", "b"), Stored(b"body"))  # takes what is over out of the total
         assert await store._redis.client.zrange(f"{store._namespace}:responses", 0, -1) == [b":b"]
         await until(lambda: store._redis.client.keys(f"{store._namespace}:*"), [])
@@ -163,60 +196,132 @@ async def test_who_makes_one_hears_what_is_wished_of_it(redis_server: RedisServe
     async with opened(redis_server) as maker, opened(redis_server, maker._namespace) as other:
         key = "key-0", "a"
         assert await other.wish(key, "cancel") == "unknown"
-        await maker.begin(key, Stored(b"queued", streamed=True))
-        assert await other.get(key) == Stored(b"queued", (), True, True)
-        assert await maker.tend(key, b"going", 0, [b"0", b"1"]) is None
-        assert (await other.get(key), await other.events(key, 0)) == (Stored(b"going", (), True, True), [b"1"])
+        assert await maker.tell(key, True, 0, EVENTS[0]) == (False, False)
+        assert await other.get(key) == Stored(b'{"status":"queued","output":[]}', (), True, True)
+        assert await maker.tell(key, True, len(EVENTS[0]), EVENTS[1]) == (False, False)
+        assert (await body_of(other, key), await log_of(other, key)) == (GOING, EVENTS[0] + EVENTS[1])
+        assert (await other.read(key, len(EVENTS[0]))).log == EVENTS[1]
         assert await other.wish(key, "cancel") == "told"
-        assert await maker.tend(key, b"going", 2, [b"2"]) == "cancel"
-        await maker.keep(key, Stored(b"over", (b"t",), True), [b"0", b"1", b"2", b"3"])
+        told = len(EVENTS[0] + EVENTS[1])
+        assert await maker.tell(key, True, told, b"") == (True, False)
+        await maker.keep(key, Stored(b"over", (b"t",), True), b"".join(EVENTS), told)
         assert await other.get(key) == Stored(b"over", (b"t",), True, False)
-        assert await other.events(key, -1) == [b"0", b"1", b"2", b"3"]
-        await maker.begin(("", "b"), Stored(b"queued"))
-        assert await other.wish(("", "b"), "delete") == "told"
-        assert await other.get(("", "b")) is None and await other.wish(("", "b"), "delete") == "unknown"
-        assert await maker.tend(("", "b"), b"going", 0, []) == "delete"
-        await maker.keep(("", "b"), Stored(b"over"))
-        assert await other.get(("", "b")) is None and await maker.tend(("", "b"), b"", 0, []) is None
+        assert await log_of(other, key) == b"".join(EVENTS)
+        await maker.tell(A, False, 0, EVENTS[0])
+        assert await other.wish(A, "delete") == "told"
+        assert await body_of(other, A) is None and await other.wish(A, "delete") == "unknown"
+        assert await maker.tell(A, False, len(EVENTS[0]), b"") == (True, False)
+        await maker.keep(A, Stored(b"over"))
+        assert await body_of(other, A) is None and await what_is_held(maker) == {key: 4 + 4 + len(b"".join(EVENTS))}
 
 
 @pytest.mark.asyncio
-async def test_what_is_said_late_changes_nothing_that_is_over(redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_log_of_what_nobody_can_follow_goes(redis_server: RedisServer, streamed: bool) -> None:
     async with opened(redis_server) as store:
-        key = "", "a"
-        await store.begin(key, Stored(b"queued", streamed=True))
-        await store.keep(key, Stored(b"over", streamed=True), [b"0", b"1"])
-        assert await store.tend(("", "a"), b"going", 0, [b"0"]) is None  # overtaken on its way
-        assert await store.get(key) == Stored(b"over", streamed=True)
-        assert await store.events(("", "a"), -1) == [b"0", b"1"]
+        await store.tell(A, streamed, 0, EVENTS[0])
+        await store.keep(A, Stored(b"over", streamed=streamed), EVENTS[0] + EVENTS[1], len(EVENTS[0]))
+        assert await log_of(store, A) == (EVENTS[0] + EVENTS[1] if streamed else b"")
+        await store.tell(A, streamed, 0, EVENTS[0])  # overtaken on its way
+        assert await store.get(A) == Stored(b"over", streamed=streamed)
 
 
 @pytest.mark.asyncio
-async def test_events_that_are_told_twice_are_there_once(redis_server: RedisServer) -> None:
+async def test_what_is_told_twice_is_there_once_and_what_was_lost_at_the_end(redis_server: RedisServer) -> None:
     async with opened(redis_server) as store:
-        await store.begin(("", "a"), Stored(b"queued", streamed=True))
-        for first, events in ((0, [b"0", b"1"]), (0, [b"0", b"1", b"2"]), (3, [b"3"]), (2, [b"2", b"3"])):
-            assert await store.tend(("", "a"), b"going", first, events) is None
-        assert await store.events(("", "a"), -1) == [b"0", b"1", b"2", b"3"]
+        whole = b"".join(EVENTS)
+        for offset, end in ((0, 10), (0, 15), (15, 17), (10, 25)):
+            await store.tell(A, True, offset, whole[offset:end])
+        assert await log_of(store, A) == whole[:25]
+        await store._redis.client.flushall()
+        assert await store.tell(A, True, 25, whole[25:]) == (False, False)
+        assert await log_of(store, A) is None
+        await store.keep(A, Stored(b"over", streamed=True), whole, 25)
+        assert (await body_of(store, A), await log_of(store, A)) == (b"over", whole)
+
+
+@pytest.mark.asyncio
+async def test_one_that_grows_too_large_goes_alone(redis_server: RedisServer) -> None:
+    async with opened(redis_server) as store:
+        await store.keep(("", "b"), Stored(b"body"))
+        await store.tell(A, True, 0, b"e" * 900 * KIB)
+        await store.tell(A, True, 900 * KIB, b"e" * 200 * KIB)
+        assert (await log_of(store, A), await body_of(store, ("", "b"))) == (None, b"body")
 
 
 @pytest.mark.asyncio
 async def test_a_maker_that_dies_is_noticed(redis_server: RedisServer) -> None:
     async with opened(redis_server, lease_s=0.05) as store:
-        await store.begin(("", "a"), Stored(b"queued"))
-        await until(lambda: store.get(("", "a")), Stored(b"queued"))
+        await store.tell(A, False, 0, EVENTS[0] + EVENTS[1])
+        failed = {"status": "failed", "output": [], "error": {"code": "server_error", "message": GONE}}
+        await until(lambda: body_of(store, A), msgspec.json.encode(failed))
+        assert not (await store.get(A)).made_elsewhere
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("after", [-1, 1, 5])
+async def test_who_follows_a_maker_that_dies_is_told(redis_server: RedisServer, after: int) -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def take(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    async with opened(redis_server, lease_s=0.1) as store:
+        await store.tell(A, True, 0, EVENTS[0] + EVENTS[1])
+        for _ in range(2):  # as it happens, and looked at later
+            bell = asyncio.Event()
+            async with store.changes(A, bell):
+                await follow(StoredLog(store, A, bell), after, asyncio.Event().wait, take, [])
+            failed = json.loads(
+                b'{"status":"failed","output":[],"error":{"code":"server_error","message":"%b"}}' % GONE.encode()
+            )
+            events = [*EVENTS[:2], written_event("response.failed", 2, {"response": failed})]
+            assert b"".join(message["body"] for message in sent[1:]) == b"".join(events[after + 1 :])
+            sent.clear()
+
+
+@pytest.mark.asyncio
+async def test_bells_ring_for_news_and_for_what_may_have_been_missed(own_redis: RedisServer) -> None:
+    async with opened(own_redis) as maker, opened(own_redis, maker._namespace) as other:
+        bells = [asyncio.Event() for _ in range(4)]
+        async with maker.wishes(A, bells[0]), other.changes(A, bells[1]):
+            async with other.changes(A, bells[2]), other.changes(("", "b"), bells[3]):
+                for bell in bells:  # the subscriptions have begun
+                    await asyncio.wait_for(bell.wait(), 60)
+                    bell.clear()
+                assert await maker.tell(A, True, 0, EVENTS[0]) == (False, True)
+                assert await maker.tell(A, True, len(EVENTS[0]), b"") == (False, False)  # no news
+                for bell in bells[1:3]:
+                    await asyncio.wait_for(bell.wait(), 60)
+                await other.wish(A, "cancel")
+                await asyncio.wait_for(bells[0].wait(), 60)
+                assert not bells[3].is_set()
+            others = f"{maker._namespace}:response::b"  # to which nobody listens any more
+            await until(lambda: maker._redis.client.pubsub_channels(others), [])
+            own_redis.stop()
+            for bell in bells[:2]:
+                await asyncio.wait_for(bell.wait(), 60)
+            own_redis.start()
+            await until(lambda: told_and_heard(maker, bells[1]), True)
+
+
+async def told_and_heard(maker: ResponseStore, bell: asyncio.Event) -> bool:
+    """Whether somebody hears of what is told."""
+    bell.clear()
+    try:
+        heard = (await maker.tell(A, True, 0, EVENTS[0]))[1]
+    except Unavailable:  # it is believed to be away for a while
+        return False
+    if heard:
+        await asyncio.wait_for(bell.wait(), 60)
+    return heard
 
 
 @pytest.mark.asyncio
 async def test_redis_is_away(own_redis: RedisServer) -> None:
     own_redis.stop()
     async with opened(own_redis) as store:
-        await store.keep(("", "a"), Stored(b"body"))  # the answer is given all the same
-        for asked in (
-            store.get(("", "a")),
-            store.wish(("", "a"), "cancel"),
-            store.begin(("", "a"), Stored(b"")),
-            store.tend(("", "a"), b"body", 0, []),
-        ):
+        await store.keep(A, Stored(b"body"))  # the answer is given all the same
+        for asked in (store.get(A), store.read(A, 0), store.wish(A, "cancel"), store.tell(A, True, 0, EVENTS[0])):
             with pytest.raises(Unavailable, match="Redis"):
                 await asked

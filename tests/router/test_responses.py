@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -11,10 +13,13 @@ from typing import Any
 import msgspec
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from penstock.common.errors import Overloaded, WorkerLost
 from penstock.router.answer_format import CallDelta, Delta, Said, Usage
 from penstock.router.responses.answer import ResponseFormat
+from penstock.router.responses.grown import grown, merged
 from penstock.router.responses.request import Item, ResponsesRequest, chat_messages
 from tests.conftest import RedisServer
 from tests.router.fake_router import ANSWER, CONTEXT, SPANS, Router, ids_of, running, say
@@ -336,10 +341,7 @@ def test_reasoning_and_a_call(redis_server: RedisServer, step: int) -> None:
 
 def told(deltas: Sequence[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(the events of a stream, the response in one piece) for what a choice says."""
-    ended: list[ResponseFormat] = []
-    formats = [
-        ResponseFormat({"id": "resp_1", "status": "", "output": []}, lambda tokens: [], ended.append) for _ in range(2)
-    ]
+    formats = [ResponseFormat({"id": "resp_1", "status": "", "output": []}, lambda tokens: []) for _ in range(2)]
     choice: Any = SimpleNamespace()
     said, usage = Said(), Usage(3, 9, 2, 1)
     parts = [formats[0].opening(choice)]
@@ -349,7 +351,7 @@ def told(deltas: Sequence[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]
     parts.append(formats[0].closing(usage, None))
     events = [part.partition(b"data: ")[2] for part in b"".join(parts).split(b"\n\n") if part]
     whole = json.loads(formats[1].whole([choice], [said], usage, None))
-    assert ended == formats
+    assert all(format.is_final for format in formats)
     return list(map(json.loads, events)), whole
 
 
@@ -378,6 +380,39 @@ def test_reasoning_text_and_calls_are_items() -> None:
             del item["id"]
         del response["completed_at"]
     assert final == whole and whole["usage"]["output_tokens_details"] == {"reasoning_tokens": 1}
+
+
+_deltas = st.lists(
+    st.builds(
+        Delta,
+        content=st.sampled_from(["", "", "a\n\nb", "ö"]),
+        reasoning=st.sampled_from(["", "", "hm\n\n"]),
+        tokens=st.sampled_from([[], [1], [1, 2]]),
+    )
+    | st.integers(0, 2).map(lambda call: Delta(calls=[CallDelta(call, '{"a":', f"c{call}", "rain")])),
+    max_size=12,
+)
+
+
+@settings(max_examples=60)
+@given(deltas=_deltas, every=st.integers(1, 3))
+def test_events_tell_all_of_a_response_at_any_time(deltas: list[Delta], every: int) -> None:
+    scores = lambda tokens: [{"token": str(token)} for token in tokens]  # noqa: E731
+    format = ResponseFormat({"id": "resp_1", "status": "queued", "output": []}, scores)
+    choice: Any = SimpleNamespace()
+    log = format.queued()
+    steps = [lambda: format.opening(choice), *(lambda d=d: format.delta(choice, d, None) for d in deltas)]
+    told, few = 0, b""
+    for at, step in enumerate((*steps, lambda: format.closing(Usage(3, 9, 2, 1), None))):
+        response = msgspec.json.encode(format.response)
+        assert msgspec.json.encode(grown(log)) == response
+        if at % every == 0:
+            few, told = few + merged(log[told:]), len(log)
+            assert msgspec.json.encode(grown(few)) == response and few.count(b"\n\n") <= log.count(b"\n\n")
+        log += step()
+    assert grown(log) == format.response and format.is_final
+    kinds = [event["type"] for event in map(json.loads, re.findall(b"data: (.*)", merged(log)))]
+    assert all(a != b or not a.endswith(".delta") for a, b in itertools.pairwise(kinds))
 
 
 def test_items_become_chat_messages() -> None:

@@ -123,6 +123,21 @@ def test_events_are_read_as_they_come_and_again(here: Router, there: Router) -> 
         there.openai.responses.retrieve(create(here).id, stream=True)
 
 
+def test_many_follow_at_another_router(here: Router, there: Router, _shared_redis: RedisServer) -> None:
+    """All of them by one connection, whatever their number, which says who is to look again."""
+    here.service.pause_after = 5
+    with contextlib.ExitStack() as stack, contextlib.closing(_shared_redis.client()) as redis:
+        first = next(stack.enter_context(create(here, background=True, stream=True)))
+        follow = there.openai.responses.retrieve
+        streams = [stack.enter_context(follow(first.response.id, stream=True)) for _ in range(8)]
+        seen = [[next(stream) for _ in range(7)] for stream in streams]
+        assert all(events == seen[0] for events in seen) and seen[0][0] == first
+        channel = f"two-routers:response::{first.response.id}"
+        assert redis.pubsub_numsub(channel) == [(channel.encode(), 1)]
+        there.openai.responses.cancel(first.response.id)
+        assert [list(stream) for stream in streams] == [[]] * 8  # all of them end
+
+
 def test_a_router_that_dies_fails_what_it_made(redis_server: RedisServer) -> None:
     """Its lease runs out: here it is taken from it."""
     options = {"redis_url": redis_server.url, "namespace": "dying", "lease_s": 600.0}
@@ -139,6 +154,32 @@ def test_a_router_that_dies_fails_what_it_made(redis_server: RedisServer) -> Non
             failed = eventually(asked, lambda r: r.status == "failed")
             assert failed.error.code == "server_error" and "gone" in failed.error.message
         here.openai.responses.cancel(response_id)
+
+
+def test_redis_restarts_under_a_response_in_the_making(own_redis: RedisServer) -> None:
+    with running(redis_url=own_redis.url) as here, running(redis_url=own_redis.url) as there:
+        here.service.pause_after = 5
+        with create(here, background=True, stream=True) as stream:
+            seen = [next(stream) for _ in range(7)]
+        response_id = seen[0].response.id
+        with there.openai.responses.retrieve(response_id, stream=True) as stream:
+            assert [next(stream) for _ in range(7)] == seen
+            own_redis.stop()
+            [error] = list(stream)
+            assert (error.type, error.code) == ("error", "unavailable") and "Redis is away" in error.message
+        own_redis.start()
+        with here.openai.responses.retrieve(response_id, stream=True, starting_after=2) as stream:
+            assert [next(stream) for _ in range(4)] == seen[3:]
+
+        def kept() -> int:
+            """What this router keeps reaches Redis again."""
+            return there.http.get(f"/v1/responses/{create(here, input='a', max_output_tokens=1).id}").status_code
+
+        eventually(kept, lambda status: status == 200)
+        assert there.http.get(f"/v1/responses/{response_id}").status_code == 404  # it was lost
+        assert here.openai.responses.cancel(response_id).status == "cancelled"
+        assert there.openai.responses.retrieve(response_id).output_text == "Hello "  # and is there at its end
+        assert list(there.openai.responses.retrieve(response_id, stream=True))[:7] == seen
 
 
 def test_redis_goes_away(own_redis: RedisServer) -> None:
