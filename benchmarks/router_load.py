@@ -99,7 +99,7 @@ class InstantWorker:
         if isinstance(message, Hello):
             self._server.send(identity, self._peers.hello(identity, message, time.monotonic())[0])
         elif isinstance(message, Heartbeat):
-            self._peers.heartbeat(identity, message.seq, time.monotonic())
+            self._peers.heartbeat(identity, time.monotonic())
             load = WorkerLoad(running=len(self._running), steps=self._steps, rates=self._rates)
             self._server.send(identity, HeartbeatAck(seq=message.seq, load=load))
         elif isinstance(message, Submit):

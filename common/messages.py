@@ -12,6 +12,7 @@ Protocol versions:
 5  workers are drained: Drain, and Move, answered with the finish "moved"
 6  sampling has structured_outputs, which a worker must not overlook
 7  whoever leaves on purpose says Goodbye
+8  a ticket names no heartbeat: every answer of the lender proves the lease of the whole session
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import msgspec
 
 from penstock.common.sampling import SamplingParams
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -158,7 +159,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     peers_shm: int = 0
     peers_nixl: int = 0
     rates: MeasuredRates = MeasuredRates()
-    expired_loans: int = 0  # prompts whose lent pages were taken back from a silent peer
+    expired_loans: int = 0  # prompts whose lent pages were taken back from a reader that was gone
     histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
 
 
@@ -276,7 +277,6 @@ class PagesReady(Message, tag="pages_ready", frozen=True, kw_only=True):
     pages: list[list[int]]  # per KV group: page ids in the lender's pool
     checksums: list[list[int]] = []  # of each page's bytes; [] when this ticket is not checked
     num_tokens: int  # tokens of the request complete after this ticket
-    heartbeat_seq: int = 0  # newest heartbeat of this peer that had been processed when the pages were lent
     blobs: dict[str, bytes] = {}  # for named extras that are not pages (hidden state, encoder output); none yet
 
 

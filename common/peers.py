@@ -62,7 +62,6 @@ class _Peer:
     session: int
     role: str
     heard_at: float
-    heartbeat_seq: int = 0
 
 
 @dataclass
@@ -117,18 +116,17 @@ class Peers:
         welcome = Welcome(protocol=PROTOCOL_VERSION, fingerprint=self.worker.fingerprint, worker=encode(self.worker))
         return welcome, events
 
-    def heartbeat(self, identity: bytes, seq: int, now: float) -> bool:
+    def heartbeat(self, identity: bytes, now: float) -> bool:
         """Renew the peer's lease. False: it is not known (any more); answer with `unknown()`."""
         peer = self._by_identity.get(identity)
         if peer is None:
             return False
         peer.heard_at = now
-        peer.heartbeat_seq = max(peer.heartbeat_seq, seq)
         return True
 
-    def heartbeat_seq(self, identity: bytes) -> int:
-        """Newest heartbeat of this peer that was processed (see `PagesReady.heartbeat_seq`)."""
-        return self._by_identity[identity].heartbeat_seq
+    def leases(self, now: float) -> dict[str, float]:
+        """How many seconds each session keeps what it holds, unless it is heard again. For people."""
+        return {i.decode(): round(p.heard_at + self.lease_s - now, 3) for i, p in self._by_identity.items()}
 
     def left(self, identity: bytes) -> str:
         """The peer said Goodbye: forget it. Returns its peer id."""

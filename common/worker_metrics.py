@@ -167,7 +167,7 @@ _COUNTERS = (
     ),
     _Figure(
         "vllm:nixl_num_kv_expired_reqs",
-        "Prompts whose lent pages were taken back, as their decode worker was silent for a lease.",
+        "Prompts whose lent pages were taken back, as their reader was gone, or silent for a lease.",
         lambda load: load.expired_loans,
     ),
     _Figure(

@@ -72,9 +72,6 @@ class DecodeRole:
         else:
             logger.warning("a decode worker has no use for %s", type(message).__name__)
 
-    def peer_renewed(self, identity: bytes, now: float) -> None:
-        self._exchange.lender.renew(identity, now)
-
     def peer_gone(self, identity: bytes) -> None:
         self._exchange.lender.peer_gone(identity)
         for entry in self._all_entries():

@@ -53,9 +53,6 @@ class Role(Protocol):
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> None:
         """A message of an accepted peer."""
 
-    def peer_renewed(self, identity: bytes, now: float) -> None:
-        """A heartbeat: what this peer was lent stays lent."""
-
     def peer_gone(self, identity: bytes) -> None:
         """Everything this peer asked for or was lent has to end."""
 
@@ -144,8 +141,9 @@ class WorkerLoop:
                 for fd, _ in self.poller.poll(round(timeout_s * 1e3)):
                     if fd == self._wake_fd:
                         os.eventfd_read(self._wake_fd)
-                now = self._turned_at = time.monotonic()
-                self._receive(role, now)
+                received = self.bus.receive()
+                now = self._turned_at = time.monotonic()  # when all of it had been sent: leases are not cut short
+                self._receive(role, received, now)
                 role.tick(now)
                 progressed = False
                 if self.engine.has_work():
@@ -166,8 +164,8 @@ class WorkerLoop:
         self.poller.unregister(self._wake_fd)
         os.close(self._wake_fd)
 
-    def _receive(self, role: Role, now: float) -> None:
-        for identity, message in self.bus.receive():
+    def _receive(self, role: Role, received: list[tuple[bytes, AnyMessage]], now: float) -> None:
+        for identity, message in received:
             if isinstance(message, Hello):
                 answer, events = self.peers.hello(identity, message, now)
                 for event in events:
@@ -177,8 +175,7 @@ class WorkerLoop:
             elif identity not in self.peers:
                 self.bus.send(identity, Peers.unknown())
             elif isinstance(message, Heartbeat):
-                self.peers.heartbeat(identity, message.seq, now)
-                role.peer_renewed(identity, now)
+                self.peers.heartbeat(identity, now)
                 self.bus.send(identity, HeartbeatAck(seq=message.seq, load=self.load))
             elif isinstance(message, Goodbye):
                 logger.info("peer %s has left", self.peers.left(identity))
@@ -245,6 +242,7 @@ class WorkerLoop:
             "held_pages": self.engine.pages.num_held,
             "promised_pages": self.engine.pages.num_promised,
             "peers": len(self.peers),
+            "leases": self.peers.leases(time.monotonic()),
             "holders": self.engine.pages.holders(),  # holder -> its pages, each with its generation
             **role.ledger(),
         }

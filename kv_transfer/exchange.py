@@ -47,7 +47,6 @@ class PageExchange:
                 self.lender.sealed(completion, now)
             else:
                 self.reader.completed(completion, now)
-        self.lender.expire(now)
         self.reader.expire(now)
 
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> bool:
@@ -106,21 +105,19 @@ def open_exchange(
     wake: Callable[[], None],
     poller: zmq.Poller,
     send: Callable[[bytes, Message], None],
-    heartbeat_seq: Callable[[bytes], int],
     rates: RateEstimator,
 ) -> PageExchange:
     """Join mover, links and books; starts the mover's thread. The arguments are those of the parts."""
     mover = PageMover(region, transports, wake, checksum=checksum)
-    links = PeerLinks(info.incarnation, info.role, info.fingerprint, config.cluster_key, config.lease_s, poller)
+    links = PeerLinks(info.incarnation, info.role, info.fingerprint, config.cluster_key, poller)
     lender = Lender(
         pages,
         mover,
-        LoanBook(config.lease_s),
+        LoanBook(),
         send,
-        heartbeat_seq,
         page_bytes=region.page_bytes,
         checksum=config.kv_checksum,
     )
     chosen = PeerTransports([transport.name for transport in transports], config.kv_transport)
-    reader = Reader(pages, mover, links, Landings(config.lease_s), chosen, rates)
+    reader = Reader(pages, mover, links, Landings(), chosen, rates)
     return PageExchange(lender, reader, mover, links)

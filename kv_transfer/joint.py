@@ -26,7 +26,6 @@ class Loop(Protocol):
     info: WorkerInfo
     engine: Any
     bus: Any
-    peers: Any
     poller: Any
 
     def wake(self) -> None: ...
@@ -68,7 +67,6 @@ class ExchangeJoint(Generic[PolicyT, LoopT, RoleT]):
             wake=loop.wake,
             poller=loop.poller,
             send=loop.bus.send,
-            heartbeat_seq=loop.peers.heartbeat_seq,
             rates=loop.engine.rates,
         )
         return self._make_role(loop, exchange)

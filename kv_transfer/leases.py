@@ -1,19 +1,24 @@
 """Who may read and write which page, until when: pure bookkeeping for both ends of a hand-off; the clock is passed in.
 
-`LoanBook` is the lender's side. The reader's side is `Landings`, and `HeartbeatLog`, its memory of when it sent which
-heartbeat. A key names one hand-off, or one fetch.
+`LoanBook` is the lender's side. The reader's side is `Landings`, and `SessionLease`, until when it may trust what it
+reads. A key names one hand-off, or one fetch.
 
-    lender   lend ──ticket──> ... <──heartbeats renew── ... land │ drop_peer │ expire: the hold on the pages is dropped
+    lender   lend ──ticket──> ... land │ drop_peer: the hold on the pages is dropped
     reader   promise ──> start(ticket) ──> read_done ... ──> complete ──> LANDED ──> take
                               └──> read failed, late, stalled, or fail ──> FAILED ──> take ──> quarantine until settled
+
+The lease is that of the reader's session, one socket, which heartbeats renew (common/peers.py): it has what it was lent
+as long as the lender knows it. A lender answers no session that it has forgotten, so every answer proves that all of
+the session's loans were there then, and are for a lease from when what it answers was sent.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+CLOCKS_AGREE = 0.99  # of a lease is believed: two machines' clocks may run at rates that differ by less than a percent
 
 
 @dataclass
@@ -23,17 +28,12 @@ class _Loan:
 
 
 class LoanBook:
-    """Pages lent to peers. A method that ends loans returns their page ids, once for every time they were lent: the
-    caller then drops that many holds in the engine. Process what peers sent before calling `expire`."""
+    """Pages lent to peers' sessions. A method that ends loans returns their page ids, once for every time they were
+    lent: the caller then drops that many holds in the engine."""
 
-    def __init__(self, lease_s: float, remember: int = 4096) -> None:
-        """`remember`: how many ended keys are kept, so that a late `lend` does not open a loan nobody will end."""
-        self.expired = 0  # hand-offs whose loans a silent peer has lost
-        self._lease_s = lease_s
-        self._remember = remember
+    def __init__(self) -> None:
+        self.expired = 0  # hand-offs and fetches whose reader was gone before it had all
         self._loans: dict[str, dict[Hashable, _Loan]] = {}
-        self._renewed: dict[str, float] = {}
-        self._ended: OrderedDict[tuple[str, Hashable], None] = OrderedDict()
 
     @property
     def lent_pages(self) -> int:
@@ -41,34 +41,19 @@ class LoanBook:
         return sum(len(loan.pages) for loans in self._loans.values() for loan in loans.values())
 
     def rows(self, now: float) -> list[dict[str, object]]:
-        """Every loan, for /debug/ledger: whose it is, its pages, how long it is out, and when its peer was heard."""
+        """Every loan, for /debug/ledger: whose it is, its pages, and how long it is out."""
         return [
-            {
-                "peer": peer,
-                "key": str(key),
-                "pages": list(loan.pages),
-                "age_s": round(now - loan.began_at, 3),
-                "renewed_s": round(now - self._renewed[peer], 3),
-            }
+            {"peer": peer, "key": str(key), "pages": list(loan.pages), "age_s": round(now - loan.began_at, 3)}
             for peer, loans in self._loans.items()
             for key, loan in loans.items()
         ]
 
-    def lend(self, peer: str, key: Hashable, pages: Sequence[int], now: float) -> list[int]:
-        """One more ticket of `key`. Returns `pages` themselves if that hand-off has ended: then send no ticket."""
-        if (peer, key) in self._ended:
-            return list(pages)
-        self._renewed.setdefault(peer, now)
+    def lend(self, peer: str, key: Hashable, pages: Sequence[int], now: float) -> None:
+        """One more ticket of `key`."""
         self._loans.setdefault(peer, {}).setdefault(key, _Loan(now)).pages.extend(pages)
-        return []
-
-    def renew(self, peer: str, now: float) -> None:
-        """A heartbeat of `peer` was processed: its loans live until now + lease_s at least."""
-        self._renewed[peer] = now
 
     def land(self, peer: str, key: Hashable) -> list[int]:
-        """The peer has read, or given up, everything of `key`; tickets lent later end at once."""
-        self._end(peer, key)
+        """The peer has read, or given up, everything of `key`."""
         loans = self._loans.get(peer, {})
         loan = loans.pop(key, None)
         if not loans:
@@ -76,44 +61,31 @@ class LoanBook:
         return loan.pages if loan is not None else []
 
     def drop_peer(self, peer: str) -> list[int]:
-        """End all loans of a peer that has exited or said that it starts anew. A cut connection proves neither: the
-        peer may still be reading, so leave its loans to `expire`."""
-        self._renewed.pop(peer, None)
+        """End all loans of a session that was silent for a lease, has left, or was replaced by a newer one. A cut
+        connection proves neither: the peer may still be reading."""
         ended = self._loans.pop(peer, {})
-        for key in ended:
-            self._end(peer, key)
+        self.expired += len(ended)
         return [page for loan in ended.values() for page in loan.pages]
 
-    def expire(self, now: float) -> list[int]:
-        """End the loans of peers that have been silent for lease_s."""
-        silent = [peer for peer, renewed in self._renewed.items() if now >= renewed + self._lease_s]
-        self.expired += sum(len(self._loans.get(peer, ())) for peer in silent)
-        return [page for peer in silent for page in self.drop_peer(peer)]
 
-    def _end(self, peer: str, key: Hashable) -> None:
-        self._ended[peer, key] = None
-        self._ended.move_to_end((peer, key))
-        if len(self._ended) > self._remember:
-            self._ended.popitem(last=False)
+class SessionLease:
+    """Until when a lender keeps, at least, what it has lent to one session of ours, on our clock."""
 
-
-class HeartbeatLog:
-    """When this reader sent its heartbeats to one lender, in one session."""
-
-    def __init__(self, started_at: float, remember: int = 256) -> None:
-        """`started_at`: when the session's Hello was sent; it counts as heartbeat 0."""
-        self._sent: OrderedDict[int, float] = OrderedDict({0: started_at})
-        self._remember = remember
+    def __init__(self, lease_s: float, started_at: float) -> None:
+        """`lease_s`: the lender's. `started_at`: when the session's Hello was sent; it counts as heartbeat 0."""
+        self.until = float("-inf")
+        self._lease_s = lease_s * CLOCKS_AGREE
+        self._unanswered: dict[int, float] = {0: started_at}
 
     def sent(self, seq: int, now: float) -> None:
-        """Heartbeat `seq` leaves now; call before it is sent."""
-        self._sent[seq] = now
-        if len(self._sent) > self._remember:
-            self._sent.popitem(last=False)
+        """Heartbeat `seq` leaves at `now` or later."""
+        self._unanswered[seq] = now
 
-    def sent_at(self, seq: int) -> float:
-        """`lent_at` of a ticket that carries this heartbeat_seq; -inf (never trusted) if it is not remembered."""
-        return self._sent.get(seq, float("-inf"))
+    def answered(self, seq: int) -> None:
+        """The lender has processed heartbeat `seq`: it knew this session then, whenever that was."""
+        sent_at = self._unanswered.pop(seq, None)
+        if sent_at is not None:
+            self.until = max(self.until, sent_at + self._lease_s)
 
 
 class LandingState(Enum):
@@ -140,7 +112,6 @@ class _Read:
     """One ticket being read; `open` as long as it may write, `good` once it has landed in time."""
 
     pages: list[int]
-    lent_at: float
     open: bool = True
     good: bool = False
 
@@ -161,8 +132,7 @@ class Landings:
     that leave quarantine with them (non-empty only after `take`). Unknown keys and tags change nothing.
     """
 
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
+    def __init__(self) -> None:
         self._handoffs: dict[Hashable, _Handoff] = {}
         self._keys: dict[str, Hashable] = {}  # of reads whose hand-off has not been taken
         self._quarantine: dict[str, list[int]] = {}  # by read: pages of hand-offs that were taken
@@ -194,10 +164,11 @@ class Landings:
             and 0 < num_pages <= handoff.end_page - first_page
         )
 
-    def start(self, key: Hashable, first_page: int, pages: Sequence[int], lent_at: float) -> str:
+    def start(self, key: Hashable, first_page: int, pages: Sequence[int]) -> str:
         """Bind our `pages` to a ticket; returns the tag for its ReadJob. They may be written from here on.
 
-        `lent_at` is `HeartbeatLog.sent_at(ticket.heartbeat_seq)`. Raises ValueError unless `accepts` agrees.
+        Raises:
+            ValueError: `accepts` does not agree.
         """
         if not self.accepts(key, first_page, len(pages)):
             raise ValueError(f"ticket for page {first_page} of hand-off {key!r} is not acceptable")
@@ -206,29 +177,18 @@ class Landings:
         handoff.state = LandingState.READING
         self._reads += 1
         tag = f"read-{self._reads}"
-        handoff.reads[tag] = _Read(list(pages), lent_at)
+        handoff.reads[tag] = _Read(list(pages))
         self._keys[tag] = key
         return tag
 
-    def renew(self, key: Hashable, sent_at: float, now: float) -> None:
-        """The lender of `key` has answered a heartbeat that we sent at `sent_at`.
-
-        Heard while it kept what it had lent, the answer proves that it did when it processed that heartbeat, and so
-        does for a lease from when we sent it. Heard later it proves nothing: the loan may have ended in between.
-        """
-        handoff = self._handoffs.get(key)
-        for read in handoff.reads.values() if handoff is not None else ():
-            if read.open and now < read.lent_at + self._lease_s:
-                read.lent_at = max(read.lent_at, sent_at)
-
-    def read_done(self, tag: str, finished_at: float) -> list[int]:
-        """Everything arrived and matched. It is trusted only if it finished within lease_s of the moment we sent the
-        newest heartbeat the lender is known to have processed while it lent: until then at least it kept the pages."""
-        return self._settle(tag, finished_at)
+    def read_done(self, tag: str) -> list[int]:
+        """Everything arrived and matched, while the lender kept the pages (`SessionLease.until`)."""
+        return self._settle(tag, good=True)
 
     def read_ended(self, tag: str) -> list[int]:
-        """The read failed, mismatched, or settled after a stall: nothing writes any more, the contents are unknown."""
-        return self._settle(tag, None)
+        """The read failed, mismatched, came late, or settled after a stall: nothing writes any more, the contents are
+        unknown."""
+        return self._settle(tag, good=False)
 
     def read_stalled(self, tag: str) -> list[int]:
         """The read has failed but may still write."""
@@ -277,7 +237,7 @@ class Landings:
             (outcome.quarantined if read.open else outcome.landed if leading else outcome.idle).extend(read.pages)
         return outcome
 
-    def _settle(self, tag: str, finished_at: float | None) -> list[int]:
+    def _settle(self, tag: str, good: bool) -> list[int]:
         if tag in self._quarantine:
             return self._quarantine.pop(tag)
         if tag in self._keys:
@@ -285,7 +245,7 @@ class Landings:
             read = handoff.reads[tag]
             if read.open:
                 read.open = False
-                read.good = finished_at is not None and finished_at < read.lent_at + self._lease_s
+                read.good = good
                 self._advance(handoff)
         return []
 

@@ -1,7 +1,7 @@
 """The lender's side of pages that move: tickets out, sealed and in order, until the reader has all of them.
 
     open ──offer──> sealing ──sealed──> ticket sent ──close──> last message behind the last ticket
-                                             └── landed │ peer gone │ silent for a lease: the holder LOANS lets go
+                                             └── landed │ session gone: the holder LOANS lets go
 
 Used by both workers: a prefill worker offers what it computes; whoever caches a prefix offers it to who fetches it. A
 page is held by LOANS from its offer until its loan has ended, so that it is neither evicted nor written meanwhile.
@@ -64,7 +64,7 @@ class Loan:
 class Lender:
     """All loans of one worker. Used from its loop thread; checksums are the mover's.
 
-    `send` and `heartbeat_seq` are the bus's and the peers' (engine/worker_loop.py); `checksum` is all, sample or off.
+    `send` is the bus's; `checksum` is all, sample or off.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class Lender:
         mover: PageMover,
         book: LoanBook,
         send: Callable[[bytes, Message], None],
-        heartbeat_seq: Callable[[bytes], int],
         *,
         page_bytes: int,
         checksum: str,
@@ -83,7 +82,6 @@ class Lender:
         self._mover = mover
         self._book = book
         self._send = send
-        self._heartbeat_seq = heartbeat_seq
         self._checksum = checksum
         self._ticket_pages = max(1, TICKET_BYTES // page_bytes)
         self._open: dict[tuple[bytes, str], Loan] = {}
@@ -98,7 +96,7 @@ class Lender:
 
     @property
     def expired(self) -> int:
-        """Loans taken back from silent peers, since the start."""
+        """Loans taken back from readers that were gone, since the start."""
         return self._book.expired
 
     def rows(self, now: float) -> list[dict[str, object]]:
@@ -179,30 +177,19 @@ class Lender:
             self.drop(loan)
         self._unlend(self._book.land(identity.decode(), key))
 
-    def renew(self, identity: bytes, now: float) -> None:
-        """A heartbeat: what this peer was lent stays lent."""
-        self._book.renew(identity.decode(), now)
-
     def peer_gone(self, identity: bytes) -> None:
-        """The peer is gone, or connected anew: then it may still read, but will not trust what it reads."""
+        """The session was silent for a lease, left, or is replaced. It may still read, but will trust nothing of it."""
         for loan in [loan for loan in self._open.values() if loan.identity == identity]:
             self.drop(loan)
         self._unlend(self._book.drop_peer(identity.decode()))
-
-    def expire(self, now: float) -> None:
-        """End the loans of peers that were silent for a lease."""
-        self._unlend(self._book.expire(now))
 
     # ------------------------------------------------------------ inside
 
     def _lend(self, loan: Loan, now: float) -> None:
         """Send the tickets of a loan that are sealed, in order."""
         while loan.tickets and (checksums := loan.tickets[0].checksums) is not None:
-            ticket = loan.tickets[0]
-            if self._book.lend(loan.identity.decode(), loan.key, ticket.pages, now):  # the peer was silent for a lease
-                self.drop(loan)
-                return
-            del loan.tickets[0]
+            ticket = loan.tickets.pop(0)
+            self._book.lend(loan.identity.decode(), loan.key, ticket.pages, now)
             self.lent_total += len(ticket.pages)
             self._send(
                 loan.identity,
@@ -214,7 +201,6 @@ class Lender:
                     pages=[ticket.pages],
                     checksums=[checksums] if checksums else [],
                     num_tokens=ticket.num_tokens,
-                    heartbeat_seq=self._heartbeat_seq(loan.identity),
                 ),
             )
         self._close_if_done(loan, now)

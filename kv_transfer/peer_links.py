@@ -1,8 +1,8 @@
 """A worker's links to workers whose pages it reads: one per incarnation, made when first needed, kept until it is cut.
 
-In: messages to send. Out: what came back, whose lease to us was renewed, and which workers are lost. A message for a
-link that is still connecting waits until its Welcome, however long a busy worker takes: that nobody is there libzmq
-notices (common/link_state.py).
+In: messages to send. Out: what came back, until when each lender keeps what it lent, and which workers are lost. A
+message for a link that is still connecting waits until its Welcome, however long a busy worker takes: that nobody is
+there libzmq notices (common/link_state.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zmq
 
 from penstock.common.bus import BusLink, Connected, Disconnected
 from penstock.common.messages import AnyMessage, HeartbeatAck, Message, WorkerInfo
-from penstock.kv_transfer.leases import HeartbeatLog
+from penstock.kv_transfer.leases import SessionLease
 
 logger = logging.getLogger(__name__)
 SESSIONS_A_LINK = 1_000_000
@@ -36,35 +36,25 @@ class PeerFound:
     worker: WorkerInfo
 
 
-@dataclass(frozen=True)
-class LeaseRenewed:
-    """The worker has processed the heartbeat that we sent at `sent_at`."""
-
-    sent_at: float
-
-
 @dataclass(eq=False)
 class _Link:
     worker: WorkerInfo
     link: BusLink
-    heartbeats: HeartbeatLog
+    lease: SessionLease
     waiting: list[Message] = field(default_factory=list)
 
 
-LinkEvent = PeerLost | PeerFound | LeaseRenewed | AnyMessage
+LinkEvent = PeerLost | PeerFound | AnyMessage
 
 
 class PeerLinks:
     """All links of one worker; used from its loop thread."""
 
-    def __init__(
-        self, peer_id: str, role: str, fingerprint: str, cluster_key: str, lease_s: float, poller: zmq.Poller
-    ) -> None:
+    def __init__(self, peer_id: str, role: str, fingerprint: str, cluster_key: str, poller: zmq.Poller) -> None:
         self._peer_id = peer_id
         self._role = role
         self._fingerprint = fingerprint
         self._cluster_key = cluster_key
-        self._lease_s = lease_s
         self._poller = poller
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, _Link] = {}
@@ -88,10 +78,10 @@ class PeerLinks:
         elif link is not None:
             link.waiting.append(message)
 
-    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
-        """A time on our clock at which the lender's lease to us began, or earlier; -inf if that cannot be told."""
+    def leased_until(self, incarnation: str) -> float:
+        """Until when this lender keeps what it has lent to the link's session, at least; -inf without a link."""
         link = self._links.get(incarnation)
-        return float("-inf") if link is None else link.heartbeats.sent_at(heartbeat_seq)
+        return float("-inf") if link is None else link.lease.until
 
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
         """What happened on all links, as (incarnation, event). A lost link is closed and forgotten."""
@@ -115,10 +105,10 @@ class PeerLinks:
             self._fingerprint,
             self._cluster_key,
             self._context,
-            lease_s=self._lease_s,
+            lease_s=worker.lease_s,
             poller=self._poller,
         )
-        opened = self._links[worker.incarnation] = _Link(worker, link, HeartbeatLog(now))
+        opened = self._links[worker.incarnation] = _Link(worker, link, SessionLease(worker.lease_s, now))
         # Connects. On a busy machine the worker's answer may be there before this thread goes on.
         self._early += [(worker.incarnation, event) for event in self._receive(worker.incarnation, opened, now)]
 
@@ -131,6 +121,7 @@ class PeerLinks:
                 if item.worker.incarnation != incarnation:
                     lost = PeerLost(incarnation, f"restarted as {item.worker.incarnation}")
                     break
+                link.lease.answered(0)
                 events.append(PeerFound(item.worker))
                 for message in link.waiting:
                     link.link.send(message)
@@ -138,11 +129,11 @@ class PeerLinks:
             elif isinstance(item, Disconnected):
                 lost = PeerLost(incarnation, item.reason, item.left)
             elif isinstance(item, HeartbeatAck):
-                events.append(LeaseRenewed(link.heartbeats.sent_at(item.seq)))
+                link.lease.answered(item.seq)
             else:
                 events.append(item)
         if link.link.state.heartbeat_seq > seq:
-            link.heartbeats.sent(link.link.state.heartbeat_seq, now)
+            link.lease.sent(link.link.state.heartbeat_seq, now)
         if lost is not None:
             level = logging.INFO if lost.left else logging.WARNING
             logger.log(level, "no more pages are read of worker %s: %s", link.worker.worker_id, lost.reason)

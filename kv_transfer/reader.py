@@ -41,7 +41,7 @@ from penstock.kv_transfer.jobs import (
 )
 from penstock.kv_transfer.leases import Landings, LandingState
 from penstock.kv_transfer.mover import PageMover
-from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLinks, PeerLost
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLinks, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.read_figures import ReaderCounters, ReadHistograms
 from penstock.kv_transfer.reading import Read, Reading, Wanted, key_of, landed
@@ -154,9 +154,6 @@ class Reader:
             self._find(event.worker, now)
         elif isinstance(event, PeerLost):
             self._lose(event, now)
-        elif isinstance(event, LeaseRenewed):
-            for renewed in self._from(incarnation):
-                self.landings.renew(renewed.wanted.key, event.sent_at, now)
         elif isinstance(event, PagesReady):
             self._ticket(incarnation, event, now)
         elif isinstance(event, (PrefillDone, FetchDone, PrefillFailed)):
@@ -200,8 +197,7 @@ class Reader:
         reading.ticketed_tokens = message.num_tokens
         reading.first_ticket_at = now if reading.first_ticket_at is None else reading.first_ticket_at
         reading.came_at = now
-        lent_at = self.links.lent_at(incarnation, message.heartbeat_seq)
-        tag = self.landings.start(key, message.first_page, bound, lent_at)
+        tag = self.landings.start(key, message.first_page, bound)
         self._reads[tag] = key
         reading.reads += 1
         checksums = message.checksums[0] if message.checksums else []
@@ -253,8 +249,10 @@ class Reader:
             self.histograms.read(event.seconds, event.size_bytes, event.size_bytes // reading.worker.page_bytes)
             if not reading.fetch:
                 self.rates.read(event.size_bytes, event.seconds)
-            self.landings.read_done(event.tag, event.finished_at)
-            if self.landings.state(reading.wanted.key) is LandingState.FAILED:
+            if event.finished_at < self.links.leased_until(reading.worker.incarnation):
+                self.landings.read_done(event.tag)
+            else:
+                self.landings.read_ended(event.tag)
                 reason = "pages landed after the lender's lease may have ended"
         elif isinstance(event, ReadStalled):
             self.landings.read_stalled(event.tag)

@@ -87,9 +87,6 @@ class HandOffOut:
         else:
             logger.warning("a prefill worker has no use for %s", type(message).__name__)
 
-    def peer_renewed(self, identity: bytes, now: float) -> None:
-        self._lender.renew(identity, now)
-
     def peer_gone(self, identity: bytes) -> None:
         self._lender.peer_gone(identity)
         self._drop_ended()
@@ -162,7 +159,6 @@ class HandOffOut:
                 identity, source = handoff.loan.identity, handoff.request
                 self._fail(identity, source, "queue_timeout", "the prefill worker had no room in time")
         self._exchange.poll(now)
-        self._drop_ended()
         for read in self._reader.take_ended():
             self._fetched(read, now)
 
@@ -184,9 +180,7 @@ class HandOffOut:
             last = finished.get(progress.key)
             if last is None or last.finish is HANDED_OFF:
                 self._offer(handoff, progress.computed, self._clock(), whole=last is not None)
-            if handoff.loan.ended:  # its reader has just been found silent
-                self._drop(handoff)
-            elif last is not None:
+            if last is not None:
                 self._finish(handoff, last)
         for key, last in finished.items():  # ended without being computed: its form allows nothing more
             handoff = self._open.get(key)
@@ -256,7 +250,7 @@ class HandOffOut:
         self._lender.drop(handoff.loan)
 
     def _drop_ended(self) -> None:
-        """Whose loan has ended, because the reader is gone, silent, or has had enough."""
+        """Whose loan has ended, because the reader is gone or has had enough."""
         for handoff in [h for h in self._open.values() if h.loan.ended]:
             self._drop(handoff)
 

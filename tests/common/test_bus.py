@@ -76,11 +76,11 @@ def test_a_peer_joins_renews_and_expires():
     answer, events = greet(peers, hello())
     assert answer == WELCOME and events == [PeerJoined(b"r/1", "r", "router")]
     assert b"r/1" in peers and peers.identity_of("r") == b"r/1" and peers.role(b"r/1") == "router"
-    assert peers.heartbeat(b"r/1", 4, now=8.0) and peers.heartbeat_seq(b"r/1") == 4
+    assert peers.heartbeat(b"r/1", now=8.0) and peers.leases(9.5) == {"r/1": 8.5}
     assert peers.expire(18.0) == []
     assert peers.expire(18.1) == [PeerExpired(b"r/1", "r")]
     assert len(peers) == 0 and peers.identity_of("r") is None
-    assert not peers.heartbeat(b"r/1", 5, now=18.2), "it has to say Hello again"
+    assert not peers.heartbeat(b"r/1", now=18.2), "it has to say Hello again"
 
 
 def test_a_peer_that_says_goodbye_is_forgotten_at_once():
@@ -98,7 +98,7 @@ def test_a_newer_session_replaces_and_an_older_one_is_refused():
     answer, events = greet(peers, hello(session=3))
     assert isinstance(answer, Welcome)
     assert events == [PeerReplaced(b"r/2", "r"), PeerJoined(b"r/3", "r", "router")]
-    assert b"r/2" not in peers and not peers.heartbeat(b"r/2", 1, 1.0)
+    assert b"r/2" not in peers and not peers.heartbeat(b"r/2", 1.0)
     answer, events = greet(peers, hello(session=2))
     assert isinstance(answer, Refused) and events == [] and peers.identity_of("r") == b"r/3"
     assert greet(peers, hello(session=3))[1] == [], "the same Hello again changes nothing"
@@ -125,7 +125,7 @@ def test_a_draining_worker_takes_nobody_new():
     greet(peers, hello("old"))
     peers.draining = True
     assert greet(peers, hello("new"))[0].code == "draining"
-    assert peers.heartbeat(b"old/1", 1, 5.0)
+    assert peers.heartbeat(b"old/1", 5.0)
 
 
 def test_an_identity_that_is_not_the_peers_own_is_refused():

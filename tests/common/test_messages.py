@@ -131,7 +131,6 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             pages=[[5, 6]],
             checksums=[[2**64 - 1, 0]],
             num_tokens=64,
-            heartbeat_seq=9,
             blobs={"hidden": b"\x01"},
         ),
         {
@@ -142,7 +141,6 @@ GOLDEN: list[tuple[m.Message, dict[str, Any]]] = [
             "pages": [[5, 6]],
             "checksums": [[2**64 - 1, 0]],
             "num_tokens": 64,
-            "heartbeat_seq": 9,
             "blobs": {"hidden": b"\x01"},
         },
     ),

@@ -33,7 +33,7 @@ class Case:
         self.sent: list[tuple[bytes, Message]] = []
         self.executor = Submitting(16, 0)
         self.engine = Engine(make_scheduler(16, 16), self.executor, lambda: 0.0)
-        peers = SimpleNamespace(draining=False, lease_s=10.0, heartbeat_seq=lambda identity: 0)
+        peers = SimpleNamespace(draining=False, lease_s=10.0)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
         loop: Any = SimpleNamespace(
             info=SimpleNamespace(worker_id="decode-0"),
@@ -47,8 +47,8 @@ class Case:
         mover: Any = self.mover
         links: Any = self.links
         pages = self.engine.pages
-        lender = Lender(pages, mover, LoanBook(10.0), bus.send, peers.heartbeat_seq, page_bytes=64, checksum="off")
-        reader = Reader(pages, mover, links, Landings(10.0), PeerTransports(["nixl"], "auto"))
+        lender = Lender(pages, mover, LoanBook(), bus.send, page_bytes=64, checksum="off")
+        reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.role = DecodeRole(loop, PageExchange(lender, reader, mover, links))
 
     def submit(self, name: str, prompt: list[int], *, remote: bool = False, max_tokens: int = 5) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import zmq
 
-from penstock.common.messages import Finish, Message
+from penstock.common.messages import PROTOCOL_VERSION, Finish, Heartbeat, HeartbeatAck, Hello, Message, Welcome
+from penstock.common.peers import wire_identity
+from penstock.engine import worker_loop
 from penstock.engine.core import Engine
 from penstock.engine.outputs import StepOutput
 from penstock.engine.pages import PageManager
@@ -16,22 +19,27 @@ from penstock.engine.policy import DecodePolicy
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.worker_loop import BLOCKED_POLL_S, IDLE_POLL_S, WorkerLoop
 from tests.engine.test_run_ahead import LateExecutor, expected_tokens, source
+from tests.worker_info import worker_info
 
 PROMPT = [1, 2, 3]
+PEER = wire_identity("d", 1)
 
 
 class Bus:
-    """Nobody writes to this worker."""
+    """Nobody writes to this worker, unless `turns` says what comes in each of its turns."""
 
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.PULL)
+        self.turns: list[Callable[[], list[tuple[bytes, Message]]]] = []
+        self.sent: list[Message] = []
 
     def receive(self) -> list[tuple[bytes, Message]]:
-        return []
+        return self.turns.pop(0)() if self.turns else []
 
     def send(self, identity: bytes, message: Message) -> None:
-        raise AssertionError(f"{message} to nobody")
+        assert identity == PEER, f"{message} to nobody"
+        self.sent.append(message)
 
     def close(self) -> None:
         self.socket.close()
@@ -60,6 +68,10 @@ class OneRequest:
             if item.finish is not None:
                 self.loop.request_stop()
         self.events.append(f"{len(output.outputs)} outputs")
+
+    def peer_gone(self, identity: bytes) -> None:
+        self.events.append(f"{identity.decode()} is gone")
+        self.loop.request_stop()
 
     def busy(self) -> bool:
         return False
@@ -100,7 +112,7 @@ def make_loop(run_ahead: int, num_pages: int = 16) -> tuple[WorkerLoop, Bus, Sle
     )
     bus: Any = Bus()
     built: Any = SimpleNamespace(engine=Engine(scheduler, LateExecutor(run_ahead)))
-    info: Any = SimpleNamespace(worker_id="decode-0", incarnation="x")
+    info = worker_info("decode-0", "x")
     loop = WorkerLoop(built, bus, info, lease_s=10.0, drain_s=10.0)
     sleeps: Any = Sleeps()
     loop.poller = sleeps
@@ -164,3 +176,28 @@ def test_a_short_sleep_while_others_hold_the_pages_and_a_long_one_without_work()
     for each, its_bus in ((loop, bus), (idle, idle_bus)):
         each.close()
         its_bus.close()
+
+
+def test_a_lease_is_counted_from_no_earlier_than_its_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is stopped just before it looks for messages finds some that were sent meanwhile. Its answer proves
+    to the sender a lease from then on."""
+    loop, bus, _ = make_loop(0)
+    role: Any = OneRequest(loop)
+    role.begun = True
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(worker_loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def after(seconds: float, *messages: Message) -> Callable[[], list[tuple[bytes, Message]]]:
+        def receive() -> list[tuple[bytes, Message]]:
+            clock.now += seconds
+            return [(PEER, message) for message in messages]
+
+        return receive
+
+    hello = Hello(protocol=PROTOCOL_VERSION, peer_id="d", session=1, role="decode", fingerprint="f")
+    bus.turns = [after(0.0, hello), after(30.0, Heartbeat(seq=1)), after(10.0), after(0.1)]
+    loop.run(role, None)
+    assert [type(message) for message in bus.sent] == [Welcome, HeartbeatAck]
+    assert role.events == ["tick"] * 3 + ["d/1 is gone", "tick"]
+    loop.close()
+    bus.close()

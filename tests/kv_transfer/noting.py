@@ -46,11 +46,11 @@ class NotingMover:
 
 @dataclass
 class NotingLinks:
-    """What was sent; `events` is what comes next; every ticket was lent at `lent`."""
+    """What was sent; `events` is what comes next; lenders keep their loans until `until`."""
 
     sent: list[Message] = field(default_factory=list)
     events: list[tuple[str, LinkEvent]] = field(default_factory=list)
-    lent: float = 0.0
+    until: float = 10.0
 
     def __len__(self) -> int:
         return 0
@@ -61,8 +61,8 @@ class NotingLinks:
     def send_if_linked(self, incarnation: str, message: Message) -> None:
         self.sent.append(message)
 
-    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
-        return self.lent
+    def leased_until(self, incarnation: str) -> float:
+        return self.until
 
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
         events, self.events = self.events, []

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from penstock.common.messages import GenerateRequest, PagesReady, Prefill, PrefillDone
+from penstock.common.messages import PROTOCOL_VERSION, GenerateRequest, Hello, PagesReady, Prefill, PrefillDone
+from penstock.common.peers import Peers, wire_identity
 from penstock.common.sampling import SamplingParams
 from penstock.engine.pages import PageManager
 from penstock.kv_transfer.jobs import ReadDone, ReadSettled, ReadStalled
-from penstock.kv_transfer.leases import HeartbeatLog, Landings, LoanBook
+from penstock.kv_transfer.leases import Landings, LoanBook, SessionLease
 from penstock.kv_transfer.lender import LOANS, Lender
 from penstock.kv_transfer.peer_links import PeerFound
 from penstock.kv_transfer.peer_transports import PeerTransports
@@ -29,13 +30,13 @@ PAGES = 3
 class Reading:
     """A reader with a pool of three pages, `memory[page]` saying what is in each; it wants two pages."""
 
-    def __init__(self, lent_at: float = 0.0) -> None:
+    def __init__(self, until: float = LEASE_S) -> None:
         self.memory = [b"empty"] * PAGES
         self.pages = PageManager(PAGES, 4)
         self.mover = NotingMover()
         mover: Any = self.mover
-        links: Any = NotingLinks(lent=lent_at)
-        self.reader = Reader(self.pages, mover, links, Landings(LEASE_S), PeerTransports(["nixl"], "auto"))
+        links: Any = NotingLinks(until=until)
+        self.reader = Reader(self.pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.pages.promise("r:0:0", 2)
         wanted = Wanted("r:0:0", "r", 0, 0, 0, 2, 8, [])
         request = GenerateRequest(request_id="r", prompt_token_ids=list(range(8)), sampling=SamplingParams())
@@ -85,32 +86,35 @@ def test_a_read_that_lands_late_writes_into_nobody_elses_pages(fenced: bool) -> 
 
 @pytest.mark.parametrize("fenced", [True, False])
 def test_pages_that_a_lender_has_given_to_others_are_not_trusted(fenced: bool) -> None:
-    """The lender's fence: it lets go of what a silent peer was lent, and a peer that was silent for so long knows."""
+    """The lender's fence: it lets go of what a silent session was lent, and a reader that was silent so long knows."""
     lent = PageManager(2, 4)
     memory = [b"prompt", b"prompt"]
     sent: list[Any] = []
     mover: Any = NotingMover()
-    book = LoanBook(LEASE_S)
+    peers = Peers(LENDER, LEASE_S)
 
     def send(identity: bytes, message: Any) -> None:
         sent.append(message)
 
-    lender = Lender(lent, mover, book, send, lambda identity: 1, page_bytes=64, checksum="off")
-    beats = HeartbeatLog(0.0)
-    beats.sent(1, 1.0)
-    lender.renew(b"d/1", 1.5)
+    lender = Lender(lent, mover, LoanBook(), send, page_bytes=64, checksum="off")
+    identity, lease = wire_identity("d", 1), SessionLease(LENDER.lease_s, 0.0)
+    peers.hello(identity, Hello(protocol=PROTOCOL_VERSION, peer_id="d", session=1, role="decode", fingerprint="f"), 0.5)
+    lease.answered(0)
+    lease.sent(1, 1.0)
+    peers.heartbeat(identity, 1.5)
+    lease.answered(1)
     lent.allocate("r", 2)
-    lender.offer(lender.open(b"d/1", "r:0:0", "r", 0, 0, 0), lent.table("r"), 8, 2.0)
+    lender.offer(lender.open(identity, "r:0:0", "r", 0, 0, 0), lent.table("r"), 8, 2.0)
     lent.release("r")
     assert lent.table(LOANS) == sent[0].pages[0]
     # The reader is stopped here, for longer than its lease; its copy begins when it goes on.
-    lender.expire(11.4)
-    assert lent.num_held == 2
-    lender.expire(11.5)
+    assert peers.expire(11.5) == [] and lent.num_held == 2
+    for expired in peers.expire(11.6):
+        lender.peer_gone(expired.identity)
     assert lent.num_held == 0
     for page in lent.allocate("other", 2):
         memory[page] = b"other's"
-    case = Reading(lent_at=beats.sent_at(sent[0].heartbeat_seq) if fenced else float("inf"))
+    case = Reading(until=lease.until if fenced else float("inf"))
     case.copy_lands(memory)
     trusted = case.done(at=12.0)
     wrong = [page for page in case.pages.table("r:0:0")[: trusted // 4] if case.memory[page] != b"prompt"]

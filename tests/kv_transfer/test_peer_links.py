@@ -13,15 +13,16 @@ from msgspec.structs import replace
 from penstock.common import bus
 from penstock.common.bus import BusServer, Peers
 from penstock.common.messages import AnyMessage, Goodbye, Heartbeat, HeartbeatAck, Hello, PagesLanded, WorkerLoad
-from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLinks, PeerLost
+from penstock.kv_transfer.leases import CLOCKS_AGREE
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLinks, PeerLost
 from tests.kv_transfer.noting import nixl_worker
 
-LEASE_S = 10.0
+LEASE_S = 7.0
 
 
 @pytest.fixture
 def links() -> Iterator[PeerLinks]:
-    opened = PeerLinks("decode-0", "decode", "f", "", LEASE_S, zmq.Poller())
+    opened = PeerLinks("decode-0", "decode", "f", "", zmq.Poller())
     yield opened
     opened.close()
 
@@ -33,16 +34,16 @@ def _until(done: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_worker_that_computes_is_waited_for_and_its_answers_renew_the_lease(links: PeerLinks) -> None:
+def test_a_worker_that_computes_is_waited_for_and_its_answers_prove_its_own_lease(links: PeerLinks) -> None:
     server = BusServer("127.0.0.1", 0, "")
     try:
-        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address)
+        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address, lease_s=LEASE_S)
         peers = Peers(worker, LEASE_S)
         links.send(worker, PagesLanded(request_id="r", attempt=0), 0.0)
         got: list[AnyMessage] = []
         events: list[LinkEvent] = []
         for now in range(60):  # it is in a long step, and says nothing
-            assert links.poll(float(now)) == []
+            assert links.poll(float(now)) == [] and links.leased_until("p1") == float("-inf")
 
         def turn() -> None:
             for identity, message in server.receive():
@@ -56,11 +57,11 @@ def test_a_worker_that_computes_is_waited_for_and_its_answers_renew_the_lease(li
 
         def both() -> bool:
             turn()
-            return bool(got) and any(isinstance(event, LeaseRenewed) for event in events)
+            return bool(got) and links.leased_until("p1") > 60.0
 
         _until(both)
         assert isinstance(events[0], PeerFound) and got == [PagesLanded(request_id="r", attempt=0)]
-        assert [event.sent_at for event in events if isinstance(event, LeaseRenewed)] == [61.0]
+        assert links.leased_until("p1") == 61.0 + LEASE_S * CLOCKS_AGREE
     finally:
         server.close()
 
@@ -69,7 +70,7 @@ def test_an_answer_that_is_there_at_once_is_not_missed(links: PeerLinks, monkeyp
     """On a busy machine the handshake may be over before the thread that began it goes on."""
     server = BusServer("127.0.0.1", 0, "")
     try:
-        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address)
+        worker = replace(nixl_worker("prefill-0", "p1"), address=server.address, lease_s=LEASE_S)
         peers = Peers(worker, LEASE_S)
         receive = bus.BusLink.receive
 
@@ -86,7 +87,7 @@ def test_an_answer_that_is_there_at_once_is_not_missed(links: PeerLinks, monkeyp
         monkeypatch.setattr(bus.BusLink, "receive", receive_late)
         links.send(worker, PagesLanded(request_id="r", attempt=0), 1.0)
         monkeypatch.undo()
-        assert links.lent_at("p1", 1) == 1.0  # the first heartbeat went out with it
+        assert links.leased_until("p1") == 1.0 + LEASE_S * CLOCKS_AGREE  # by its Welcome
         assert [(name, type(event)) for name, event in links.poll(2.0)][:1] == [("p1", PeerFound)]
     finally:
         server.close()

@@ -32,7 +32,7 @@ from penstock.kv_transfer.mover import (
     ReadSettled,
     ReadStalled,
 )
-from penstock.kv_transfer.peer_links import LeaseRenewed, LinkEvent, PeerFound, PeerLost
+from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import QUARANTINE, Reader
 from penstock.kv_transfer.reading import Wanted
@@ -53,7 +53,7 @@ class Case:
             pages=self.pages,
             mover=self.mover,  # type: ignore[arg-type]
             links=self.links,  # type: ignore[arg-type]
-            landings=Landings(10.0),
+            landings=Landings(),
             transports=PeerTransports(["nixl"], "auto"),
         )
         tokens = list(range(10))
@@ -193,7 +193,7 @@ def test_duplicate_and_unexpected_tickets_bind_nothing() -> None:
 def test_pages_that_landed_after_the_lease_are_not_trusted() -> None:
     case = Case()
     job = case.read(0, 2, 8)
-    case.done(job, at=10.0)  # lent at 0, lease 10
+    case.done(job, at=10.0)  # leased until then
     (read,) = case.reader.take_ended()
     assert read.computed == 0
     case.finish()
@@ -331,7 +331,7 @@ def test_what_is_being_read_is_not_given_up_however_slow_the_link() -> None:
     case.event(FetchDone(request_id="r", attempt=0, num_pages=2))
     for now in range(1, 60):
         case.reader.expire(float(now))
-        case.reader.link_event("p1", LeaseRenewed(float(now)), float(now))
+        case.links.until = now + 10.0
     assert case.reader.take_ended() == []
     assert case.reader.rows(60.0)[0]["reads"] == 2
     case.done(first, at=60.0)

@@ -1,8 +1,8 @@
 """A stale ticket never names a reused page: both ends and the wire between them as a state machine, without checksums.
 
 The real lender, reader and ledgers; messages take as long as they like, in order; either side may stand still; copies
-read whatever is in the lender's page at that moment. Tickets carry no generations: what a reader trusts must be what
-was lent all the same, because of the heartbeats that tickets and answers name, and because a session is one socket.
+read whatever is in the lender's page at that moment, and the lender's clock is fast. Tickets carry no generations: what
+a reader trusts must be what was lent all the same, because a lender answers only sessions whose loans it has kept.
 """
 
 from __future__ import annotations
@@ -15,53 +15,60 @@ from typing import Any
 import pytest
 
 from penstock.common.messages import (
+    PROTOCOL_VERSION,
     Abort,
     GenerateRequest,
     Heartbeat,
     HeartbeatAck,
+    Hello,
     Message,
     PagesLanded,
     Prefill,
     PrefillDone,
     Refused,
+    Welcome,
     WorkerInfo,
     WorkerLoad,
 )
+from penstock.common.peers import Peers, wire_identity
 from penstock.common.sampling import SamplingParams
 from penstock.engine.pages import PageManager
+from penstock.kv_transfer import leases
 from penstock.kv_transfer.jobs import ReadDone, ReadFailed, ReadSettled, ReadStalled
-from penstock.kv_transfer.leases import HeartbeatLog, Landings, LoanBook
+from penstock.kv_transfer.leases import Landings, LoanBook, SessionLease
 from penstock.kv_transfer.lender import Lender
-from penstock.kv_transfer.peer_links import LeaseRenewed, PeerFound, PeerLost
+from penstock.kv_transfer.peer_links import PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader
 from penstock.kv_transfer.reading import Wanted
 from tests.kv_transfer.noting import NotingMover, nixl_worker
 
 LEASE_S = 10.0
+FAST = 1.005  # seconds of the lender's clock in one of the reader's
 LENDER = nixl_worker("prefill-0", "p1")
 LENT_PAGES, READ_PAGES = 4, 8
 Content = tuple[str, int]  # of which prompt, which page
 
 
 class Wire:
-    """The reader's link: one session after the other, each with queues and heartbeats of its own."""
+    """The reader's link: one session after the other, each with queues and a lease of its own."""
 
     def __init__(self) -> None:
         self.session = 0
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
-        """A new socket: what the old one carried is lost."""
+        """A new socket, which says Hello first: what the old one carried is lost."""
         self.session += 1
-        self.beats = HeartbeatLog(now)
+        self.lease = SessionLease(LEASE_S, now)
         self.seq = 0
-        self.to_lender: deque[Message] = deque()
+        hello = Hello(protocol=PROTOCOL_VERSION, peer_id="d", session=self.session, role="decode", fingerprint="f")
+        self.to_lender: deque[Message] = deque([hello])
         self.to_reader: deque[Message] = deque()
 
     @property
     def identity(self) -> bytes:
-        return f"d/{self.session}".encode()
+        return wire_identity("d", self.session)
 
     def send(self, worker: WorkerInfo, message: Message, now: float) -> None:
         self.to_lender.append(message)
@@ -69,8 +76,8 @@ class Wire:
     def send_if_linked(self, incarnation: str, message: Message) -> None:
         self.to_lender.append(message)
 
-    def lent_at(self, incarnation: str, heartbeat_seq: int) -> float:
-        return self.beats.sent_at(heartbeat_seq)
+    def leased_until(self, incarnation: str) -> float:
+        return self.lease.until
 
 
 class WrongPage(Exception):
@@ -90,17 +97,13 @@ class World:
         wire: Any = self.wire
         self.lent = PageManager(LENT_PAGES, 4, caching=False)
         self.lent_memory: list[Content] = [("", 0)] * LENT_PAGES
-        self.heard: dict[bytes, tuple[float, int]] = {self.wire.identity: (0.0, 0)}  # by session: when, newest seq
-        self.book = LoanBook(LEASE_S)
-        self.lender = Lender(
-            self.lent, mover, self.book, self._to_reader, lambda who: self.heard[who][1], page_bytes=64, checksum="off"
-        )
+        self.peers = Peers(LENDER, LEASE_S)
+        self.lender = Lender(self.lent, mover, LoanBook(), self._to_reader, page_bytes=64, checksum="off")
         self.mover = NotingMover()
         reader_mover: Any = self.mover
         self.pages = PageManager(READ_PAGES, 4, caching=False)
         self.memory: list[Content] = [("", 0)] * READ_PAGES
-        self.reader = Reader(self.pages, reader_mover, wire, Landings(LEASE_S), PeerTransports(["nixl"], "auto"))
-        self.reader.link_event("p1", PeerFound(LENDER), 0.0)
+        self.reader = Reader(self.pages, reader_mover, wire, Landings(), PeerTransports(["nixl"], "auto"))
         self.copied: dict[str, float] = {}  # reads whose bytes have come: when
         self.stalled: set[str] = set()
         self.kept: set[str] = set()
@@ -113,27 +116,32 @@ class World:
 
     def _silent(self) -> None:
         """As in every turn of the lender's loop: peers that were silent for a lease lose their loans."""
-        for identity, (heard_at, _) in list(self.heard.items()):
-            if self.now - heard_at > LEASE_S:
-                del self.heard[identity]
-                self.lender.peer_gone(identity)
-        self.lender.expire(self.now)
+        for expired in self.peers.expire(FAST * self.now):
+            self.lender.peer_gone(expired.identity)
 
     def lender_turns(self) -> None:
         identity = self.wire.identity
         for _ in range(min(self.chooser.randint(1, 4), len(self.wire.to_lender))):
             message = self.wire.to_lender.popleft()
-            if identity not in self.heard:
-                self.wire.to_reader.append(Refused(protocol=1, code="unknown", message="say Hello first"))
+            if isinstance(message, Hello):
+                answer, events = self.peers.hello(identity, message, FAST * self.now)
+                for event in events:
+                    if event.identity != identity:
+                        self.lender.peer_gone(event.identity)
+                self._to_reader(identity, answer)
+            elif not self._known(identity):
+                self._to_reader(identity, Peers.unknown())
             elif isinstance(message, Heartbeat):
-                self.heard[identity] = self.now, message.seq
-                self.lender.renew(identity, self.now)
+                self.peers.heartbeat(identity, FAST * self.now)
                 self._to_reader(identity, HeartbeatAck(seq=message.seq, load=WorkerLoad()))
             elif isinstance(message, Prefill):
                 self._compute(identity, message)
             elif isinstance(message, (Abort, PagesLanded)):
                 self.lender.landed(identity, f"{message.request_id}:0:0")
         self._silent()
+
+    def _known(self, identity: bytes) -> bool:
+        return identity in self.peers
 
     def _compute(self, identity: bytes, message: Prefill) -> None:
         """Two tickets of a page each, then the first token; without room, nothing: the reader gives up some time."""
@@ -176,7 +184,7 @@ class World:
 
     def heartbeat(self) -> None:
         self.wire.seq += 1
-        self.wire.beats.sent(self.wire.seq, self.now)
+        self.wire.lease.sent(self.wire.seq, self.now)
         self.wire.to_lender.append(Heartbeat(seq=self.wire.seq))
 
     def reader_turns(self) -> None:
@@ -185,9 +193,14 @@ class World:
             if isinstance(message, Refused):
                 self._begin_anew("refused")
                 break
-            renewed = isinstance(message, HeartbeatAck)
-            event: Any = LeaseRenewed(self.wire.beats.sent_at(message.seq)) if renewed else message  # type: ignore[attr-defined]
-            self.reader.link_event("p1", event, self.now)
+            if isinstance(message, HeartbeatAck):
+                self.wire.lease.answered(message.seq)
+            elif isinstance(message, Welcome):
+                self.wire.lease.answered(0)
+                self.reader.link_event("p1", PeerFound(LENDER), self.now)
+            else:
+                event: Any = message
+                self.reader.link_event("p1", event, self.now)
         self._take()
 
     def cut(self) -> None:
@@ -197,14 +210,6 @@ class World:
         self.reader.link_event("p1", PeerLost("p1", reason), self.now)
         self._take()
         self.wire.begin(self.now)
-        self._greet()
-        self.reader.link_event("p1", PeerFound(LENDER), self.now)
-
-    def _greet(self) -> None:
-        for old in [identity for identity in self.heard if identity != self.wire.identity]:
-            del self.heard[old]
-            self.lender.peer_gone(old)
-        self.heard.setdefault(self.wire.identity, (self.now, 0))
 
     # ------------------------------------------------------------ copies
 
@@ -240,7 +245,7 @@ class World:
             self._take()
 
     def pass_time(self) -> None:
-        self.now += self.chooser.choice((0.5, 1.0, 3.0, LEASE_S - 0.5))
+        self.now += self.chooser.choice((0.5, 1.0, 3.0, LEASE_S - 0.5, LEASE_S - 0.03))
 
     # ------------------------------------------------------------ what must hold
 
@@ -296,21 +301,36 @@ def test_what_is_trusted_is_what_was_lent() -> None:
 
 
 def _trust_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    settle = Landings._settle
-    late = lambda self, tag, at: settle(self, tag, None if at is None else float("-inf"))  # noqa: E731
-    monkeypatch.setattr(Landings, "_settle", late)
+    monkeypatch.setattr(Wire, "leased_until", lambda self, incarnation: float("inf"))
 
 
-def _believe_late_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    renew = Landings.renew
-    monkeypatch.setattr(Landings, "renew", lambda self, key, sent_at, now: renew(self, key, sent_at, float("-inf")))
+def _answer_a_forgotten_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "_known", lambda self, identity: True)
+
+
+def _count_a_longer_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's own, say, where the lender was started with another."""
+    monkeypatch.setattr(leases, "CLOCKS_AGREE", 2.0)
+
+
+def _believe_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "CLOCKS_AGREE", 1.0)
 
 
 def _free_what_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PageManager, "move", lambda self, holder, new, pages: self.release_some(holder, pages))
 
 
-@pytest.mark.parametrize("without", [_trust_all, _believe_late_answers, _free_what_may_be_written])
+@pytest.mark.parametrize(
+    "without",
+    [
+        _trust_all,
+        _answer_a_forgotten_session,
+        _count_a_longer_lease,
+        _believe_the_clocks,
+        _free_what_may_be_written,
+    ],
+)
 def test_without_one_of_the_fences_it_goes_wrong(
     without: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ class Case:
         scheduler = make_scheduler(16, 4, policy=PrefillPolicy())
         self.executor = Submitting(16, run_ahead)
         self.engine = Engine(scheduler, self.executor, lambda: self.now)
-        peers = SimpleNamespace(draining=False, identity_of=lambda name: router, heartbeat_seq=lambda identity: 3)
+        peers = SimpleNamespace(draining=False, identity_of=lambda name: router)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
         info = SimpleNamespace(worker_id="prefill-0")
         self.loop: Any = SimpleNamespace(info=info, engine=self.engine, peers=peers, bus=bus, replies=Replies(bus.send))
@@ -48,10 +48,8 @@ class Case:
         mover: Any = self.mover
         links: Any = self.links
         pages = self.engine.pages
-        lender = Lender(
-            pages, mover, LoanBook(10.0), bus.send, peers.heartbeat_seq, page_bytes=16 << 20, checksum=checksum
-        )
-        reader = Reader(pages, mover, links, Landings(10.0), PeerTransports(["nixl"], "auto"))
+        lender = Lender(pages, mover, LoanBook(), bus.send, page_bytes=16 << 20, checksum=checksum)
+        reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.role = HandOffOut(self.loop, PageExchange(lender, reader, mover, links), lambda: self.now)
 
     def prefill(self, held_tokens: int = 0, name: str = "r", source: WorkerInfo | None = None, **sampling: Any) -> None:

@@ -137,8 +137,8 @@ class FakeWorker:
                     if isinstance(event, PeerReplaced):
                         self._forget(event.identity)
             elif isinstance(message, Heartbeat) and not self.answers_heartbeats:
-                self.peers.heartbeat(identity, message.seq, now)
-            elif isinstance(message, Heartbeat) and self.peers.heartbeat(identity, message.seq, now):
+                self.peers.heartbeat(identity, now)
+            elif isinstance(message, Heartbeat) and self.peers.heartbeat(identity, now):
                 load = WorkerLoad(
                     running=len(self.running),
                     queued_tokens=self.queued_tokens,
