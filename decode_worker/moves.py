@@ -21,8 +21,9 @@ class MovedPages:
         return len(self._until)
 
     def keep(self, request_id: str, choice: int, pages: Sequence[int], now: float) -> None:
-        """These pages are not to be evicted for now."""
+        """These pages are not to be evicted for now, as far as they have not been promised to others."""
         self.total += 1
+        pages = self._pages.with_room(pages)
         if pages:
             holder = _holder(request_id, choice)
             self._pages.release(holder)  # if it comes from here a second time

@@ -96,10 +96,25 @@ class PageManager:
         revived = sum(1 for page in matched if self._refs[page] == 0)
         return revived + extra <= self.num_available + self._promises.get(holder, 0)
 
+    def with_room(self, pages: Sequence[int]) -> list[int]:
+        """As many of these held or cached pages, from the first on, as can be held beside all promises."""
+        room = self.num_available
+        for index, page in enumerate(pages):
+            room -= self._refs[page] == 0
+            if room < 0:
+                return list(pages[:index])
+        return list(pages)
+
     # ------------------------------------------------------------ changes
 
     def hold(self, holder: str, pages: Sequence[int]) -> None:
-        """Append `pages` to the holder's table; cached ones leave the eviction order. Pages must be held or cached."""
+        """Append `pages` to the holder's table; cached ones leave the eviction order. Pages must be held or cached.
+
+        Raises:
+            NoRoom: cached ones among them are needed for what was promised.
+        """
+        if len(self.with_room(pages)) < len(pages):
+            raise NoRoom(f"{len(pages)} pages to hold, {self.num_available} available")
         table = self._tables.setdefault(holder, [])
         for page in pages:
             if self._refs[page] == 0:

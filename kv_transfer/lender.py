@@ -29,6 +29,7 @@ class LentPages(Protocol):
     page_size: int
 
     def match(self, hashes: Iterable[bytes]) -> list[int]: ...
+    def with_room(self, pages: Sequence[int]) -> list[int]: ...
     def hold(self, holder: str, pages: Sequence[int]) -> None: ...
     def release_some(self, holder: str, pages: Iterable[int]) -> None: ...
 
@@ -148,10 +149,10 @@ class Lender:
             loan.tickets.clear()
 
     def fetch(self, identity: bytes, key: str, message: Fetch, now: float) -> None:
-        """Lend what is cached of the pages that a peer asks for."""
+        """Lend what is cached of the pages that a peer asks for, but for what has been promised to others."""
         if (identity, key) in self._open:
             return
-        pages = self._pages.match(message.hashes)
+        pages = self._pages.with_room(self._pages.match(message.hashes))
         loan = self.open(identity, key, message.request_id, message.attempt, message.choice, message.first_page)
         for start in range(0, len(pages), self._ticket_pages):
             batch = pages[start : start + self._ticket_pages]

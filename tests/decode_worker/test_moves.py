@@ -27,6 +27,19 @@ def test_kept_until_asked_for_or_expired() -> None:
     pages.check()
 
 
+def test_what_was_promised_to_others_is_not_kept_from_them() -> None:
+    """Pages of the same contents that another request computed first, and that nobody holds."""
+    pages = PageManager(4, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    for page, name in zip(pages.allocate("first", 2), (b"0", b"1"), strict=True):
+        pages.name(page, name)
+    pages.release("first")
+    pages.promise("other", 3)
+    moved.keep("a", 0, pages.match([b"0", b"1"]), now=0.0)
+    pages.check()
+    assert pages.num_held == 1 and len(pages.allocate("other", 3)) == 3
+
+
 def test_a_request_that_comes_back_and_moves_again_is_held_once() -> None:
     pages = PageManager(4, 4)
     moved = MovedPages(pages, keep_s=10.0)

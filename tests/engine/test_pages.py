@@ -139,11 +139,16 @@ class Ledger(RuleBasedStateMachine):
     def match_and_hold(self, holder: str, name: int) -> None:
         found = self.pages.match([bytes([name])])
         assert found == ([self.names[bytes([name])]] if bytes([name]) in self.names else [])
-        if found and found[0] not in self.tables.get(holder, []) and self.pages.has_room(holder, found, 0):
+        if found and found[0] not in self.tables.get(holder, []):
             revived = all(found[0] not in table for table in self.tables.values())
-            if not revived or self.pages.num_available > 0:
-                self.pages.hold(holder, found)
-                self.tables.setdefault(holder, []).extend(found)
+            if revived and self._free() == sum(self.promises.values()):
+                assert self.pages.with_room(found) == []
+                with pytest.raises(NoRoom):
+                    self.pages.hold(holder, found)
+                return
+            assert self.pages.with_room(found) == found
+            self.pages.hold(holder, found)
+            self.tables.setdefault(holder, []).extend(found)
 
     @precondition(lambda self: any(self.tables.values()))
     @rule(data=st.data(), to=HOLDERS)

@@ -144,3 +144,32 @@ def test_cached_pages_are_lent_to_who_fetches_them() -> None:
         else:
             case.role.peer_gone(other)
         case.finish()
+
+
+def test_pages_that_were_promised_are_not_lent() -> None:
+    """Who waits for tickets of its own takes the pages that it was promised, whatever is asked for meanwhile."""
+    case = Case()
+    pages = case.engine.pages
+    case.prefill()
+    for _ in range(3):
+        case.step()
+    case.seal_all()
+    case.land()
+    hashes = Request(GenerateRequest(request_id="q", prompt_token_ids=PROMPT, sampling=SamplingParams()), 0.0)
+    asked = Fetch(
+        request_id="q",
+        attempt=0,
+        first_page=0,
+        hashes=list(hashes.extend_hashes(case.engine.scheduler.hash_scope, 4, 10)),
+    )
+    pages.promise("waits", pages.num_available - 1)
+    case.role.handle(b"decode/2", asked, 0.0)
+    pages.check()
+    case.seal_all()
+    (ticket,) = [m for m in case.of(PagesReady) if m.request_id == "q"]
+    (done,) = case.of(FetchDone)
+    assert len(ticket.pages[0]) == done.num_pages == 1
+    assert len(pages.allocate("waits", pages.num_promised)) == 15
+    pages.release("waits")
+    case.role.handle(b"decode/2", PagesLanded(request_id="q", attempt=0), 1.0)
+    case.finish()
