@@ -48,7 +48,9 @@ def run(arguments: Sequence[str]) -> int:
 
     facts = gather(
         redis_url=config.redis_url,
-        ports={"HTTP port": (config.host, config.port), "bus port": (config.bus_host, config.bus_port)},
+        http=(config.host, config.port),
+        bus=(config.bus_host, config.bus_port),
+        cluster_key=config.cluster_key,
         measure_links=config.links,
         environ=os.environ,
         tell=_tell,

@@ -50,12 +50,14 @@ class RedisFact:
 
 @dataclass(frozen=True)
 class PortFact:
-    """Whether something could listen there; `error` if not."""
+    """Whether something could listen there; if not, `error` says why, and `lacks` what: "port" (it is taken),
+    "address" (not one of this machine, or not to be bound) or "key" (the bus leaves this host unencrypted)."""
 
     purpose: str
     host: str
     port: int
     error: str = ""
+    lacks: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Facts:
     torch_cuda: str = ""  # CUDA version that torch was built for, "" for CPU builds
     torch_error: str = ""
     driver: str = ""  # of NVIDIA, "" without one
+    cards: int = 0  # of NVIDIA on the PCI bus, whoever may use them
+    hidden: bool = False  # CUDA_VISIBLE_DEVICES names no device
     gpus: tuple[Gpu, ...] = ()
     pairs: tuple[GpuPair, ...] = ()
     c_compiler: str = ""

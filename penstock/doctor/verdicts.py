@@ -14,6 +14,12 @@ MIN_OPEN_FILES = 4096  # 16384 streams at a router need more; below this even a 
 MIN_SHM_MIB = 64
 SLOW_NVLINK_GB_S = 100.0  # a peer copy over 18 NVLinks reaches 385 (H200)
 
+PORT_REMEDIES = {
+    "port": "stop what listens there, or name another port",
+    "address": "name an address of this machine that others reach, and a port that this user may bind",
+    "key": "set PENSTOCK_CLUSTER_KEY, to the same secret on every machine of the fleet",
+}
+
 
 class Verdict(Enum):
     """OK: as it should be. NOTE: good to know. WARN: works, but worse than it could. FAIL: serving will not work."""
@@ -81,8 +87,15 @@ def _torch(facts: Facts) -> Iterator[Line]:
 def _gpus(facts: Facts) -> Iterator[Line]:
     if facts.gpus:
         yield Line("CUDA driver", Verdict.OK, facts.driver or "of unknown version")
+    elif not facts.driver and facts.cards:
+        remedy = "repair the driver until `nvidia-smi` answers; in a container: --gpus all"
+        yield Line(
+            "CUDA", Verdict.WARN, f"NVIDIA cards: {facts.cards}, but no driver answers: workers run on CPU", remedy
+        )
     elif not facts.driver:
         yield Line("CUDA", Verdict.NOTE, "no NVIDIA driver: workers run on CPU")
+    elif facts.hidden:
+        yield Line("CUDA", Verdict.NOTE, "CUDA_VISIBLE_DEVICES names no device: workers run on CPU")
     elif not facts.torch_cuda:
         remedy = "install torch's CUDA build"
         yield Line("CUDA", Verdict.FAIL, f"driver {facts.driver}, but torch is built for CPU", remedy)
@@ -131,7 +144,12 @@ def _nixl(facts: Facts) -> Iterator[Line]:
         remedy = "add tcp to UCX_TLS: UCX notices a lost peer over tcp only"
         yield Line("UCX transports", Verdict.FAIL, f"UCX_TLS={facts.ucx_tls}", remedy)
     elif facts.gpus and "cuda" not in facts.ucx_modules:
-        yield Line("UCX transports", Verdict.WARN, found, "without UCX's CUDA module NIXL cannot move GPU memory")
+        yield Line(
+            "UCX transports",
+            Verdict.WARN,
+            found,
+            "pip install nixl-cu13, whose UCX has the CUDA module: else GPU memory cannot move",
+        )
     else:
         yield Line("UCX transports", Verdict.OK, found + (f" (UCX_TLS={facts.ucx_tls})" if facts.ucx_tls else ""))
     if facts.rdma_devices:
@@ -195,7 +213,7 @@ def _redis(redis: RedisFact) -> Line:
 def _port(port: PortFact) -> Line:
     where = f"{port.host}:{port.port or 'any'}"
     if port.error:
-        return Line(port.purpose, Verdict.FAIL, f"{where}: {port.error}", "stop what listens there, or name another")
+        return Line(port.purpose, Verdict.FAIL, f"{where}: {port.error}", PORT_REMEDIES[port.lacks])
     return Line(port.purpose, Verdict.OK, f"{where} can be had")
 
 

