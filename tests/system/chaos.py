@@ -6,7 +6,7 @@ Workers are killed, stopped for longer than a lease and continued (what they rea
 to drain; pages break on their way; Redis and the router are killed; clients leave; the pool is too small for all. One
 decode worker is left to serve, but for some seeds in which all of them die at once. Every answer must be exact
 (chaos_cases.py) or a typed error (or a stream that a dying router has closed, whose tokens were right), none may be
-late, and afterwards nothing may be held anywhere.
+late, no process may die by itself, and afterwards nothing may be held anywhere.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bo
         assert_idle(running, RESTARTED_S)
         more = max(number - opened[name] for name, number in descriptors(running).items())
         assert more <= MORE_FILES, f"{more} more open files than at the start: {descriptors(running)}"
+        assert console.count("Traceback") == 0, "a process has crashed by itself"
         counted = Counter(outcome.what for outcome in outcomes)
         return Report(
             seed,
