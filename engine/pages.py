@@ -6,7 +6,7 @@ Every page is in exactly one place:
      ^                        (request, hand-off, quarantine)     │  ^         │
      └────────────────────────────release, no hash────────────────┘  └─match, hold     evicted, oldest first
 
-A holder is a string (a request's key, "loans", "quarantine"); its pages, in order, are its page table. Full pages are
+A holder is a string (a request's key, "loan-7", "quarantine"); its pages, in order, are its page table. Full pages are
 named by chained page hashes (common/page_hash.py) and found again by `match`. A promise reserves a number of pages, not
 which ones.
 """

@@ -17,7 +17,7 @@ from penstock.common.messages import AnyMessage, Fetch, Message, PagesLanded, Wo
 from penstock.common.rate_estimator import RateEstimator
 from penstock.kv_transfer.base import Transport
 from penstock.kv_transfer.jobs import Sealed
-from penstock.kv_transfer.leases import Landings, LoanBook
+from penstock.kv_transfer.leases import Landings
 from penstock.kv_transfer.lender import Lender, LentPages
 from penstock.kv_transfer.mover import PageMover
 from penstock.kv_transfer.peer_links import PeerLinks
@@ -113,7 +113,6 @@ def open_exchange(
     lender = Lender(
         pages,
         mover,
-        LoanBook(),
         send,
         page_bytes=region.page_bytes,
         checksum=config.kv_checksum,

@@ -1,11 +1,10 @@
-"""Who may read and write which page, until when: pure bookkeeping for both ends of a hand-off; the clock is passed in.
+"""Who may read and write which page, until when: pure bookkeeping of a reader; the clock is passed in.
 
-`LoanBook` is the lender's side. The reader's side is `Landings`, and `SessionLease`, until when it may trust what it
-reads. A key names one hand-off, or one fetch.
+`Landings` is what a reader knows of the pages that come in, and `SessionLease` until when it may trust them. A key
+names one hand-off, or one fetch.
 
-    lender   lend ──ticket──> ... land │ drop_peer: the hold on the pages is dropped
-    reader   promise ──> start(ticket) ──> read_done ... ──> complete ──> LANDED ──> take
-                              └──> read failed, late, stalled, or fail ──> FAILED ──> take ──> quarantine until settled
+    promise ──> start(ticket) ──> read_done ... ──> complete ──> LANDED ──> take
+                     └──> read failed, late, stalled, or fail ──> FAILED ──> take ──> quarantine until settled
 
 The lease is that of the reader's session, one socket, which heartbeats renew (common/peers.py): it has what it was lent
 as long as the lender knows it. A lender answers no session that it has forgotten, so every answer proves that all of
@@ -19,53 +18,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 CLOCKS_AGREE = 0.99  # of a lease is believed: two machines' clocks may run at rates that differ by less than a percent
-
-
-@dataclass
-class _Loan:
-    began_at: float
-    pages: list[int] = field(default_factory=list)
-
-
-class LoanBook:
-    """Pages lent to peers' sessions. A method that ends loans returns their page ids, once for every time they were
-    lent: the caller then drops that many holds in the engine."""
-
-    def __init__(self) -> None:
-        self.expired = 0  # hand-offs and fetches whose reader was gone before it had all
-        self._loans: dict[str, dict[Hashable, _Loan]] = {}
-
-    @property
-    def lent_pages(self) -> int:
-        """Holds outstanding."""
-        return sum(len(loan.pages) for loans in self._loans.values() for loan in loans.values())
-
-    def rows(self, now: float) -> list[dict[str, object]]:
-        """Every loan, for /debug/ledger: whose it is, its pages, and how long it is out."""
-        return [
-            {"peer": peer, "key": str(key), "pages": list(loan.pages), "age_s": round(now - loan.began_at, 3)}
-            for peer, loans in self._loans.items()
-            for key, loan in loans.items()
-        ]
-
-    def lend(self, peer: str, key: Hashable, pages: Sequence[int], now: float) -> None:
-        """One more ticket of `key`."""
-        self._loans.setdefault(peer, {}).setdefault(key, _Loan(now)).pages.extend(pages)
-
-    def land(self, peer: str, key: Hashable) -> list[int]:
-        """The peer has read, or given up, everything of `key`."""
-        loans = self._loans.get(peer, {})
-        loan = loans.pop(key, None)
-        if not loans:
-            self._loans.pop(peer, None)
-        return loan.pages if loan is not None else []
-
-    def drop_peer(self, peer: str) -> list[int]:
-        """End all loans of a session that was silent for a lease, has left, or was replaced by a newer one. A cut
-        connection proves neither: the peer may still be reading."""
-        ended = self._loans.pop(peer, {})
-        self.expired += len(ended)
-        return [page for loan in ended.values() for page in loan.pages]
 
 
 class SessionLease:

@@ -1,10 +1,11 @@
 """The lender's side of pages that move: tickets out, sealed and in order, until the reader has all of them.
 
     open ──offer──> sealing ──sealed──> ticket sent ──close──> last message behind the last ticket
-                                             └── landed │ session gone: the holder LOANS lets go
+                                             └── landed │ session gone: the loan lets go of its pages
 
 Used by both workers: a prefill worker offers what it computes; whoever caches a prefix offers it to who fetches it. A
-page is held by LOANS from its offer until its loan has ended, so that it is neither evicted nor written meanwhile.
+page is held by the loan ("loan-7") from its offer until the reader has all it wants, or its session is gone
+(leases.py), so that it is neither evicted nor written meanwhile.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from typing import Protocol
 
 from penstock.common.messages import Fetch, FetchDone, Message, PagesReady
 from penstock.kv_transfer.jobs import Sealed, SealJob
-from penstock.kv_transfer.leases import LoanBook
 from penstock.kv_transfer.mover import PageMover
 
-LOANS = "loans"
 SAMPLE_EVERY = 16
 TICKET_BYTES = 32 << 20  # of a prefix: the first pages are read while the next ones are sealed
 
@@ -31,7 +30,8 @@ class LentPages(Protocol):
     def match(self, hashes: Iterable[bytes]) -> list[int]: ...
     def with_room(self, pages: Sequence[int]) -> list[int]: ...
     def hold(self, holder: str, pages: Sequence[int]) -> None: ...
-    def release_some(self, holder: str, pages: Iterable[int]) -> None: ...
+    def release(self, holder: str) -> list[int]: ...
+    def table(self, holder: str) -> list[int]: ...
 
 
 @dataclass(eq=False)
@@ -49,12 +49,13 @@ class _Ticket:
 class Loan:
     """One hand-off's or fetch's pages, to one reader. `ended`: no ticket goes out any more."""
 
+    holder: str  # of its pages; the line of its SealJobs, too: the first ticket is read while the next one is sealed
+    began_at: float
     identity: bytes
     request_id: str
     attempt: int
     choice: int
     key: str
-    line: str  # of its SealJobs: the first ticket goes out, and is read, while the next one is sealed
     next_page: int  # of the request's table: the first that was not offered yet
     checked: bool
     tickets: list[_Ticket] = field(default_factory=list)  # not sent yet, in order
@@ -72,20 +73,19 @@ class Lender:
         self,
         pages: LentPages,
         mover: PageMover,
-        book: LoanBook,
         send: Callable[[bytes, Message], None],
         *,
         page_bytes: int,
         checksum: str,
     ) -> None:
         self.lent_total = 0  # pages, since the start
+        self.expired = 0  # loans taken back from readers that were gone, since the start
         self._pages = pages
         self._mover = mover
-        self._book = book
         self._send = send
         self._checksum = checksum
         self._ticket_pages = max(1, TICKET_BYTES // page_bytes)
-        self._open: dict[tuple[bytes, str], Loan] = {}
+        self._loans: dict[tuple[bytes, str], Loan] = {}
         self._sealing: dict[str, tuple[Loan, _Ticket]] = {}  # by tag
         self._count = 0
         self._seals = 0
@@ -93,32 +93,40 @@ class Lender:
     @property
     def lent_pages(self) -> int:
         """Pages that a reader may be reading, or that are about to be offered to it."""
-        return self._book.lent_pages + sum(len(t.pages) for loan in self._open.values() for t in loan.tickets)
-
-    @property
-    def expired(self) -> int:
-        """Loans taken back from readers that were gone, since the start."""
-        return self._book.expired
+        return sum(len(self._pages.table(loan.holder)) for loan in self._loans.values())
 
     def rows(self, now: float) -> list[dict[str, object]]:
-        """Loans, for /debug/ledger: as `LoanBook.rows`."""
-        return self._book.rows(now)
+        """Every loan, for /debug/ledger: whose it is, who holds its pages, which, and how long it is out."""
+        return [
+            {
+                "peer": loan.identity.decode(),
+                "key": loan.key,
+                "holder": loan.holder,
+                "pages": list(self._pages.table(loan.holder)),
+                "age_s": round(now - loan.began_at, 3),
+            }
+            for loan in self._loans.values()
+        ]
 
     # ------------------------------------------------------------ one loan
 
-    def open(self, identity: bytes, key: str, request_id: str, attempt: int, choice: int, first_page: int) -> Loan:
+    def open(
+        self, identity: bytes, key: str, request_id: str, attempt: int, choice: int, first_page: int, now: float
+    ) -> Loan:
         """Begin to lend to this peer, from this page of the request on."""
+        self.landed(identity, key)  # a peer that asks a second time has no use for what it got
         self._count += 1
         checked = self._checksum == "all" or (self._checksum == "sample" and self._count % SAMPLE_EVERY == 1)
-        line = f"loan-{self._count}"
-        loan = self._open[identity, key] = Loan(identity, request_id, attempt, choice, key, line, first_page, checked)
+        holder = f"loan-{self._count}"
+        loan = Loan(holder, now, identity, request_id, attempt, choice, key, first_page, checked)
+        self._loans[identity, key] = loan
         return loan
 
     def offer(self, loan: Loan, pages: Sequence[int], num_tokens: int, now: float) -> None:
         """The request's next pages are complete, `num_tokens` tokens of it with them. They must stay as they are."""
         if loan.ended or not pages:
             return
-        self._pages.hold(LOANS, pages)
+        self._pages.hold(loan.holder, pages)
         ticket = _Ticket(loan.next_page, num_tokens, list(pages))
         loan.tickets.append(ticket)
         loan.next_page += len(pages)
@@ -126,7 +134,7 @@ class Lender:
             self._seals += 1
             ticket.tag = f"seal-{self._seals}"
             self._sealing[ticket.tag] = loan, ticket
-            self._mover.seal(SealJob(ticket.tag, tuple(pages), loan.line))
+            self._mover.seal(SealJob(ticket.tag, tuple(pages), loan.holder))
         else:
             self._mover.expect_readers()
             ticket.checksums = []
@@ -138,22 +146,19 @@ class Lender:
         self._close_if_done(loan, now)
 
     def drop(self, loan: Loan) -> None:
-        """Send no more tickets; those that are out live on until the reader is done with them."""
-        if not loan.ended:
-            loan.ended = True
-            del self._open[loan.identity, loan.key]
-            for ticket in loan.tickets:
-                if self._sealing.pop(ticket.tag, None) is not None:
-                    self._mover.cancel(ticket.tag)
-                self._unlend(ticket.pages)
-            loan.tickets.clear()
+        """Send no more tickets; the pages stay until the reader is done with those that are out."""
+        for ticket in loan.tickets:
+            if self._sealing.pop(ticket.tag, None) is not None:
+                self._mover.cancel(ticket.tag)
+        loan.tickets.clear()
+        self._end(loan)
 
     def fetch(self, identity: bytes, key: str, message: Fetch, now: float) -> None:
         """Lend what is cached of the pages that a peer asks for, but for what has been promised to others."""
-        if (identity, key) in self._open:
+        if (identity, key) in self._loans:
             return
         pages = self._pages.with_room(self._pages.match(message.hashes))
-        loan = self.open(identity, key, message.request_id, message.attempt, message.choice, message.first_page)
+        loan = self.open(identity, key, message.request_id, message.attempt, message.choice, message.first_page, now)
         for start in range(0, len(pages), self._ticket_pages):
             batch = pages[start : start + self._ticket_pages]
             self.offer(loan, batch, (loan.next_page + len(batch)) * self._pages.page_size, now)
@@ -173,16 +178,16 @@ class Lender:
 
     def landed(self, identity: bytes, key: str) -> None:
         """The reader has all it wants, finished or not."""
-        loan = self._open.get((identity, key))
+        loan = self._loans.pop((identity, key), None)
         if loan is not None:
             self.drop(loan)
-        self._unlend(self._book.land(identity.decode(), key))
+            self._pages.release(loan.holder)
 
     def peer_gone(self, identity: bytes) -> None:
         """The session was silent for a lease, left, or is replaced. It may still read, but will trust nothing of it."""
-        for loan in [loan for loan in self._open.values() if loan.identity == identity]:
-            self.drop(loan)
-        self._unlend(self._book.drop_peer(identity.decode()))
+        for loan in [loan for loan in self._loans.values() if loan.identity == identity]:
+            self.expired += bool(self._pages.table(loan.holder))
+            self.landed(identity, loan.key)
 
     # ------------------------------------------------------------ inside
 
@@ -190,7 +195,6 @@ class Lender:
         """Send the tickets of a loan that are sealed, in order."""
         while loan.tickets and (checksums := loan.tickets[0].checksums) is not None:
             ticket = loan.tickets.pop(0)
-            self._book.lend(loan.identity.decode(), loan.key, ticket.pages, now)
             self.lent_total += len(ticket.pages)
             self._send(
                 loan.identity,
@@ -208,10 +212,10 @@ class Lender:
 
     def _close_if_done(self, loan: Loan, now: float) -> None:
         if loan.last is not None and not loan.tickets and not loan.ended:
-            loan.ended = True
-            del self._open[loan.identity, loan.key]
+            self._end(loan)
             self._send(loan.identity, loan.last(now))
 
-    def _unlend(self, pages: Sequence[int]) -> None:
-        if pages:
-            self._pages.release_some(LOANS, pages)
+    def _end(self, loan: Loan) -> None:
+        loan.ended = True
+        if not self._pages.table(loan.holder):  # there is nothing to say PagesLanded of
+            self._loans.pop((loan.identity, loan.key), None)

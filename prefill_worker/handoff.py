@@ -5,7 +5,7 @@ complete and sealed, the first token straight to the request's router, `PrefillD
 
     Prefill ──> (fetch from a worker that holds the prefix ──>) engine ──> tickets, first token ──> done
 
-A page is held by the request's key until the engine is done with it, and by LOANS from the moment it is to be lent
+A page is held by the request's key until the engine is done with it, and by its loan from the moment it is to be lent
 until the decode worker has read it (`PagesLanded`), is gone, or its lease has ended.
 """
 
@@ -101,7 +101,7 @@ class HandOffOut:
             self._fail(identity, request, "unavailable", "the prefill worker is draining")
             return
         first_page = message.held_tokens // self._pages.page_size
-        loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page)
+        loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page, now)
         handoff = self._open[key] = _HandOff(request, message.router_id, loan, now)
         if message.source is None or not self._fetch(handoff, message.source, now):
             self._compute(handoff, 0)
@@ -227,7 +227,7 @@ class HandOffOut:
             undelivered=delta if router is None or delta.finish is not None else None,
         )
         del self._open[handoff.key]
-        self._pages.release(handoff.key)  # what is offered is held by LOANS
+        self._pages.release(handoff.key)  # what is offered is held by the loan
         computed_at = self._clock()
 
         def behind_the_last_ticket(now: float) -> PrefillDone:

@@ -13,7 +13,7 @@ from penstock.engine.replies import Replies
 from penstock.engine.request import Request
 from penstock.kv_transfer.exchange import PageExchange
 from penstock.kv_transfer.jobs import ReadDone
-from penstock.kv_transfer.leases import Landings, LoanBook
+from penstock.kv_transfer.leases import Landings
 from penstock.kv_transfer.lender import Lender
 from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
@@ -47,7 +47,7 @@ class Case:
         mover: Any = self.mover
         links: Any = self.links
         pages = self.engine.pages
-        lender = Lender(pages, mover, LoanBook(), bus.send, page_bytes=64, checksum="off")
+        lender = Lender(pages, mover, bus.send, page_bytes=64, checksum="off")
         reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.role = DecodeRole(loop, PageExchange(lender, reader, mover, links))
 

@@ -14,8 +14,8 @@ from penstock.common.peers import Peers, wire_identity
 from penstock.common.sampling import SamplingParams
 from penstock.engine.pages import PageManager
 from penstock.kv_transfer.jobs import ReadDone, ReadSettled, ReadStalled
-from penstock.kv_transfer.leases import Landings, LoanBook, SessionLease
-from penstock.kv_transfer.lender import LOANS, Lender
+from penstock.kv_transfer.leases import Landings, SessionLease
+from penstock.kv_transfer.lender import Lender
 from penstock.kv_transfer.peer_links import PeerFound
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import QUARANTINE, Reader
@@ -96,7 +96,7 @@ def test_pages_that_a_lender_has_given_to_others_are_not_trusted(fenced: bool) -
     def send(identity: bytes, message: Any) -> None:
         sent.append(message)
 
-    lender = Lender(lent, mover, LoanBook(), send, page_bytes=64, checksum="off")
+    lender = Lender(lent, mover, send, page_bytes=64, checksum="off")
     identity, lease = wire_identity("d", 1), SessionLease(LENDER.lease_s, 0.0)
     peers.hello(identity, Hello(protocol=PROTOCOL_VERSION, peer_id="d", session=1, role="decode", fingerprint="f"), 0.5)
     lease.answered(0)
@@ -104,9 +104,9 @@ def test_pages_that_a_lender_has_given_to_others_are_not_trusted(fenced: bool) -
     peers.heartbeat(identity, 1.5)
     lease.answered(1)
     lent.allocate("r", 2)
-    lender.offer(lender.open(identity, "r:0:0", "r", 0, 0, 0), lent.table("r"), 8, 2.0)
+    lender.offer(lender.open(identity, "r:0:0", "r", 0, 0, 0, 2.0), lent.table("r"), 8, 2.0)
     lent.release("r")
-    assert lent.table(LOANS) == sent[0].pages[0]
+    assert lent.holders().keys() == {"loan-1"} and lent.table("loan-1") == sent[0].pages[0]
     # The reader is stopped here, for longer than its lease; its copy begins when it goes on.
     assert peers.expire(11.5) == [] and lent.num_held == 2
     for expired in peers.expire(11.6):

@@ -35,7 +35,7 @@ from penstock.common.sampling import SamplingParams
 from penstock.engine.pages import PageManager
 from penstock.kv_transfer import leases
 from penstock.kv_transfer.jobs import ReadDone, ReadFailed, ReadSettled, ReadStalled
-from penstock.kv_transfer.leases import Landings, LoanBook, SessionLease
+from penstock.kv_transfer.leases import Landings, SessionLease
 from penstock.kv_transfer.lender import Lender
 from penstock.kv_transfer.peer_links import PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
@@ -98,7 +98,7 @@ class World:
         self.lent = PageManager(LENT_PAGES, 4, caching=False)
         self.lent_memory: list[Content] = [("", 0)] * LENT_PAGES
         self.peers = Peers(LENDER, LEASE_S)
-        self.lender = Lender(self.lent, mover, LoanBook(), self._to_reader, page_bytes=64, checksum="off")
+        self.lender = Lender(self.lent, mover, self._to_reader, page_bytes=64, checksum="off")
         self.mover = NotingMover()
         reader_mover: Any = self.mover
         self.pages = PageManager(READ_PAGES, 4, caching=False)
@@ -149,7 +149,7 @@ class World:
         key = f"{name}:0:0"
         if self.lent.num_available < 2:
             return
-        loan = self.lender.open(identity, key, name, 0, 0, 0)
+        loan = self.lender.open(identity, key, name, 0, 0, 0, self.now)
         for index, page in enumerate(self.lent.allocate(key, 2)):
             self.lent_memory[page] = name, index
             self.lender.offer(loan, [page], 4 * (index + 1), self.now)

@@ -17,7 +17,7 @@ from penstock.engine.core import Engine
 from penstock.engine.policy import PrefillPolicy
 from penstock.engine.replies import Replies
 from penstock.kv_transfer.exchange import PageExchange
-from penstock.kv_transfer.leases import Landings, LoanBook
+from penstock.kv_transfer.leases import Landings
 from penstock.kv_transfer.lender import Lender
 from penstock.kv_transfer.mover import ReadDone, ReadJob, Sealed
 from penstock.kv_transfer.peer_transports import PeerTransports
@@ -48,7 +48,7 @@ class Case:
         mover: Any = self.mover
         links: Any = self.links
         pages = self.engine.pages
-        lender = Lender(pages, mover, LoanBook(), bus.send, page_bytes=16 << 20, checksum=checksum)
+        lender = Lender(pages, mover, bus.send, page_bytes=16 << 20, checksum=checksum)
         reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.role = HandOffOut(self.loop, PageExchange(lender, reader, mover, links), lambda: self.now)
 
