@@ -36,6 +36,7 @@ from penstock.router.anthropic.routes import count_tokens, plan_message
 from penstock.router.chat import plan_chat
 from penstock.router.chat_setup import ChatSetup
 from penstock.router.completions import plan_completion
+from penstock.router.docs_page import docs_page
 from penstock.router.ended import RequestLog
 from penstock.router.endpoints import ErrorBody, Generation, Scope, answering, internal_error
 from penstock.router.error_bodies import Send, error_body, send_error
@@ -156,9 +157,10 @@ def create_app(
             if tracing is not None:
                 await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
-    app = Application(title="Penstock", version=__version__, lifespan=lifespan)
+    app = Application(title="Penstock", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.metrics = front.metrics
-    app.openapi = functools.partial(openapi_document, bool(config.api_key))  # type: ignore[method-assign]
+    document = functools.partial(openapi_document, bool(config.api_key))
+    app.openapi = functools.cache(document)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     _add_information(app, front, group)
@@ -240,7 +242,16 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
         own = front.service.counters()
         return await group.counters(own) if group.is_for_all(request.scope) else own
 
+    docs_html = functools.cache(lambda: docs_page(app.openapi()))
     page = (Path(__file__).parent / "ui.html").read_bytes()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(docs_html(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+
+    @app.get("/redoc", include_in_schema=False)
+    async def redoc() -> Response:
+        return RedirectResponse("/docs")
 
     @app.get("/", include_in_schema=False)
     async def home() -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from typing import Any
 
 import msgspec
@@ -13,12 +14,13 @@ from starlette.routing import Route
 from penstock.common.errors import InternalError, Overloaded, QueueTimeout, Timeout, Unavailable
 from penstock.router import answer_schemas as answers
 from penstock.router.app import create_app
+from penstock.router.docs_page import docs_page
 from penstock.router.openapi import OPERATIONS, Operation, openapi_document
 from tests.router.fake_router import NO_REDIS, FakeService, Router, running
 from tests.tiny_tokenizers import byte_level
 
 USER = {"role": "user", "content": "Hello?"}
-OUR_PAGES = {"/", "/ui", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+OUR_PAGES = {"/", "/ui", "/docs", "/redoc", "/openapi.json"}
 
 
 def test_every_route_is_there_and_no_other() -> None:
@@ -52,7 +54,62 @@ def test_references_lead_somewhere(router: Router) -> None:
     assert "messages" in schemas["ChatRequest"]["required"] and "prompt" in schemas["CompletionRequest"]["required"]
     names = [o["operationId"] for path in document["paths"].values() for o in path.values()]
     assert len(names) == len(set(names))
-    assert router.http.get("/docs").status_code == 200
+
+
+class Page(HTMLParser):
+    """What a page shows and refers to."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        for name, value in attrs:
+            assert tag not in ("script", "link", "img", "iframe") and not name.startswith("on")
+            if name in ("href", "src"):
+                self.references.append(value or "")
+            elif name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_from_elsewhere(router: Router) -> None:
+    response = router.http.get("/docs")
+    assert response.status_code == 200 and "default-src 'none'" in response.headers["content-security-policy"]
+    page = Page(response.text)
+    assert not page.open and "url(" not in response.text and "@import" not in response.text
+    assert len(page.ids) == len(set(page.ids))
+    pages = [reference for reference in page.references if not reference.startswith("#")]
+    assert pages and all(router.http.get(f"/{reference}").status_code == 200 for reference in pages)
+    assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
+    document = openapi_document(False)
+    for operation in OPERATIONS:
+        assert f"{operation.method.upper()} {operation.path} {operation.summary}" in page.text
+    fields = {field for schema in document["components"]["schemas"].values() for field in schema.get("properties", {})}
+    assert all(field in page.text for field in fields)
+    assert router.http.get("/redoc", follow_redirects=True).text == response.text
+
+
+def test_the_page_escapes_what_it_shows() -> None:
+    forged = "<script>alert(1)</script>"
+    shown = {"summary": forged, "operationId": "a", "responses": {"200": {"description": forged, "content": {}}}}
+    schema = {"description": forged, "properties": {forged: {"enum": [forged], "default": forged}}}
+    info = {"title": forged, "version": forged}
+    document = {"info": info, "paths": {forged: {"get": shown}}, "components": {"schemas": {forged: schema}}}
+    page = docs_page(document)
+    assert "<script" not in page and Page(page).text.count(forged) == 11
 
 
 def test_keys_are_told() -> None:
