@@ -253,6 +253,7 @@ class BusLink:
         said = self.connected and self.send(Goodbye())
         self._closed = True
         self._close_socket(FLUSH_MS if said else 0)
+        self._poller = None  # on asyncio it holds this link
 
     def _open(self, now: float) -> None:
         hello = self.state.opened(now)

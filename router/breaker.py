@@ -32,6 +32,7 @@ class Breaker:
         self._until = float("-inf")  # OPEN, or taken by a probe, until then
         self._open = False
         self.reason = ""  # of the last failure
+        self.failed_at = float("-inf")
 
     def state(self, now: float) -> Circuit:
         """Where it is."""
@@ -50,7 +51,7 @@ class Breaker:
 
     def failed(self, reason: str, now: float) -> bool:
         """One failed. True: it has been opened by this."""
-        self.reason = reason
+        self.reason, self.failed_at = reason, now
         self._failures += 1
         if self._open:
             self._back_off_s = min(2 * self._back_off_s, BACK_OFF_MOST_S)

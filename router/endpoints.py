@@ -60,7 +60,7 @@ class Generation:
             if plan.conduct is None:
                 await reply.run(receive, send)
             else:
-                reply.over = functools.partial(self._tell, head, scope["path"], timeline, reply)
+                reply.over = functools.partial(self._tell, head, scope["path"], timeline)
                 await plan.conduct(reply, receive, send, headers)
         except PenstockError as error:
             failure = error
@@ -76,6 +76,8 @@ class Generation:
         finally:
             if reply is None or reply.over is None:  # else it may still run
                 self._tell(head, scope["path"], timeline, reply, failure)
+            if failure is not None:  # else it and the frames that it went through wait for a collection
+                failure.__traceback__ = None
 
     def _tell(
         self, head: RequestHead, path: str, timeline: Timeline, reply: Reply | None, error: PenstockError | None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+FEW = 64
 
 
 @dataclass(frozen=True, order=True)
@@ -69,6 +70,8 @@ class FairQueue(Generic[Item]):
         insort(self._order, place)
         last = (place.priority, place.tenant)
         self._last[last] = max(self._last.get(last, 0.0), place.finish)
+        if len(self._last) > 2 * len(self._order) + FEW:  # a queue that is never empty
+            self._forget()
 
     def ahead(self, place: Place[Item]) -> float:
         """The cost of all that goes before."""
@@ -97,6 +100,16 @@ class FairQueue(Generic[Item]):
         if place is not None:
             self._take(place)
         return place is not None
+
+    def _forget(self) -> None:
+        """Priorities that nobody waits with begin anew, and tenants that have had no more than their share."""
+        waiting = {place.priority for place in self._order}
+        self._now = {priority: now for priority, now in self._now.items() if priority in waiting}
+        self._last = {
+            (priority, tenant): finish
+            for (priority, tenant), finish in self._last.items()
+            if priority in waiting and finish > self._now.get(priority, 0.0)
+        }
 
     def _take(self, place: Place[Item]) -> None:
         del self._places[place.key]

@@ -21,6 +21,7 @@ from penstock.router.breaker import Breaker, Circuit
 
 FAILURES = 3  # in a row, of a worker
 PAIR_FAILURES = 2  # each has cost a client time, and there are other pairs
+KEPT_S = 600.0  # after its last failure the breaker of a worker that is gone: whoever restarts it has done so by then
 UNKNOWN_TIMES = 4  # the stall timeout, for steps of unknown length: the first one may be long on a CPU, or compile
 ALIKE = 0.8  # of the warmest one's share, and it counts in full
 FIRST_SHARE = 0.1  # of what it would get, to a worker that has just joined
@@ -112,6 +113,7 @@ class Health:
     def tick(self, now: float, slack_s: Callable[[str], float | None] = lambda _: 0.0) -> list[tuple[WorkerInfo, str]]:
         """Time passes: workers that have just become stalled, and why. `slack_s`: how long a step of one may take;
         None: nobody knows yet."""
+        self._forget(now)
         found = []
         for incarnation, member in self._members.items():
             slack = slack_s(incarnation)
@@ -175,6 +177,13 @@ class Health:
             for (prefill, decode), breaker in self._pairs.items()
             if breaker.state(now) is not Circuit.CLOSED
         ]
+
+    def _forget(self, now: float) -> None:
+        """Workers that are named anew at each start would leave a breaker each."""
+        there = {member.worker.worker_id for member in self._members.values()}
+        for worker_id, breaker in list(self._breakers.items()):
+            if worker_id not in there and now - breaker.failed_at > KEPT_S:
+                del self._breakers[worker_id]
 
     def _warmth(self, member: _Member, now: float) -> float:
         """From `FIRST_SHARE` to 1 in `slow_start_s`."""

@@ -7,7 +7,7 @@ is wrong, or that router and worker hash prompts differently: then requests go t
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass
 
 from penstock.common.messages import Spans
@@ -27,16 +27,26 @@ class _Prediction:
     prompt_tokens: int
 
 
-class HitCheck:
-    """Totals of one router, and the predictions of requests whose worker has not reported yet: `max_open` at most."""
+@dataclass
+class _Window:
+    """Requests that are judged together: how many, and their tokens."""
 
-    def __init__(self, max_open: int) -> None:
-        self._max_open = max_open
-        self._open: OrderedDict[Key, _Prediction] = OrderedDict()
+    requests: int = 0
+    prompt: int = 0
+    predicted: int = 0
+    realised: int = 0
+    apart: int = 0  # summed request by request
+
+
+class HitCheck:
+    """Totals of one router, and the predictions of requests whose worker has not reported yet."""
+
+    def __init__(self) -> None:
+        self._open: dict[Key, _Prediction] = {}
         self._predicted = 0
         self._realised = 0
         self._missed = 0  # predicted and not found, request by request
-        self._window: list[tuple[int, int, int]] = []  # predicted, realised and prompt tokens
+        self._window = _Window()
         self._warned_at = float("-inf")
 
     def counters(self) -> dict[str, int]:
@@ -49,11 +59,13 @@ class HitCheck:
 
     def predicted(self, key: Key, attempt: int, worker_id: str, held_pages: int, page_size: int, tokens: int) -> None:
         """This worker will compute a prompt of `tokens` tokens, of which it holds `held_pages` whole pages."""
-        self._open.pop(key, None)
         most = (tokens - 1) // page_size  # the last token is always computed, for its logits
         self._open[key] = _Prediction(attempt, worker_id, min(held_pages, most) * page_size, tokens)
-        if len(self._open) > self._max_open:  # those that ended without a report: aborted, or lost with their worker
-            self._open.popitem(last=False)
+
+    def keep(self, keys: Container[Key]) -> None:
+        """No other request is under way any more: some end without a report, aborted, or with their worker."""
+        for key in [key for key in self._open if key not in keys]:
+            del self._open[key]
 
     def reported(self, key: Key, attempt: int, spans: Spans, now: float) -> str:
         """A worker's figures of a request; another worker's or attempt's do not count. Returns a warning, or ""."""
@@ -64,17 +76,19 @@ class HitCheck:
         self._predicted += prediction.tokens
         self._realised += spans.cached_tokens
         self._missed += max(0, prediction.tokens - spans.cached_tokens)
-        self._window.append((prediction.tokens, spans.cached_tokens, prediction.prompt_tokens))
-        if len(self._window) < WINDOW:
+        window = self._window
+        window.requests += 1
+        window.prompt += prediction.prompt_tokens
+        window.predicted += prediction.tokens
+        window.realised += spans.cached_tokens
+        window.apart += abs(prediction.tokens - spans.cached_tokens)
+        if window.requests < WINDOW:
             return ""
-        window, self._window = self._window, []
-        apart = sum(abs(predicted - realised) for predicted, realised, _ in window)
-        tokens = sum(prompt for _, _, prompt in window)
-        if apart <= TOLERATED * tokens or now - self._warned_at < WARN_EVERY_S:
+        self._window = _Window()
+        if window.apart <= TOLERATED * window.prompt or now - self._warned_at < WARN_EVERY_S:
             return ""
         self._warned_at = now
-        predicted, realised = (sum(one[i] for one in window) for i in (0, 1))
         return (
-            f"predicted and realised prefix hits part: of the last {tokens} prompt tokens {predicted} were predicted "
-            f"to be cached and {realised} were; request by request {apart} tokens differ"
+            f"predicted and realised prefix hits part: of the last {window.prompt} prompt tokens {window.predicted} "
+            f"were predicted to be cached and {window.realised} were; request by request {window.apart} tokens differ"
         )

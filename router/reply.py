@@ -75,7 +75,9 @@ class Reply(ABC):
         self._running = len(self._choices)
         self._error: PenstockError | None = None
         self.started = False  # the first bytes are on their way: no other status is possible
-        self.over: Callable[[PenstockError | None], None] | None = None  # called when nothing of it runs any more
+        self.over: Callable[[Reply, PenstockError | None], None] | None = (
+            None  # called when nothing of it runs any more
+        )
         self._gone = False
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
@@ -115,7 +117,7 @@ class Reply(ABC):
             watcher.cancel()
             self._cancel_running()
             if self.over is not None:
-                self.over(failure)
+                self.over(self, failure)
             for choice in self._choices:
                 choice.let_go()
 

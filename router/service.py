@@ -67,6 +67,11 @@ TICK_S = 0.1
 DISCOVER_S = 0.25  # a worker that has come up is used as soon
 DISCOVER_FIRST_S = 0.1  # while no worker is known
 
+_COUNTED = (
+    *("requests", "finished", "failed", "token_batches"),
+    *("workers_lost", "workers_refused", "template_mismatches"),
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -121,11 +126,11 @@ class RouterService:
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
         self._tasks: set[asyncio.Task[None]] = set()
         self._to_tell: Slices[Deliver | Fail] = Slices(self._tell)
-        self._refused: set[str] = set()  # incarnations of workers that were not used, each reported once
+        self._refused: dict[str, str] = {}  # address -> incarnation of a worker that is not used, reported once
         self._texts = texts or TextProbe()
-        self._warned: set[str] = set()  # incarnations of workers whose chat template is another
-        self._counters = Counter(requests=0, finished=0, failed=0, workers_lost=0, token_batches=0)
-        self._hits = HitCheck(config.own_max_inflight)
+        self._warned: dict[str, str] = {}  # the same, of one whose chat template is another
+        self._counters = Counter(dict.fromkeys(_COUNTED, 0))
+        self._hits = HitCheck()
         self._turns = Turns(self._placing, self._fleet, self._hits, self._admission, self._handle, self._spawn)
         self._model: ModelInfo | None = None
         self._accepting = False
@@ -217,8 +222,6 @@ class RouterService:
             "divergences": self._dispatcher.divergences,
             "moves": self._dispatcher.moves,
             "redis_failures": self._reader.failures,
-            "workers_refused": len(self._refused),
-            "template_mismatches": len(self._warned),
             "in_flight": len(self._dispatcher.choices),
             "reserved_tokens": sum(self._fleet.reservations.values()),
             "links": len(self._links),
@@ -302,6 +305,8 @@ class RouterService:
                     self._open_link(address)
                 for address in changes.forgotten:
                     self._links.pop(address).close()
+                    self._refused.pop(address, None)
+                    self._warned.pop(address, None)
             await asyncio.sleep(DISCOVER_S if self._fleet.members else DISCOVER_FIRST_S)
 
     async def _tick(self) -> None:
@@ -311,6 +316,8 @@ class RouterService:
             for address, worker in self._fleet.acceptable(time.monotonic()):
                 self._on_connected(address, worker)
             self._handle(Tick())
+            if not self._to_tell:  # else reports of some that have ended are still to come
+                self._hits.keep(self._dispatcher.choices)
             self._look_for_stalled()
             self._turns.take()
             await asyncio.sleep(TICK_S)
@@ -357,14 +364,17 @@ class RouterService:
         refusal = mismatch(worker) or self._texts.refusal(worker)
         refusal = refusal or self._fleet.connected(address, worker, time.monotonic())
         if refusal:  # its link stays, so that it can be used once the workers that it does not match are gone
-            if worker.incarnation not in self._refused:
-                self._refused.add(worker.incarnation)
+            if self._refused.get(address) != worker.incarnation:
+                self._refused[address] = worker.incarnation
+                self._counters["workers_refused"] += 1
                 log.error("worker %s (%s) at %s is not used: %s", worker.worker_id, worker.role, address, refusal)
             return
+        self._refused.pop(address, None)
         log.info("worker %s (%s) at %s is up", worker.worker_id, worker.role, address)
         warning = self._texts.warning(worker)
-        if warning and worker.incarnation not in self._warned:
-            self._warned.add(worker.incarnation)
+        if warning and self._warned.get(address) != worker.incarnation:
+            self._warned[address] = worker.incarnation
+            self._counters["template_mismatches"] += 1
             log.warning("worker %s (%s) at %s: %s", worker.worker_id, worker.role, address, warning)
         self._addresses[worker.incarnation] = address
         if worker.role == "decode":

@@ -140,7 +140,7 @@ class Responses:
             await made.begin()
         except PenstockError as error:
             if reply.over is not None:
-                reply.over(error)
+                reply.over(reply, error)
             raise
         self._running[key] = made
         made.start(reply).add_done_callback(lambda _: self._running.pop(key))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.router.fair_queue import FairQueue
+from penstock.router.fair_queue import FEW, FairQueue
 
 WEIGHTS = {"a": 1.0, "b": 3.0}
 COST = st.integers(1, 100).map(float)
@@ -88,6 +88,15 @@ def test_weights_and_keys_are_checked():
     queue = filled([("a", 0, 1.0)])
     with pytest.raises(ValueError, match="waits already"):
         queue.push(queue.place(0, "a", 0, 1.0, "a"))
+
+
+def test_a_queue_that_is_never_empty_does_not_remember_all_who_have_ever_waited():
+    queue = filled([("a", 0, 1.0)] * 3)
+    for number in range(3, 1000):  # each with a priority of its own
+        queue.push(queue.place(number, f"tenant {number % 7}", -number, 1.0, "b"))
+        assert queue.pop().key == number
+    assert len(queue) == 3 and len(queue._last) <= 2 * len(queue) + FEW + 1 and len(queue._now) <= len(queue._last)
+    assert [queue.pop().start for _ in range(3)] == [0.0, 1.0, 2.0]
 
 
 class Random(RuleBasedStateMachine):

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.router.breaker import BACK_OFF_FIRST_S, BACK_OFF_MOST_S, Breaker, Circuit
 from penstock.router.cost import CostPolicy
-from penstock.router.health import FAILURES, PAIR_FAILURES, Health
+from penstock.router.health import FAILURES, KEPT_S, PAIR_FAILURES, Health
 from penstock.router.policy import RequestFacts
 from penstock.router.simple_policies import LeastLoadPolicy
 from tests.router.test_fleet import ONE
@@ -99,6 +99,17 @@ def test_a_lost_worker_counts_as_failed_one_that_has_left_does_not():
         one.left("d1-1")
         one.joined(worker("d1"), 4.0)
     assert one.usable("d1-1", 4.0)
+
+
+def test_the_breaker_of_a_worker_that_is_gone_is_kept_for_a_while_only():
+    one = health("d1", "d2")
+    for name in ("d1", "d2"):
+        one.failed(f"{name}-1", "it fails", 0.0)
+    one.lost("d1-1", 1.0)
+    one.tick(1.0 + KEPT_S)
+    assert sorted(one._breakers) == ["d1", "d2"]
+    one.tick(1.1 + KEPT_S)
+    assert sorted(one._breakers) == ["d2"], "a worker that is there keeps it until it serves"
 
 
 def test_a_pair_fails_as_a_pair():

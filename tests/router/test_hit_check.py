@@ -20,7 +20,7 @@ def window(check: HitCheck, held_pages: int, cached: int, now: float) -> list[st
 
 
 def test_each_request_counts_once_at_the_worker_that_computes_it() -> None:
-    check = HitCheck(10)
+    check = HitCheck()
     check.predicted(("r", 0), 1, "w", 3, 10, 101)
     for report in ((("r", 0), 0, spans(9)), (("r", 0), 1, spans(9, "other")), (("r", 1), 1, spans(9))):
         assert check.reported(*report, 0.0) == ""
@@ -31,23 +31,24 @@ def test_each_request_counts_once_at_the_worker_that_computes_it() -> None:
 
 
 def test_a_prompt_that_is_cached_whole_is_computed_from_its_last_page() -> None:
-    check = HitCheck(10)
+    check = HitCheck()
     check.predicted(("r", 0), 0, "w", 10, 10, 100)
     check.reported(("r", 0), 0, spans(90), 0.0)
     assert check.counters()["predicted_hit_tokens"] == 90 and check.counters()["missed_hit_tokens"] == 0
 
 
-def test_predictions_that_nobody_answers_are_bounded() -> None:
-    check = HitCheck(3)
+def test_predictions_of_requests_that_have_ended_are_forgotten() -> None:
+    check = HitCheck()
     for i in range(5):
         check.predicted((f"r{i}", 0), 0, "w", 1, 10, 100)
+    check.keep({("r3", 0): "under way"})
     for i in range(5):
         check.reported((f"r{i}", 0), 0, spans(10), 0.0)
-    assert check.counters()["predicted_hit_tokens"] == 30
+    assert check.counters()["predicted_hit_tokens"] == 10
 
 
 def test_a_warning_when_they_part_and_not_for_little() -> None:
-    check = HitCheck(10)
+    check = HitCheck()
     assert window(check, 10, 100, 0.0) == [] and window(check, 5, 60, 0.0) == []
     (warning,) = window(check, 8, 0, 1.0)
     assert f"{80 * WINDOW} were predicted" in warning and "and 0 were" in warning
