@@ -322,9 +322,10 @@ def _or_none(ask: Callable[[], Any]) -> Any:
 
 
 def _redis_bytes(url: str) -> float | None:
-    """What Redis has allocated; None while it is away."""
+    """What Redis has allocated for what it was told; None while it is away."""
     client = redis.Redis.from_url(url, socket_timeout=1)
     try:
+        client.slowlog_reset()  # its own log of slow commands, which fills to 128 of them on a slow machine
         return float(client.info("memory")["used_memory"])
     except redis.RedisError:
         return None

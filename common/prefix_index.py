@@ -33,7 +33,7 @@ BUCKET_TTL_S = 3600.0  # of a bucket in which nothing is written or announced ag
 REANNOUNCE_S = 600.0  # all pages of a worker are announced again within this time: heals losses, renews the TTLs
 SWEEP_ENTRIES = 1000  # looked at by one call of `SWEEP`: about a millisecond
 SWEEP_SLOTS = 16  # freed by one round
-SWEEP_BUCKETS = 2048  # the same for empty ones
+SWEEP_BUCKETS = 1024  # the same for empty ones
 _MASK = bytes(byte & (1 << (BUCKET_BITS - 16)) - 1 for byte in range(256))
 
 

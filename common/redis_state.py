@@ -40,7 +40,7 @@ from penstock.common.router_redis import AWAY_S, MAX_CONNECTIONS, RouterRedis
 
 BATCH_S = 0.05  # changes of pages within this time travel together
 WRITER_TIMEOUT_S = 2.0
-SWEEP_PAUSE_S = 0.01  # between two pieces of a sweep, each about a millisecond of Redis
+SWEEP_PAUSE_S = 0.005  # between two pieces of a sweep, each about a millisecond of Redis
 LEAVE_S = 1.0  # the most that taking one's pages out of Redis may hold up the end of a worker; a sweep does the rest
 MAX_PENDING = 100_000  # page changes kept for a Redis that is away; beyond, all pages are announced anew
 MAX_PAGES_LOOKED_UP = 8192  # 131,000 tokens in pages of 16
