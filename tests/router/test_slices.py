@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections import Counter
 from typing import Any
 
 import pytest
 
 from penstock.router.slices import MOST_ITEMS, SLICE_S, Slices
-from tests.router.fake_router import Router
 
 
 class Bench:
@@ -82,30 +79,3 @@ def test_one_that_fails_costs_nobody_else_his_turn() -> None:
     done: list[int] = []
     asyncio.run(check())
     assert done == [1, 2, 4, 5, 7, 8] and len(failed) == 3
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_answered_request_leaves_nothing_to_the_collector(router: Router, stream: bool) -> None:
-    """What only the collector can free it must look for, and while it looks through open streams all of them wait."""
-
-    def ask() -> None:
-        assert router.post("/v1/completions", {"prompt": "a", "max_tokens": 5, "stream": stream}).status_code == 200
-
-    ask()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(5):
-            ask()
-        router.service.requests.clear()
-        ask()  # the last one's task is over now
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        left = Counter(
-            type(found).__qualname__ for found in gc.garbage if type(found).__module__.startswith("penstock")
-        )
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-    assert not left
