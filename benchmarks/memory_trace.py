@@ -2,10 +2,11 @@
 
     python benchmarks/memory_trace.py [--seconds 360] [--models llama8b] [--engine-option max_num_seqs=512 ...]
 
-More requests than the pool holds are always open: prompts of 1 token to the whole context, a quarter of them begins as
-an earlier one did, outputs of 1 to 1024 tokens, every kind of sampling, up to 20 logprobs; one in twenty is aborted at
-some time. The context, the batch and the step are those of the options, the share of the card's memory too. A few
-greedy prompts are computed alone before and after, without the prefix cache: what the trace did must not show in them.
+More requests than may run are always open, and what runs soon wants more pages than there are: prompts of 1 token to
+the whole context, a quarter of them begins as an earlier one did, outputs of 1 to 4096 tokens, every kind of sampling,
+up to 20 logprobs; one in twenty is aborted at some time. The context, the batch and the step are those of the options,
+the share of the card's memory too. A few greedy prompts are computed alone before and after, without the prefix cache:
+what the trace did must not show in them.
 
 Writes benchmarks/results/memory_trace-<commit>.json; exits with 1 if a page is still held, or a probe's tokens differ.
 """
@@ -41,7 +42,7 @@ ENGINE = {"max_num_seqs": 256, "max_model_len": 32768, "gpu_memory_utilization":
 OPEN_AT_ONCE = 1.5  # times max_num_seqs
 PROBES = 8
 PROBE_TOKENS = 32
-MAX_OUTPUT = 1024
+MAX_OUTPUT = 4096
 REPORT_EVERY_S = 20.0
 
 
@@ -61,7 +62,7 @@ class Requests:
         return GenerateRequest(
             request_id=f"trace-{self.made}",
             prompt_token_ids=prompt,
-            sampling=self._sampling(self._log_uniform(most)),
+            sampling=self._sampling(self._pick.randint(1, most)),
             eos_token_ids=[2],
             queue_timeout_s=math.inf,
         )

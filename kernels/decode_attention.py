@@ -7,7 +7,6 @@ Dao et al. 2023) and the program that ends last merges them (Milakov and Gimelsh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +61,10 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, in
 
 
 _SHORT_TILE = 64
-_LINE = 128
-AHEAD_BYTES = 24 << 20
-"""What the memory can deliver while a short context is attended to, and less than half a Hopper card's cache."""
+_UNIT = 16
+"""Tokens, of which a split's length is a multiple where programs are many. One multiprocessor's programs are often the
+same part of different sequences: with whole tiles of 64, 1088 tokens in four splits are 320, 320, 320 and 128, and a
+quarter of the card has little to do; now they are 272 each."""
 
 
 def decode_attention(
@@ -80,7 +80,6 @@ def decode_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     workspace: DecodeWorkspace,
-    ahead: Sequence[Tensor] = (),
     out: Tensor,
 ) -> None:
     """Causal attention of the last Q tokens of each of B sequences, into `out`; sequences of context 0 are skipped.
@@ -93,8 +92,6 @@ def decode_attention(
         sliding_window: a token sees itself and this many less one before it.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
         sinks: float32 `[num_heads]`, a score that takes part in the denominator only (gpt-oss).
-        ahead: up to two tensors that the next kernels read, in their order: weights. Where few sequences leave programs
-            without work, and the memory idle, those ask the level-2 cache for the first `AHEAD_BYTES` of them.
     """
     batch = contexts.shape[0]
     tokens, num_heads, head_dim = q.shape
@@ -102,7 +99,6 @@ def decode_attention(
     group = num_heads // num_kv_heads
     query_len = tokens // batch
     few = workspace.tile > _SHORT_TILE
-    ahead_1, bytes_1, ahead_2, bytes_2 = _first_bytes(ahead) if few else (None, 0, None, 0)
     _decode_kernel[(workspace.splits, num_kv_heads, batch)](
         q,
         k_pages,
@@ -116,10 +112,6 @@ def decode_attention(
         workspace.sums,
         workspace.arrived,
         sinks,
-        ahead_1,
-        ahead_2,
-        bytes_1,
-        bytes_2,
         scale * LOG2_E,
         soft_cap or 0.0,
         sliding_window or 0,
@@ -136,6 +128,7 @@ def decode_attention(
         MERGE=workspace.splits > 1,
         BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
         BLOCK_N=workspace.tile,
+        UNIT=workspace.tile if few else _UNIT,
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
@@ -147,18 +140,7 @@ def decode_attention(
     )
 
 
-def _first_bytes(ahead: Sequence[Tensor]) -> tuple[Tensor | None, int, Tensor | None, int]:
-    """The first `AHEAD_BYTES` of two tensors together: each with its number of bytes, or None and 0."""
-    left, found = AHEAD_BYTES, []
-    for tensor in ahead:
-        size = min(tensor.nbytes, left) // _LINE * _LINE
-        left -= size
-        found.append((tensor, size) if size else (None, 0))
-    found += [(None, 0)] * (2 - len(found))
-    return (*found[0], *found[1])
-
-
-@triton.jit(do_not_specialize=["table_stride", "splits", "ahead_1_bytes", "ahead_2_bytes"])
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -172,10 +154,6 @@ def _decode_kernel(
     sums_ptr,
     arrived_ptr,
     sinks_ptr,
-    ahead_1_ptr,
-    ahead_2_ptr,
-    ahead_1_bytes,
-    ahead_2_bytes,
     scale,  # times log2(e): exponentials are powers of two
     soft_cap,
     window,
@@ -192,6 +170,7 @@ def _decode_kernel(
     MERGE: tl.constexpr,  # whether there are several splits
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,  # a split's length is a multiple of it
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -207,7 +186,7 @@ def _decode_kernel(
     first = 0
     if WINDOW:
         first = tl.maximum(context - QUERY_LEN + 1 - window, 0) // BLOCK_N * BLOCK_N
-    length = tl.cdiv(tl.cdiv(context - first, splits), BLOCK_N) * BLOCK_N
+    length = tl.cdiv(tl.cdiv(context - first, splits), UNIT) * UNIT
     begin = first + split * length
     end = tl.minimum(begin + length, context)
     table_ptr = tables_ptr + table_row.to(tl.int64) * table_stride
@@ -224,15 +203,6 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()  # in every program, or a kernel of padding only would end before the one ahead
         tl.extra.cuda.gdc_launch_dependents()
     if begin >= end:
-        if PDL:  # as on every card that knows the instruction
-            idle = splits - tl.cdiv(context - first, tl.maximum(length, 1))
-            unit = sequence * tl.num_programs(1) + head
-            part = unit * idle + split - (splits - idle)
-            parts = tl.num_programs(1) * tl.num_programs(2) * idle
-            if ahead_1_ptr is not None:
-                _ask_ahead(ahead_1_ptr, ahead_1_bytes, part, parts)
-            if ahead_2_ptr is not None:
-                _ask_ahead(ahead_2_ptr, ahead_2_bytes, part, parts)
         return
 
     row = tl.arange(0, BLOCK_R)
@@ -324,23 +294,6 @@ def _prefetch(rows, HEAD_DIM: tl.constexpr):
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows + at], dtype=tl.int32, is_pure=False, pack=1
         )
-
-
-@triton.jit
-def _ask_ahead(ptr, size, part, parts):
-    """Ask the level-2 cache for one of `parts` equal parts of the `size` bytes at ptr: a piece a thread."""
-    LINE: tl.constexpr = 128
-    piece = tl.cdiv(size, parts * 128 * LINE) * LINE
-    at = (part * 128 + tl.arange(0, 128)) * piece
-    address = ptr.to(tl.pointer_type(tl.uint8)) + tl.where(at < size, at, 0)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [address, tl.minimum(piece, size - tl.where(at < size, at, 0))],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 def decode_attention_reference(

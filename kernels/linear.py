@@ -23,11 +23,6 @@ _ROWS_HINT = 16
 class Linear(ABC):
     """A linear layer, its weight included."""
 
-    @property
-    def stored(self) -> Tensor | None:
-        """The weight as it lies in memory, for kernels that ask a cache for it; None: it is not to be asked for."""
-        return None
-
     @abstractmethod
     def __call__(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
         """x [T, in_features] -> [T, out_features]; adapter: int64 [T], which adapter each token uses, or None."""
@@ -47,10 +42,6 @@ class PlainLinear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
-
-    @property
-    def stored(self) -> Tensor | None:
-        return self._weight
 
     def __call__(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
         _reject(adapter)

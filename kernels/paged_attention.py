@@ -10,7 +10,7 @@ contiguous and the first two dimensions can be flattened without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,6 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "AUTO",
-    ahead: Sequence[Tensor] = (),
 ) -> Tensor:
     """Causal attention of q [T, num_heads, head_dim] over each sequence's cached context; the same shape comes back.
 
@@ -44,7 +43,6 @@ def paged_attention(
     Args:
         soft_cap, sinks: as in `decode_attention`; on CUDA only.
         backend: what computes prompts on CUDA, see `prefill_attention`.
-        ahead: as in `decode_attention`.
 
     Raises:
         ValueError: soft_cap or sinks on CPU.
@@ -76,7 +74,6 @@ def paged_attention(
             soft_cap=soft_cap,
             sinks=sinks,
             workspace=workspace,
-            ahead=ahead,
             out=out,
         )
     if decodes < sequences:

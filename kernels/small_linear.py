@@ -66,7 +66,9 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
             strips = 1 if outputs < 8192 else 2 if columns >= 4096 else 3
             return Tiles(32, 256, 4, 3, 1, 0, strips) if columns >= 4096 else Tiles(32, 256, 4, 4, 1, 8, strips)
         if columns >= 8192:
-            return Tiles(16, 256, 2, 4, 4, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
+            # No part should have columns to mask: five for 8960, say.
+            parts = 5 if columns % (5 * 256) == 0 and columns % (4 * 256) else 4
+            return Tiles(16, 256, 2, 4, parts, 0) if outputs <= 2048 else Tiles(32, 512, 4, 4, 1, 8)
         if outputs <= 2048:
             return Tiles(16, 256, 2, 4, 4, 4)
         if outputs <= 8192:
@@ -75,8 +77,6 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
         if gated:
             return Tiles(64, 128, 4, 4, 1, 0) if columns >= 4096 and outputs >= 4096 else None
         if outputs <= 2048:
-            if columns >= 8192:
-                return Tiles(64, 128, 4, 6, 4, 0)
             return Tiles(32, 256, 4, 4, 2, 8) if columns <= 2048 else None
         if 4096 <= outputs <= 8192:
             return Tiles(32, 128, 4, 8, 1, 8) if columns >= 8192 or outputs == 4096 else Tiles(64, 128, 4, 4, 1, 8)

@@ -127,8 +127,6 @@ class _Layer:
         self._backend = shared.attention_backend
         self._qkv, self._output = linear("qkv"), linear("output")
         self._gate_up, self._down = linear("gate_up"), linear("down")
-        # A short context leaves the memory idle while it is attended to: it may fetch what comes next.
-        self._ahead = [x for x in (self._output.stored, self._gate_up.stored) if x is not None]
         self._attention_norm, self._mlp_norm = norm("attention_norm"), norm("mlp_norm")
         self._q_norm = norm("q_norm") if spec.qk_norm else None
         self._k_norm = norm("k_norm") if spec.qk_norm else None
@@ -164,14 +162,7 @@ class _Layer:
             q, residual = q.index_select(0, last_tokens), residual.index_select(0, last_tokens)
             batch = batch.at_ends(last_tokens)
         out = paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            batch,
-            scale=self._scale,
-            sliding_window=self._window,
-            backend=self._backend,
-            ahead=self._ahead,
+            q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window, backend=self._backend
         )
         delta = self._output.add_to(residual, out.view(len(out), -1))
         x = _norm(delta, residual, self._mlp_norm, self._eps)

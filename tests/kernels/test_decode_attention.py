@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,7 +36,6 @@ class Case:
         dim: int = 8,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        max_context: int = 1,  # that the workspace is for, if no context is longer
     ) -> None:
         torch.manual_seed(0)
         counts = [-(-context // page_size) for context in contexts]
@@ -64,12 +60,7 @@ class Case:
             self.contexts,
         )
         self.workspace = DecodeWorkspace.allocate(
-            len(contexts),
-            query_len * heads // kv_heads,
-            kv_heads,
-            dim,
-            max([*contexts, max_context]),
-            self.contexts.device,
+            len(contexts), query_len * heads // kv_heads, kv_heads, dim, max([*contexts, 1]), self.contexts.device
         )
 
     def run(self, **options: object) -> Tensor:
@@ -156,46 +147,3 @@ def test_splits_fill_the_card_and_are_never_shorter_than_a_tile(monkeypatch: pyt
     assert module._splits(8, 40, 132) == (2, 32)
     assert module._splits(128, 32768, 132) == (4, 16)
     assert module._splits(2048, 32768, 132) == (1, 16)
-
-
-COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from penstock.kernels.decode_attention import _decode_kernel as kernel
-
-flags = dict.fromkeys(("WINDOW", "SOFT_CAP", "SINKS"), False) | dict.fromkeys(("MERGE", "PREFETCH", "PDL"), True)
-sizes = {"GROUP": 4, "QUERY_LEN": 1, "HEAD_DIM": 128, "PAGE_SIZE": 64, "BLOCK_R": 16, "BLOCK_N": 128, "BLOCK_D": 128}
-constants = flags | sizes | {"sinks_ptr": None}
-types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32", "soft_cap": "fp32"}
-types |= {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
-types |= dict.fromkeys(("tables_ptr", "rows_ptr", "contexts_ptr", "arrived_ptr"), "*i32")
-types |= dict.fromkeys(("partial_ptr", "maxima_ptr", "sums_ptr"), "*fp32") | dict.fromkeys(constants, "constexpr")
-positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-source = ASTSource(kernel, types, constexprs=positions)
-ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}).asm["ptx"]
-assert ptx.count("cp.async.bulk.prefetch.L2.global") == 2, ptx
-assert "griddepcontrol.wait" in ptx
-"""
-
-
-def test_programs_without_work_ask_for_what_comes_next() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment, timeout=120)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sizes", [(1 << 20,), (100, 3000), (30 << 20, 64), (5, 1 << 24)])
-def test_what_comes_next_changes_nothing(sizes: tuple[int, ...]) -> None:
-    ahead = [torch.zeros(size, dtype=torch.bfloat16, device="cuda") for size in sizes]
-    case = Case([300, 1, 0, 90], dim=64, page_size=16, dtype=torch.bfloat16, device="cuda", max_context=8192)
-    assert torch.equal(case.run(ahead=ahead), case.run())
-    assert all(not tensor.any() for tensor in ahead)
-
-
-def test_the_first_bytes_are_those_of_the_first_tensor() -> None:
-    small, large = torch.empty(300, dtype=torch.uint8), torch.empty(module.AHEAD_BYTES, dtype=torch.uint8)
-    assert module._first_bytes([small, large]) == (small, 256, large, module.AHEAD_BYTES - 256)
-    assert module._first_bytes([large, small]) == (large, module.AHEAD_BYTES, None, 0)
-    assert module._first_bytes([]) == (None, 0, None, 0)
