@@ -89,10 +89,12 @@ class BackgroundResponse:
         finally:
             self._ending = True
             self._hurry.set()
-            await telling
-            await self._store.keep(self._key, self._stored(), bytes(self._log) + self._last, self._written)
-            self._complete = True  # nobody hears of the end before it is stored
-            self._grow(self._last)
+            try:
+                await telling
+                await self._store.keep(self._key, self._stored(), bytes(self._log) + self._last, self._written)
+            finally:  # nobody hears of the end before it is stored
+                self._complete = True
+                self._grow(self._last)
 
     async def _keep_telling(self) -> None:
         """Tell the other routers how far it is, and do what they wish, until it is over."""
