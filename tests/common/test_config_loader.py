@@ -182,6 +182,8 @@ def test_what_other_processes_know_is_passed_over(tmp_path: Path) -> None:
         (("--block-size", "0"), "block_size must be at least 1"),
         (("--port", "65536"), "port must be from 0 to 65535, got 65536"),
         (("--lease-s", "-1"), "lease_s must not be below 0, got -1"),
+        (("--lease-s", "0.5"), "lease_s must be 1 second or more, got 0.5"),
+        (("--lease-s", "inf"), "lease_s must be 1 second or more, got inf"),
         (("--drain-s", "nan"), "drain_s must not be below 0, got nan"),
         (("--redis-url", "http://:secret@x"), "redis_url must be redis://HOST:PORT"),
         (("--redis-url", "redis://:secret@x:port"), "redis_url must be redis://HOST:PORT"),
