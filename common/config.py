@@ -19,7 +19,6 @@ ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHI
 TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
 CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
-LEAST_LEASE_S = 1.0  # two heartbeats
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
 
@@ -271,8 +270,8 @@ def _in_bounds(config: object) -> None:
             raise ConfigError(f"{name} must be from 0 to 65535, got {value}")
         if name != "seed" and type(value) in (int, float) and not value >= 0:
             raise ConfigError(f"{name} must not be below 0, got {value}")
-    if not LEAST_LEASE_S <= values.get("lease_s", LEAST_LEASE_S) < math.inf:
-        raise ConfigError(f"lease_s must be {LEAST_LEASE_S:g} second or more, got {values['lease_s']:g}")
+    if not 0 < values.get("lease_s", 1.0) < math.inf:
+        raise ConfigError(f"lease_s must be a time that ends, and not at once, got {values['lease_s']:g}")
     if values.get("redis_url") and not _is_redis_url(values["redis_url"]):
         raise ConfigError("redis_url must be redis://HOST:PORT, rediss://HOST:PORT or unix://PATH")
 
