@@ -8,7 +8,7 @@ _HOLDINGS = """
 local ns, name = ARGV[1], ARGV[2]
 local order, sizes, holders = ns .. ':responses', ns .. ':response-sizes', ns .. ':response-holders'
 local function key(one) return ns .. ':response:' .. one end
-local function holder(one) return string.match(one, '^(.*):') end
+local function holder(one) return string.match(one, '^(.*):') or '' end -- '': of a router before tenants were named
 local function order_of(tenant) return order .. ':' .. tenant end
 
 local function resize(one, size) -- it takes up that many bytes from now on

@@ -128,7 +128,7 @@ async def until(ask: Callable[[], Awaitable[Any]], wanted: object) -> None:
         await asyncio.sleep(0.005)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(_steps, max_size=30))
 def test_who_holds_most_gives_up_its_oldest(redis_server: RedisServer, steps: list[Step]) -> None:
     async def check() -> None:
