@@ -61,10 +61,6 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, in
 
 
 _SHORT_TILE = 64
-_UNIT = 16
-"""Tokens, of which a split's length is a multiple where programs are many. One multiprocessor's programs are often the
-same part of different sequences: with whole tiles of 64, 1088 tokens in four splits are 320, 320, 320 and 128, and a
-quarter of the card has little to do; now they are 272 each."""
 
 
 def decode_attention(
@@ -98,8 +94,8 @@ def decode_attention(
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // num_kv_heads
     query_len = tokens // batch
-    few = workspace.tile > _SHORT_TILE
-    _decode_kernel[(workspace.splits, num_kv_heads, batch)](
+    # Splits come last: programs go to multiprocessors in turn, and those of the last splits have less or nothing to do.
+    _decode_kernel[(num_kv_heads, batch, workspace.splits)](
         q,
         k_pages,
         v_pages,
@@ -128,12 +124,11 @@ def decode_attention(
         MERGE=workspace.splits > 1,
         BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
         BLOCK_N=workspace.tile,
-        UNIT=workspace.tile if few else _UNIT,
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
-        PREFETCH=few,  # where latency counts; many programs are slower with it (1 us of 26)
+        PREFETCH=workspace.tile > _SHORT_TILE,  # where latency counts; many programs are slower with it (1 us of 26)
         num_warps=4,
         num_stages=3 if head_dim <= 128 else 2,
         **pdl_options(q),
@@ -170,7 +165,6 @@ def _decode_kernel(
     MERGE: tl.constexpr,  # whether there are several splits
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNIT: tl.constexpr,  # a split's length is a multiple of it
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -179,14 +173,14 @@ def _decode_kernel(
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
-    split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Lengths and page tables are as old as the step: they are read while the kernel ahead still runs (launch.py).
     context = tl.load(contexts_ptr + sequence)
     table_row = tl.load(rows_ptr + sequence)
     first = 0
     if WINDOW:
         first = tl.maximum(context - QUERY_LEN + 1 - window, 0) // BLOCK_N * BLOCK_N
-    length = tl.cdiv(tl.cdiv(context - first, splits), UNIT) * UNIT
+    length = tl.cdiv(tl.cdiv(context - first, splits), BLOCK_N) * BLOCK_N
     begin = first + split * length
     end = tl.minimum(begin + length, context)
     table_ptr = tables_ptr + table_row.to(tl.int64) * table_stride
@@ -246,7 +240,7 @@ def _decode_kernel(
         maximum = highest
 
     if MERGE:
-        unit = (sequence * tl.num_programs(1) + head) * splits
+        unit = (sequence * tl.num_programs(0) + head) * splits
         flat = (unit + split) * (QUERY_LEN * GROUP) + row
         tl.store(maxima_ptr + flat, maximum, mask=row_used)
         tl.store(sums_ptr + flat, total, mask=row_used)
@@ -254,7 +248,7 @@ def _decode_kernel(
         tl.store(partial_ptr + where, acc, mask=row_used[:, None] & dim_used[None, :])
         tl.debug_barrier()  # every thread's stores come before the one thread's release
         present = tl.cdiv(context - first, length)
-        counter = arrived_ptr + sequence * tl.num_programs(1) + head
+        counter = arrived_ptr + sequence * tl.num_programs(0) + head
         if tl.atomic_add(counter, 1, sem="acq_rel") != present - 1:
             return
         tl.store(counter, 0)  # for the next layer
@@ -282,7 +276,7 @@ def _decode_kernel(
         total = total * shrink + tl.exp2(sink - highest)
         acc = acc * shrink[:, None]
     result = acc / tl.where(row_used, total, 1.0)[:, None]
-    out_where = (q_tokens[:, None] * tl.num_programs(1) * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
+    out_where = (q_tokens[:, None] * tl.num_programs(0) * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + out_where, result.to(out_ptr.dtype.element_ty), mask=row_used[:, None] & dim_used[None, :])
 
 
