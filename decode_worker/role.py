@@ -184,8 +184,11 @@ class DecodeRole:
         shares = self._pages.caching and len(request.prompt_token_ids) > size and not request.wants_prompt_logprobs
         if not shares or request.output_token_ids:
             return False
-        request_id = request.request_id
-        return self._reader.reads_for(request_id) or self._engine.scheduler.computes_for(request_id)
+        if self._engine.scheduler.computes_for(request.request_id):
+            return True
+        # A prompt whose first token is also the last brings no pages: the prefill worker shares it among its choices.
+        brings_none = entry.prefill is not None and entry.source is None and request.sampling.max_tokens == 1
+        return not brings_none and self._reader.reads_for(request.request_id)
 
     def _lender_of(self, entry: Entry) -> WorkerInfo | None:
         """Who computes the prompt for us or lends what it caches of it; None: all that is missing is computed here."""

@@ -5,7 +5,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from penstock.common.messages import GenerateRequest, Message, PagesReady, PrefillDone, Submit, TokenBatch
+from penstock.common.messages import (
+    Abort,
+    Finish,
+    GenerateRequest,
+    Message,
+    PagesReady,
+    PrefillDone,
+    Submit,
+    TokenBatch,
+)
 from penstock.common.sampling import SamplingParams
 from penstock.decode_worker.role import DecodeRole
 from penstock.engine.core import Engine
@@ -51,9 +60,11 @@ class Case:
         reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.role = DecodeRole(loop, PageExchange(lender, reader, mover, links))
 
-    def submit(self, name: str, prompt: list[int], *, remote: bool = False, max_tokens: int = 5) -> None:
+    def submit(
+        self, name: str, prompt: list[int], *, remote: bool = False, max_tokens: int = 5, choice: int = 0
+    ) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        request = GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=params)
+        request = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=prompt, sampling=params)
         self.role.handle(ROUTER, Submit(request=request, prefill=PREFILL if remote else None), 0.0)
         self.role.tick(0.0)
 
@@ -119,6 +130,20 @@ def test_a_prompt_that_landed_without_its_first_token_shares_no_page_that_is_wri
     case.finish()
     assert case.tokens("r") == oracle(PROMPT, 5)
     assert case.tokens("other") == oracle(longer, 5)
+
+
+def test_choices_of_one_token_are_handed_off_together_and_longer_ones_wait_for_the_pages() -> None:
+    case = Case()
+    for choice in range(3):
+        case.submit("one", PROMPT, remote=True, max_tokens=1, choice=choice)
+        case.submit("more", PROMPT[::-1], remote=True, choice=choice)
+    asked = [(message.request.request_id, message.request.choice) for message in case.links.sent]
+    assert sorted(asked) == [("more", 0), ("one", 0), ("one", 1), ("one", 2)]
+    end = Finish(reason="length")
+    for choice in range(3):
+        case.hear(PrefillDone(request_id="one", attempt=0, choice=choice, token_ids=[1], finish=end))
+        case.role.handle(ROUTER, Abort(request_id="more", attempt=0, choice=choice), 0.0)
+    case.finish()
 
 
 def test_a_preempted_request_that_waits_for_its_mask_holds_up_nobody() -> None:

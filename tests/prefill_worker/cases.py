@@ -52,9 +52,16 @@ class Case:
         reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
         self.role = HandOffOut(self.loop, PageExchange(lender, reader, mover, links), lambda: self.now)
 
-    def prefill(self, held_tokens: int = 0, name: str = "r", source: WorkerInfo | None = None, **sampling: Any) -> None:
+    def prefill(
+        self,
+        held_tokens: int = 0,
+        name: str = "r",
+        source: WorkerInfo | None = None,
+        choice: int = 0,
+        **sampling: Any,
+    ) -> None:
         params = SamplingParams(**{"max_tokens": 5, **sampling})
-        request = GenerateRequest(request_id=name, prompt_token_ids=PROMPT, sampling=params)
+        request = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=PROMPT, sampling=params)
         message = Prefill(request=request, router_id="router", held_tokens=held_tokens, source=source)
         self.role.handle(DECODE, message, self.now)
 
@@ -85,8 +92,8 @@ class Case:
     def of(self, kind: type) -> list[Any]:
         return [message for _, message in self.sent if isinstance(message, kind)]
 
-    def land(self, name: str = "r") -> None:
-        self.role.handle(DECODE, PagesLanded(request_id=name, attempt=0), self.now)
+    def land(self, name: str = "r", choice: int = 0) -> None:
+        self.role.handle(DECODE, PagesLanded(request_id=name, attempt=0, choice=choice), self.now)
 
     def finish(self) -> None:
         self.engine.pages.check()

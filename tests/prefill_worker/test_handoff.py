@@ -74,6 +74,20 @@ def test_a_first_token_that_ends_the_request_says_so() -> None:
     case.finish()
 
 
+def test_choices_that_come_together_have_their_prompt_computed_once() -> None:
+    case = Case(checksum="off")
+    for choice in range(3):
+        case.prefill(max_tokens=1, choice=choice)
+    for _ in range(5):
+        case.step()
+    tokens = {d.choice: d.token_ids for batch in case.of(TokenBatch) for d in batch.deltas}
+    assert tokens == dict.fromkeys(range(3), oracle(PROMPT, 1))
+    assert case.engine.scheduler.counters.prompt_tokens == len(PROMPT) + 2 * (len(PROMPT) - 8)
+    for choice in range(3):
+        case.land(choice=choice)
+    case.finish()
+
+
 def test_a_chunk_is_lent_while_the_next_one_computes() -> None:
     case = Case(checksum="off", run_ahead=1)
     case.prefill()
