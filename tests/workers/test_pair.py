@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from penstock.common.messages import GenerateRequest, Submit
@@ -14,6 +15,7 @@ from tests.tiny_models import random_prompts, reference_tokens
 from tests.workers.worker_processes import RouterDouble, workers
 
 NEW_TOKENS = 12
+CHOICES = 6
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, seed=1)
 PAIR = {"prefill-0": "prefill", "decode-0": "decode"}
 
@@ -45,5 +47,13 @@ def test_handed_off_tokens_equal_hugging_face(
             assert decode.metric("penstock:kv_transfer_pages_total") == moved
             assert decode.metric("penstock:kv_transfer_bytes_total") == moved * decode.info.page_bytes
             assert decode.metric("penstock:handoff_failures_total") == 0
+            one_token = msgspec.structs.replace(GREEDY, max_tokens=1)
+            prompt = [*range(7, 57)]
+            for choice in range(CHOICES):
+                request = GenerateRequest(request_id="n", choice=choice, prompt_token_ids=prompt, sampling=one_token)
+                router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+            router.collect()
+            told = [router.answers["n", choice].tokens for choice in range(CHOICES)]
+            assert told == CHOICES * reference_tokens(path, [prompt], 1)
             decode.assert_idle()
             prefill.assert_idle()
