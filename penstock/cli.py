@@ -16,6 +16,7 @@ from penstock.common import logs
 from penstock.common.config import EngineConfig, FleetConfig, RouterConfig, ServeConfig, WorkerConfig
 from penstock.common.config_loader import Config, load_config, nearest
 from penstock.common.errors import ConfigError, ModelError
+from penstock.interrupt import INTERRUPTED, raise_interrupts
 from penstock.models.errors import ModelError as CheckpointError
 
 USAGE = """\
@@ -46,6 +47,7 @@ options:
 Every option can also stand in a file (--config FILE) or in the environment: PENSTOCK_MAX_MODEL_LEN=32K for processes
 and the engine, PENSTOCK_CLIENT_URL=http://host:8000 for the commands that ask a running server.
 """
+_PROCESSES = ("serve", "router", "prefill", "decode")  # handle SIGINT once there is something to end in order
 # The launcher decides these for each of its workers.
 _NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "memory_share", "group_ports")
 
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in _COMMANDS:
             near = nearest(arguments[0], _COMMANDS) or f"; there are {', '.join(_COMMANDS)}"
             raise ConfigError(f"unknown command {arguments[0]!r}{near}")
+        if arguments[0] not in _PROCESSES:
+            raise_interrupts()
         status = _COMMANDS[arguments[0]](arguments[1:])
         sys.stdout.flush()
         return status
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{logs.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # what a shell says of a process ended by Ctrl-C
+        return INTERRUPTED
     except BrokenPipeError:
         if not _stdout_is_cut():
             raise

@@ -1,10 +1,34 @@
-"""Ctrl-C between two steps instead of within one. `LLM` uses it, so that its ledger of pages is never half changed."""
+"""What Ctrl-C does where an exception in the middle of things would do harm.
+
+`HeldInterrupt` has it wait until between two steps: `LLM` uses it, so that its ledger of pages is never half changed.
+The command line leaves at once while nothing has begun: an exception would come out of some library's import, as a
+traceback or not at all.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
+
+INTERRUPTED = 130  # what a shell says of a process ended by Ctrl-C
+
+
+def leave_at_once() -> None:
+    """From now on SIGINT ends the process, unless it was ignored or handled before."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def raise_interrupts() -> None:
+    """Undo `leave_at_once`: SIGINT raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)
 
 
 class HeldInterrupt:

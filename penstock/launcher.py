@@ -20,11 +20,10 @@ from penstock.common.config_loader import redacted
 from penstock.common.errors import ConfigError
 from penstock.console import Console
 from penstock.fleet import Fleet
+from penstock.interrupt import INTERRUPTED
 from penstock.private_redis import port_is_free
 from penstock.process_group import LaunchError, ProcessGroup
 from penstock.router_specs import reachable_host, router_specs
-
-KILLED_STATUS = 130  # what a shell says of a process ended by Ctrl-C
 
 logger = logging.getLogger(__name__)
 
@@ -109,4 +108,4 @@ def run_in_foreground(group: ProcessGroup, describe: Callable[[], str], drain_s:
         if status:
             print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
     group.join()
-    return KILLED_STATUS if group.killed else status
+    return INTERRUPTED if group.killed else status
