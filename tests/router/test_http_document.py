@@ -80,6 +80,7 @@ def test_limits_are_told() -> None:
         "ids of `logit_bias` and `allowed_token_ids`, times choices": (protocol.MAX_RULE_IDS,),
         "choices in flight at a router's port": (defaults.max_inflight,),
         "requests that wait at a router's port": (defaults.max_queued, defaults.queue_timeout_s),
+        "an answer of which the client takes nothing": (defaults.write_timeout_s,),
         "prompt": (),
         "time to first token, between tokens": (),
     }
