@@ -57,6 +57,8 @@ from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, St
 from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 
 MAX_WAITING = 1000
+SHUTTING_DOWN = "this router is shutting down"
+TOO_MANY_WAIT = "no worker is up, and too many requests wait for one"
 MAX_FIRST_TOKEN_TIMEOUTS = 30  # times `progress_timeout_s`: what a first token may take, whatever its workers compute
 
 
@@ -234,7 +236,7 @@ class Dispatcher:
 
     def _wait(self, choice: Choice, now: float) -> None:
         if sum(c.state is State.WAITING for c in self.choices.values()) >= MAX_WAITING:
-            self._fail(choice, Unavailable("no worker is up, and too many requests wait for one"))
+            self._fail(choice, Unavailable(TOO_MANY_WAIT))
             return
         choice.state = State.WAITING
         choice.deadline = now + choice.patience_s
@@ -287,7 +289,7 @@ class Dispatcher:
 
     def _leave(self, choice: Choice, event: Shutdown, now: float) -> None:
         self._abort(choice)
-        self._fail(choice, Unavailable("this router is shutting down"))
+        self._fail(choice, Unavailable(SHUTTING_DOWN))
 
     # ------------------------------------------------------------ tokens that are not simply the next ones
 

@@ -77,8 +77,8 @@ class Choice:
 
     @property
     def patience_s(self) -> float:
-        """How long it waits for a worker to come up: no longer than for room."""
-        return min(WAIT_FOR_WORKER_S, self.request.queue_timeout_s)
+        """How long it waits for a worker to come up."""
+        return patience(self.request.queue_timeout_s)
 
     @property
     def awaits_first_token(self) -> bool:
@@ -121,3 +121,8 @@ class Choice:
 
 def _undoing(weight: Reserve) -> Release | None:
     return Release(weight.incarnation, weight.tokens, weight.prompt) if weight.tokens else None
+
+
+def patience(queue_timeout_s: float) -> float:
+    """Seconds that a request waits for a worker to come up: no longer than for room."""
+    return min(WAIT_FOR_WORKER_S, queue_timeout_s)

@@ -14,8 +14,9 @@ h1 small, p, td:last-child { color: var(--soft); } a { color: var(--main); text-
 details { border: 1px solid var(--line); border-radius: 6px; margin: 6px 0; padding: 6px 12px; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 summary b { display: inline-block; min-width: 4.5em; color: var(--main); }
-table { border-collapse: collapse; width: 100%; font-size: 14px; } td, th { text-align: left; vertical-align: top;
-  padding: 2px 12px 2px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; } th { font-weight: 500; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; } td { text-align: left; vertical-align: top;
+  padding: 2px 12px 2px 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; }
 code { font-family: ui-monospace, monospace; } :target { outline: 2px solid var(--main); }
 """
 

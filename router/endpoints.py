@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 from penstock.common.errors import BadRequest, InternalError, PenstockError
+from penstock.common.tasks import end_tasks
 from penstock.common.timeline import Timeline
 from penstock.router.beams import BeamReply, BeamStreamReply
 from penstock.router.ended import Ended
 from penstock.router.error_bodies import Send, error_body, send_error, send_json
-from penstock.router.front import Front, RequestHead
+from penstock.router.front import Front, NoWorkerYet, RequestHead
 from penstock.router.protocol import check_request_id
 from penstock.router.reply import Plan, Receive, Reply, StreamReply, WholeReply
 
@@ -33,6 +35,7 @@ _KINDS: dict[tuple[bool, bool], type[Reply]] = {  # by (beams, stream)
     (True, True): BeamStreamReply,
 }
 ErrorBody = Callable[[PenstockError], bytes]
+_T = TypeVar("_T")
 
 
 class Generation:
@@ -54,7 +57,9 @@ class Generation:
             body = await read_body(receive)
             if body is None:
                 return
-            plan = await self._plan(body, head, front)
+            plan = await once_known(front, receive, lambda: self._plan(body, head, front))
+            if plan is None:
+                return
             timeline.mark("tokenised", time.monotonic())
             reply = _KINDS[plan.beams, plan.stream](plan, front, timeline, headers)
             if plan.conduct is None:
@@ -124,10 +129,40 @@ def answering(
 
     async def handle(scope: Scope, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         body = await read_body(receive)
-        if body is not None:
-            await send_json(send, await answer(body, front), headers)
+        if body is None:
+            return
+        made = await once_known(front, receive, lambda: answer(body, front))
+        if made is not None:
+            await send_json(send, made, headers)
 
     return Guarded(front, handle, errors)
+
+
+async def once_known(front: Front, receive: Receive, make: Callable[[], Awaitable[_T]]) -> _T | None:
+    """What `make` makes, once more when the first worker has come if it cannot do without. None: the client left first.
+
+    Raises:
+        PenstockError: what `make` raises; no worker has come in time.
+    """
+    try:
+        return await make()
+    except NoWorkerYet as error:
+        come = asyncio.ensure_future(front.service.first_worker.wait(error.message))
+    left = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({come, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not come.done():
+            return None
+        come.result()
+    finally:
+        await end_tasks({come, left})
+    return await make()
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has hung up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def request_head(scope: Scope) -> tuple[RequestHead, list[tuple[bytes, bytes]], BadRequest | None]:

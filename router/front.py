@@ -37,6 +37,10 @@ THREAD_FROM_CHARS = 4000  # about 1 ms of tokenising; below, a thread costs more
 _T = TypeVar("_T")
 
 
+class NoWorkerYet(Unavailable):
+    """This router has seen no worker since it started: the request may wait for the first (`endpoints.once_known`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestHead:
     """What the HTTP request says outside its body."""
@@ -79,10 +83,10 @@ class Front:
     tracing: Tracing | None = None  # then also among the observers
 
     def model_info(self) -> ModelInfo:
-        """What the fleet serves; raises Unavailable while no worker is known."""
+        """What the fleet serves; raises NoWorkerYet while no worker is known."""
         info = self.service.model_info()
         if info is None:
-            raise Unavailable(self.service.why_not_ready())
+            raise NoWorkerYet(self.service.why_not_ready())
         return info
 
     def model_name(self, asked: str | None) -> str:

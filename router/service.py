@@ -29,7 +29,7 @@ from penstock.common.redis_state import FleetReader
 from penstock.common.reservations import Reservations
 from penstock.common.tasks import end_tasks
 from penstock.common.text_probe import TextProbe
-from penstock.router.dispatch import Dispatcher
+from penstock.router.dispatch import SHUTTING_DOWN, Dispatcher
 from penstock.router.dispatch_events import (
     Blame,
     Cancelled,
@@ -54,6 +54,7 @@ from penstock.router.dispatch_events import (
     WorkerStalled,
     WorkerUp,
 )
+from penstock.router.first_worker import FirstWorker
 from penstock.router.fleet import Fleet
 from penstock.router.health import Health, WorkerState
 from penstock.router.hit_check import HitCheck
@@ -133,6 +134,7 @@ class RouterService:
         self._hits = HitCheck()
         self._turns = Turns(self._placing, self._fleet, self._hits, self._admission, self._handle, self._spawn)
         self._model: ModelInfo | None = None
+        self.first_worker = FirstWorker(config.queue_timeout_s)
         self._accepting = False
 
     async def start(self) -> None:
@@ -147,6 +149,7 @@ class RouterService:
         self._accepting = False
         if self._context.closed:
             return
+        self.first_worker.refuse(SHUTTING_DOWN)
         deadline = time.monotonic() + drain_s
         while self._dispatcher.choices and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -165,7 +168,7 @@ class RouterService:
     async def submit(self, request: GenerateRequest, sink: Sink, tenant: str = "") -> None:
         """Take one choice. Every end of it, a refusal included, goes to `sink`. `tenant`: whose share it uses."""
         if not self._accepting:
-            sink.on_error(Unavailable("this router is shutting down"))
+            sink.on_error(Unavailable(SHUTTING_DOWN))
             return
         limit = self._config.own_max_inflight
         if len(self._dispatcher.choices) >= limit:
@@ -381,6 +384,7 @@ class RouterService:
             self._model = ModelInfo(
                 worker.max_model_len, worker.vocab_size, tuple(worker.eos_token_ids), worker.page_size
             )
+            self.first_worker.has_come()
             self._handle(WorkerUp(worker.incarnation))
 
     def _on_disconnected(self, address: str, item: Disconnected) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from penstock.common.errors import PenstockError
+from penstock.router.endpoints import disconnected
 from penstock.router.error_bodies import Send
 from penstock.router.reply import Receive
 from penstock.router.responses.answer import written_event
@@ -57,7 +58,7 @@ class StoredLog:
 async def follow(log: Log, after: int, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
     """Send the events behind number `after`, until the last, or until the client leaves."""
     await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM + headers})
-    left = asyncio.ensure_future(_disconnected(receive))
+    left = asyncio.ensure_future(disconnected(receive))
     offset, number, complete = 0, 0, False
     try:
         while not complete and not left.done():
@@ -93,8 +94,3 @@ async def any_of(*events: asyncio.Event, timeout_s: float) -> None:
 def _from(piece: bytes, skip: int) -> bytes:
     """Without its first events."""
     return piece.split(b"\n\n", skip)[skip] if skip <= piece.count(b"\n\n") else b""
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -22,6 +22,7 @@ from penstock.common.histogram import Histogram
 from penstock.common.messages import Finish, GenerateRequest, Spans, TokenDelta, TokenLogprobs, WorkerInfo, WorkerLoad
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.app import create_app
+from penstock.router.first_worker import FirstWorker
 from penstock.router.health import WorkerState
 from penstock.router.off_loop import OffLoop
 from penstock.router.server import RouterServer
@@ -88,6 +89,7 @@ class FakeService:
         self.refusal: PenstockError | None = None
         self.is_ready = True
         self.known = True
+        self.first_worker = FirstWorker(0.0)  # nobody waits long
         self.requests: list[GenerateRequest] = []
         self.tenants: list[str] = []
         self.cancelled: list[tuple[str, int]] = []

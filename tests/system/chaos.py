@@ -46,8 +46,7 @@ STOPPED_S = {"stop": SHORT_LEASE_S + 1.0, "hang": SHORT_LEASE_S + 5.0}  # router
 RESTARTED_S = 120.0  # the last to leave may still be draining when the load is over, and has to start again
 ROUTER_AWAY_S = 60.0  # from its death until the next one answers, on a busy machine
 POLL_S = 0.2
-AGAIN_S = 0.3  # a client that nobody takes a connection of, or a router that has just started, tries again
-NEW_ROUTER = "no worker is known yet"
+AGAIN_S = 0.3  # a client that nobody takes a connection of tries again
 MORE_FILES = 24  # links to others at most; two hundred requests that leave one each are more
 DEADLINE_S = 90.0  # from sending a request to its end, whatever dies
 TYPED = {"unavailable", "worker_lost", "timeout", "queue_timeout", "overloaded"}
@@ -260,11 +259,7 @@ class Load:
                     raise ChaosFailure(f"{case.kind}: no answer within {DEADLINE_S} s, stream {stream}") from error
                 after_a_death = self._router_died(began, time.monotonic())
                 if not isinstance(error, (APIConnectionError, httpx.TransportError)):
-                    what = f"{code_of(error)}: {error}"
-                    if not (after_a_death and isinstance(error, APIStatusError) and NEW_ROUTER in what):
-                        return what
-                    await asyncio.sleep(AGAIN_S)
-                    continue
+                    return f"{code_of(error)}: {error}"
                 if not after_a_death:
                     raise ChaosFailure(f"the connection broke, and no router had died: {error!r}") from error
                 if type(error.__cause__).__name__ != "ConnectError":  # of httpx or httpx2, as the client has it
