@@ -15,8 +15,8 @@ import pytest
 from penstock.interrupt import INTERRUPTED, leave_at_once, raise_interrupts
 
 TRIES = 12
-PIPE_BYTES = 4096  # how far the process gets ahead of who reads what it has imported: some fifty modules
-AHEAD = 120
+PIPE_BYTES = 4096  # how far the process gets ahead of who reads what it has imported
+AHEAD = PIPE_BYTES // 42  # modules, at most: what is told of one is longer
 
 pytestmark = pytest.mark.system
 
@@ -40,13 +40,13 @@ def test_an_interrupt_at_any_instant_leaves_without_a_traceback(command: list[st
 
 def _interrupted(command: list[str], number: int) -> tuple[int, list[str]]:
     """Exit status, and what it says besides its imports, after an interrupt once it has told of so many."""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stderr is not None
         fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         for _ in range(number):
             process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read().splitlines()
+        rest = process.stderr.read().decode().splitlines()
     return process.returncode, [line for line in rest if "import time:" not in line]
 
 
