@@ -75,6 +75,8 @@ def build_engine(
     """
     path = resolve_checkpoint(config.model)
     spec = read_spec(path)
+    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+        raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's context of {spec.max_position}")
     device = resolve_device(config.device)
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     if device.type == "cpu":
@@ -207,10 +209,6 @@ def _context(config: EngineConfig, spec: ModelSpec, num_pages: int, page_size: i
     """Longest request, in tokens: what was asked for, else what model and pool allow."""
     room = num_pages * page_size
     if config.max_model_len is not None:
-        if config.max_model_len > spec.max_position:
-            raise ConfigError(
-                f"max_model_len {config.max_model_len} exceeds the model's context of {spec.max_position}"
-            )
         if config.max_model_len > room:
             raise ConfigError(
                 f"max_model_len {config.max_model_len} does not fit the KV pool: {num_pages} pages of "
