@@ -4,7 +4,7 @@
 
 Two decode workers serve streams of the demo model; in the middle of them one is drained. For every stream that moved:
 the longest gap between two tokens, less what reading its pages took (the span `fetch` of its timeline), and how many
-tokens the other worker computed of what was known. Texts are compared with those of an undisturbed run.
+tokens the other worker computed of what was known. Tokens are compared with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PAGE = 16
 class Stream:
     """One answer as its client saw it. Gaps in milliseconds; `fetch_ms` is None where it did not move."""
 
-    text: str
+    token_ids: list[int]
     longest_gap_ms: float
     median_gap_ms: float
     fetch_ms: float | None
@@ -45,21 +45,24 @@ class Stream:
 
 async def _stream(client: Client, prompt: list[int], tokens: int) -> Stream:
     body = {"model": "demo", "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "stream": True}
-    body |= {"ignore_eos": True}
-    text, gaps, last = "", [], 0.0
+    body |= {"min_tokens": tokens, "return_token_ids": True}  # no token is the end, which has no text and no event
+    token_ids: list[int] = []
+    gaps, last = [], 0.0
     timeline: list[dict[str, Any]] = []
     async for event in client.stream("/v1/completions", body):
         now = time.perf_counter()
         timeline = event.get("timeline") or timeline
-        if event.get("choices"):
-            text += event["choices"][0].get("text") or ""
+        if event.get("choices") and event["choices"][0].get("token_ids"):
+            token_ids += event["choices"][0]["token_ids"]
             if last:
                 gaps.append((now - last) * 1e3)
             last = now
     entries = {entry["name"]: entry for entry in timeline}
     fetched, prefill = entries.get("fetch"), [e for e in timeline if e["name"] == "prefill"]
     computed = prefill[-1]["computed_tokens"] if fetched and prefill else 0
-    return Stream(text, max(gaps), statistics.median(gaps), fetched["ms"] if fetched else None, computed)
+    if len(token_ids) != tokens:
+        raise SystemExit(f"{len(token_ids)} tokens came instead of {tokens}")
+    return Stream(token_ids, max(gaps), statistics.median(gaps), fetched["ms"] if fetched else None, computed)
 
 
 async def _run(fleet: Fleet, prompts: list[list[int]], tokens: int, leaving: str, after_s: float) -> list[Stream]:
@@ -94,14 +97,14 @@ def measure(streams: int, tokens: int, prompt_tokens: int) -> dict[str, Any]:
     return {
         "streams": streams,
         "moved": len(moved),
-        "exact": sum(a.text == b.text for a, b in zip(calm, drained, strict=True)),
+        "exact": sum(a.token_ids == b.token_ids for a, b in zip(calm, drained, strict=True)),
         "longest_gap_ms": max(stream.longest_gap_ms for stream in moved),
         "longest_gap_beyond_fetch_ms": max(beyond),
         "median_gap_ms": statistics.median(stream.median_gap_ms for stream in moved),
         "longest_gap_undisturbed_ms": max(stream.longest_gap_ms for stream in calm),
         "most_computed_tokens": max(stream.computed_tokens for stream in moved),
         "page_tokens": PAGE,
-        "rows": [{name: value for name, value in asdict(stream).items() if name != "text"} for stream in drained],
+        "rows": [{name: value for name, value in asdict(stream).items() if name != "token_ids"} for stream in drained],
     }
 
 
