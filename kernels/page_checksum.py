@@ -92,8 +92,10 @@ def _launch(pages: Tensor, page_ids: Tensor) -> Tensor:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Not the default stream: there a checksum would wait for steps that were submitted before it."""
-    return torch.cuda.Stream(device)
+    """A stream of its own, and of high priority, or a checksum would wait for a step that was submitted before it: of
+    streams alike, more than the device has queues for, some share one; and a kernel that fills the device goes first.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @triton.jit
