@@ -79,7 +79,7 @@ class Engine:
         return bool(self._in_flight) or self.scheduler.has_work()
 
     def step(self) -> StepOutput:
-        """Submit the next step; then, unless the executor is to run further ahead, read the oldest one.
+        """Submit the next step; then, unless the executor is to run further ahead, wait for the oldest one and read it.
 
         Returns what the step that was read changed, nothing if none was; and the ends of outputs whose form allows
         nothing more.
@@ -87,14 +87,32 @@ class Engine:
         Raises:
             Exception: what the executor raised; every step in flight is given up then.
         """
+        output = self._advance(wait=True)
+        assert output is not None
+        return output
+
+    def step_if_done(self) -> StepOutput | None:
+        """As `step`, but None where that would wait: until `awaited` is done, or there is more to submit."""
+        return self._advance(wait=False)
+
+    @property
+    def awaited(self) -> StepHandle:
+        """The oldest step in flight, after `step_if_done` gave None."""
+        return self._in_flight[0].handle
+
+    def _advance(self, *, wait: bool) -> StepOutput | None:
         try:
-            ended = self._end_complete() if self._constrained else ()
-            plan = self.scheduler.plan(self.clock())
-            if plan is not None:
-                self._submit(plan)
-            self.stalled = not self._in_flight
-            if self.stalled or (plan is not None and len(self._in_flight) <= self.executor.run_ahead):
-                return StepOutput(ended)
+            ended: tuple[Output, ...] = ()
+            if len(self._in_flight) <= self.executor.run_ahead:
+                ended = self._end_complete() if self._constrained else ()
+                plan = self.scheduler.plan(self.clock())
+                if plan is not None:
+                    self._submit(plan)
+                self.stalled = not self._in_flight
+                if self.stalled or (plan is not None and len(self._in_flight) <= self.executor.run_ahead):
+                    return StepOutput(ended)
+            if not wait and not self._in_flight[0].handle.done():
+                return StepOutput(ended) if ended else None
             output = self._read()
             return StepOutput((*ended, *output.outputs), output.progress) if ended else output
         except BaseException:

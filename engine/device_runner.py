@@ -88,6 +88,10 @@ class Event:
         if self._event is not None:
             self._event.record()
 
+    def query(self) -> bool:
+        """Whether it has been passed."""
+        return self._event is None or bool(self._event.query())
+
     def synchronize(self) -> None:
         if self._event is not None:
             self._event.synchronize()
@@ -108,6 +112,12 @@ class _Submitted:
     ) -> None:
         self._step, self._keys, self._rows, self._tokens = step, keys, rows, tokens
         self._arrived, self._logprobs, self._prompts = arrived, logprobs, prompts
+
+    def done(self) -> bool:
+        return self._arrived.query()
+
+    def wait(self) -> None:
+        self._arrived.synchronize()
 
     def result(self) -> StepResult:
         """Wait for the step's tokens. Raises what the device reports, whichever earlier step caused it."""
@@ -151,6 +161,7 @@ class DeviceRunner:
         self._layouts = [Staging(device) for _ in range(buffers)]
         self._masks = [Staging(device) for _ in range(buffers)]
         self._tokens_out = [torch.empty(rows, dtype=torch.int64, pin_memory=self._cuda) for _ in range(buffers)]
+        self._device = device
         self._events = [Event(device) for _ in range(buffers)]
         self._turn = 0
         self._num_with_logprobs = 0
@@ -337,7 +348,8 @@ class DeviceRunner:
                 if (top := self._sequences[key].logprobs) is not None
             ]
             logprobs = self._logprobs(asked, tokens, logits) if asked else None
-        event = self._events[self._turn]
+        # A new one: somebody may still be about to wait for the last one of this turn.
+        event = self._events[self._turn] = Event(self._device)
         event.record()
         return _Submitted(step, keys, sampled, out, event, logprobs, prompts)
 

@@ -94,6 +94,14 @@ def scored_positions(work: SequenceWork, prompt_len: int) -> range:
 class StepHandle(Protocol):
     """A submitted step."""
 
+    def done(self) -> bool:
+        """Whether `result` would not wait. Raises what the device reports."""
+        ...
+
+    def wait(self) -> None:
+        """Until `done`; in any thread. Raises what the device reports."""
+        ...
+
     def result(self) -> StepResult:
         """Wait for the step: its pages are written then. Asked for once, in the order of submission.
 

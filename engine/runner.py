@@ -43,6 +43,11 @@ class _Done:
 
     value: StepResult
 
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
+
     def result(self) -> StepResult:
         return self.value
 

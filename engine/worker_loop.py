@@ -2,8 +2,9 @@
 
     receive bus messages -> role.handle -> role.tick -> engine.step -> role.stepped -> answers, prefix index, load
 
-Where the executor runs ahead, `engine.step` submits a step and reads the one before it: all else in a turn, answers
-included, is done while the newer one computes. The loop never sleeps while a result is due.
+Where the executor runs ahead, a turn submits a step, or reads an older one: all else in a turn, answers included, is
+done while the newer one computes. The loop never sleeps while a result is due, and never waits for one without
+listening: a step with prompts can take 0.2 s, and a ticket, a copy that is complete or a new request is not to wait.
 
 A `Role` is what makes a worker a prefill or a decode worker. Redis and page copying have threads of their own; they and
 the status pages wake this loop through an eventfd.
@@ -40,9 +41,11 @@ from penstock.common.redis_state import RegistryWriter
 from penstock.engine.build import BuiltEngine
 from penstock.engine.outputs import StepOutput
 from penstock.engine.replies import Replies
+from penstock.engine.step_watch import StepWatch
 
 logger = logging.getLogger(__name__)
 IDLE_POLL_S = 0.1
+AWAITED_POLL_S = 0.005  # a step is under way: its end wakes the loop, and should that come late, this does
 BLOCKED_POLL_S = 0.005  # work waits, but for pages that others hold
 LOAD_EVERY_S = 0.02  # how old the load may be that is told while steps run
 
@@ -96,6 +99,7 @@ class WorkerLoop:
         self.poller.register(bus.socket, zmq.POLLIN)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.poller.register(self._wake_fd, zmq.POLLIN)
+        self._step_watch = StepWatch(self.wake)
         self._questions: queue.SimpleQueue[tuple[Callable[[], dict[str, Any]], Future[dict[str, Any]]]]
         self._questions = queue.SimpleQueue()
         self._drain_s = drain_s
@@ -145,14 +149,9 @@ class WorkerLoop:
                 now = self._turned_at = time.monotonic()  # when all of it had been sent: leases are not cut short
                 self._receive(role, received, now)
                 role.tick(now)
-                progressed = False
-                if self.engine.has_work():
-                    output = self.engine.step()
-                    progressed = not self.engine.stalled
-                    role.stepped(output, time.monotonic())
+                timeout_s = self._step(role)
                 self.replies.flush()
                 self._publish(role, registry)
-                timeout_s = 0.0 if progressed else BLOCKED_POLL_S if self.engine.has_work() else IDLE_POLL_S
         except BaseException:
             role.give_up(Finish(reason="error", code="internal_error", message="the worker failed", retryable=True))
             self.replies.flush()
@@ -160,7 +159,21 @@ class WorkerLoop:
         for identity in self.peers:
             self.bus.send(identity, Goodbye())
 
+    def _step(self, role: Role) -> float:
+        """What the engine can do without waiting for the device; for how long the loop may sleep then."""
+        if self.engine.has_work():
+            output = self.engine.step_if_done()
+            if output is None:
+                self._step_watch.watch(self.engine.awaited)
+                return AWAITED_POLL_S
+            role.stepped(output, time.monotonic())
+            if not self.engine.stalled:
+                return 0.0
+        return BLOCKED_POLL_S if self.engine.has_work() else IDLE_POLL_S
+
     def close(self) -> None:
+        """After the role's end; the engine is closed later."""
+        self._step_watch.close()
         self.poller.unregister(self._wake_fd)
         os.close(self._wake_fd)
 

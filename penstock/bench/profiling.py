@@ -84,6 +84,12 @@ class _WaitingHandle:
     handle: StepHandle
     owner: _Waiting
 
+    def done(self) -> bool:
+        return self.handle.done()
+
+    def wait(self) -> None:
+        self.handle.wait()
+
     def result(self) -> StepResult:
         begun = time.perf_counter()
         found = self.handle.result()

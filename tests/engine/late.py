@@ -30,6 +30,11 @@ class _LateStep:
     late: Late
     plan: StepPlan
 
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
+
     def result(self) -> StepResult:
         assert self.late.submitted.popleft() is self.plan, "results are read in order"
         return self.late.executor.submit(self.plan).result()

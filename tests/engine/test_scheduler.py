@@ -63,10 +63,11 @@ class Submitting:
     def __init__(self, num_pages: int, run_ahead: int) -> None:
         self.run_ahead = run_ahead
         self.fake = FakeExecutor(num_pages)
+        self.busy = False  # what is submitted does not end
 
     def submit(self, plan: StepPlan) -> Any:
         result: StepResult = self.fake.run(plan)
-        return SimpleNamespace(result=lambda: result)
+        return SimpleNamespace(done=lambda: not self.busy, result=lambda: result)
 
     def close(self) -> None: ...
 

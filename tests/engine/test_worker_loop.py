@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,8 @@ from penstock.engine.outputs import StepOutput
 from penstock.engine.pages import PageManager
 from penstock.engine.policy import DecodePolicy
 from penstock.engine.scheduler import Scheduler
-from penstock.engine.worker_loop import BLOCKED_POLL_S, IDLE_POLL_S, WorkerLoop
+from penstock.engine.step_watch import StepWatch
+from penstock.engine.worker_loop import AWAITED_POLL_S, BLOCKED_POLL_S, IDLE_POLL_S, WorkerLoop
 from tests.engine.test_run_ahead import LateExecutor, expected_tokens, source
 from tests.worker_info import worker_info
 
@@ -176,6 +179,66 @@ def test_a_short_sleep_while_others_hold_the_pages_and_a_long_one_without_work()
     for each, its_bus in ((loop, bus), (idle, idle_bus)):
         each.close()
         its_bus.close()
+
+
+def test_messages_are_heard_while_a_step_is_under_way() -> None:
+    loop, bus, sleeps = make_loop(1)
+    executor: Any = loop.engine.executor
+    role: Any = OneRequest(loop, max_tokens=3)
+    hello = Hello(protocol=PROTOCOL_VERSION, peer_id="d", session=1, role="decode", fingerprint="f")
+    bus.turns = [lambda: [], lambda: [], lambda: [(PEER, hello)], lambda: [(PEER, Heartbeat(seq=1))]]
+
+    def each_time() -> None:
+        if len(sleeps.timeouts_ms) == 1:
+            executor.ended.clear()
+        if len(sleeps.timeouts_ms) == 5:
+            assert [type(message) for message in bus.sent] == [Welcome, HeartbeatAck]
+            assert role.tokens == []
+            executor.ended.set()
+
+    sleeps.each_time = each_time
+    loop.run(role, None)
+    assert role.tokens == expected_tokens(role.source, 64)
+    assert sleeps.timeouts_ms[:5] == [0, 0, *[round(AWAITED_POLL_S * 1e3)] * 3]
+    assert set(sleeps.timeouts_ms[5:]) == {0}
+    loop.close()
+    bus.close()
+
+
+def test_a_steps_end_ends_the_loops_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real poller, with an eventfd behind it, would sleep for a minute."""
+    monkeypatch.setattr(worker_loop, "AWAITED_POLL_S", 60.0)
+    loop, bus, _ = make_loop(1)
+    loop.poller = poller = zmq.Poller()
+    poller.register(bus.socket, zmq.POLLIN)
+    poller.register(loop._wake_fd, zmq.POLLIN)
+    executor: Any = loop.engine.executor
+    role: Any = OneRequest(loop, max_tokens=2)
+    executor.ended.clear()
+    running = threading.Thread(target=loop.run, args=(role, None))
+    running.start()
+    while loop._step_watch._watched is None:
+        time.sleep(0.001)
+    executor.ended.set()
+    running.join(30.0)
+    assert not running.is_alive()
+    assert role.tokens == expected_tokens(role.source, 64)
+    loop.close()
+    bus.close()
+
+
+def test_a_step_that_fails_wakes_the_loop_too() -> None:
+    woken = threading.Semaphore(0)
+    watch = StepWatch(woken.release)
+
+    def fail() -> None:
+        raise RuntimeError("the device is lost")
+
+    steps: list[Any] = [SimpleNamespace(wait=fail), SimpleNamespace(wait=lambda: None)]
+    for step in (steps[0], steps[0], steps[1]):  # asked for again it is waited for once
+        watch.watch(step)
+    watch.close()
+    assert [woken.acquire(blocking=False) for _ in range(3)] == [True, True, False]
 
 
 def test_a_lease_is_counted_from_no_earlier_than_its_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,8 @@ class Case:
 
     def step(self) -> None:
         self.role.tick(self.now)
-        if self.engine.has_work():
-            self.role.stepped(self.engine.step(), self.now)
+        if self.engine.has_work() and (output := self.engine.step_if_done()) is not None:
+            self.role.stepped(output, self.now)
         self.loop.replies.flush()
 
     def seal_all(self) -> None:

@@ -102,6 +102,31 @@ def test_a_chunk_is_lent_while_the_next_one_computes() -> None:
     case.finish()
 
 
+def test_a_ticket_does_not_wait_for_the_step_after_its_own() -> None:
+    """On a GPU that step is submitted before the checksums are there, and may take 0.2 s."""
+    case = Case(run_ahead=1)
+    case.prefill(name="first")
+    case.prefill(name="second")
+    while not case.of(TokenBatch):
+        case.step()
+        case.seal_all()
+    case.executor.busy = True
+    case.step()
+    assert case.engine.awaited is not None, "the second prompt's step is under way"
+    before = len(case.of(PagesReady))
+    case.seal_all()
+    case.step()
+    assert len(case.of(PagesReady)) + len(case.of(PrefillDone)) > before
+    assert [done.request_id for done in case.of(PrefillDone)] == ["first"]
+    case.executor.busy = False
+    while len(case.of(PrefillDone)) < 2:
+        case.step()
+        case.seal_all()
+    case.land("first")
+    case.land("second")
+    case.finish()
+
+
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_aborted_at_any_moment_nothing_stays(run_ahead: int) -> None:
     for steps in range(5):
