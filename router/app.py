@@ -159,6 +159,7 @@ def create_app(
 
     app = Application(title="Penstock", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.metrics = front.metrics
+    app.state.takes_connections = not config.admin_port  # else server.py says when its other port is open, too
     document = functools.partial(openapi_document, bool(config.api_key))
     app.openapi = functools.cache(document)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
@@ -210,11 +211,12 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])  # SageMaker's name for it
     async def health() -> Response:
-        if front.service.ready():
+        if front.service.ready() and app.state.takes_connections:
             roles = Counter(worker.role for worker, _ in front.service.loads())
             body = b'{"status":"ok","workers":{"prefill":%d,"decode":%d}}' % (roles["prefill"], roles["decode"])
             return Response(body, media_type="application/json")
-        error = b'{"status":"unavailable","reason":"%b"}' % front.service.why_not_ready().encode()
+        reason = "its port is not open yet" if front.service.ready() else front.service.why_not_ready()
+        error = b'{"status":"unavailable","reason":"%b"}' % reason.encode()
         return Response(error, 503, media_type="application/json")
 
     @app.get("/version")

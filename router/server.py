@@ -99,6 +99,7 @@ class RouterServer(uvicorn.Server):
             await self.lifespan.shutdown()
             raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
         self.servers.append(server)
+        self._app.state.takes_connections = True
 
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn's own, ten times a second; now and then for connections whose clients read nothing, too."""
