@@ -1,7 +1,7 @@
 """How fast a worker works: what turns tokens, bytes and sequences into milliseconds. Pure.
 
 The routing policy weighs choices with these, and the fleet simulator runs its virtual workers on them. The defaults are
-fitted to the recorded runs of Llama-3.1-8B's shape on one H200 (benchmarks/results/h200-9d1d2bf.json): prompts of 8192
+fitted to the recorded runs of Llama-3.1-8B's shape on one H200 (benchmarks/results/h200-6dff87d.json): prompts of 8192
 tokens, and decode steps of 1 to 256 sequences with contexts of 1024 to 8192 tokens. The link is one 400 Gbit/s card,
 less a fifth. Only their ratios decide where a request goes. Workers measure their own and report them in heartbeats.
 """
