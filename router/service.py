@@ -241,10 +241,13 @@ class RouterService:
         self._carry_out(self._dispatcher.handle(event, time.monotonic()))
 
     def _carry_out(self, commands: Sequence[Command]) -> None:
+        told = [command for command in commands if type(command) is Deliver or type(command) is Fail]
+        if told:  # nearly all of them are
+            self._to_tell.extend(told)
+            if len(told) == len(commands):
+                return
         for command in commands:
-            if type(command) is Deliver or type(command) is Fail:  # first: nearly all of them are
-                self._to_tell.add(command)
-            elif isinstance(command, Place):
+            if isinstance(command, Place):
                 if command.lost:
                     log.warning("trying again: %s", command.lost, extra=about(command.request))
                 self._spawn(self._turns.place(command), f"place {command.request.request_id}")
@@ -265,21 +268,23 @@ class RouterService:
                 self._turns.take()
 
     def _tell(self, command: Deliver | Fail) -> None:
-        if isinstance(command, Fail):
-            self._counters["failed"] += 1
+        if not isinstance(command, Fail):
+            self._deliver(command.sink, command.delta)
+            return
+        self._counters["failed"] += 1
+        try:
             command.sink.on_error(command.error)
-        else:
-            self._deliver(command)
+        except Exception:
+            log.exception("the sink of a request failed")
 
-    def _deliver(self, command: Deliver) -> None:
-        delta = command.delta
+    def _deliver(self, sink: Sink, delta: TokenDelta) -> None:
         if delta.spans is not None:
             key = delta.request_id, delta.choice
             warning = self._hits.reported(key, delta.attempt, delta.spans, time.monotonic())
             if warning:
                 log.warning("%s", warning)
         try:
-            command.sink.on_delta(delta)
+            sink.on_delta(delta)
         except Exception:  # one client's bug must not cost the others of this step their tokens
             log.exception("the sink of a request failed", extra=about(delta))
             self._handle(Cancelled(delta.request_id, delta.choice))

@@ -14,51 +14,56 @@ from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 SLICE_S = 0.002
+LOOK_AFTER = 8  # items: then at the clock
 MOST_ITEMS = 128  # of a slice: a task that an item wakes runs behind it, and takes its time there
 
 _T = TypeVar("_T")
 
 
 class Slices(Generic[_T]):
-    """Calls `do` for every item, in order, once the loop has handled what it is at; other callbacks run between slices.
+    """Calls `do` for every item, in order; other callbacks of the loop run between slices.
 
-    What `do` raises goes to the loop's exception handler, and costs no other item its turn.
+    What `do` raises goes to the loop's exception handler or to who brought the item, and costs no other its turn.
     """
 
     def __init__(self, do: Callable[[_T], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._do, self._clock = do, clock
         self._due: deque[_T] = deque()
-        self._awaited = False  # a slice will come
+        self._awaited = False  # a slice will come, or is under way
+        self._rests_since = float("-inf")  # the end of the last one
 
     def __len__(self) -> int:
         return len(self._due)
 
     def add(self, item: _T) -> None:
-        """Do this, behind all others."""
+        """Do this behind all others, once the loop has handled what it is at."""
         self._due.append(item)
         if not self._awaited:
-            self._await_slice()
+            self._awaited = True
+            asyncio.get_running_loop().call_soon(self._slice)
 
     def extend(self, items: Iterable[_T]) -> None:
-        """Do these, in their order."""
+        """Do these behind all others, beginning at once unless a slice has just been."""
         self._due.extend(items)
-        if self._due and not self._awaited:
-            self._await_slice()
-
-    def _await_slice(self) -> None:
+        if self._awaited or not self._due:
+            return
         self._awaited = True
-        asyncio.get_running_loop().call_soon(self._slice)
+        if self._clock() - self._rests_since > SLICE_S:
+            self._slice()
+        else:
+            asyncio.get_running_loop().call_soon(self._slice)
 
     def _slice(self) -> None:
         due, do, clock = self._due, self._do, self._clock
         until, left = clock() + SLICE_S, MOST_ITEMS
         try:
-            while due:
+            while due and left:
                 do(due.popleft())
                 left -= 1
-                if not left or clock() >= until:
+                if not left % LOOK_AFTER and clock() >= until:
                     break
         finally:
-            self._awaited = False
+            self._rests_since = clock()
+            self._awaited = bool(due)
             if due:
-                self._await_slice()
+                asyncio.get_running_loop().call_soon(self._slice)

@@ -74,13 +74,13 @@ def test_a_hundred_workers_that_come_and_go_leave_nothing(redis_server, start_wo
         async with running(redis_server.url, 1, lease_s=LEASE_S) as service:
             metrics = RouterMetrics(service, "m")
             await serve(service)
-            before = entries(service)
+            before = entries(service)  # what is still to be written to Redis included
             for batch in range(BATCHES):
                 await come_and_go(service, lambda number, batch=batch: worker(start_worker, batch, number))
             assert service.counters()["workers_lost"] and service.counters()["workers_refused"]
             assert service.counters()["workers_broken"]
             with redis_server.client() as client:
-                await until(lambda: len(service.loads()) == 1 and entries(service) == before and not mentions(client))
+                await until(lambda: len(service.loads()) == 1 and entries(service) <= before and not mentions(client))
             assert GONE not in metrics.exposition().decode()
             assert len(staying.peers) == 1
 
