@@ -14,6 +14,7 @@ fingerprints of workers that cannot compare.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 
@@ -27,6 +28,7 @@ from xxhash import xxh3_64_intdigest
 _GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _WORDS = 2048  # a program sums up so many: 16 KiB
+_LEAST_PAGES = 1024  # that pinned memory has room for
 _MASK = (1 << 64) - 1
 
 
@@ -69,12 +71,11 @@ def word_sums_triton(pages: Tensor, page_ids: Sequence[int]) -> list[int]:
         return []
     if not pages.is_cuda:
         return [int(total) & _MASK for total in _launch(pages, torch.tensor(page_ids, dtype=torch.int32)).tolist()]
-    listed = torch.tensor(page_ids, dtype=torch.int32).pin_memory()
-    stream = _stream(pages.device)
+    count, stream = len(page_ids), _stream(pages.device)
+    ids, found = _pinned(count)
+    ids.numpy()[:] = page_ids
     with torch.cuda.device(pages.device), torch.cuda.stream(stream):
-        sums = _launch(pages, listed.to(pages.device, non_blocking=True))
-        found = torch.empty(len(page_ids), dtype=torch.int64, pin_memory=True)
-        found.copy_(sums, non_blocking=True)
+        found.copy_(_launch(pages, ids.to(pages.device, non_blocking=True)), non_blocking=True)
         stream.synchronize()
     return [int(total) & _MASK for total in found.tolist()]
 
@@ -88,6 +89,18 @@ def _launch(pages: Tensor, page_ids: Tensor) -> Tensor:
         grid = (len(page_ids) * pieces,)
         _sum_kernel[grid](pages.view(torch.int64), page_ids, partial, words, pages.stride(0) // 8, WORDS=_WORDS)
     return partial.sum(dim=1)
+
+
+def _pinned(count: int) -> tuple[Tensor, Tensor]:
+    """int32 [count] and int64 [count] in this thread's pinned memory: getting new takes as long as the checksums."""
+    kept: tuple[Tensor, Tensor] | None = getattr(_threads, "pinned", None)
+    if kept is None or len(kept[0]) < count:
+        size = max(_LEAST_PAGES, count)
+        kept = _threads.pinned = tuple(torch.empty(size, dtype=t, pin_memory=True) for t in (torch.int32, torch.int64))
+    return kept[0][:count], kept[1][:count]
+
+
+_threads = threading.local()
 
 
 @cache

@@ -48,6 +48,7 @@ __all__ = [
 _POLL_MIN_S, _POLL_MAX_S = 50e-6, 5e-3  # between two looks at copies in flight: 1/32 of the time nothing has moved
 _IDLE_FACTOR = 10  # an idle mover calls `progress` this much less often
 _CPU_BATCH_BYTES, _GPU_BATCH_BYTES = 8 << 20, 64 << 20  # at 13 MB/s a GPU's still lands before it counts as stalled
+_GPU_SEAL_BYTES = 256 << 20  # a GPU's checksums take 0.2 ms to ask for, and 0.1 ms for so much
 _QUICK_S = 2.0  # for how long after a command the mover does not count as idle
 
 
@@ -78,8 +79,10 @@ class PageMover:
         self._transports = {transport.name: transport for transport in transports}
         self._wake = wake
         self._stall_s = stall_s
-        default_bytes = _CPU_BATCH_BYTES if region.device == "cpu" else _GPU_BATCH_BYTES
+        on_cpu = region.device == "cpu"
+        default_bytes = _CPU_BATCH_BYTES if on_cpu else _GPU_BATCH_BYTES
         self._batch_pages = max(1, (batch_bytes or default_bytes) // region.page_bytes)
+        self._seal_pages = self._batch_pages if on_cpu else max(1, _GPU_SEAL_BYTES // region.page_bytes)
         self._by_default = batch_bytes is None
         self._page_bytes = region.page_bytes
         self._checksum = checksum or (lambda pages: checksums(region, pages))
@@ -114,7 +117,7 @@ class PageMover:
 
     def seal(self, job: SealJob) -> None:
         """Queue a checksum job; the pages must not change until it is done."""
-        self._commands.put(lambda: self._turns.start(job.tag, Seal(job, self._batch_pages, self._checksum)))
+        self._commands.put(lambda: self._turns.start(job.tag, Seal(job, self._seal_pages, self._checksum)))
 
     def expect_readers(self) -> None:
         """Peers are about to read from us: be quick to serve them. `seal` has this effect, too."""
