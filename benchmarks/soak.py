@@ -1,11 +1,11 @@
 """A fleet on CPU under load for as long as you like, with everything in it coming and going.
 
-    python benchmarks/soak.py [--minutes 30] [--rate 6] [--warm-up 6000]
+    python benchmarks/soak.py [--minutes 30] [--rate 6] [--warm-up 24000]
 
 Two router processes, one prefill and two decode workers of a tiny model and their Redis. First `--warm-up` requests as
-fast as they go, until the heaps have grown to their size. Then prompts of shared prefixes at `--rate` a second, and
-meanwhile, by a fixed plan over the time: workers are killed with -9, another one joins, leaves in order, joins again
-and is killed, one of the routers is told to end and later killed, Redis is killed twice. At the end
+fast as they go, until the heaps have grown to their size: a router's takes 12,000. Then prompts of shared prefixes at
+`--rate` a second, and meanwhile, by a fixed plan over the time: workers are killed with -9, another one joins, leaves
+in order, joins again and is killed, one of the routers is told to end and later killed, Redis is killed twice. Then
 
 - every answer was exact (Hugging Face's tokens) or a typed error within its deadline; a request whose router was killed
   is asked once more, as a client would (`asked_again_after_a_router_died`; answered then, or the run fails),
@@ -228,7 +228,8 @@ async def soak(running: Fleet, minutes: float, rate: float, prompts: list[list[i
         while True:
             await asyncio.sleep(SAMPLE_S)
             at = time.monotonic() - started
-            found.router_bytes.append((at, router.memory_info().rss))
+            memory = router.memory_info()
+            found.router_bytes.append((at, memory.rss - memory.shared))  # without code, read in as it is first run
             if (used := await asyncio.to_thread(_redis_bytes, running.config.redis_url)) is not None:
                 found.redis_bytes.append((at, used))
 
@@ -286,9 +287,9 @@ def run(minutes: float, rate: float, directory: Path, warming: int = 0) -> dict[
         "typed_errors": dict(found.typed),
         "asked_again_after_a_router_died": found.cut,
         "slowest_s": found.slowest_s,
-        "router_rss_mib": [round(found.router_bytes[i][1] / 2**20, 2) for i in (0, -1)],
+        "router_mib": [round(found.router_bytes[i][1] / 2**20, 2) for i in (0, -1)],
         "redis_used_mib": [round(found.redis_bytes[i][1] / 2**20, 2) for i in (0, -1)],
-        "router_rss_mib_blocks": [[round(at), round(of / 2**20, 2)] for at, of in block_means(found.router_bytes)],
+        "router_mib_blocks": [[round(at), round(of / 2**20, 2)] for at, of in block_means(found.router_bytes)],
         "redis_used_mib_blocks": [[round(at), round(of / 2**20, 3)] for at, of in block_means(found.redis_bytes)],
         "router_memory": router and {**asdict(router), "grows": router.grows},
         "redis_memory": shared and {**asdict(shared), "grows": shared.grows},
@@ -347,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--rate", type=float, default=6.0, help="requests a second")
-    parser.add_argument("--warm-up", type=int, default=6000, help="requests before the time begins")
+    parser.add_argument("--warm-up", type=int, default=24_000, help="requests before the time begins")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/soak-COMMIT.json")
     options = parser.parse_args()
     commit = record.commit()
