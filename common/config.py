@@ -19,6 +19,7 @@ ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHI
 TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
 CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
+TWO_PHASE_MIXED_CHUNK_TOKENS = 160  # 7 ms of an 8B model on an H200, where a decode step takes 5 to 12
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
 
@@ -108,6 +109,11 @@ class WorkerConfig(EngineConfig, FleetConfig):
     metrics_port: int = option(0, "port of the worker's /metrics and /debug pages; 0: any")
     kv_transport: str = option("auto", "how pages move between workers; auto probes", choices=TRANSPORTS)
     kv_checksum: str = option("all", "compare checksums of moved pages: all, sample (1 in 16), off", choices=CHECKSUMS)
+    mixed_chunk_tokens: int | None = option(
+        None,
+        "most prompt tokens in a step that also decodes: with fewer, gaps between tokens are shorter; default: 160 for "
+        "decode workers that serve starts beside prefill workers, else a quarter of max_num_batched_tokens",
+    )
     memory_share: float = option(1.0, "this worker's part of the device's memory budget")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
 
@@ -116,6 +122,8 @@ class WorkerConfig(EngineConfig, FleetConfig):
         _in(self, "role", ROLES)
         _in(self, "kv_transport", TRANSPORTS)
         _in(self, "kv_checksum", CHECKSUMS)
+        if self.mixed_chunk_tokens is not None:
+            _positive(self, "mixed_chunk_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +259,8 @@ class ServeConfig(WorkerConfig, RouterConfig):
         """One worker's share."""
         values = {f.name: getattr(self, f.name) for f in fields(WorkerConfig)}
         values |= {"role": role, "worker_id": worker_id, "device": device, "memory_share": memory_share}
+        if self.prefill_workers and self.mixed_chunk_tokens is None:
+            values["mixed_chunk_tokens"] = TWO_PHASE_MIXED_CHUNK_TOKENS
         return WorkerConfig(**values | {"cpu_threads": threads, "bus_port": 0, "metrics_port": 0})
 
 

@@ -11,5 +11,5 @@ from penstock.kv_transfer.joint import ExchangeJoint
 
 def main(config: WorkerConfig) -> None:
     """Run a decode worker until it is told to stop; raises as `run_worker`."""
-    policy: BatchPolicy = DecodePolicy()
+    policy: BatchPolicy = DecodePolicy(mixed_chunk_tokens=config.mixed_chunk_tokens)
     run_worker(config, ExchangeJoint(config, policy, DecodeRole))

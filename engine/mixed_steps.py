@@ -22,7 +22,7 @@ from penstock.kernels.step_state import begin_mixed, end_step
 from penstock.models.decoder import CausalLM
 
 MAX_PROMPTS = 16  # of a captured shape that also decodes
-_PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
+_PROMPT_TOKENS = (16, 64, 128, 160, 256, 512, 1024)  # 160: chunks beside decodes (common/config.py)
 
 
 class Chunk(NamedTuple):

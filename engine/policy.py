@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Protocol
+
+_ALONE = 4  # times as many prompt tokens in a step that only computes prompts
 
 
 class BatchPolicy(Protocol):
@@ -39,21 +42,23 @@ class PrefillPolicy:
 class DecodePolicy:
     """A decode worker: decodes come first; prompts fill what is left.
 
-    While sequences decode, a step computes at most 1/`smoothing` of the budget in prompt tokens, so that a long prompt
-    stretches the gap between two tokens by a bounded time only. Alone, prompts get the whole budget.
+    While sequences decode, a step computes at most `mixed_chunk_tokens` prompt tokens (None: a quarter of the budget),
+    so that a long prompt stretches the gap between two tokens by a bounded time only. Alone, prompts get four times as
+    much: a hand-off that lands meanwhile waits for the step.
     """
 
     prefill_only: bool = False
-    smoothing: int = 4
+    mixed_chunk_tokens: int | None = None
     gather_share: float = 0.0
 
     def prefill_budget(self, max_num_batched_tokens: int, decode_tokens: int) -> int:
+        chunk = self.mixed_chunk_tokens
         if decode_tokens == 0:
-            return max_num_batched_tokens
-        return min(max(1, max_num_batched_tokens // self.smoothing), max(0, max_num_batched_tokens - decode_tokens))
+            return max_num_batched_tokens if chunk is None else min(_ALONE * chunk, max_num_batched_tokens)
+        return min(chunk or max(1, max_num_batched_tokens // _ALONE), max(0, max_num_batched_tokens - decode_tokens))
 
 
-THROUGHPUT = DecodePolicy(smoothing=1, gather_share=1 / 16)
+THROUGHPUT = DecodePolicy(mixed_chunk_tokens=sys.maxsize, gather_share=1 / 16)
 """For work that is there from the start and of which only the end counts: whole steps, as few mixed ones as pay."""
 
 

@@ -45,6 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         max_num_seqs=options.max_num_seqs,
         token_bytes=options.kv_bytes_per_token,
         rates=_rates(options),
+        mixed_chunk_tokens=options.mixed_chunk_tokens,
     )
     if options.repeat < 1:
         raise ConfigError(f"--repeat must be at least 1, got {options.repeat}")
@@ -77,6 +78,7 @@ def _parser() -> ClientParser:
     parser.add_argument("--repeat", type=int, default=1, help="play the trace so often, each time with new prefixes")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences a worker decodes at once")
     parser.add_argument("--slo-ttft", type=float, default=Slo.ttft_ms, help="milliseconds (default: %(default)s)")
+    parser.add_argument("--mixed-chunk-tokens", type=int, help="most prompt tokens in a step that also decodes")
     parser.add_argument("--slo-tpot", type=float, default=Slo.tpot_ms, help="milliseconds (default: %(default)s)")
     parser.add_argument("--kv-bytes-per-token", type=int, default=LLAMA8B_TOKEN_BYTES, help="(default: %(default)s)")
     for rate in fields(WorkerRates):

@@ -3,6 +3,7 @@
 A policy may be shown a thousand workers for each of a million requests, so it is shown those only that it can choose:
 of workers that hold equally much of the prompt, the ones with the least load (`Policy.load`), and of those that hold
 less, only the ones with less load still. What is left out could not have won; a test compares with the whole fleet.
+(Beside prefill workers it could, rarely: prompts that a decode worker computes count more than they do in its load.)
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class FleetView:
         self._rates = rates
         self._numbers = {info.incarnation: number for number, info in enumerate(infos)}
         self._reserved = [0] * len(workers)
+        self._prompts = [0] * len(workers)  # of those, tokens of prompts to compute
         self._shares = WorkShares()
         for info in infos:
             self._shares.join(info.incarnation)
@@ -94,7 +96,7 @@ class FleetView:
         )
         held = held_pages * info.page_size
         given_ms = self._shares.of(info.incarnation)
-        return Candidate(info, load, held, self._reserved[number], self._rates, given_ms)
+        return Candidate(info, load, held, self._reserved[number], self._rates, given_ms, self._prompts[number])
 
     @property
     def reserved(self) -> int:
@@ -105,9 +107,10 @@ class FleetView:
         """A worker's number."""
         return default if info is None else self._numbers[info.incarnation]
 
-    def reserve(self, number: int, tokens: int) -> None:
-        """Add load, or take it back."""
+    def reserve(self, number: int, tokens: int, *, prompt: bool = False) -> None:
+        """Add load, a prompt's or a sequence's, or take it back."""
         self._reserved[number] += tokens
+        self._prompts[number] += tokens if prompt else 0
         self.changed(number)
 
     def given(self, number: int, work_ms: float) -> None:
@@ -146,7 +149,13 @@ class FleetView:
 
 
 def virtual_infos(
-    workers: int, prefill_workers: int, pages: int, page_tokens: int, token_bytes: int, max_num_seqs: int
+    workers: int,
+    prefill_workers: int,
+    pages: int,
+    page_tokens: int,
+    token_bytes: int,
+    max_num_seqs: int,
+    mixed_chunk_tokens: int,
 ) -> list[WorkerInfo]:
     """What virtual workers say of themselves: numbers below `prefill_workers` are prefill workers."""
     common = WorkerInfo(
@@ -162,6 +171,7 @@ def virtual_infos(
         page_bytes=page_tokens * token_bytes,
         max_model_len=pages * page_tokens,
         max_num_seqs=max_num_seqs,
+        mixed_chunk_tokens=mixed_chunk_tokens,
         vocab_size=1,
     )
     return [

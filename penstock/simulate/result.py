@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ class Slo:
 
     ttft_ms: float = 2000.0
     tpot_ms: float = 100.0  # mean time from token to token
+    gap_ms: float = math.inf  # the longest
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class PolicyResult:
     goodput: float  # such requests a second
     fetched_ratio: float  # of prompt tokens, those read from another worker
     span_s: float  # from the first arrival to the last token
+    handed_off_ratio: float = (
+        0.0  # of requests, those whose prompt another worker computed than the one that decoded them
+    )
+    output_tokens_per_s: float = 0.0
 
 
 def summary(
@@ -60,6 +66,8 @@ def summary(
         slo_attainment=good / len(jobs),
         goodput=good / span_s if span_s else 0.0,
         fetched_ratio=sum(job.fetched_tokens for job in jobs) / prompt,
+        handed_off_ratio=sum(job.prefill != job.decode for job in jobs) / len(jobs),
+        output_tokens_per_s=sum(job.request.output_tokens for job in jobs) / span_s if span_s else 0.0,
         span_s=span_s,
     )
 
@@ -94,6 +102,6 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _within(job: Job, slo: Slo) -> bool:
-    if job.first_ms - job.request.arrival_ms > slo.ttft_ms:
+    if job.first_ms - job.request.arrival_ms > slo.ttft_ms or job.gap_ms > slo.gap_ms:
         return False
     return job.last_ms - job.first_ms <= slo.tpot_ms * (job.request.output_tokens - 1)

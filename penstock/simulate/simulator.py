@@ -10,21 +10,23 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.common.config import TWO_PHASE_MIXED_CHUNK_TOKENS
 from penstock.common.errors import ConfigError
+from penstock.engine.policy import BatchPolicy, DecodePolicy, PrefillPolicy
 from penstock.router.policy import Placement, Policy
 from penstock.router.rates import H200_LLAMA8B, WorkerRates
 from penstock.simulate.fleet_view import FleetView, virtual_infos
 from penstock.simulate.prefix_index import PrefixIndex
 from penstock.simulate.result import PolicyResult, Slo, summary
 from penstock.simulate.trace import TracedRequest
-from penstock.simulate.worker import CHUNK_TOKENS, SMOOTHING, Job, StepTimes, VirtualWorker, decode_work_ms
+from penstock.simulate.worker import STEP_TOKENS, Job, StepTimes, VirtualWorker, decode_work_ms
 
 LLAMA8B_TOKEN_BYTES = 128 << 10  # KV: 32 layers, 8 heads of 128, two bytes, keys and values
 
 
 @dataclass(frozen=True)
 class FleetShape:
-    """The virtual fleet. With `prefill_workers` the others only decode what those compute."""
+    """The virtual fleet. With `prefill_workers` the others decode, and compute the prompts that a policy gives them."""
 
     workers: int
     pages_per_worker: int
@@ -33,20 +35,34 @@ class FleetShape:
     max_num_seqs: int = 256
     token_bytes: int = LLAMA8B_TOKEN_BYTES
     rates: WorkerRates = H200_LLAMA8B
-    max_num_batched_tokens: int = CHUNK_TOKENS  # of prompts in one step
-    smoothing: int = SMOOTHING  # beside sequences that decode it is that many times less
+    max_num_batched_tokens: int = STEP_TOKENS  # of prompts in one step
+    mixed_chunk_tokens: int | None = None  # beside sequences that decode; None: as `penstock serve` sets it
 
     def __post_init__(self) -> None:
-        for name in ("workers", "pages_per_worker", "page_tokens", "max_num_seqs", "token_bytes", "smoothing"):
+        for name in (
+            "workers",
+            "pages_per_worker",
+            "page_tokens",
+            "max_num_seqs",
+            "token_bytes",
+            "max_num_batched_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_num_batched_tokens < self.smoothing:
-            raise ConfigError(f"max_num_batched_tokens must be at least smoothing, {self.smoothing}")
+        if self.mixed_chunk_tokens is not None and self.mixed_chunk_tokens < 1:
+            raise ConfigError(f"mixed_chunk_tokens must be at least 1, got {self.mixed_chunk_tokens}")
         if not 0 <= self.prefill_workers < self.workers:
             raise ConfigError(
                 f"prefill_workers must be from 0 to one less than the {self.workers} workers, "
                 f"got {self.prefill_workers}: every request ends on a decode worker"
             )
+
+    def batch_policy(self, number: int) -> BatchPolicy:
+        """What a worker computes in a step, as `penstock serve` sets it up."""
+        if number < self.prefill_workers:
+            return PrefillPolicy()
+        default = TWO_PHASE_MIXED_CHUNK_TOKENS if self.prefill_workers else None
+        return DecodePolicy(mixed_chunk_tokens=self.mixed_chunk_tokens or default)
 
     @property
     def decode_workers(self) -> int:
@@ -69,8 +85,8 @@ class Simulator:
                 shape.pages_per_worker,
                 shape.max_num_seqs,
                 self._times,
+                shape.batch_policy(number),
                 shape.max_num_batched_tokens,
-                shape.smoothing,
             )
             for number in range(shape.workers)
         ]
@@ -81,6 +97,7 @@ class Simulator:
             shape.page_tokens,
             shape.token_bytes,
             shape.max_num_seqs,
+            shape.batch_policy(shape.prefill_workers).prefill_budget(shape.max_num_batched_tokens, 1),
         )
         self._view = FleetView(self._workers, policy, self._index, infos, shape.rates)
         # (when, order of entry, worker, version of that event, or the job that lands)
@@ -155,7 +172,7 @@ class Simulator:
         view.given(prefill, placement.prefill_ms)
         view.given(decode, placement.decode_ms)
         job.guessed_ms = placement.decode_ms
-        view.reserve(prefill, placement.prefill_tokens)
+        view.reserve(prefill, placement.prefill_tokens, prompt=True)
         job.decode_tokens = placement.decode_tokens
         return job
 
@@ -213,7 +230,7 @@ class Simulator:
 
     def _first_token(self, worker: VirtualWorker, job: Job, now_ms: float) -> None:
         job.first_ms = now_ms
-        self._view.reserve(worker.number, -job.prefill_tokens)
+        self._view.reserve(worker.number, -job.prefill_tokens, prompt=True)
         for page in job.request.pages[job.known_pages :]:
             self._index.add(page, worker.number)
         if job.decode == worker.number:

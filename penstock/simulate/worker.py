@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
+from penstock.engine.policy import BatchPolicy
 from penstock.router.rates import WorkerRates
 from penstock.simulate.page_cache import PageCache
 from penstock.simulate.trace import TracedRequest
 
-CHUNK_TOKENS = 8192  # of a prompt in one step: the engine's default on a GPU
-SMOOTHING = 4  # beside sequences that decode it is that many times less: engine/policy.py's default
+STEP_TOKENS = 8192  # of a prompt in one step: the engine's default on a GPU
 _STEP_ENDS = 1e-6  # of a step: so near to a whole number of them one has just ended
 _NEVER = math.inf
 
@@ -44,7 +45,9 @@ class Job:
     known_pages: int = 0  # from the first: the worker held them already
     started_ms: float = 0.0
     first_ms: float = 0.0
+    joined_ms: float = 0.0
     last_ms: float = 0.0
+    gap_ms: float = 0.0  # the longest between two tokens
 
 
 @dataclass(slots=True)
@@ -78,8 +81,8 @@ class VirtualWorker:
         num_pages: int,
         max_num_seqs: int,
         times: StepTimes,
-        chunk_tokens: int = CHUNK_TOKENS,
-        smoothing: int = SMOOTHING,
+        policy: BatchPolicy,
+        step_tokens: int = STEP_TOKENS,
     ) -> None:
         self.number = number
         self.rates = rates
@@ -93,13 +96,15 @@ class VirtualWorker:
         self.link_free_ms = 0.0
         self.version = 0  # of its next event: older ones are void
         self._max_num_seqs = max_num_seqs
-        self._chunk_tokens, self._smoothing = chunk_tokens, smoothing
+        self._policy, self._step_tokens = policy, step_tokens
+        self._longest: list[tuple[float, float]] = []  # (end, step) in time, without those that a longer one followed
         self._times = times
         self._context_tokens = 0.0
         self._now_ms = 0.0
         self._steps = 0.0  # since the beginning; whole when one has just ended, and whenever nothing runs
         self._chunks_left = 0.0  # of the current prompt
-        self._chunk_ms = 0.0  # computing one of them
+        self._chunk_tokens = 0.0  # in one of them
+        self._chunk_ms = 0.0  # computing it
         self._joined = 0
 
     def advance(self, now_ms: float) -> None:
@@ -114,6 +119,9 @@ class VirtualWorker:
             self._chunks_left -= steps
         if self.running:
             self._times.add(step_ms, steps * len(self.running))
+            while self._longest and self._longest[-1][1] <= step_ms:
+                self._longest.pop()
+            self._longest.append((now_ms, step_ms))
 
     def next_ms(self) -> float:
         """When the current prompt, or a sequence, ends, or the next prompt's pages have come; infinity: never."""
@@ -133,7 +141,7 @@ class VirtualWorker:
 
     def _left_of_step(self) -> float:
         """What is left of the step under way: from 0 to 1."""
-        if not self.running:
+        if not self.running and self.current is None:
             return 0.0
         left = math.ceil(self._steps - _STEP_ENDS) - self._steps
         return left if left > _STEP_ENDS else 0.0
@@ -160,12 +168,16 @@ class VirtualWorker:
         job.started_ms = self._now_ms
         self.admitted += 1
         evicted = self.cache.hold(job.request.pages, job.unnamed)
-        chunk_tokens = self._chunk_tokens // self._smoothing if self.running else self._chunk_tokens
-        chunks = -(-job.computed_tokens // chunk_tokens)
-        self._chunks_left = float(chunks)
-        self._chunk_ms = self.rates.prefill_ms(job.computed_tokens / chunks)
-        self.work_ms += chunks * self._chunk_ms
+        self._cut(job.computed_tokens)
+        self.work_ms += self._chunks_left * self._chunk_ms
         return evicted
+
+    def _cut(self, tokens: float) -> None:
+        """Into chunks: so many tokens are left of the current prompt."""
+        most = self._policy.prefill_budget(self._step_tokens, min(1, len(self.running)))
+        self._chunks_left = float(max(1, math.ceil(tokens / most)))
+        self._chunk_tokens = tokens / self._chunks_left
+        self._chunk_ms = self.rates.prefill_ms(self._chunk_tokens)
 
     def computed(self) -> Job | None:
         """The current prompt, if it is complete now; it is the current one no longer."""
@@ -179,8 +191,15 @@ class VirtualWorker:
         """Decode it from now on; its first token has come."""
         request = job.request
         self._joined += 1
+        job.joined_ms = self._now_ms
+        job.gap_ms = self._now_ms - job.first_ms + self._left_of_step() * self._step_ms()
+        if job.gap_ms > 0:
+            self._times.add(job.gap_ms, 1.0)
         last = math.ceil(self._steps - _STEP_ENDS) + request.output_tokens - 1
         heapq.heappush(self.running, (last, self._joined, job))
+        if self.current is not None and len(self.running) == 1:  # what is left of the prompt is beside others now
+            self._cut(self._chunks_left * self._chunk_tokens)
+            self._steps = float(math.ceil(self._steps - _STEP_ENDS))
         context = _mean_context(request)
         self._context_tokens += context
         self.work_ms += (request.output_tokens - 1) * self.rates.sequences_ms(1, context)
@@ -190,8 +209,12 @@ class VirtualWorker:
         found = []
         while self.running and self.running[0][0] - self._steps <= _STEP_ENDS:
             job = heapq.heappop(self.running)[2]
+            place = bisect_right(self._longest, (job.joined_ms, _NEVER))
+            job.gap_ms = max([job.gap_ms, *(step_ms for _, step_ms in self._longest[place : place + 1])])
             self._context_tokens = self._context_tokens - _mean_context(job.request) if self.running else 0.0
             found.append(job)
+        if not self.running:
+            self._longest.clear()
         return found
 
     def release(self, job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -22,8 +23,13 @@ from tests.engine.test_scheduler import FakeExecutor, joined, make_request, orac
         (DecodePolicy(), 1, 16),
         (DecodePolicy(), 60, 4),
         (DecodePolicy(), 64, 0),
-        (DecodePolicy(smoothing=1), 1, 63),
-        (DecodePolicy(smoothing=100), 1, 1),
+        (DecodePolicy(mixed_chunk_tokens=64), 1, 63),
+        (DecodePolicy(mixed_chunk_tokens=1), 1, 1),
+        (DecodePolicy(mixed_chunk_tokens=10), 0, 40),
+        (DecodePolicy(mixed_chunk_tokens=20), 0, 64),
+        (DecodePolicy(mixed_chunk_tokens=20), 50, 14),
+        (THROUGHPUT, 0, 64),
+        (THROUGHPUT, 1, 63),
     ],
 )
 def test_prompt_tokens_in_a_step(policy: DecodePolicy | PrefillPolicy, decode_tokens: int, expected: int) -> None:
@@ -79,8 +85,8 @@ def run(policy: DecodePolicy, *, num_pages: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("num_pages", [400, 90])  # the batch is bounded by max_num_seqs, or by pages
 def test_gathering_saves_mixed_steps_and_costs_few_others(num_pages: int) -> None:
-    steps, mixed = run(DecodePolicy(smoothing=1), num_pages=num_pages)
-    gathered_steps, gathered_mixed = run(DecodePolicy(smoothing=1, gather_share=0.25), num_pages=num_pages)
+    steps, mixed = run(replace(THROUGHPUT, gather_share=0.0), num_pages=num_pages)
+    gathered_steps, gathered_mixed = run(replace(THROUGHPUT, gather_share=0.25), num_pages=num_pages)
     assert gathered_mixed < mixed / 1.5
     assert gathered_steps < steps * 1.15
 

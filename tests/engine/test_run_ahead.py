@@ -121,7 +121,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, run_ahead: int, num_pages: int, budget: int, seqs: int, caching: bool, gather: float) -> None:
         scheduler = Scheduler(
             PageManager(num_pages, PAGE, caching=caching),
-            DecodePolicy(smoothing=2, gather_share=gather),
+            DecodePolicy(mixed_chunk_tokens=max(1, budget // 2), gather_share=gather),
             max_num_seqs=seqs,
             max_num_batched_tokens=budget,
             max_model_len=num_pages * PAGE,

@@ -199,7 +199,7 @@ def test_decodes_come_before_prompts_and_the_budget_holds() -> None:
     scheduler.add(Request(make_request("long", [2] * 30), 0.0))
     plan = scheduler.plan(0.0)
     assert plan is not None
-    assert [(w.key, w.num_tokens) for w in plan.work] == [("a:0:0", 1), ("long:0:0", 2)]  # 2 = 8 // smoothing
+    assert [(w.key, w.num_tokens) for w in plan.work] == [("a:0:0", 1), ("long:0:0", 2)]  # 2 = 8 // 4
 
 
 def test_a_prefill_worker_keeps_the_pages_of_what_it_hands_off() -> None:

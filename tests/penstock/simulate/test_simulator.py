@@ -74,7 +74,7 @@ def test_a_prompt_begins_when_the_step_under_way_has_ended():
 
 
 def test_chunks_are_shorter_beside_sequences_that_decode():
-    fleet = dataclasses.replace(shape(), max_num_batched_tokens=40, smoothing=4)
+    fleet = dataclasses.replace(shape(), max_num_batched_tokens=40, mixed_chunk_tokens=10)
     result = Simulator(fleet, make_policy("cost")).run([ask(0.0, output=30), ask(0.0)], Slo())
     assert result.ttft_mean_ms == pytest.approx((50 + (50 + 5 * 11)) / 2), "two chunks alone, then five of ten tokens"
     slow_start = dataclasses.replace(fleet, rates=dataclasses.replace(RATES, prefill_step_ms=7.0))
@@ -121,7 +121,8 @@ def test_a_request_waits_for_a_slot_and_for_pages():
     ("wrong", "error"),
     [
         (dict(workers=0), "workers must be at least 1"),
-        (dict(max_num_batched_tokens=3), "at least smoothing, 4"),
+        (dict(max_num_batched_tokens=0), "max_num_batched_tokens must be at least 1"),
+        (dict(mixed_chunk_tokens=0), "mixed_chunk_tokens must be at least 1"),
         (dict(pages_per_worker=0), "pages_per_worker must be at least 1"),
         (dict(prefill_workers=2), "from 0 to one less than the 2 workers"),
         (dict(prefill_workers=-1), "from 0 to one less than the 2 workers"),
