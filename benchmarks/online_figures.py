@@ -19,7 +19,12 @@ TOKEN_IDS = (10, 100000)  # prompts are drawn from these
 # What a request must keep to count for goodput, beside its load's time to first token.
 TPOT_MS, GAP_MS = 25.0, 100.0
 SHRUNK_REQUESTS, SHRUNK_BY = 12, 32  # of a load on a CPU
-FLEET_NAMES = {"loads": "1 + 1", "one_phase": "two one-phase"}  # by key of the result file
+FLEET_NAMES = {  # by key of the result file
+    "loads": "1 + 1",
+    "one_phase": "two one-phase",
+    "handed_off": "simulated, all handed off",
+    "balanced": "simulated",
+}
 _COLUMNS = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "itl_max", "out_tok_s", "goodput")
 
 

@@ -7,6 +7,10 @@
           + waiting for a slot or for pages, if there are none   room_ms
           + what the pages it displaces are worth                evict_ms
           + what it was given beyond its share                   share_ms
+          + computing it where others decode, if that is taken   beside_ms
+
+Beside prefill workers the decode worker is one more place to compute a prompt: in small chunks, which take longer and
+hold up others' tokens, so that it is taken when the queues of the prefill workers are long, and not without one.
 
 A prompt's missing prefix is computed, read together with the hand-off, or (where workers can do so) read from a worker
 that holds it; the cheapest counts. So a prefix that many ask for is computed once, and copied wherever a queue in front
@@ -19,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from penstock.router.expected import held_context, room_ms
+from penstock.router.expected import computing_ms, held_context, room_ms
 from penstock.router.policy import (
     EXPECTED_OUTPUT_TOKENS,
     Candidate,
@@ -40,6 +44,7 @@ class CostWeights:
     decode: float = 0.05  # a millisecond between tokens, times expected tokens, against one before the first token
     evict: float = 8.0  # how often a page is asked for again, against the share of tokens that hit now
     share: float = 0.1  # a millisecond of work that a worker was given more than others
+    beside: float = 1.3  # a millisecond of computing a prompt beside sequences that decode, whose gaps it stretches
 
 
 DEFAULT_WEIGHTS = CostWeights()
@@ -61,22 +66,25 @@ class CostPolicy(Policy):
         decoders, prefillers = by_role(facts, candidates)
         sources = self._sources(candidates)
         choosy = {decode for _, decode in facts.avoid_pairs}
-        remote: dict[tuple[str, str], _Priced | None] = {}  # the cheapest prefill worker, for decoders that are alike
+        remote: dict[tuple[str, str], _Elsewhere | None] = {}  # for decoders that are alike
         best: tuple[tuple[float, int, str], Candidate, _Priced] | None = None
         for decoder in decoders:
             fingerprint = decoder.worker.fingerprint
             incarnation = decoder.worker.incarnation
             kind = fingerprint, incarnation if incarnation in choosy else ""
             if kind not in remote:
-                remote[kind] = self._cheapest(facts, decoder, prefillers, sources.get(fingerprint))
-            priced = remote[kind] if worth_a_handoff(facts, decoder, min_remote_prefill_tokens) else None
-            if priced is None:
-                priced = self._price(facts, decoder, sources.get(fingerprint))
-                cost = priced.cost_ms
-            else:
+                remote[kind] = self._elsewhere(facts, decoder, prefillers, sources.get(fingerprint))
+            elsewhere = remote[kind] if worth_a_handoff(facts, decoder, min_remote_prefill_tokens) else None
+            priced = self._price(facts, decoder, sources.get(fingerprint))
+            cost = priced.cost_ms
+            if elsewhere is not None:
                 lacking = decoder.lacks(facts)
-                cost = priced.cost_ms + _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
-                cost += decoder.rates.move_ms(lacking * _token_bytes(decoder))
+                taking_ms = _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
+                taking_ms += decoder.rates.move_ms(lacking * _token_bytes(decoder))
+                cost += self._beside_ms(decoder, priced.tokens) + elsewhere.share_ms - self._share_ms(decoder)
+                cost = max(cost, elsewhere.idle_ms + taking_ms)
+                if elsewhere.now_ms + taking_ms <= cost:
+                    priced, cost = elsewhere.cheapest, elsewhere.cheapest.cost_ms + taking_ms
             cost += self._decode_ms(facts, decoder) + room_ms(facts, decoder)
             rank = (cost, decoder.load.running, decoder.worker.worker_id)
             if best is None or rank < best[0]:
@@ -105,27 +113,44 @@ class CostPolicy(Policy):
                 found[candidate.worker.fingerprint] = candidate
         return found
 
-    def _cheapest(
+    def _elsewhere(
         self, facts: RequestFacts, decoder: Candidate, prefillers: Sequence[Candidate], source: Candidate | None
-    ) -> _Priced | None:
+    ) -> _Elsewhere | None:
         priced = [self._price(facts, p, source) for p in pairs(facts, decoder, prefillers)]
-        return min(priced, key=lambda p: (p.cost_ms, p.at.worker.worker_id), default=None)
+        if not priced:
+            return None
+        cheapest = min(priced, key=lambda p: (p.cost_ms, p.at.worker.worker_id))
+        queue_ms = cheapest.at.rates.prefill_ms(cheapest.at.prompt_tokens)
+        return _Elsewhere(
+            cheapest,
+            cheapest.cost_ms - _queue_ms(cheapest.at) + queue_ms,
+            min(p.cost_ms - _queue_ms(p.at) for p in priced),
+            min(self._share_ms(p.at) for p in priced),
+        )
 
     def _price(self, facts: RequestFacts, worker: Candidate, source: Candidate | None) -> _Priced:
         """Computing the prompt at `worker`, reading from `source` what that makes cheaper."""
         lacking = worker.lacks(facts)
         cost = worker.rates.prefill_ms(lacking)
-        use = None
+        use, tokens = None, lacking
         if source is not None and source is not worker and source.held_tokens > worker.held_tokens:
             rest = source.lacks(facts)
             rate = min(worker.rates.link_bytes_per_s, source.rates.link_bytes_per_s)
             moved_ms = worker.rates.link_setup_ms + (lacking - rest) * _token_bytes(worker) * 1e3 / rate
             if (read := moved_ms + worker.rates.prefill_ms(rest)) < cost:
-                cost, use = read, source
-        return _Priced(worker, use, self._base_ms(worker) + cost + self._evict_ms(facts, worker, lacking))
+                cost, use, tokens = read, source, rest
+        return _Priced(worker, use, tokens, self._base_ms(worker) + cost + self._evict_ms(facts, worker, lacking))
+
+    def _beside_ms(self, worker: Candidate, tokens: int) -> float:
+        """What computing them in chunks, behind the prompts that wait there, takes more than in whole steps at once."""
+        chunks_ms = computing_ms(worker, worker.prompt_tokens + tokens)
+        return max(0.0, self._weights.beside * chunks_ms - worker.rates.prefill_ms(tokens))
 
     def _base_ms(self, worker: Candidate) -> float:
-        return _queue_ms(worker) + self._weights.share * worker.given_ms
+        return _queue_ms(worker) + self._share_ms(worker)
+
+    def _share_ms(self, worker: Candidate) -> float:
+        return self._weights.share * worker.given_ms
 
     def _decode_ms(self, facts: RequestFacts, worker: Candidate) -> float:
         return self._step_ms(worker, 1, facts.num_tokens)
@@ -145,7 +170,18 @@ class _Priced:
 
     at: Candidate
     source: Candidate | None
+    tokens: int  # to compute
     cost_ms: float
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """The prefill workers that can hand a prompt to a decode worker."""
+
+    cheapest: _Priced
+    now_ms: float  # its cost, by reservations alone: a report may tell of a queue that has gone since
+    idle_ms: float  # the least cost if none had a queue
+    share_ms: float  # the least: what one worker was given more counts among workers of one role only
 
 
 def _queue_ms(worker: Candidate) -> float:

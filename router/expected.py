@@ -41,14 +41,14 @@ def expected(
     facts: RequestFacts, decoder: Candidate, computing: Candidate, source: Candidate | None = None
 ) -> Expected:
     """For a prompt that `computing` works on, with the pages of `source` if given, and that `decoder` goes on with."""
-    prefill_ms = computing.rates.prefill_ms((source or computing).lacks(facts))
+    prefill_ms = computing_ms(computing, (source or computing).lacks(facts))
     if source is not None:
         moved = computing.lacks(facts) - source.lacks(facts)
         prefill_ms += computing.rates.move_ms(moved * computing.worker.page_bytes / computing.worker.page_size)
     room = room_ms(facts, decoder)
     sequences = max(decoder.load.running, decoder.placed) + 1
     tpot_ms = decoder.rates.step_ms(sequences, held_context(decoder) + facts.num_tokens)
-    return Expected(computing.rates.prefill_ms(computing.prompt_tokens) + room, room, prefill_ms, tpot_ms)
+    return Expected(computing_ms(computing, computing.prompt_tokens) + room, room, prefill_ms, tpot_ms)
 
 
 def of_placement(facts: RequestFacts, chosen: Placement, candidates: Sequence[Candidate]) -> Expected:
@@ -64,18 +64,28 @@ def quickest(
 ) -> Placement | None:
     """Where the first token would come soonest, at whatever cost to others; None: no decode worker takes requests."""
     decoders, prefillers = by_role(facts, candidates)
-    soonest = sorted(prefillers, key=lambda c: c.rates.prefill_ms(c.prompt_tokens) + c.rates.prefill_ms(c.lacks(facts)))
-    best: tuple[tuple[float, str], Candidate, Candidate] | None = None
+    soonest = sorted(prefillers, key=lambda c: computing_ms(c, c.prompt_tokens) + computing_ms(c, c.lacks(facts)))
+    best: tuple[tuple[float, bool, str], Candidate, Candidate] | None = None
     for decoder in decoders:
-        remote = worth_a_handoff(facts, decoder, min_remote_prefill_tokens)
-        computing = next(pairs(facts, decoder, soonest), decoder) if remote else decoder
-        rank = (expected(facts, decoder, computing).ttft_ms, decoder.worker.worker_id)
-        if best is None or rank < best[0]:
-            best = rank, decoder, computing
+        worth = worth_a_handoff(facts, decoder, min_remote_prefill_tokens)
+        elsewhere = next(pairs(facts, decoder, soonest), None) if worth else None
+        for computing in (decoder,) if elsewhere is None else (elsewhere, decoder):
+            ttft_ms = expected(facts, decoder, computing).ttft_ms
+            rank = (ttft_ms, computing is decoder, decoder.worker.worker_id)
+            if best is None or rank < best[0]:
+                best = rank, decoder, computing
     if best is None:
         return None
     _, decoder, computing = best
     return placement(facts, decoder, None if computing is decoder else computing)
+
+
+def computing_ms(worker: Candidate, tokens: int) -> float:
+    """Computing so many tokens of prompts: beside sequences that decode in chunks, each of which moves them all on."""
+    sequences, chunk = max(worker.load.running, worker.placed), worker.worker.mixed_chunk_tokens
+    if worker.worker.role == "prefill" or not sequences or not chunk:
+        return worker.rates.prefill_ms(tokens)
+    return worker.rates.mixed_ms(tokens, chunk, sequences, held_context(worker))
 
 
 def held_context(worker: Candidate) -> float:

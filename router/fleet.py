@@ -170,10 +170,12 @@ class Fleet:
         return any(self.health.usable(other, now) for other in others)
 
     def measure(self) -> None:
-        """Now and then: what a worker has not measured itself yet is what others of its role have."""
+        """Now and then: what a worker has not measured itself yet is what others of its role have, else of the fleet: a
+        decode worker may have computed no prompt so far."""
+        everyone = typical(member.load.rates for member in self._members.values())
         for role in ("prefill", "decode"):
             members = [member for member in self._members.values() if member.worker.role == role]
-            self._typical[role] = typical(member.load.rates for member in members)
+            self._typical[role] = typical((member.load.rates for member in members), everyone)
             for member in members:
                 member.rates = measured(member.load.rates, self._typical[role])
 

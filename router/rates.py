@@ -45,6 +45,12 @@ class WorkerRates:
         """Reading pages from another worker."""
         return self.link_setup_ms + size_bytes * 1e3 / self.link_bytes_per_s
 
+    def mixed_ms(self, tokens: float, chunk_tokens: int, sequences: float, context_tokens: float) -> float:
+        """Computing so many tokens of prompts in steps of `chunk_tokens` that also move these sequences on."""
+        chunks = math.ceil(tokens / chunk_tokens)
+        step_ms = self.prefill_step_ms + self.sequences_ms(sequences, context_tokens)
+        return chunks * step_ms + tokens * 1e3 / self.prefill_tokens_per_s
+
     def step_ms(self, sequences: float, context_tokens: float) -> float:
         """One decode step of so many sequences with so many tokens of context between them."""
         return self.decode_step_ms + self.sequences_ms(sequences, context_tokens)
@@ -66,8 +72,8 @@ def measured(reported: MeasuredRates, otherwise: WorkerRates) -> WorkerRates:
     return replace(otherwise, **known) if known else otherwise
 
 
-def typical(reported: Iterable[MeasuredRates]) -> WorkerRates:
-    """What to take for a worker that has measured nothing: the mean of those that have, else `H200_LLAMA8B`.
+def typical(reported: Iterable[MeasuredRates], otherwise: WorkerRates = H200_LLAMA8B) -> WorkerRates:
+    """What to take for a worker that has measured nothing: the mean of those that have, else `otherwise`.
 
     A default in between would make a new worker of a slow fleet look idle for ever, and of a fast one useless.
     """
@@ -76,7 +82,7 @@ def typical(reported: Iterable[MeasuredRates]) -> WorkerRates:
     for deciding, names in _TOGETHER.items():
         known = [row for row in rows if getattr(row, deciding) > 0]
         mean |= {name: sum(getattr(row, name) for row in known) / len(known) for name in names if known}
-    return measured(msgspec.convert(mean, MeasuredRates), H200_LLAMA8B)
+    return measured(msgspec.convert(mean, MeasuredRates), otherwise)
 
 
 _TOGETHER = {  # measured together, as the first of them tells

@@ -70,6 +70,7 @@ DISCOVER_FIRST_S = 0.1  # while no worker is known
 
 _COUNTED = (
     *("requests", "finished", "failed", "token_batches"),
+    *("prompts_at_prefill_workers", "prompts_at_decode_workers"),
     *("workers_lost", "workers_refused", "template_mismatches"),
 )
 
@@ -257,6 +258,9 @@ class RouterService:
                 address = self._addresses.get(command.incarnation)
                 if address is not None:  # else its WorkerDown was just handled
                     self._links[address].send(command.message)
+                    if isinstance(command, SendSubmit):
+                        role = "decode" if command.message.prefill is None else "prefill"
+                        self._counters[f"prompts_at_{role}_workers"] += 1
             elif isinstance(command, Served):
                 self._health.served(command.decode, command.prefill, command.handed_off, time.monotonic())
             elif isinstance(command, Blame):

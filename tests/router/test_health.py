@@ -135,7 +135,7 @@ def test_a_pair_fails_as_a_pair():
 @pytest.mark.parametrize("policy", [CostPolicy(), LeastLoadPolicy()])
 def test_policies_avoid_bad_pairs(policy):
     fleet = [candidate("d1"), candidate("d2", queued_tokens=5000), candidate("p1", "prefill")]
-    fleet.append(candidate("p2", "prefill", queued_tokens=1000))
+    fleet.append(candidate("p2", "prefill", queued_tokens=100))
     assert names(policy.choose(RequestFacts(1000), fleet)) == ("d1", "p1")
     avoid = frozenset({("p1-1", "d1-1")})
     assert names(policy.choose(RequestFacts(1000, avoid_pairs=avoid), fleet)) == ("d1", "p2")

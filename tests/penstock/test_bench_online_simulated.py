@@ -1,0 +1,36 @@
+"""benchmarks/online_simulated.py: its rates are what was recorded, and with the defaults every mark is in reach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import online_simulated
+from benchmarks.online_figures import PEERS
+
+
+def test_chunks_and_prompts_take_what_was_recorded() -> None:
+    recorded = {"ttft_128_ms": 6.0, "ttft_512_ms": 12.0, "ttft_2048_ms": 48.0}
+    rates = online_simulated.rates(recorded, 2048, 160)
+    assert rates.prefill_ms(160) == pytest.approx(6.5) and rates.prefill_ms(2048) == pytest.approx(48.0)
+
+
+def test_the_decode_worker_takes_what_the_prefill_worker_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The load of the third row is more than one prefill worker can compute."""
+    out = tmp_path / "record.json"
+    online_simulated.main(["--out", str(out)])
+    record = json.loads(out.read_text())
+    marks = json.loads((PEERS / "marks-2xh200-online.json").read_text())
+    for name, found in record["balanced"].items():
+        for key, mark in marks[name]["first mark"].items():
+            better = found[key] >= mark if key in ("goodput", "out_tok_s") else found[key] <= mark
+            assert better, (name, key, found[key], mark)
+    assert record["handed_off"]["W1@24"]["goodput"] < 0.5
+    assert all(found["handed_off"] == 1.0 for found in record["handed_off"].values())
+    shares = [record["balanced"][name]["handed_off"] for name in ("W1@8", "W1@16", "W1@24")]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.9
+    assert "W2@6" in capsys.readouterr().out
