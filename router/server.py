@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
 READY_POLL_S = 0.05
+FLUSH_POLL_S = 0.02
 LOOKS = 10  # for unread answers, in the time that one may be
 TOLD = 5  # addresses of a warning
 # Objects of requests are freed by their counts, so the collector finds little; Python's own limits would have it look
@@ -63,7 +65,7 @@ class RouterServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=FLUSH_S,
+                timeout_graceful_shutdown=FLUSH_S,  # of tasks without a connection; those have had as long before
             )
         )
         self._app, self._service, self._drain_s = app, service, config.drain_s
@@ -113,14 +115,9 @@ class RouterServer(uvicorn.Server):
         """An open request of such a connection ends as if its client had hung up: its worker frees it at once."""
         waiting = {each: size for each in self.server_state.connections if (size := waiting_bytes(each.transport))}
         unread = self._unread.look(waiting, now)
-        for connection in unread:
-            cut(connection.transport)
         if unread:
             self._app.state.metrics.connections_cut["unread"] += len(unread)
-            hosts = ", ".join(sorted({f"{each.client[0]}" for each in unread if each.client})[:TOLD])
-            size, limit_s = sum(waiting[each] for each in unread), self._write_timeout_s
-            what = f"{len(unread)} connections cut whose clients ({hosts}) took nothing of their answers"
-            log.warning("%s for %g s: %d bytes were waiting", what, limit_s, size)
+            _cut_and_tell(unread, f"took nothing of their answers for {self._write_timeout_s:g} s")
 
     def _can_answer(self) -> bool:
         """It knows its workers, and nothing of the start will hold up what it answers."""
@@ -136,7 +133,32 @@ class RouterServer(uvicorn.Server):
             await asyncio.wait({drain}, timeout=0.1)
         drain.cancel()
         await asyncio.gather(drain, return_exceptions=self.force_exit)
+        if drain.cancelled():
+            await self._service.stop(0.0)
+        await self._flush()
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn then leaves the application where it is, to be cancelled with a traceback
+            await self.lifespan.shutdown()
+
+    async def _flush(self) -> None:
+        """Let clients take what waits for them, then cut the others: uvicorn would cancel the tasks that write it."""
+        for connection in self.server_state.connections.copy():
+            connection.shutdown()  # once its answer is out
+        await asyncio.sleep(FLUSH_POLL_S)  # those that have nothing to write close now
+        deadline = time.monotonic() + FLUSH_S
+        while self.server_state.connections and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(FLUSH_POLL_S)
+        if left := list(self.server_state.connections):
+            _cut_and_tell(left, "had not all of their answers when this router ended")
+
+
+def _cut_and_tell(connections: Sequence[Any], why: str) -> None:
+    """`why`: what is said of their clients."""
+    size = sum(waiting_bytes(each.transport) for each in connections)
+    hosts = ", ".join(sorted({f"{each.client[0]}" for each in connections if each.client})[:TOLD])
+    for each in connections:
+        cut(each.transport)
+    log.warning("%d connections cut whose clients (%s) %s: %d bytes were waiting", len(connections), hosts, why, size)
 
 
 def serve(config: RouterConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from penstock.router import server
 from penstock.router.unread import Unread, waiting_bytes
 from tests.router.fake_router import Router, running, say
 
@@ -32,11 +33,12 @@ def test_nothing_taken_for_the_limit() -> None:
     assert unread.look({"b": 9}, 31.0) == []  # it had everything between
 
 
-def until(check: Callable[[], Any]) -> None:
+def until(check: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + 60
-    while not check():
+    while not (found := check()):
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.01)
+    return found
 
 
 def test_what_the_kernel_holds_counts_until_the_client_takes_it() -> None:
@@ -130,3 +132,25 @@ def test_a_request_that_is_under_way_is_given_up(strict: Router) -> None:
         until(lambda: len(service.cancelled) == CHOICES)
     service.pause_after = None
     service.quiet.clear()
+
+
+@pytest.mark.parametrize("impatient", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_router_that_ends_cuts_who_does_not_read_and_says_so(
+    stream: bool, impatient: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a traceback; a second SIGINT waits for nobody."""
+    monkeypatch.setattr(server, "FLUSH_S", 600.0 if impatient else 0.1)
+    with running(send_buffer=1) as router:
+        router.service.script, router.service.step = say(TEXT), 50
+        client = ask(router, BODY | {"stream": stream})
+        [connection] = until(lambda: list(router.server.server_state.connections))
+        until(lambda: waiting_bytes(connection.transport) and not router.service._tasks)
+        caplog.clear()
+        router.server.force_exit = impatient
+    [told] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "1 connections cut whose clients (127.0.0.1) had not all of their answers" in told.message
+    assert not router.server.server_state.tasks
+    with client, pytest.raises(ConnectionError):
+        while client.recv(1 << 16):
+            pass
