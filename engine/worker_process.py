@@ -95,14 +95,20 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         if registry is not None:
             registry.close()
         status.close()
-        clean = role.close()
-        bus.close()
-        loop.close()
-        if not clean:
-            logger.warning("leaving with a copy in flight")
-            logging.shutdown()
-            os._exit(0 if sys.exc_info()[0] is None else 1)
-        built.engine.close()
+        _take_down(built, bus, loop, role)
+
+
+def _take_down(built: BuiltEngine, bus: BusServer, loop: WorkerLoop, role: Role) -> None:
+    """End what computes and speaks. With a copy in flight the process is left at once: the mover's thread goes on and
+    may wake the loop, and a device that does not end the copy may not end a step either."""
+    clean = role.close()
+    bus.close()
+    if not clean:
+        logger.warning("leaving with a copy in flight")
+        logging.shutdown()
+        os._exit(0 if sys.exc_info()[0] is None else 1)
+    loop.close()
+    built.engine.close()
 
 
 def _worker_info(
