@@ -183,12 +183,15 @@ def test_nobody_loses_what_is_less_than_an_equal_share(
 
 @pytest.mark.asyncio
 async def test_nothing_outlives_its_time(redis_server: RedisServer) -> None:
-    async with opened(redis_server, response_ttl_s=0.02) as store:
-        await store.keep(A, Stored(b"body", streamed=True), EVENTS[0])
-        await until(lambda: body_of(store, A), None)
-        await store.keep(("", "b"), Stored(b"body"))  # takes what is over out of the total
-        assert await store._redis.client.zrange(f"{store._namespace}:responses", 0, -1) == [b":b"]
-        await until(lambda: store._redis.client.keys(f"{store._namespace}:*"), [])
+    async with opened(redis_server, response_ttl_s=0.02) as short, opened(redis_server, short._namespace) as long:
+        await short.keep(A, Stored(b"body", streamed=True), EVENTS[0])
+        await until(lambda: body_of(short, A), None)
+        await until(lambda: short._redis.client.keys(f"{short._namespace}:*"), [])
+        await long.keep(("", "b"), Stored(b"body"))
+        await short.keep(A, Stored(b"body"))
+        await until(lambda: body_of(short, A), None)
+        await long.keep(("", "c"), Stored(b"body"))  # takes what is over out of the total
+        assert await what_is_held(long) == {("", "b"): 5, ("", "c"): 5}
 
 
 @pytest.mark.asyncio
