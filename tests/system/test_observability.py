@@ -69,9 +69,9 @@ def observed(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> It
         yield (one := Observed(running, output, collector))
     # The routers leave first, and say so; then the workers, to each other. Nobody takes anybody for lost.
     records = one.records()
-    leaving = [record["message"] for record in records if record["message"].startswith("peer router-")]
-    assert len(leaving) == len(running.placements) and all(message.endswith(" has left") for message in leaving)
-    assert [record for record in records if record["level"] == "WARNING"] == []
+    left = [number for number, record in enumerate(records) if record["message"].startswith("peer router-")]
+    assert len(left) == len(running.placements) and all(records[n]["message"].endswith(" has left") for n in left)
+    assert [record for record in records[left[0] :] if record["level"] == "WARNING"] == []
 
 
 @pytest.fixture(scope="module")
