@@ -90,3 +90,8 @@ class Facts:
     locked_kib: int = 0  # memory that may be pinned; -1: no limit
     cores: int = 1
     memory_gib: float = 0.0
+
+    @property
+    def routers_only(self) -> bool:
+        """Penstock was installed without its extra `worker`."""
+        return not self.versions.get("torch")

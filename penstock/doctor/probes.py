@@ -22,7 +22,6 @@ from typing import Any
 from penstock.common.bus_access import resolve_bind
 from penstock.common.errors import ConfigError
 from penstock.doctor.facts import Facts, Gpu, GpuPair, PortFact, RedisFact
-from penstock.doctor.links import measure_all
 from penstock.placement import available_cores
 from penstock.private_redis import find_redis_server
 
@@ -49,16 +48,31 @@ def gather(
     environ: Mapping[str, str],
     tell: Callable[[str], None],
 ) -> Facts:
-    """All facts. `http` and `bus`: host and port that would be listened on. `tell` hears what takes long."""
+    """All facts, or those that bear on a router where no worker can run.
+
+    `http` and `bus`: host and port that would be listened on. `tell` hears what takes long.
+    """
+    facts = Facts(
+        python=sys.version_info[:3],
+        versions={name: version_of(name) for name in PACKAGES},
+        redis=given_redis(redis_url) if redis_url else private_redis(),
+        ports=(listen("HTTP port", *http),),
+        cores=available_cores(),
+        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        **limits(),
+    )
+    if facts.routers_only:
+        return facts
+    from penstock.doctor.links import measure_all
+
     tell("looking at torch and CUDA")
     found = torch_facts()
     gpus: tuple[Gpu, ...] = found.get("gpus", ())
     nixl_error, ucx_modules = _nixl()
     if gpus:
         tell("compiling a kernel")
-    return Facts(
-        python=sys.version_info[:3],
-        versions={name: version_of(name) for name in PACKAGES},
+    return replace(
+        facts,
         driver=driver_version(),
         cards=_cards(Path("/sys/bus/pci/devices")),
         hidden=environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
@@ -71,12 +85,8 @@ def gather(
         rdma_devices=_names("/sys/class/infiniband"),
         links=measure_all(len(gpus), tell) if measure_links else (),
         links_skipped=not measure_links,
-        redis=given_redis(redis_url) if redis_url else private_redis(),
-        ports=(listen("HTTP port", *http), listen_for_bus(*bus, cluster_key)),
-        cores=available_cores(),
-        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        ports=(*facts.ports, listen_for_bus(*bus, cluster_key)),
         **found,
-        **limits(),
     )
 
 

