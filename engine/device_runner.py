@@ -82,6 +82,7 @@ class Event:
     """Marks a point in the device's stream; on CPU everything has happened already."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def record(self) -> None:
@@ -93,8 +94,15 @@ class Event:
         return self._event is None or bool(self._event.query())
 
     def synchronize(self) -> None:
+        """Wait until it has been passed; in a thread that works with the device."""
         if self._event is not None:
             self._event.synchronize()
+
+    def wait(self) -> None:
+        """The same in any thread: in one without a device CUDA would open a context on the first, half a GiB there."""
+        if self._event is not None:
+            with torch.cuda.device(self._device):
+                self._event.synchronize()
 
 
 class _Submitted:
@@ -117,7 +125,7 @@ class _Submitted:
         return self._arrived.query()
 
     def wait(self) -> None:
-        self._arrived.synchronize()
+        self._arrived.wait()
 
     def result(self) -> StepResult:
         """Wait for the step's tokens. Raises what the device reports, whichever earlier step caused it."""

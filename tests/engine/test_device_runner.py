@@ -5,9 +5,13 @@ Without a GPU one small run goes through Triton's interpreter: the same code but
 
 from __future__ import annotations
 
+import contextlib
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from penstock.engine import build
 from penstock.engine.batch_state import BatchState
 from penstock.engine.build import BuiltEngine, attention_backend
 from penstock.engine.decode_graphs import batch_sizes
-from penstock.engine.device_runner import DeviceRunner
+from penstock.engine.device_runner import DeviceRunner, Event
 from penstock.engine.memory import Limits, largest_step
 from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, Shape, captured_shapes, crowds, lay_out
 from penstock.engine.plan import SequenceStart
@@ -240,3 +244,41 @@ def test_vllm_names_of_attention_backends(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "NONSENSE")
     with pytest.raises(ConfigError, match="VLLM_ATTENTION_BACKEND NONSENSE is not known"):
         attention_backend("AUTO")
+
+
+def test_a_step_is_waited_for_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that waits does nothing else with CUDA, whose current device in it is the first one."""
+    current, waited = [0], []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(synchronize=lambda: waited.append(current[0])))
+    Event(torch.device("cuda", 1)).wait()
+    Event(torch.device("cpu")).wait()
+    assert (waited, current) == ([1], [0])
+
+
+WAITS_ON_THE_SECOND = """
+import threading, torch
+from penstock.engine.device_runner import Event
+device = torch.device("cuda", 1)
+with torch.cuda.device(device):
+    event = Event(device)
+    torch.zeros(1, device=device)
+    event.record()
+thread = threading.Thread(target=event.wait)
+thread.start()
+thread.join()
+assert event.query() and torch._C._cuda_hasPrimaryContext(1) and not torch._C._cuda_hasPrimaryContext(0)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_who_waits_for_a_step_of_the_second_device_leaves_the_first_alone() -> None:
+    subprocess.run([sys.executable, "-c", WAITS_ON_THE_SECOND], check=True, timeout=120)
