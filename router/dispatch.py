@@ -204,11 +204,11 @@ class Dispatcher:
             raise InvalidTransition(f"{choice.key}: {choice.story()}")
         action(self, choice, event, now)
 
-    def _place(self, choice: Choice, now: float, lost: str = "") -> None:
+    def _place(self, choice: Choice, now: float, lost: Lost = Lost("")) -> None:  # noqa: B008 - frozen
         choice.state = State.PLACING
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        place = Place(choice.as_it_stands(), frozenset(choice.failed), choice.source, choice.tenant, choice.since, lost)
-        self._commands.append(place)
+        request, avoid, why = choice.as_it_stands(), frozenset(choice.failed), (lost.reason, lost.leaves)
+        self._commands.append(Place(request, avoid, choice.source, choice.tenant, choice.since, *why))
 
     def _placed(self, choice: Choice, event: Placed, now: float) -> None:
         placement = event.placement
@@ -258,7 +258,7 @@ class Dispatcher:
         elif choice.attempt - choice.moves + 1 < self._max_attempts:
             self.retries += 1
             choice.attempt += 1
-            self._place(choice, now, event.reason)
+            self._place(choice, now, event)
         elif self._live:
             lost = WorkerLost(f"gave up after {self._max_attempts} attempts: {event.reason}")
             self._fail(choice, event.error or lost)
@@ -348,7 +348,8 @@ class Dispatcher:
         if choice.placement is not None and isinstance(error, InternalError):
             self._commands.append(Blame(choice.placement.decode.incarnation, finish.message or "a request failed"))
         if finish.retryable or finish.reason == "abort":
-            self._apply(choice, Lost(finish.message or "its worker aborted it", error=error), now)
+            reason, leaves = finish.message or "its worker aborted it", finish.code == Unavailable.code
+            self._apply(choice, Lost(reason, leaves=leaves, error=error), now)
         else:
             self._fail(choice, error or InternalError("a worker failed without saying why"))
 

@@ -115,6 +115,7 @@ class Place(msgspec.Struct, frozen=True):
     tenant: str = ""
     since: float = 0.0  # when the request came
     lost: str = ""  # why it needs workers again
+    worker_leaves: bool = False  # which is why, and no fault
 
 
 class Dequeue(msgspec.Struct, frozen=True):

@@ -36,6 +36,7 @@ class Lost:
     reason: str
     abort: bool = False
     blameless: bool = False  # the decode worker is not why
+    leaves: bool = False  # its worker is about to leave: nothing is wrong
     error: PenstockError | None = None  # what the client hears when the attempts are used up
 
 

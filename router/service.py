@@ -250,7 +250,8 @@ class RouterService:
         for command in commands:
             if isinstance(command, Place):
                 if command.lost:
-                    log.warning("trying again: %s", command.lost, extra=about(command.request))
+                    level = logging.INFO if command.worker_leaves else logging.WARNING
+                    log.log(level, "trying again: %s", command.lost, extra=about(command.request))
                 self._spawn(self._turns.place(command), f"place {command.request.request_id}")
             elif isinstance(command, Dequeue):
                 self._turns.forget((command.request_id, command.choice))

@@ -58,7 +58,7 @@ class FakeWorker:
         self.steps = 0
         self.answers_heartbeats = True
         self._handed_off = False
-        self.fails = False  # every request, with an error that another worker may not have
+        self.fails = ""  # every request, with an error of this code that another worker may not have
         self.local_prefill = False  # whether hand-offs to it fail
         self.rates = rates
         self.cached_tokens = 0  # what it says to have found of every prompt
@@ -165,7 +165,7 @@ class FakeWorker:
         if submit.source is not None:
             self.sources.append(submit.source.incarnation)
         if self.fails:
-            finish = Finish(reason="error", code="internal_error", message="it fails", retryable=True)
+            finish = Finish(reason="error", code=self.fails, message="it fails", retryable=True)
             end = TokenDelta(
                 request.request_id, request.attempt, request.choice, len(request.output_token_ids), [], finish
             )

@@ -91,7 +91,7 @@ def worker(start_worker: Callable[..., FakeWorker], batch: int, number: int) -> 
     """Of every kind: prefill and decode workers, of another model, and some that fail."""
     role, fingerprint = ("prefill" if number % 3 == 0 else "decode"), ("g" if number % 5 == 1 else "f")
     one = start_worker(f"{GONE}{batch}-{number}", role, lease_s=LEASE_S, fingerprint=fingerprint)
-    one.fails = number % 5 == 2
+    one.fails = "internal_error" if number % 5 == 2 else ""
     return one
 
 

@@ -209,9 +209,28 @@ def test_a_worker_that_hangs_is_taken_out_until_it_goes_on(redis_server, start_w
     play(scenario())
 
 
+@pytest.mark.parametrize(("code", "level"), [("unavailable", "INFO"), ("internal_error", "WARNING")])
+def test_only_what_is_wrong_with_a_worker_is_a_warning(redis_server, start_worker, caplog, code, level):
+    """One that drains may refuse what was sent before its router heard of it."""
+    caplog.set_level("INFO")
+    refusing, _ = start_worker("d1"), start_worker("d2")
+    refusing.fails = code
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            sinks = [await send(service, request(f"r{i}")) for i in range(10)]
+            await ended(*sinks)
+            assert all(sink.complete() for sink in sinks)
+            assert service.counters()["retries"] == len(refusing.submitted) > 0
+
+    play(scenario())
+    told = [record.levelname for record in caplog.records if record.message.startswith("trying again: it fails")]
+    assert told == [level] * len(refusing.submitted)
+
+
 def test_a_worker_that_fails_is_left_alone_and_tried_again(redis_server, start_worker):
     bad, good = start_worker("d1"), start_worker("d2")
-    bad.fails = True
+    bad.fails = "internal_error"
 
     async def scenario() -> None:
         async with running(redis_server.url, 2) as service:
@@ -224,7 +243,7 @@ def test_a_worker_that_fails_is_left_alone_and_tried_again(redis_server, start_w
                 assert number < 100
             assert service.counters()["workers_broken"] == 1 and len(bad.submitted) == 3
             assert "next try in" in service.states()[bad.info.incarnation].reason
-            bad.fails = False
+            bad.fails = ""
             while service.states()[bad.info.incarnation].state != "up":  # after the back-off
                 sink = await send(service, request(f"r{number}"))
                 await ended(sink)
