@@ -181,22 +181,22 @@ class Responses:
 
     async def _cancel(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         key = _key(scope)
-        running = self._running.get(key)
+        running = await self._made_here(key)
         if running is not None:
             await running.cancel()
-            await send_json(send, _json(running.format.response), headers)
-            return
-        bell = asyncio.Event()
-        async with self._store.changes(key, bell):
-            if await self._store.wish(key, "cancel") == "told":
-                await self._wait_until_over(key, bell)
-        stored = await self._store.get(key)
-        response = msgspec.json.decode(stored.body)
+            body = _json(running.format.response)
+        else:
+            bell = asyncio.Event()
+            async with self._store.changes(key, bell):
+                if await self._store.wish(key, "cancel") == "told":
+                    await self._wait_until_over(key, bell)
+            body = (await self._store.get(key)).body
+        response = msgspec.json.decode(body)
         if not response["background"]:
             raise BadRequest("only responses created with background=true can be cancelled")
         if response["status"] != "cancelled":
             raise BadRequest(f"the response {key[1]!r} is over, with status {response['status']!r}")
-        await send_json(send, stored.body, headers)
+        await send_json(send, body, headers)
 
     async def _wait_until_over(self, key: ResponseKey, bell: asyncio.Event) -> None:
         """Until the router that makes a response has ended it; it is gone when its lease is."""

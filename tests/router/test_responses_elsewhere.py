@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from penstock.router.responses.store import ResponseStore
 from tests.conftest import RedisServer
 from tests.router.fake_router import ANSWER, Router, running
 
@@ -76,6 +80,28 @@ def test_the_background(here: Router, there: Router) -> None:
     assert found.output_text == ANSWER
     with pytest.raises(openai.BadRequestError, match="over, with status 'completed'"):
         there.openai.responses.cancel(done.id)
+
+
+def test_who_cancels_too_late_is_told_so_by_the_router_that_makes_it(
+    here: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status is final, and it is still being stored."""
+    keep, keeping, may_keep = ResponseStore.keep, threading.Event(), threading.Event()
+
+    async def slowly(self: ResponseStore, *args: Any) -> None:
+        keeping.set()
+        await asyncio.to_thread(may_keep.wait, 60)
+        await keep(self, *args)
+
+    monkeypatch.setattr(ResponseStore, "keep", slowly)
+    response = create(here, background=True)
+    assert keeping.wait(60)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(here.openai.responses.cancel, response.id)
+        eventually(lambda: here.server.server_state.tasks, bool)
+        may_keep.set()
+        with pytest.raises(openai.BadRequestError, match="over, with status 'completed'"):
+            asked.result()
 
 
 def test_what_is_deleted_stays_so_when_redis_had_lost_it(
