@@ -81,7 +81,7 @@ class CostPolicy(Policy):
                 lacking = decoder.lacks(facts)
                 taking_ms = _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
                 taking_ms += decoder.rates.move_ms(lacking * _token_bytes(decoder))
-                cost += self._beside_ms(decoder, priced.tokens) + elsewhere.share_ms - self._share_ms(decoder)
+                cost += self._beside_ms(decoder, priced.tokens) + elsewhere.standing_ms - self._share_ms(decoder)
                 cost = max(cost, elsewhere.idle_ms + taking_ms)
                 if elsewhere.now_ms + taking_ms <= cost:
                     priced, cost = elsewhere.cheapest, elsewhere.cheapest.cost_ms + taking_ms
@@ -125,7 +125,7 @@ class CostPolicy(Policy):
             cheapest,
             cheapest.cost_ms - _queue_ms(cheapest.at) + queue_ms,
             min(p.cost_ms - _queue_ms(p.at) for p in priced),
-            min(self._share_ms(p.at) for p in priced),
+            min(self._share_ms(p.at) + self._evict_ms(facts, p.at, p.at.lacks(facts)) for p in priced),
         )
 
     def _price(self, facts: RequestFacts, worker: Candidate, source: Candidate | None) -> _Priced:
@@ -181,7 +181,7 @@ class _Elsewhere:
     cheapest: _Priced
     now_ms: float  # its cost, by reservations alone: a report may tell of a queue that has gone since
     idle_ms: float  # the least cost if none had a queue
-    share_ms: float  # the least: what one worker was given more counts among workers of one role only
+    standing_ms: float  # the least of share and evict, which choose among prefill workers, not between them and others
 
 
 def _queue_ms(worker: Candidate) -> float:

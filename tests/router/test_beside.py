@@ -30,8 +30,8 @@ def place(
     return Candidate(info, load, held, queued, RATES, given_ms, queued)
 
 
-def local(tokens: int, fleet: list[Candidate], policy: CostPolicy | None = None) -> bool:
-    chosen = (policy or CostPolicy()).choose(RequestFacts(tokens), fleet)
+def local(tokens: int, fleet: list[Candidate], hit_share: float = 0.0) -> bool:
+    chosen = CostPolicy().choose(RequestFacts(tokens, hit_share=hit_share), fleet)
     assert chosen is not None
     return chosen.prefill is None
 
@@ -69,9 +69,10 @@ def test_what_it_holds_counts():
     assert not local(100, [place("d", "decode", running=4, held=40), place("p", "prefill", queued=50, held=80)])
 
 
-def test_what_roles_were_given_is_not_compared():
+def test_what_roles_were_given_and_displace_is_not_compared():
     decode, prefill = place("d", "decode", running=4), place("p", "prefill", queued=20, given_ms=1e6)
     assert not local(100, [decode, prefill])
+    assert not local(100, [decode, prefill], hit_share=0.9), "a hand-off displaces pages twice; time decides"
     prefill = place("p", "prefill", queued=200)
     assert local(100, [dataclasses.replace(decode, given_ms=1e6), prefill])
 
@@ -96,23 +97,26 @@ def fleets(draw: Any, most_queued: int = 2000) -> list[Candidate]:
     return some("decode") + some("prefill")
 
 
-@given(fleets(), st.integers(1, 1000), st.integers(0, 2), st.integers(1, 2000))
+HIT_SHARES = st.sampled_from([0.0, 0.3, 0.9])
+
+
+@given(fleets(), st.integers(1, 1000), HIT_SHARES, st.integers(0, 2), st.integers(1, 2000))
 def test_a_longer_queue_never_speaks_against_the_decode_worker(
-    fleet: list[Candidate], tokens: int, which: int, more: int
+    fleet: list[Candidate], tokens: int, hit_share: float, which: int, more: int
 ):
-    if local(tokens, fleet):
+    if local(tokens, fleet, hit_share):
         prefillers = [c for c in fleet if c.worker.role == "prefill"]
         one = prefillers[which % len(prefillers)]
         longer = dataclasses.replace(
             one, reserved_tokens=one.reserved_tokens + more, prompt_tokens=one.prompt_tokens + more
         )
-        assert local(tokens, [longer if c is one else c for c in fleet])
+        assert local(tokens, [longer if c is one else c for c in fleet], hit_share)
 
 
-@given(fleets(most_queued=0), st.integers(1, 1000))
-def test_without_a_queue_every_prompt_is_handed_off(fleet: list[Candidate], tokens: int):
+@given(fleets(most_queued=0), st.integers(1, 1000), HIT_SHARES)
+def test_without_a_queue_every_prompt_is_handed_off(fleet: list[Candidate], tokens: int, hit_share: float):
     if all(c.held_tokens < tokens for c in fleet if c.worker.role == "decode"):
-        assert not local(tokens, fleet)
+        assert not local(tokens, fleet, hit_share)
 
 
 @given(fleets(), st.integers(1, 1000))
