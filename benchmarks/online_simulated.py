@@ -5,7 +5,8 @@
 
 Each load is played twice: `balanced` as the cost policy places prompts, `handed_off` with every prompt computed by the
 prefill worker. Rates are those that h200.py recorded, a line through two lengths of prompt: a step with a chunk,
-and the load's whole prompts, as the simulator knows no prompts that are slower for their length. Keys as in online.py.
+and the load's whole prompts, as the simulator knows no prompts that are slower for their length. The link is NVLink as
+transfer.py recorded it. Keys as in online.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from penstock.simulate.trace import TracedRequest
 
 RATES_FROM = RESULTS / "h200-6dff87d.json"
 SHORT, LONGER = 128, 512  # recorded prompts, between which a chunk lies
+LINK_BYTES_PER_S = 319e9  # 2048 tokens in pages of 64: transfer-20f2bda.json
 PAGE_TOKENS, NUM_PAGES = 64, 13_000  # of an 8B model on an H200, with the default flags
 TABLE = ("W1@8", "W1@16", "W1@24", "W2@2", "W2@4", "W2@6")
 
@@ -40,7 +42,9 @@ def rates(recorded: Mapping[str, float], prompt_tokens: int, chunk_tokens: int) 
     chunk_ms = short_ms + (longer_ms - short_ms) * (chunk_tokens - SHORT) / (LONGER - SHORT)
     token_ms = (recorded[f"ttft_{prompt_tokens}_ms"] - chunk_ms) / (prompt_tokens - chunk_tokens)
     return WorkerRates(
-        prefill_tokens_per_s=1e3 / token_ms, prefill_step_ms=max(0.0, chunk_ms - chunk_tokens * token_ms)
+        prefill_tokens_per_s=1e3 / token_ms,
+        prefill_step_ms=max(0.0, chunk_ms - chunk_tokens * token_ms),
+        link_bytes_per_s=LINK_BYTES_PER_S,
     )
 
 
