@@ -99,7 +99,7 @@ class Event:
             self._event.synchronize()
 
     def wait(self) -> None:
-        """The same in any thread: in one without a device CUDA would open a context on the first, half a GiB there."""
+        """The same in any thread: in a new one CUDA would open a context on the first device, and take memory there."""
         if self._event is not None:
             with torch.cuda.device(self._device):
                 self._event.synchronize()
