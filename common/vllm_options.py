@@ -153,8 +153,9 @@ _WHY_NOT: Mapping[str, str] = {
     "prompts are text or token ids": "enable-prompt-embeds",
     "the scheduler has one form": """
         enable-chunked-prefill async-scheduling scheduling-policy scheduler-cls scheduler-reserve-full-isl
-        max-num-partial-prefills max-long-partial-prefills long-prefill-token-threshold num-scheduler-steps
-        use-v2-block-manager""",
+        num-scheduler-steps use-v2-block-manager""",
+    "--mixed-chunk-tokens bounds the prompt tokens in a step that also decodes": """
+        max-num-partial-prefills max-long-partial-prefills long-prefill-token-threshold""",
     "page hashes are the same in every process, and there is one kind": "prefix-caching-hash-algo",
     "--kv-cache-memory-bytes says how large the pool is": "num-gpu-blocks-override",
     "it is the router's: give it to penstock serve or penstock router": """
