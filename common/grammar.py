@@ -70,7 +70,7 @@ class Grammars:
         self._compiled: OrderedDict[bytes, Future[LLMatcher]] = OrderedDict()
 
     def prepare(self) -> Future[LLTokenizer]:
-        """Begin with the vocabulary: whoever calls this early spares the first form the wait, and everybody the pause.
+        """Begin with the vocabulary: whoever waits for this before serving spares everybody a pause.
 
         llguidance holds the interpreter's lock all the while. The future raises what the first form would.
         """

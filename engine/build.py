@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -83,7 +84,7 @@ def build_engine(
         torch.set_num_threads(config.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
     load_tokenizer = tokenizer or partial(Tokenizer.load, config.model)
     grammars = Grammars(load_tokenizer, spec.vocab_size, spec.eos_token_ids)
-    grammars.prepare()  # beside the weights
+    vocabulary = grammars.prepare()  # beside the weights
     model = load_model(
         path,
         spec,
@@ -119,6 +120,7 @@ def build_engine(
     logger.info("%d pages of %d tokens (%.2f GiB), context %d", num_pages, page_size, size_gib, max_model_len)
     executor = _executor(config, model, pool, replace(limits, max_model_len=max_model_len), progress)
     engine = Engine(scheduler, executor, constraints=Constraints(grammars))
+    wait_for([vocabulary])  # else the first steps would stand still; who demands a form is told what it raised
     return BuiltEngine(engine, spec, pool, max_model_len, hash_scope, fingerprint)
 
 

@@ -28,7 +28,6 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig, tenant_of
 from penstock.common.errors import BadRequest, ConfigError, NotFound, Unauthorized
 from penstock.common.generation_defaults import GenerationDefaults
-from penstock.common.tasks import end_tasks
 from penstock.common.tokenizer import Tokenizer
 from penstock.common.version import __version__
 from penstock.router.anthropic.answer import anthropic_error
@@ -49,6 +48,7 @@ from penstock.router.openapi import GUARDED, openapi_document
 from penstock.router.protocol import fields_of
 from penstock.router.reply import Plan, Receive
 from penstock.router.responses.routes import Responses
+from penstock.router.structured import Forms
 from penstock.router.token_routes import detokenize, tokenize
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MODEL_POLL_S = 0.05
 # The page brings all it needs: nothing is loaded from elsewhere, and nobody may frame it.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -134,6 +133,7 @@ def create_app(
         defaults=defaults or GenerationDefaults(),
         metrics=RouterMetrics(service, models[0]),
         models=models,
+        forms=Forms(tokenizer),
         chat=ChatSetup.load(config, tokenizer, template),
         seeds=random.Random(config.seed + group.index if config.seed else None),
         observers=[*([RequestLog()] if RequestLog.wanted() else []), *([tracing] if tracing else [])],
@@ -144,12 +144,11 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await front.forms.prepare()
         await service.start()
-        preparing = app.state.preparing = asyncio.get_running_loop().create_task(_prepare_forms(front))
         try:
             yield
         finally:
-            await end_tasks({preparing})
             front.forms.close()
             await responses.close()
             if not getattr(app.state, "service_stopped", False):  # under a server other than ours
@@ -198,13 +197,6 @@ def _tracing(endpoint: str) -> Tracing | None:
     except ImportError as error:
         raise ConfigError(f"--otlp-traces-endpoint needs penstock[otel]: {error}") from error
     return Tracing(endpoint)
-
-
-async def _prepare_forms(front: Front) -> None:
-    """Before the first request that demands a form, as soon as it is known what the workers serve."""
-    while (model := front.service.model_info()) is None:
-        await asyncio.sleep(MODEL_POLL_S)
-    await front.forms.prepare(front.tokenizer, model)
 
 
 def _add_information(app: FastAPI, front: Front, group: Group) -> None:

@@ -74,8 +74,8 @@ class Front:
     defaults: GenerationDefaults
     metrics: RouterMetrics
     models: tuple[str, ...]  # names clients may use; the first is shown
+    forms: Forms
     chat: ChatSetup = field(default_factory=ChatSetup)
-    forms: Forms = field(default_factory=Forms)
     outbox: Outbox = field(default_factory=Outbox)
     created: int = field(default_factory=lambda: int(time.time()))
     seeds: random.Random = field(default_factory=random.Random)
@@ -120,7 +120,7 @@ class Front:
         """Raise BadRequest for a form that no output can be given; `field` has asked for it, if not the request's."""
         if request.structured_outputs is not None:
             field = field or request.form_field
-            await self.forms.check(request.structured_outputs, field, self.tokenizer, self.model_info())
+            await self.forms.check(request.structured_outputs, field)
 
     async def in_thread(self, work: Callable[[], _T], size_chars: int) -> _T:
         """The result of `work`, computed in a thread if it is long."""

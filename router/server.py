@@ -83,7 +83,7 @@ class RouterServer(uvicorn.Server):
         except OSError as error:
             raise ConfigError(f"cannot listen on {ADMIN_HOST} port {self._admin_port}: {error}") from error
         await super().startup([admin])
-        while self._shares_port and not self._can_answer() and not self.should_exit:
+        while self._shares_port and not self._service.ready() and not self.should_exit:
             await asyncio.sleep(READY_POLL_S)
         if self.should_exit:
             return
@@ -118,10 +118,6 @@ class RouterServer(uvicorn.Server):
         if unread:
             self._app.state.metrics.connections_cut["unread"] += len(unread)
             _cut_and_tell(unread, f"took nothing of their answers for {self._write_timeout_s:g} s")
-
-    def _can_answer(self) -> bool:
-        """It knows its workers, and nothing of the start will hold up what it answers."""
-        return self._service.ready() and self._app.state.preparing.done()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """After SIGTERM or SIGINT; a second SIGINT cuts the drain short."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -16,9 +16,6 @@ from penstock.common.errors import BadRequest
 from penstock.common.grammar import GrammarError, Grammars
 from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from penstock.router.service import ModelInfo
 
 MAX_FORM_CHARS = 16 << 20  # of a form, times choices: each choice has its own
 _GUIDED = ("json", "regex", "choice", "grammar", "json_object")
@@ -121,23 +118,27 @@ class FormFields(msgspec.Struct, kw_only=True):
 
 
 class Forms:
-    """Compiles the forms that are asked for, in a thread, and remembers the latest: is there such an output?"""
+    """Compiles the forms that are asked for, in a thread, and remembers the latest: is there such an output?
 
-    def __init__(self) -> None:
-        self._grammars: Grammars | None = None
+    The tokenizer's vocabulary will do for that: a model's has more tokens at most, which stand for no text.
+    """
 
-    async def prepare(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
-        """Prepare for a model's vocabulary, in the thread: before there are requests that it would hold up."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._grammars = Grammars(lambda: tokenizer, tokenizer.vocab_size, end, masks=False)
+
+    async def prepare(self) -> None:
+        """Prepare the vocabulary, before there are streams that would stand still meanwhile."""
         with contextlib.suppress(GrammarError):  # whoever demands a form will be told
-            await asyncio.wrap_future(self._for(tokenizer, model).prepare())
+            await asyncio.wrap_future(self._grammars.prepare())
 
-    async def check(self, form: StructuredOutputsParams, field: str, tokenizer: Tokenizer, model: ModelInfo) -> None:
+    async def check(self, form: StructuredOutputsParams, field: str) -> None:
         """Return if the workers can follow the form.
 
         Raises:
             BadRequest: they cannot; the message names the field, and the keyword of a schema.
         """
-        compiled = asyncio.wrap_future(self._for(tokenizer, model).compile(form))
+        compiled = asyncio.wrap_future(self._grammars.compile(form))
         try:
             await asyncio.shield(compiled)  # others may wait for the same form
         except GrammarError as error:
@@ -145,11 +146,4 @@ class Forms:
 
     def close(self) -> None:
         """End the thread."""
-        if self._grammars is not None:
-            self._grammars.close()
-
-    def _for(self, tokenizer: Tokenizer, model: ModelInfo) -> Grammars:
-        if self._grammars is None:
-            eos = list(model.eos_token_ids)
-            self._grammars = Grammars(lambda: tokenizer, model.vocab_size, eos, masks=False)
-        return self._grammars
+        self._grammars.close()

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLTokenizer
 
+from penstock.common import grammar
 from penstock.common.config import EngineConfig
 from penstock.common.messages import GenerateRequest
 from penstock.common.sampling import SamplingParams
 from penstock.common.structured_outputs import StructuredOutputsParams
 from penstock.common.tokenizer import Tokenizer
-from penstock.engine import constraints
+from penstock.engine import build, constraints
 from penstock.engine.build import BuiltEngine, build_engine
 from penstock.engine.constraints import Constraint
+from penstock.engine.core import Engine
 from penstock.engine.policy import THROUGHPUT
 from tests.engine.engines import make_engine, request, run
 from tests.schemas import random_schema, validate
@@ -99,17 +102,30 @@ def expected(path: Path, tokenizer: Tokenizer) -> Iterator[dict[str, list[int]]]
         built.engine.close()
 
 
-def test_the_vocabulary_does_not_wait_for_the_first_form(path: Path) -> None:
-    loaded = threading.Event()
+def test_the_vocabulary_is_prepared_before_there_are_steps_that_would_pause(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the weights, but the engine is there only once it is done."""
+    done: list[str] = []
+    prepare, make, made = grammar.make_vocabulary, build.Engine, threading.Event()
 
-    def load() -> Tokenizer:
-        loaded.set()
-        return Tokenizer.load(str(path))
+    def prepare_late(*arguments: Any, **options: Any) -> LLTokenizer:
+        assert made.wait(60)
+        vocabulary = prepare(*arguments, **options)
+        done.append("prepared")
+        return vocabulary
 
+    def told_make(*arguments: Any, **options: Any) -> Engine:
+        made.set()
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(grammar, "make_vocabulary", prepare_late)
+    monkeypatch.setattr(build, "Engine", told_make)
     config = EngineConfig(model=str(path), device="cpu", max_model_len=64, kv_cache_memory_bytes=1 << 20)
-    built = build_engine(config, THROUGHPUT, tokenizer=load)
-    assert loaded.wait(30)
+    built = build_engine(config, THROUGHPUT)
+    done.append("built")
     built.engine.close()
+    assert done == ["prepared", "built"]
 
 
 @pytest.mark.parametrize("kind", ["a step behind", "preempted"])

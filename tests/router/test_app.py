@@ -14,11 +14,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from llguidance import LLTokenizer
 
+from penstock.common import grammar
 from penstock.common.errors import Overloaded, PenstockError, QueueTimeout, Unavailable, WorkerLost
-from penstock.common.grammar import Grammars
 from penstock.common.messages import Finish, GenerateRequest, TokenDelta
-from tests.router.fake_router import ANSWER, SPANS, Router, delta, ids_of, running, say
+from tests.router.fake_router import ANSWER, SPANS, FakeService, Router, delta, ids_of, running, say
 
 BODY = {"prompt": "the water", "max_tokens": 99}
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
@@ -82,18 +83,26 @@ def test_keys() -> None:
             openai.OpenAI(base_url=f"{router.url}/v1", api_key="x", max_retries=0).models.list()
 
 
-def test_forms_are_prepared_for_before_anybody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = threading.Event()
-    begin = Grammars.prepare
+def test_the_vocabulary_is_prepared_before_there_are_workers_whose_streams_would_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    prepare, start = grammar.make_vocabulary, FakeService.start
 
-    def prepare(grammars: Grammars) -> Any:
-        future = begin(grammars)
-        future.add_done_callback(lambda _: prepared.set())
-        return future
+    def told_prepare(*arguments: Any, **options: Any) -> LLTokenizer:
+        vocabulary = prepare(*arguments, **options)
+        done.append("prepared")
+        return vocabulary
 
-    monkeypatch.setattr(Grammars, "prepare", prepare)
+    async def told_start(service: FakeService) -> None:
+        done.append("started")
+        await start(service)
+
+    monkeypatch.setattr(grammar, "make_vocabulary", told_prepare)
+    monkeypatch.setattr(FakeService, "start", told_start)
     with running() as router:
-        assert prepared.wait(60) and router.service.requests == []
+        assert router.post("/v1/completions", BODY | {"structured_outputs": {"regex": "a+"}}).status_code == 200
+    assert done == ["prepared", "started"]
 
 
 def test_request_ids(router: Router) -> None:

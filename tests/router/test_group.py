@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -10,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from penstock.common.config import RouterConfig
 from penstock.common.errors import ConfigError
 from penstock.private_redis import free_port
-from penstock.router import app
 from penstock.router.app import create_app
 from penstock.router.group import Group, merged
 from penstock.router.server import RouterServer
@@ -65,34 +64,38 @@ def test_a_shared_port_that_is_taken_is_said_and_nothing_is_left_open() -> None:
     socket.create_server(("127.0.0.1", admin)).close()
 
 
-def test_a_process_is_not_well_before_it_takes_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_takes_no_connections_before_it_knows_its_workers() -> None:
     """The launcher asks at the admin port, and says that all are ready."""
-    prepared = threading.Event()
-
-    async def prepare(front: object) -> None:
-        await asyncio.to_thread(prepared.wait, 60)
-
-    monkeypatch.setattr(app, "_prepare_forms", prepare)
     port, admin = free_port("127.0.0.1"), free_port("127.0.0.1")
     config = RouterConfig(port=port, admin_port=admin, group_ports=(str(admin), "1"), redis_url=NO_REDIS)
     service: Any = FakeService()
+    service.is_ready = False
     server = RouterServer(create_app(service, config, byte_level()), service, config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         early = _health(admin)
-        assert early.status_code == 503 and "port is not open" in early.text
+        assert early.status_code == 503 and "no decode worker" in early.text
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
-        prepared.set()
+        service.is_ready = True
         deadline = time.monotonic() + 60
         while _health(admin).status_code != 200:
             assert time.monotonic() < deadline
         socket.create_connection(("127.0.0.1", port)).close()
     finally:
-        prepared.set()
         server.should_exit = True
         thread.join()
+
+
+def test_a_process_is_not_well_before_its_shared_port_is_open() -> None:
+    config = RouterConfig(port=2, admin_port=1, group_ports=("1", "2"), redis_url=NO_REDIS)
+    application = create_app(FakeService(), config, byte_level())  # type: ignore[arg-type]
+    client = TestClient(application)
+    answer = client.get("/health")
+    assert answer.status_code == 503 and "port is not open" in answer.text
+    application.state.takes_connections = True  # server.py's part
+    assert client.get("/health").status_code == 200
 
 
 def _health(port: int) -> httpx.Response:
