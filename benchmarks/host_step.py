@@ -48,6 +48,11 @@ class Done:
     def __init__(self, result: StepResult) -> None:
         self._result = result
 
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
+
     def result(self) -> StepResult:
         return self._result
 

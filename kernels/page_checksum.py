@@ -75,8 +75,10 @@ def word_sums_triton(pages: Tensor, page_ids: Sequence[int]) -> list[int]:
     ids, found = _pinned(count)
     ids.numpy()[:] = page_ids
     with torch.cuda.device(pages.device), torch.cuda.stream(stream):
-        found.copy_(_launch(pages, ids.to(pages.device, non_blocking=True)), non_blocking=True)
-        stream.synchronize()
+        try:
+            found.copy_(_launch(pages, ids.to(pages.device, non_blocking=True)), non_blocking=True)
+        finally:
+            stream.synchronize()  # the next list goes where this one is read from
     return [int(total) & _MASK for total in found.tolist()]
 
 

@@ -217,5 +217,7 @@ class Lender:
 
     def _end(self, loan: Loan) -> None:
         loan.ended = True
-        if not self._pages.table(loan.holder):  # there is nothing to say PagesLanded of
-            self._loans.pop((loan.identity, loan.key), None)
+        # Without pages there is nothing to say PagesLanded of. The name may be a newer loan's by now.
+        name = loan.identity, loan.key
+        if not self._pages.table(loan.holder) and self._loans.get(name) is loan:
+            del self._loans[name]
