@@ -1,8 +1,9 @@
 """Least squares over a stream: coefficients, none below 0, of y = c . x, in which older observations count less. Pure.
 
 Workers estimate their own speed with it (common/rate_estimator.py). The normal equations are kept, not the points, so
-an observation costs the same whatever came before. Features that always occur together cannot be told apart: a small
-ridge then divides what they take among them, and what is predicted of such points is right all the same.
+an observation costs the same whatever came before. Features that always occur together cannot be told apart: small
+ridges then divide what they take among them, most to the least, and what is predicted of such points is right all the
+same.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_RIDGE = 1e-6  # of a feature's own sum of squares
+RIDGE = 1e-6  # of a feature's own sum of squares
 _WILD = 4.0  # a value so many times what was expected counts as only so much: a stopped process is not a slow one
 
 
 class LeastSquares:
-    """`num_features` features; an observation weighs half after `half_life` more."""
+    """`num_features` features; an observation weighs half after `half_life` more. `ridges`: a feature's each."""
 
-    def __init__(self, num_features: int, half_life: float) -> None:
+    def __init__(self, num_features: int, half_life: float, ridges: Sequence[float] = ()) -> None:
         self._size = num_features
+        self._ridges = ridges or (RIDGE,) * num_features
         self._keep = math.exp(-math.log(2) / half_life)
         self._products = [[0.0] * num_features for _ in range(num_features)]  # sum of x x^T, the lower triangle
         self._targets = [0.0] * num_features  # sum of x y
@@ -66,7 +68,7 @@ class LeastSquares:
             for b in range(a + 1):
                 value = self._products[i][free[b]] / (scales[a] * scales[b])
                 value -= sum(row[k] * lower[b][k] for k in range(b)) if b < a else sum(v * v for v in row)
-                row.append(value / lower[b][b] if b < a else math.sqrt(max(value + _RIDGE, _RIDGE)))
+                row.append(value / lower[b][b] if b < a else math.sqrt(max(value + self._ridges[i], RIDGE)))
             lower.append(row)
             rest = self._targets[i] / scales[a] - sum(row[k] * known[k] for k in range(a))
             known.append(rest / row[a])

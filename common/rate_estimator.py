@@ -5,27 +5,29 @@ A step is modelled as
     ms = base + prompt (if it computes some) + tokens of prompts + sequences + tokens of context
 
 each with a coefficient, found by least squares in which a step weighs half after `HALF_LIFE` more; a read of pages as
-setup + bytes. Nothing is told before there are enough of a kind, so that a router can go on with what it knows of
-others (router/rates.py).
+setup + bytes. Where steps are too much alike to tell these apart, a prompt's time is its tokens' (else prompts of one
+length would seem to cost hardly more together than alone), and a read's its bytes'. Nothing is told before there are
+enough of a kind, so that a router can go on with what it knows of others (router/rates.py).
 """
 
 from __future__ import annotations
 
-from penstock.common.least_squares import LeastSquares
+from penstock.common.least_squares import RIDGE, LeastSquares
 from penstock.common.messages import MeasuredRates
 
 HALF_LIFE = 500.0  # steps, reads
 WARM_UP_STEPS = 16  # not counted: the first ones compile kernels and touch memory for the first time
 ENOUGH_STEPS = 8  # with a prompt, and without one
 ENOUGH_READS = 4
+_ELSE = 100 * RIDGE  # of what tokens and bytes are not told from
 
 
 class RateEstimator:
     """One worker's rates. Used in the loop's thread."""
 
     def __init__(self) -> None:
-        self._steps = LeastSquares(5, HALF_LIFE)
-        self._reads = LeastSquares(2, HALF_LIFE)
+        self._steps = LeastSquares(5, HALF_LIFE, (_ELSE, _ELSE, RIDGE, _ELSE, _ELSE))
+        self._reads = LeastSquares(2, HALF_LIFE, (_ELSE, RIDGE))
         self._seen = 0
         self._prompts = 0
         self._decodes = 0

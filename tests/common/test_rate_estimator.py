@@ -103,3 +103,27 @@ def test_what_has_not_happened_is_not_known():
     step = rates.decode_step_ms + 3 * rates.decode_sequence_ms + 100 * rates.decode_context_ms
     assert step == pytest.approx(5.0, rel=1e-3)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(rates), type=MeasuredRates) == rates
+
+
+def test_prompts_that_are_all_alike_cost_by_their_tokens():
+    """Nothing tells then what a step takes beside them; a queue of ten takes ten times as long all the same."""
+    estimator = RateEstimator()
+    for _ in range(WARM_UP_STEPS + 50):
+        estimator.step(2048, 1, 2048, 0.048)
+        estimator.read(1 << 28, 0.008)
+    found = measured(estimator.rates(), H200_LLAMA8B)
+    assert found.prefill_ms(2048) == pytest.approx(48, rel=0.05)
+    assert found.prefill_ms(20_480) == pytest.approx(480, rel=0.1)
+    assert found.move_ms(10 << 28) == pytest.approx(80, rel=0.05)
+
+
+def test_chunks_that_are_all_alike_beside_decodes_are_told_from_them():
+    estimator, chance = RateEstimator(), random.Random(1)
+    for number in range(600):
+        sequences, chunk = chance.randrange(10, 30), 160 if number % 5 == 0 else 0
+        ms = (7.0 if chunk else 4.4) + 0.1 * sequences
+        estimator.step(chunk + sequences, sequences + (chunk > 0), 2000 * sequences, ms / 1e3)
+    found = measured(estimator.rates(), H200_LLAMA8B)
+    assert found.prefill_ms(160) == pytest.approx(7.0, rel=0.05) and found.step_ms(20, 40_000) == pytest.approx(
+        6.4, 0.05
+    )
