@@ -50,6 +50,7 @@ from penstock.common.messages import (
 from penstock.common.peers import Peers
 from penstock.common.redis_state import RegistryWriter
 from penstock.common.tokenizer import Tokenizer
+from penstock.engine.replies import Replies
 from penstock.private_redis import find_redis_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +70,7 @@ class InstantWorker:
 
     def __init__(self, redis_url: str, vocab_size: int, step_s: float, number: int, first_at_once: bool) -> None:
         self._server = BusServer("127.0.0.1", 0, "")
+        self._replies = Replies(self._server.send)
         info = WorkerInfo(
             worker_id=f"instant-{number}", incarnation=f"instant-{os.getpid()}", role="decode",
             address=self._server.address, fingerprint="instant", model="instant", served_models=["bench"],
@@ -113,11 +115,9 @@ class InstantWorker:
 
     def _step(self) -> None:
         self._steps += 1
-        batches: dict[bytes, list[TokenDelta]] = {}
         for key, (identity, _, _) in list(self._running.items()):
-            batches.setdefault(identity, []).append(self._next(key))
-        for identity, deltas in batches.items():
-            self._server.send(identity, TokenBatch(deltas=deltas))
+            self._replies.add(identity, self._next(key))
+        self._replies.flush()
 
     def _next(self, key: tuple[str, int]) -> TokenDelta:
         identity, request, index = self._running[key]

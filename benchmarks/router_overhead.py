@@ -4,7 +4,7 @@
         [--only KEY ...]
 
 Redis, the router as `penstock router` starts it, workers that speak the bus protocol but compute nothing (one token of
-every running request a step, all in one message), and the load generator (router_load.py); only the router's CPU time
+every running request a step), and the load generator (router_load.py); only the router's CPU time
 is counted. About five minutes. Each key of the result is a method of `Bench`; those with long prompts have two workers,
 so that the router hashes what it has tokenised and looks it up.
 Writes benchmarks/results/router_overhead-<commit>.json, unless --only names some of the keys.

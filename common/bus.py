@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ __all__ = [
 
 RECEIVE_HWM = 50_000
 RECEIVE_AT_MOST = 10_000  # messages in one pass, so that a flood cannot keep a worker from its step
+READ_BYTES = 64 << 10  # in one pass of an event loop: a few milliseconds of deltas
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens is 5 MB
 ZMQ_HEARTBEAT_MS = 1000
 ZMQ_HEARTBEAT_TIMEOUT_MS = 5000
@@ -202,6 +204,8 @@ class BusLink:
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._closed = False
+        self._read_bytes = sys.maxsize  # in one pass
+        self._left = False  # the last pass may have left messages behind
 
     @property
     def connected(self) -> bool:
@@ -221,7 +225,7 @@ class BusLink:
         if self.state.must_open(now):
             self._open(now)
         items: list[LinkItem] = []
-        end = self._drain(items, now)
+        end = self._drain(items, now, self._read_bytes)
         if (
             not items and end is None and (cut := self._read_monitor())
         ):  # else the monitor stays readable: it is read then
@@ -295,15 +299,19 @@ class BusLink:
             cut = cut or f"connection cut ({zmq.Event(int(event['event'])).name})"
         return cut
 
-    def _drain(self, items: list[LinkItem], now: float) -> Disconnected | None:
-        """Append every message that is there; the session's end, if one of them ends it."""
+    def _drain(self, items: list[LinkItem], now: float, size_bytes: int = sys.maxsize) -> Disconnected | None:
+        """Append every message that is there, or so many bytes of them; the session's end, if one of them ends it."""
+        self._left = False
         if self._socket is None:
             return None
         for _ in range(RECEIVE_AT_MOST):
+            if size_bytes <= 0:
+                break
             try:
                 payload = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                break
+                return None
+            size_bytes -= len(payload)
             message = _read(payload)
             if isinstance(message, str):
                 return self.state.lost(f"cannot read a message: {message}", now)
@@ -311,11 +319,13 @@ class BusLink:
             if isinstance(event, Disconnected):
                 return event
             items.append(message if event is None else event)
+        self._left = True
         return None
 
 
 class AsyncBusLink(BusLink):
-    """A `BusLink` on asyncio: `handler` gets every item, in order, a whole readable burst in one pass.
+    """A `BusLink` on asyncio: `handler` gets every item, in order. Of a burst it gets `READ_BYTES` in one pass of the
+    loop, so that a message of a thousand tokens is followed by whatever else is due, not by the next such message.
 
     Call `tick` a few times a second for what is due; input is handled as it comes.
     """
@@ -339,19 +349,28 @@ class AsyncBusLink(BusLink):
             address, peer_id, role, session, fingerprint, cluster_key, context, lease_s=lease_s, poller=poller
         )
         self._handler = handler
+        self._read_bytes = READ_BYTES
         self._look_again: asyncio.Handle | None = None
 
     def tick(self) -> None:
         """Handle what there is and what is due."""
-        self._look_again = None
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
         for item in self.receive(time.monotonic()):
             self._handler(item)
+        if self._left:
+            self._look_soon()
+
+    def _look_soon(self) -> None:
+        if self._look_again is None and not self._closed:
+            self._look_again = self._loop.call_soon(self.tick)
 
     def send(self, message: Message) -> bool:
         """As `BusLink.send`. ZeroMQ's descriptors signal edges, and a send may use one up: so look again after it."""
         sent = super().send(message)
-        if sent and self._look_again is None:
-            self._look_again = self._loop.call_soon(self.tick)
+        if sent:
+            self._look_soon()
         return sent
 
     def close(self) -> None:

@@ -384,7 +384,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
 
 
 class TokenBatch(Message, tag="tokens", frozen=True, kw_only=True):
-    """All new tokens of one step for one router."""
+    """New tokens of one step for one router: all of them, or a part."""
 
     deltas: list[TokenDelta]
 

@@ -1,4 +1,4 @@
-"""Collects a step's token deltas per router, so that each router gets one message a step."""
+"""Collects a step's token deltas per router, so that each router gets few messages a step: one, unless it is large."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import msgspec
 from penstock.common.logs import about, requests
 from penstock.common.messages import Finish, GenerateRequest, Message, Spans, TokenBatch, TokenDelta
 from penstock.engine.outputs import HANDED_OFF, Output
+
+MAX_DELTAS = 1000  # of a message: a router reads one in a few milliseconds, and is kept from everything else meanwhile
 
 
 class Replies:
@@ -32,7 +34,8 @@ class Replies:
         if self._waiting:
             waiting, self._waiting = self._waiting, {}
             for router, deltas in waiting.items():
-                self._send(router, TokenBatch(deltas=deltas))
+                for start in range(0, len(deltas), MAX_DELTAS):
+                    self._send(router, TokenBatch(deltas=deltas[start : start + MAX_DELTAS]))
 
 
 def to_delta(output: Output, spans: Spans | None = None) -> TokenDelta:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
-from penstock.common import bus_access
+from penstock.common import bus, bus_access
 from penstock.common.bus import (
     AsyncBusLink,
     BusLink,
@@ -371,7 +371,20 @@ def test_nobody_listens(context: zmq.Context[Any]):
     assert [item.session for item in items if isinstance(item, Disconnected)] == [1, 2, 3]
 
 
-def test_the_same_on_asyncio(context: zmq.Context[Any]):
+@pytest.mark.parametrize("read_bytes", [bus.READ_BYTES, 1])
+def test_the_same_on_asyncio(context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch, read_bytes: int):
+    """However little is read in one pass of the loop, everything is, in order."""
+    monkeypatch.setattr(bus, "READ_BYTES", read_bytes)
+    at_once: list[int] = []
+    receive = BusLink.receive
+
+    def counted(link: BusLink, now: float) -> list[LinkItem]:
+        found = receive(link, now)
+        at_once.append(len(found))
+        return found
+
+    monkeypatch.setattr(BusLink, "receive", counted)
+
     async def scenario() -> None:
         server, peers = BusServer("127.0.0.1", 0, ""), Peers(WORKER, 10.0)
         items: list[LinkItem] = []
@@ -399,6 +412,9 @@ def test_the_same_on_asyncio(context: zmq.Context[Any]):
             if i % 7 == 0:
                 await asyncio.sleep(0)
         await until(lambda: sum(isinstance(item, TokenBatch) for item in items) == 200)
+        batches = [item for item in items if isinstance(item, TokenBatch)]
+        assert [batch.deltas[0].request_id for batch in batches] == [str(i) for i in range(200)]
+        assert read_bytes > 1 or max(at_once) == 1
         server.close()
         await until(lambda: isinstance(items[-1], Disconnected))
         link.close()
