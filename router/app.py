@@ -1,6 +1,6 @@
 """The router's HTTP application: routes, keys, errors. server.py runs it.
 
-FastAPI holds the routes; those with a body are raw ASGI (endpoints.py), without its request and response machinery,
+Starlette holds the routes; those with a body are raw ASGI (endpoints.py), without its request and response machinery,
 and what they are mostly asked does not pass through its layers either (`Application`).
 Request headers of ours: `X-Request-Id` (becomes part of the answer's id), `X-Penstock-Timeline: 1` (adds `timeline`).
 """
@@ -19,9 +19,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from penstock.common.chat_template import ChatTemplate
@@ -94,10 +95,10 @@ class KeyGate:
         return matches.index(True) // len(given) if any(matches) else None
 
 
-class Application(FastAPI):
-    """FastAPI, past which POST requests go straight to one of `direct` (endpoints by path).
+class Application(Starlette):
+    """Starlette, past which POST requests go straight to one of `direct` (endpoints by path).
 
-    Its layers and Starlette's have nothing to do for an endpoint that answers every error itself, and each of them
+    Its layers have nothing to do for an endpoint that answers every error itself, and each of them
     costs as much a request as the routing of ours, and something for every token of a stream.
     """
 
@@ -143,7 +144,7 @@ def create_app(
     responses = Responses(front)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await front.forms.prepare()
         await service.start()
         try:
@@ -156,14 +157,11 @@ def create_app(
             if tracing is not None:
                 await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
-    app = Application(title="Penstock", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = Application(lifespan=lifespan)
     app.state.metrics = front.metrics
     app.state.takes_connections = not config.admin_port  # else server.py says when its other port is open, too
-    document = functools.partial(openapi_document, bool(config.api_key))
-    app.openapi = functools.cache(document)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    _add_information(app, front, group)
     generating = {
         "/v1/completions": Generation(front, plan_completion),
         "/v1/chat/completions": Generation(front, plan_chat),
@@ -171,6 +169,8 @@ def create_app(
         "/invocations": Generation(front, _plan_invocation),
     }
     app.router.routes += [
+        *_information(front, group),
+        *_pages(functools.cache(lambda: openapi_document(bool(config.api_key)))),
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
         *responses.routes(),
         Route("/v1/messages/count_tokens", answering(front, count_tokens, anthropic_error), methods=["POST"]),
@@ -199,11 +199,11 @@ def _tracing(endpoint: str) -> Tracing | None:
     return Tracing(endpoint)
 
 
-def _add_information(app: FastAPI, front: Front, group: Group) -> None:
-    @app.get("/health")
-    @app.api_route("/ping", methods=["GET", "POST"])  # SageMaker's name for it
-    async def health() -> Response:
-        if front.service.ready() and app.state.takes_connections:
+def _information(front: Front, group: Group) -> list[Route]:
+    """What is asked without a body."""
+
+    async def health(request: Request) -> Response:
+        if front.service.ready() and request.app.state.takes_connections:
             roles = Counter(worker.role for worker, _ in front.service.loads())
             body = b'{"status":"ok","workers":{"prefill":%d,"decode":%d}}' % (roles["prefill"], roles["decode"])
             return Response(body, media_type="application/json")
@@ -211,49 +211,26 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
         error = b'{"status":"unavailable","reason":"%b"}' % reason.encode()
         return Response(error, 503, media_type="application/json")
 
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
+    async def version(_: Request) -> Response:
+        return JSONResponse({"version": __version__})
 
-    @app.get("/load")
-    async def load(request: Request) -> dict[str, int]:
-        return {"server_load": (await counters(request))["in_flight"]}
+    async def load(request: Request) -> Response:
+        return JSONResponse({"server_load": (await counters(request))["in_flight"]})
 
-    @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         for_all = group.is_for_all(request.scope)
         own = front.metrics.exposition()
         text = await group.metrics(own) if for_all else own
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/fleet")
-    async def fleet(request: Request) -> dict[str, Any]:
+    async def fleet(request: Request) -> Response:
         service, totals = front.service, await counters(request)
         now, states, pairs = time.monotonic(), service.states(), service.broken_pairs()
-        return fleet_view(front.models, totals, service.loads(), now, states, pairs)
+        return JSONResponse(fleet_view(front.models, totals, service.loads(), now, states, pairs))
 
     async def counters(request: Request) -> dict[str, int]:
         own = front.service.counters()
         return await group.counters(own) if group.is_for_all(request.scope) else own
-
-    docs_html = functools.cache(lambda: docs_page(app.openapi()))
-    page = (Path(__file__).parent / "ui.html").read_bytes()
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return Response(docs_html(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
-
-    @app.get("/redoc", include_in_schema=False)
-    async def redoc() -> Response:
-        return RedirectResponse("/docs")
-
-    @app.get("/", include_in_schema=False)
-    async def home() -> Response:
-        return RedirectResponse("/ui")
-
-    @app.get("/ui", include_in_schema=False)
-    async def ui() -> Response:
-        return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     def card(name: str) -> dict[str, Any]:
         info = front.service.model_info()
@@ -267,16 +244,54 @@ def _add_information(app: FastAPI, front: Front, group: Group) -> None:
             "max_model_len": None if info is None else info.max_model_len,
         }
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name in front.models]}
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in front.models]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(request: Request) -> Response:
         try:
-            return JSONResponse(card(front.model_name(name)))
+            return JSONResponse(card(front.model_name(request.path_params["name"])))
         except NotFound as error:
             return Response(error_body(error), error.status, media_type="application/json")
+
+    return [
+        Route("/health", health),
+        Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
+        Route("/version", version),
+        Route("/load", load),
+        Route("/metrics", metrics),
+        Route("/fleet", fleet),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+    ]
+
+
+def _pages(document: Callable[[], dict[str, Any]]) -> list[Route]:
+    """The page to chat on, and the OpenAPI document with its own."""
+    docs_html = functools.cache(lambda: docs_page(document()))
+    ui_html = (Path(__file__).parent / "ui.html").read_bytes()
+
+    async def openapi(_: Request) -> Response:
+        return JSONResponse(document())
+
+    async def docs(_: Request) -> Response:
+        return Response(docs_html(), media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+
+    async def ui(_: Request) -> Response:
+        return Response(ui_html, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
+
+    async def to_docs(_: Request) -> Response:
+        return RedirectResponse("/docs")
+
+    async def to_ui(_: Request) -> Response:
+        return RedirectResponse("/ui")
+
+    return [
+        Route("/openapi.json", openapi),
+        Route("/docs", docs),
+        Route("/redoc", to_docs),
+        Route("/ui", ui),
+        Route("/", to_ui),
+    ]
 
 
 async def _plan_invocation(body: bytes, head: RequestHead, front: Front) -> Plan:

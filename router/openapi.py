@@ -1,7 +1,6 @@
 """/openapi.json: every route with its body, its answers and its errors, from the structs that the code decodes with.
 
-FastAPI would describe only what it serves itself. tests/router/test_openapi.py compares this with the routes there are
-and with what they answer.
+tests/router/test_openapi.py compares this with the routes there are and with what they answer.
 """
 
 from __future__ import annotations

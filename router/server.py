@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
@@ -50,7 +50,7 @@ GC_LIMITS = (10_000, 2, 1000)
 class RouterServer(uvicorn.Server):
     """Uvicorn, drained the other way round: requests that outlast `drain_s` are answered with an error, not cut."""
 
-    def __init__(self, app: FastAPI, service: RouterService, config: RouterConfig) -> None:
+    def __init__(self, app: Starlette, service: RouterService, config: RouterConfig) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

@@ -110,7 +110,7 @@ def test_quick_answers_import_nothing_heavy(argv: list[str]) -> None:
     heavy = {
         "torch",
         "numpy",
-        "fastapi",
+        "starlette",
         "redis",
         "zmq",
         "msgspec",

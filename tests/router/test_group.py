@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi.testclient import TestClient
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.testclient import TestClient
 
 from penstock.common.config import RouterConfig
 from penstock.common.errors import ConfigError
