@@ -69,14 +69,15 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter or make_exporter(endpoint)))
         self._tracer = self._provider.get_tracer("penstock.router", __version__)
         self._propagator = TraceContextTextMapPropagator()
-        self._open: dict[str, Span] = {}  # by request id
+        self._open: dict[str, tuple[Span, int]] = {}  # by request id; `_epoch_ns` when it came
 
     def begin(self, head: RequestHead, received: float) -> RequestHead:
         """Open the root span of a request; the head that comes back carries its context."""
         carrier = {"traceparent": head.traceparent, "tracestate": head.tracestate}
         parent = self._propagator.extract({name: value for name, value in carrier.items() if value})
-        span = self._tracer.start_span("llm_request", parent, SpanKind.SERVER, start_time=_wall_ns(received))
-        self._open[head.request_id] = span
+        epoch_ns = _epoch_ns()
+        span = self._tracer.start_span("llm_request", parent, SpanKind.SERVER, start_time=epoch_ns + _ns(received))
+        self._open[head.request_id] = span, epoch_ns
         context = span.get_span_context()
         flags = f"{int(context.trace_flags):02x}"
         ours = f"00-{format_trace_id(context.trace_id)}-{format_span_id(context.span_id)}-{flags}"
@@ -84,17 +85,17 @@ class Tracing:
 
     def ended(self, request: Ended) -> None:
         """Make the other spans, and close the root span."""
-        root = self._open.pop(request.head.request_id)
+        root, epoch_ns = self._open.pop(request.head.request_id)
         if root.is_recording():
             context = set_span_in_context(root)
             for part in parts(request):
-                start, end = _wall_ns(part.start), _wall_ns(part.end)
+                start, end = epoch_ns + _ns(part.start), epoch_ns + _ns(part.end)
                 span = self._tracer.start_span(part.name, context, attributes=part.attributes, start_time=start)
                 span.end(end)
             root.set_attributes(root_attributes(request))
             if request.error is not None:
                 root.set_status(Status(StatusCode.ERROR, request.error.message))
-        root.end(_wall_ns(request.timeline.marks["finished"]))
+        root.end(epoch_ns + _ns(request.timeline.marks["finished"]))
 
     def close(self) -> None:
         """Export what is left; may take as long as the exporter waits for its collector."""
@@ -204,6 +205,11 @@ def _asked(choices: Sequence[Choice]) -> Attributes:
     return found
 
 
-def _wall_ns(monotonic: float) -> int:
-    """Nanoseconds since the epoch of a moment on this process's monotonic clock."""
-    return time.time_ns() - round((time.monotonic() - monotonic) * 1e9)
+def _epoch_ns() -> int:
+    """What makes a time of the monotonic clock one since the epoch. One for a whole request: two differ by a little,
+    and a span of no length would end before it begins."""
+    return time.time_ns() - time.monotonic_ns()
+
+
+def _ns(monotonic: float) -> int:
+    return round(monotonic * 1e9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
@@ -85,12 +87,16 @@ def test_what_the_caller_does_not_sample_is_not_exported() -> None:
         assert collector.spans == []
 
 
-def test_choices_have_spans_of_their_own_and_nothing_is_lost_at_the_end() -> None:
+def test_choices_have_spans_of_their_own_and_nothing_is_lost_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = itertools.count(time.time_ns(), -1_000_000)  # the wall clock is put back, again and again
+    clock = SimpleNamespace(time_ns=lambda: next(late), monotonic=time.monotonic, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr("penstock.router.tracing.time", clock)
     with http_collector() as collector:
         with running(otlp_traces_endpoint=collector.endpoint) as router:
             router.openai.completions.create(model="tiny", prompt="a", n=2)
             context = router.last.traceparent
         spans = collector.spans  # the router's end has exported them
     assert {span.trace_id.hex() for span in spans} == {context.split("-")[1]}
+    assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in spans)
     names = sorted(span.name for span in spans)
     assert names == ["admission"] * 2 + ["decode"] * 2 + ["llm_request", "route", "tokenise"] + ["transfer"] * 2
