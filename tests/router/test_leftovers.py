@@ -30,6 +30,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_to
 def garbage() -> Iterator[Callable[[], Counter[str]]]:
     """Collects, and tells which objects of ours only the collector could free, by type."""
     gc.collect()
+    gc.collect()  # what the first has freed may hold more, behind objects that are not Python's
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
 
