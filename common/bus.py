@@ -36,7 +36,7 @@ __all__ = [
 
 RECEIVE_HWM = 50_000
 RECEIVE_AT_MOST = 10_000  # messages in one pass, so that a flood cannot keep a worker from its step
-READ_BYTES = 64 << 10  # in one pass of an event loop: a few milliseconds of deltas
+READ_BYTES = 32 << 10  # in one pass of an event loop, and the rest of a message: 3 ms of deltas
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens is 5 MB
 ZMQ_HEARTBEAT_MS = 1000
 ZMQ_HEARTBEAT_TIMEOUT_MS = 5000
