@@ -75,16 +75,7 @@ class CostPolicy(Policy):
             if kind not in remote:
                 remote[kind] = self._elsewhere(facts, decoder, prefillers, sources.get(fingerprint))
             elsewhere = remote[kind] if worth_a_handoff(facts, decoder, min_remote_prefill_tokens) else None
-            priced = self._price(facts, decoder, sources.get(fingerprint))
-            cost = priced.cost_ms
-            if elsewhere is not None:
-                lacking = decoder.lacks(facts)
-                taking_ms = _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
-                taking_ms += decoder.rates.move_ms(lacking * _token_bytes(decoder))
-                cost += self._beside_ms(decoder, priced.tokens) + elsewhere.standing_ms - self._share_ms(decoder)
-                cost = max(cost, elsewhere.idle_ms + taking_ms)
-                if elsewhere.now_ms + taking_ms <= cost:
-                    priced, cost = elsewhere.cheapest, elsewhere.cheapest.cost_ms + taking_ms
+            priced, cost = self._way(facts, decoder, elsewhere, sources.get(fingerprint))
             cost += self._decode_ms(facts, decoder) + room_ms(facts, decoder)
             rank = (cost, decoder.load.running, decoder.worker.worker_id)
             if best is None or rank < best[0]:
@@ -112,6 +103,24 @@ class CostPolicy(Policy):
             if candidate.held_tokens and (best is None or candidate.held_tokens > best.held_tokens):
                 found[candidate.worker.fingerprint] = candidate
         return found
+
+    def _way(
+        self, facts: RequestFacts, decoder: Candidate, elsewhere: _Elsewhere | None, source: Candidate | None
+    ) -> tuple[_Priced, float]:
+        """How `decoder` comes by the prompt's pages at the least cost: computed here, or handed off; and what it is."""
+        here = self._price(facts, decoder, source)
+        if elsewhere is None:
+            return here, here.cost_ms
+        lacking = decoder.lacks(facts)
+        taking_ms = _queue_ms(decoder) + self._evict_ms(facts, decoder, lacking)
+        taking_ms += decoder.rates.move_ms(lacking * _token_bytes(decoder))
+        # What a worker was given before counts between workers of one role, not between the two ways.
+        cost = here.cost_ms - self._share_ms(decoder) + elsewhere.standing_ms + self._beside_ms(decoder, here.tokens)
+        # Nobody's tokens are held up for a prompt that a prefill worker has time for.
+        cost = max(cost, elsewhere.idle_ms + taking_ms)
+        if elsewhere.now_ms + taking_ms <= cost:
+            return elsewhere.cheapest, elsewhere.cheapest.cost_ms + taking_ms
+        return here, cost
 
     def _elsewhere(
         self, facts: RequestFacts, decoder: Candidate, prefillers: Sequence[Candidate], source: Candidate | None
