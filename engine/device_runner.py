@@ -169,7 +169,6 @@ class DeviceRunner:
         self._layouts = [Staging(device) for _ in range(buffers)]
         self._masks = [Staging(device) for _ in range(buffers)]
         self._tokens_out = [torch.empty(rows, dtype=torch.int64, pin_memory=self._cuda) for _ in range(buffers)]
-        self._device = device
         self._events = [Event(device) for _ in range(buffers)]
         self._turn = 0
         self._num_with_logprobs = 0
@@ -357,7 +356,7 @@ class DeviceRunner:
             ]
             logprobs = self._logprobs(asked, tokens, logits) if asked else None
         # A new one: somebody may still be about to wait for the last one of this turn.
-        event = self._events[self._turn] = Event(self._device)
+        event = self._events[self._turn] = Event(self.pool.device)
         event.record()
         return _Submitted(step, keys, sampled, out, event, logprobs, prompts)
 

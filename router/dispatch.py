@@ -204,10 +204,11 @@ class Dispatcher:
             raise InvalidTransition(f"{choice.key}: {choice.story()}")
         action(self, choice, event, now)
 
-    def _place(self, choice: Choice, now: float, lost: Lost = Lost("")) -> None:  # noqa: B008 - frozen
+    def _place(self, choice: Choice, now: float, lost: Lost | None = None) -> None:
         choice.state = State.PLACING
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        request, avoid, why = choice.as_it_stands(), frozenset(choice.failed), (lost.reason, lost.leaves)
+        request, avoid = choice.as_it_stands(), frozenset(choice.failed)
+        why = (lost.reason, lost.leaves) if lost is not None else ("", False)
         self._commands.append(Place(request, avoid, choice.source, choice.tenant, choice.since, *why))
 
     def _placed(self, choice: Choice, event: Placed, now: float) -> None:
