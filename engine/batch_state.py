@@ -63,6 +63,7 @@ class BatchState:
             **{name: view(name, torch.float32) for name in _FLOATS},
             **{name: view(name) for name in _INTS},
             seeds=view("seeds", torch.int64),
+            last_tokens=self.last_tokens,
             **SamplingColumns.allocate_tables(slots, vocab_size, device),
         )
         self._addresses: list[int] = []

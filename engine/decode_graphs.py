@@ -18,7 +18,7 @@ from torch import Tensor
 from penstock.engine.batch_state import BatchState
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.sample import SampleWorkspace, sample
-from penstock.kernels.step_state import begin_decode, end_step
+from penstock.kernels.step_state import begin_decode
 from penstock.models.decoder import CausalLM
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -115,7 +115,6 @@ class DecodeGraphs:
         )  # fmt: skip
         logits = self._model.logits(self._model.forward(token_ids, batch, self._kv))
         sample(logits, rows, batch.contexts, state.columns, self._workspace, out=tokens)
-        end_step(rows, batch.contexts, tokens, None, state.lengths, state.last_tokens)
         return logits
 
     def _batch_of(self, size: int) -> PagedBatch:

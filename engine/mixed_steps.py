@@ -18,7 +18,7 @@ from torch import Tensor
 from penstock.engine.batch_state import BatchState, Staging
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.sample import SampleWorkspace, sample
-from penstock.kernels.step_state import begin_mixed, end_step
+from penstock.kernels.step_state import begin_mixed
 from penstock.models.decoder import CausalLM
 
 MAX_PROMPTS = 16  # of a captured shape that also decodes
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """A laid-out step; int32, T tokens, S sequences. What is not used says so: owner, row and sample index -1."""
+    """A laid-out step; int32, T tokens, S sequences. What is not used says so: owner, row and sample slot -1."""
 
     owners: Tensor  # [T] which sequence a token is of
     given: Tensor  # [T] token ids, -1: the sequence's last sampled one
@@ -62,7 +62,6 @@ class _Inputs(NamedTuple):
     table_rows: Tensor  # [S] slots, 0 for padding
     contexts: Tensor  # [S]
     query_starts: Tensor  # [S + 1]
-    sample_index: Tensor  # [S] its own number, if a token is sampled
     sample_slots: Tensor  # [S] slots, if a token is sampled
     last_tokens: Tensor  # [S] which of the T tokens is a sequence's last
 
@@ -117,19 +116,18 @@ def lay_out(chunks: Sequence[Chunk], shape: Shape) -> list[np.ndarray]:
     given[: len(decodes)] = [chunk.tokens[0] for chunk in decodes]
     for chunk, begin, end in zip(prompts, ends, ends[1:], strict=False):
         given[begin:end] = chunk.tokens
-    rows, sample_index, sample_slots = np.full((3, shape.sequences), -1, np.int32)
+    rows, sample_slots = np.full((2, shape.sequences), -1, np.int32)
     contexts, last_tokens = np.zeros((2, shape.sequences), np.int32)
     rows[numbers] = [chunk.slot for chunk in chunks]
     contexts[numbers] = [chunk.context for chunk in chunks]
     sampling = [number for number, chunk in zip(numbers, chunks, strict=True) if chunk.samples]
-    sample_index[sampling] = sampling
     sample_slots[sampling] = rows[sampling]
     query_starts = np.full(shape.sequences + 1, ends[-1], np.int32)
     query_starts[: shape.decodes] = np.arange(shape.decodes)
     query_starts[shape.decodes : shape.decodes + len(ends)] = ends
     last_tokens[numbers] = query_starts[np.asarray(numbers, dtype=np.int64) + 1] - 1
     last_tokens[: len(decodes)] = np.arange(len(decodes))
-    return [owners, given, rows, np.maximum(rows, 0), contexts, query_starts, sample_index, sample_slots, last_tokens]
+    return [owners, given, rows, np.maximum(rows, 0), contexts, query_starts, sample_slots, last_tokens]
 
 
 class MixedSteps:
@@ -248,17 +246,15 @@ class MixedSteps:
         state = self._state
         token_ids = torch.empty_like(batch.positions)
         begin_mixed(
-            inputs.owners, inputs.given, inputs.rows, inputs.contexts, inputs.query_starts, state.last_tokens,
-            state.tables, self._page_size, token_ids=token_ids, positions=batch.positions, slots=batch.slots,
+            inputs.owners, inputs.given, inputs.rows, inputs.contexts, inputs.query_starts,
+            state.lengths, state.last_tokens, state.tables, self._page_size,
+            token_ids=token_ids, positions=batch.positions, slots=batch.slots,
         )  # fmt: skip
         return token_ids
 
     def _end(self, inputs: _Inputs, batch: PagedBatch, hidden: Tensor, samples: bool) -> tuple[Tensor, Tensor]:
         """From the hidden states of each sequence's last token [S, hidden]: what `run` gives."""
-        state, logits = self._state, hidden
-        tokens = batch.slots[:0]
-        if samples:
-            logits = self._model.logits(hidden)
-            tokens = sample(logits, inputs.sample_slots, inputs.contexts, state.columns, self._workspace)
-        end_step(inputs.rows, inputs.contexts, tokens, inputs.sample_index, state.lengths, state.last_tokens)
-        return tokens, logits
+        if not samples:
+            return batch.slots[:0], hidden
+        logits = self._model.logits(hidden)
+        return sample(logits, inputs.sample_slots, inputs.contexts, self._state.columns, self._workspace), logits

@@ -3,9 +3,9 @@
 engine/sampler.py is the same for the CPU and says what is computed: bias, bans, min_tokens, penalties, then greedy,
 or temperature, min-p, top-k, top-p and the largest logit plus seeded Gumbel noise. Here what it must know of a sequence
 lies on the device, an entry of `SamplingColumns` a slot; the host writes a slot when a sequence joins, and never again:
-`sample` counts the tokens that it draws, and notes which ones banned words forbid next. Only the masks of outputs that
-have a form come with every step (kernels/token_mask.py). Rows do not influence each other, and a row draws the same in
-every batch.
+`sample` keeps the last token that it drew, counts all, and notes which ones banned words forbid next. Only the masks of
+outputs that have a form come with every step (kernels/token_mask.py). Rows do not influence each other, and a row draws
+the same in every batch.
 
 Against the reference: equal, but for rounding. Its top-p adds sorted float32 probabilities, the kernels add integers
 of 2^-40 of the likeliest token, which is closer to the true sum; a token whose place in the sum is within about 1e-6 of
@@ -84,6 +84,7 @@ class SamplingColumns:
     ban_length: Tensor  # [N] int32: tokens of the longest banned word
     ban_words: Tensor  # [N, BAN_LENGTH, BAN_WORDS] int32: words' tokens from the last one back, -1 where there is none
     recent: Tensor  # [N, BAN_LENGTH] int32: the output token of position p at p % BAN_LENGTH, -1: none yet
+    last_tokens: Tensor  # [N] int32: written, never read: the token drawn last
 
     @classmethod
     def allocate(cls, slots: int, vocab: int, device: torch.device | str) -> SamplingColumns:
@@ -104,6 +105,7 @@ class SamplingColumns:
             min_position=column(0, torch.int32),
             uses_tokens=column(0, torch.int32),
             ban_length=column(0, torch.int32),
+            last_tokens=column(0, torch.int32),
             **cls.allocate_tables(slots, vocab, device),
         )
 
@@ -169,7 +171,7 @@ def sample(
     filters: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row, `[B]` int64, counted in `token_state` of slots that use it.
+    """The next token of each row, `[B]` int64; its slot's last one, and counted in `token_state` of slots that use it.
 
     Args:
         logits: `[B, vocab]` bfloat16, float16 or float32; rows may have any stride. Not changed.
@@ -214,6 +216,7 @@ def sample_reference(logits: Tensor, slots: Tensor, positions: Tensor, columns: 
     drawn = (z - noise.log()).argmax(dim=-1)
     tokens = torch.where(temperature < _GREEDY_BELOW, x.argmax(dim=-1), drawn)
     tokens = torch.where(slots < 0, 0, tokens)
+    columns.last_tokens[index[slots >= 0]] = tokens[slots >= 0].int()
     counted = uses_tokens[:, 0] & (slots >= 0)
     columns.token_state[index[counted], tokens[counted]] += 1
     for row in ((uses[:, 0] & USES_BANS) != 0).logical_and(slots >= 0).nonzero()[:, 0].tolist():
@@ -282,7 +285,7 @@ def sample_triton(
         )  # fmt: skip
     finish_kernel[(rows,)](
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z,
-        w.list_id, tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,
+        w.list_id, tokens, c.last_tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,
         SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=finish_tile, FILTERS=filters, num_warps=8 if filters else 4,
         **options,
     )  # fmt: skip

@@ -111,6 +111,7 @@ def finish_kernel(
     list_z_ptr,
     list_id_ptr,
     tokens_ptr,
+    last_ptr,
     ban_length_ptr,
     ban_words_ptr,
     recent_ptr,
@@ -122,7 +123,7 @@ def finish_kernel(
     FILTERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """tokens[row] = the row's token; the token is counted in `state` where the slot asks for it."""
+    """tokens[row] = last[slot] = the row's token; it is counted in `state` where the slot asks for it."""
     row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -292,6 +293,7 @@ def finish_kernel(
             token = tl.where(score > NEVER, drawn, token)
 
     tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(last_ptr + slot, token)
     if uses_tokens != 0:
         counter = state + token
         tl.store(counter, tl.load(counter) + 1)

@@ -1,7 +1,8 @@
-"""The small launches around a step: apply the host's changes, lay the step's tokens out, take its sampled tokens in.
+"""The small launches before a step: apply the host's changes, lay the step's tokens out.
 
 What the device knows of the running sequences lies in one int32 tensor, the state (engine/batch_state.py says where
-what is). It advances here: a decode step that the host did not change needs nothing from it.
+what is). It advances by itself, so that a decode step that the host did not change needs nothing from it: lengths when
+a step begins, last tokens when they are drawn (kernels/sample.py).
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def begin_decode(
     table_rows: Tensor,
     contexts: Tensor,
 ) -> None:
-    """One token of each of B sequences: fills the last five, `[B]`, from the state.
+    """One token of each of B sequences: fills the last five, `[B]`, from the state; lengths grow by it.
 
-    rows: int32 [B], a sequence's row in lengths [N], last_tokens [N] and page_tables [N, W]; -1 is padding: slot -1,
-    context 0. token_ids, positions and slots are int64, table_rows and contexts int32.
+    rows: int32 [B], a sequence's row in lengths [N], last_tokens [N] and page_tables [N, W], each once; -1 is padding:
+    slot -1, context 0. token_ids, positions and slots are int64, table_rows and contexts int32.
     """
     if not use_triton(rows):
         live = rows >= 0
@@ -63,6 +64,7 @@ def begin_decode(
         slots.copy_(torch.where(live, _slot(page_tables, row, position, page_size), -1))
         table_rows.copy_(row)
         contexts.copy_(torch.where(live, position + 1, 0))
+        lengths[row[live]] = contexts[live]
         return
     _begin_decode_kernel[(-(-len(rows) // _BLOCK),)](
         rows,
@@ -88,6 +90,7 @@ def begin_mixed(
     rows: Tensor,
     contexts: Tensor,
     query_starts: Tensor,
+    lengths: Tensor,
     last_tokens: Tensor,
     page_tables: Tensor,
     page_size: int,
@@ -96,10 +99,11 @@ def begin_mixed(
     positions: Tensor,
     slots: Tensor,
 ) -> None:
-    """T tokens of S sequences: fills the last three, int64 `[T]`.
+    """T tokens of S sequences: fills the last three, int64 `[T]`; the sequences' lengths become their contexts.
 
     owners: int32 [T], which sequence a token is of; -1: padding (slot -1). given: int32 [T], the token's id, or -1 for
     the sequence's last sampled one. rows, contexts: int32 [S]; query_starts: int32 [S + 1], as in `PagedBatch`.
+    lengths, last_tokens and page_tables are those of `begin_decode`.
     """
     if not use_triton(owners):
         live = owners >= 0
@@ -110,6 +114,8 @@ def begin_mixed(
         token_ids.copy_(torch.where(live, torch.where(given < 0, last_tokens[row], given), 0))
         positions.copy_(position)
         slots.copy_(torch.where(live, _slot(page_tables, row, position, page_size), -1))
+        ends = live & (behind == 1)
+        lengths[row[ends]] = contexts[owner[ends]]
         return
     _begin_mixed_kernel[(-(-len(owners) // _BLOCK),)](
         owners,
@@ -117,6 +123,7 @@ def begin_mixed(
         rows,
         contexts,
         query_starts,
+        lengths,
         last_tokens,
         page_tables,
         token_ids,
@@ -127,35 +134,6 @@ def begin_mixed(
         page_size,
         BLOCK=_BLOCK,
         **pdl_options(owners),
-    )
-
-
-def end_step(
-    rows: Tensor, contexts: Tensor, sampled: Tensor, sample_index: Tensor | None, lengths: Tensor, last_tokens: Tensor
-) -> None:
-    """Sequences have grown to `contexts` [S] cached tokens; sampled tokens become their last ones.
-
-    rows: int32 [S], -1 is padding. sampled: int64 [n]; sample_index: int32 [S], whose token is a sequence's, -1: none
-    was sampled; None: each sequence has its own.
-    """
-    if not use_triton(rows):
-        live = rows >= 0
-        lengths[rows[live].long()] = contexts[live]
-        index = torch.arange(len(rows), device=rows.device) if sample_index is None else sample_index.long()
-        chosen = live & (index >= 0)
-        last_tokens[rows[chosen].long()] = sampled[index[chosen]].int()
-        return
-    _end_step_kernel[(-(-len(rows) // _BLOCK),)](
-        rows,
-        contexts,
-        sampled,
-        sample_index,
-        lengths,
-        last_tokens,
-        len(rows),
-        INDEXED=sample_index is not None,
-        BLOCK=_BLOCK,
-        **pdl_options(rows),
     )
 
 
@@ -216,6 +194,7 @@ def _begin_decode_kernel(
     tl.store(slots_ptr + i, tl.where(live, slot, -1), mask=used)
     tl.store(table_rows_ptr + i, tl.where(live, row, 0), mask=used)
     tl.store(contexts_ptr + i, tl.where(live, position + 1, 0), mask=used)
+    tl.store(lengths_ptr + row, position + 1, mask=live)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -225,6 +204,7 @@ def _begin_mixed_kernel(
     rows_ptr,
     contexts_ptr,
     starts_ptr,
+    lengths_ptr,
     last_ptr,
     tables_ptr,
     ids_ptr,
@@ -247,38 +227,11 @@ def _begin_mixed_kernel(
     token = tl.load(given_ptr + i, mask=used, other=0)
     token = tl.where(live & (token < 0), tl.load(last_ptr + row, mask=live, other=0), token)
     behind = tl.load(starts_ptr + owner + 1, mask=live, other=0) - i  # tokens up to the sequence's end
-    position = tl.load(contexts_ptr + owner, mask=live, other=0) - behind
-    position = tl.where(live, position, 0)
+    context = tl.load(contexts_ptr + owner, mask=live, other=0)
+    position = tl.where(live, context - behind, 0)
     page = tl.load(tables_ptr + row.to(tl.int64) * table_stride + position // page_size, mask=live, other=0)
     slot = page.to(tl.int64) * page_size + position % page_size
     tl.store(ids_ptr + i, tl.where(live, token, 0).to(tl.int64), mask=used)
     tl.store(positions_ptr + i, position.to(tl.int64), mask=used)
     tl.store(slots_ptr + i, tl.where(live, slot, -1), mask=used)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _end_step_kernel(
-    rows_ptr,
-    contexts_ptr,
-    sampled_ptr,
-    index_ptr,
-    lengths_ptr,
-    last_ptr,
-    count,
-    INDEXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows_ptr + i, mask=i < count, other=-1)
-    live = row >= 0
-    tl.store(lengths_ptr + row, tl.load(contexts_ptr + i, mask=live, other=0), mask=live)
-    index = i
-    if INDEXED:
-        index = tl.load(index_ptr + i, mask=live, other=-1)
-    chosen = live & (index >= 0)
-    token = tl.load(sampled_ptr + index, mask=chosen, other=0)
-    tl.store(last_ptr + row, token.to(tl.int32), mask=chosen)
+    tl.store(lengths_ptr + row, context, mask=live & (behind == 1))

@@ -163,8 +163,7 @@ def test_layout_of_a_step_with_room_to_spare() -> None:
         [7, 3, 9],
         [30, 5, 2],  # contexts
         [0, 1, 4, 6],  # first tokens
-        [0, -1, 2],  # whose token is sampled
-        [7, -1, 9],
+        [7, -1, 9],  # those that are sampled from
         [0, 3, 5],  # last tokens
     ]
     roomy = [array.tolist() for array in lay_out(chunks, Shape(2, 8, 4))]
@@ -175,7 +174,6 @@ def test_layout_of_a_step_with_room_to_spare() -> None:
         [7, 0, 3, 9, 0, 0],
         [30, 0, 5, 2, 0, 0],
         [0, 1, 2, 5, 7, 7, 7],
-        [0, -1, -1, 3, -1, -1],
         [7, -1, -1, 9, -1, -1],
         [0, 0, 4, 6, 0, 0],
     ]

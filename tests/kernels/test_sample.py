@@ -86,7 +86,10 @@ class Batch:
             finish_tile=finish_tile,
         ).tolist()
         assert tokens[len(logits) :] == [0] * self.padding
-        return tokens[: len(logits)]
+        tokens = tokens[: len(logits)]
+        last = self.columns.last_tokens.tolist()
+        assert [last[slot] for slot in self.slots[: len(logits)].tolist()] == tokens
+        return tokens
 
 
 def normal(rows: int, vocab: int, seed: int, spread: float = 3.0) -> Tensor:

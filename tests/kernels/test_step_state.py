@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.kernels import launch
 from penstock.kernels.launch import INTERPRETED
-from penstock.kernels.step_state import apply_changes, begin_decode, begin_mixed, copy_to_host, end_step
+from penstock.kernels.step_state import apply_changes, begin_decode, begin_mixed, copy_to_host
 
 PAGE_SIZE, SLOTS, PAGES = 3, 7, 5
 DEVICES = [
@@ -95,11 +95,13 @@ def test_a_decode_step_begins(device: str) -> None:
     assert found["slots"].tolist() == [state.slot(r, n) if r >= 0 else -1 for r, n in zip(rows, at, strict=True)]
     assert more["table_rows"].tolist() == [max(row, 0) for row in rows]
     assert more["contexts"].tolist() == [n + 1 if row >= 0 else 0 for row, n in zip(rows, at, strict=True)]
+    assert lengths.tolist() == [n + (row in rows) for row, n in enumerate(state.lengths)]
+    assert last.tolist() == state.last
 
 
 def test_a_step_with_prompts_begins(device: str) -> None:
     state = State(2, device)
-    _, last, tables = state.on_device
+    lengths, last, tables = state.on_device
     # Sequences: a decode, one that is padding, a chunk in mid-prompt, one more; then two tokens of padding.
     rows, counts, contexts = [5, -1, 2, 0], [1, 1, 4, 2], [9, 0, 11, 2]
     owners = [0, -1, 2, 2, 2, 2, 3, 3, -1, -1]
@@ -107,7 +109,7 @@ def test_a_step_with_prompts_begins(device: str) -> None:
     found = state.outputs(len(owners))
     begin_mixed(
         *(state.ints(values, device) for values in (owners, given, rows, contexts, [0, 1, 2, 6, 8])),
-        last, tables, PAGE_SIZE, **found,
+        lengths, last, tables, PAGE_SIZE, **found,
     )  # fmt: skip
     begins = [context - count for context, count in zip(contexts, counts, strict=True)]
     positions = [begins[0], 0, *range(begins[2], 11), *range(begins[3], 2), 0, 0]
@@ -115,20 +117,4 @@ def test_a_step_with_prompts_begins(device: str) -> None:
     assert found["token_ids"].tolist() == [state.last[5], 0, 21, 22, 23, 24, 31, 32, 0, 0]
     assert found["positions"].tolist() == positions
     assert found["slots"].tolist() == expected
-
-
-@pytest.mark.parametrize("indexed", [False, True])
-def test_a_step_ends(device: str, indexed: bool) -> None:
-    state = State(3, device)
-    lengths, last, _ = state.on_device
-    rows, contexts, index = [3, -1, 1, 6], [8, 0, 4, 5], [2, -1, -1, 0]
-    sampled = torch.tensor([70, 71, 72, 73], device=device)
-    chosen = state.ints(index, device) if indexed else None
-    end_step(state.ints(rows, device), state.ints(contexts, device), sampled, chosen, lengths, last)
-    for number, row in enumerate(rows):
-        if row >= 0:
-            state.lengths[row] = contexts[number]
-            which = index[number] if indexed else number
-            state.last[row] = 70 + which if which >= 0 else state.last[row]
-    assert lengths.tolist() == state.lengths
-    assert last.tolist() == state.last
+    assert lengths.tolist() == [{5: 9, 2: 11, 0: 2}.get(row, n) for row, n in enumerate(state.lengths)]
