@@ -75,7 +75,10 @@ def tiles_for(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | Non
             return Tiles(32, 256, 4, 7, 1, 8) if outputs <= 4096 else Tiles(32, 256, 2, 4, 1, 8)
     elif rows <= MAX_ROWS:
         if gated:
-            return Tiles(64, 128, 4, 4, 1, 0) if columns >= 4096 and outputs >= 4096 else None
+            if columns >= 4096:
+                return Tiles(64, 128, 4, 4, 1, 0) if outputs >= 4096 else None
+            # Small enough that the programs of all strips are there at once.
+            return Tiles(32, 64, 4, 4, 1, 0) if outputs >= 8192 else None
         if outputs <= 2048:
             return Tiles(32, 256, 4, 4, 2, 8) if columns <= 2048 else None
         if 4096 <= outputs <= 8192:
