@@ -107,6 +107,10 @@ class LinkState:
         """The heartbeat to send now, or None: three a lease, and as often as a load should be told."""
         if self.phase is not Phase.GREETED or now < self._next_heartbeat:
             return None
+        return self.heartbeat(now)
+
+    def heartbeat(self, now: float) -> Heartbeat:
+        """The next one, to send now whether it is due or not."""
         self._next_heartbeat = now + min(self._lease_s / 3, LOAD_EVERY_S)
         self.heartbeat_seq += 1
         return Heartbeat(seq=self.heartbeat_seq)

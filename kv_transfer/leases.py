@@ -8,7 +8,8 @@ names one hand-off, or one fetch.
 
 The lease is that of the reader's session, one socket, which heartbeats renew (common/peers.py): it has what it was lent
 as long as the lender knows it. A lender answers no session that it has forgotten, so every answer proves that all of
-the session's loans were there then, and are for a lease from when what it answers was sent.
+the session's loans were there then, and are for a lease from when what it answers was sent, unless the lender dies.
+Checksums would show that; for pages that have none, only an answer to what was sent after they had come will do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ class SessionLease:
     def __init__(self, lease_s: float, started_at: float) -> None:
         """`lease_s`: the lender's. `started_at`: when the session's Hello was sent; it counts as heartbeat 0."""
         self.until = float("-inf")
+        self.proven = (
+            0  # the newest heartbeat that was answered: the lender lived, and kept its loans, after it was sent
+        )
         self._lease_s = lease_s * CLOCKS_AGREE
         self._unanswered: dict[int, float] = {0: started_at}
 
@@ -35,6 +39,7 @@ class SessionLease:
 
     def answered(self, seq: int) -> None:
         """The lender has processed heartbeat `seq`: it knew this session then, whenever that was."""
+        self.proven = max(self.proven, seq)
         sent_at = self._unanswered.pop(seq, None)
         if sent_at is not None:
             self.until = max(self.until, sent_at + self._lease_s)
@@ -134,7 +139,7 @@ class Landings:
         return tag
 
     def read_done(self, tag: str) -> list[int]:
-        """Everything arrived and matched, while the lender kept the pages (`SessionLease.until`)."""
+        """Everything arrived and matched, while the lender kept the pages (`SessionLease`)."""
         return self._settle(tag, good=True)
 
     def read_ended(self, tag: str) -> list[int]:

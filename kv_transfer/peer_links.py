@@ -83,6 +83,18 @@ class PeerLinks:
         link = self._links.get(incarnation)
         return float("-inf") if link is None else link.lease.until
 
+    def ask(self, incarnation: str, now: float) -> int:
+        """Have a linked lender say that it keeps what it has lent: `proven` is this number or more once it has."""
+        link = self._links[incarnation]
+        heartbeat = link.link.state.heartbeat(now)
+        link.lease.sent(heartbeat.seq, now)
+        link.link.send(heartbeat)
+        return heartbeat.seq
+
+    def proven(self, incarnation: str) -> int:
+        """The newest number that this lender has answered."""
+        return self._links[incarnation].lease.proven
+
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
         """What happened on all links, as (incarnation, event). A lost link is closed and forgotten."""
         events, self._early = self._early, []

@@ -140,10 +140,12 @@ class Reader:
         return ended
 
     def expire(self, now: float) -> None:
-        """Give up fetches whose source does not get on."""
+        """Trust what a lender has vouched for; give up those that do not get on."""
         size, rate = self.pages.page_size, self.rates.rates().prefill_tokens_per_s
         for reading in list(self._open.values()):
-            if reading.waits_too_long(now, reading.wanted.first_page * size, rate):
+            if reading.unproven:
+                self._prove(reading, now)
+            elif reading.waits_too_long(now, reading.wanted.first_page * size, rate):
                 self._fail(reading, f"no ticket for {now - reading.came_at:.1f} s", now)
 
     # ------------------------------------------------------------ from the lender
@@ -201,6 +203,7 @@ class Reader:
         self._reads[tag] = key
         reading.reads += 1
         checksums = message.checksums[0] if message.checksums else []
+        reading.checked = bool(checksums)
         self.mover.read(ReadJob(tag, incarnation, transport, tuple(pages), tuple(bound), tuple(checksums), key))
 
     def _all_lent(self, reading: Reading, message: PrefillDone | FetchDone, now: float) -> None:
@@ -249,7 +252,9 @@ class Reader:
             self.histograms.read(event.seconds, event.size_bytes, event.size_bytes // reading.worker.page_bytes)
             if not reading.fetch:
                 self.rates.read(event.size_bytes, event.seconds)
-            if event.finished_at < self.links.leased_until(reading.worker.incarnation):
+            if not reading.checked:
+                reading.unproven[event.tag] = self.links.ask(reading.worker.incarnation, now)
+            elif event.finished_at < self.links.leased_until(reading.worker.incarnation):
                 self.landings.read_done(event.tag)
             else:
                 self.landings.read_ended(event.tag)
@@ -271,6 +276,20 @@ class Reader:
             self._try_end(reading, now)
 
     # ------------------------------------------------------------ inside
+
+    def _prove(self, reading: Reading, now: float) -> None:
+        """Trust the reads without checksums that their lender has answered for: while it dies its pool goes, and what
+        mapped memory shows then nobody knows."""
+        incarnation = reading.worker.incarnation
+        proven = self.links.proven(incarnation)
+        for tag in [tag for tag, number in reading.unproven.items() if number <= proven]:
+            del reading.unproven[tag]
+            self.landings.read_done(tag)
+            reading.landed_at = reading.came_at = now
+        if reading.unproven and now >= self.links.leased_until(incarnation):
+            self._fail(reading, "the lender does not say that it still has what was read", now)
+        else:
+            self._try_end(reading, now)
 
     def _begin(self, reading: Reading, message: Prefill | Fetch, now: float) -> None:
         wanted, incarnation = reading.wanted, reading.worker.incarnation
@@ -329,6 +348,8 @@ class Reader:
     def _settle(self, reading: Reading) -> int:
         """Close the books: keep the leading landed pages, free or quarantine the rest. Tokens kept, in all."""
         wanted, size = reading.wanted, self.pages.page_size
+        for tag in reading.unproven:
+            self.landings.read_ended(tag)
         outcome = self.landings.take(wanted.key)
         del self._open[wanted.key]
         self._requests[wanted.request_id] -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.common.messages import (
@@ -62,6 +62,8 @@ class Reading:
     failed: str = ""
     ticketed_tokens: int = 0
     reads: int = 0  # tickets that are being read
+    checked: bool = True  # they have checksums, all or none
+    unproven: dict[str, int] = field(default_factory=dict)  # reads without checksums: what the lender has to answer
     first_ticket_at: float | None = None
     computed_at: float | None = None  # the prompt, but for the way of the message that says so
     landed_at: float = 0.0
@@ -93,6 +95,7 @@ class Reading:
             "transport": self.transport,
             "pages": list(pages),
             "reads": self.reads,
+            "unproven": len(self.unproven),
             "age_s": round(now - self.began_at, 3),
             "quiet_s": round(now - self.came_at, 3),
         }

@@ -46,11 +46,14 @@ class NotingMover:
 
 @dataclass
 class NotingLinks:
-    """What was sent; `events` is what comes next; lenders keep their loans until `until`."""
+    """What was sent; `events` is what comes next; lenders keep their loans until `until`, and answer at once, but
+    no more than `answered` of what they are `asked`."""
 
     sent: list[Message] = field(default_factory=list)
     events: list[tuple[str, LinkEvent]] = field(default_factory=list)
     until: float = 10.0
+    asked: int = 0
+    answered: int = 1000
 
     def __len__(self) -> int:
         return 0
@@ -63,6 +66,13 @@ class NotingLinks:
 
     def leased_until(self, incarnation: str) -> float:
         return self.until
+
+    def ask(self, incarnation: str, now: float) -> int:
+        self.asked += 1
+        return self.asked
+
+    def proven(self, incarnation: str) -> int:
+        return self.answered
 
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
         events, self.events = self.events, []

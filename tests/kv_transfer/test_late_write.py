@@ -43,7 +43,9 @@ class Reading:
         message = Prefill(request=request, router_id="router")
         self.reader.hand_off(wanted, LENDER, message, 0.0)
         self._event(PeerFound(LENDER))
-        self._event(PagesReady(request_id="r", attempt=0, first_page=0, pages=[[0, 1]], num_tokens=8))
+        self._event(
+            PagesReady(request_id="r", attempt=0, first_page=0, pages=[[0, 1]], checksums=[[7, 7]], num_tokens=8)
+        )
         (self.job,) = self.mover.jobs.values()
 
     def _event(self, event: Any) -> None:

@@ -62,6 +62,14 @@ def test_a_worker_that_computes_is_waited_for_and_its_answers_prove_its_own_leas
         _until(both)
         assert isinstance(events[0], PeerFound) and got == [PagesLanded(request_id="r", attempt=0)]
         assert links.leased_until("p1") == 61.0 + LEASE_S * CLOCKS_AGREE
+        asked = links.ask("p1", 61.0)  # at once, though no heartbeat is due
+        assert links.proven("p1") < asked
+
+        def answered() -> bool:
+            turn()
+            return links.proven("p1") >= asked
+
+        _until(answered)
     finally:
         server.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import msgspec
+import pytest
 
 from penstock.common.messages import (
     Abort,
@@ -70,7 +71,9 @@ class Case:
     def event(self, event: LinkEvent, now: float = 1.0) -> None:
         self.reader.link_event("p1", event, now)
 
-    def ticket(self, first_page: int, count: int, num_tokens: int, now: float = 1.0) -> ReadJob | None:
+    def ticket(
+        self, first_page: int, count: int, num_tokens: int, now: float = 1.0, *, checked: bool = True
+    ) -> ReadJob | None:
         before = set(self.mover.jobs)
         src = list(range(40 + first_page, 40 + first_page + count))
         message = PagesReady(
@@ -78,7 +81,7 @@ class Case:
             attempt=0,
             first_page=first_page,
             pages=[src],
-            checksums=[[7] * count],
+            checksums=[[7] * count] if checked else [],
             num_tokens=num_tokens,
         )
         self.event(message, now)
@@ -196,6 +199,47 @@ def test_pages_that_landed_after_the_lease_are_not_trusted() -> None:
     case.done(job, at=10.0)  # leased until then
     (read,) = case.reader.take_ended()
     assert read.computed == 0
+    case.finish()
+
+
+def test_pages_without_checksums_are_trusted_when_their_lender_has_answered_after_they_came() -> None:
+    case = Case()
+    case.links.answered = 0
+    first, second = case.ticket(0, 2, 8, checked=False), case.ticket(2, 1, 10, checked=False)
+    assert first is not None and second is not None
+    case.first_token()
+    for job in (first, second):
+        case.done(job)
+        case.reader.expire(2.0)
+    case.links.answered = 1
+    case.reader.expire(2.5)
+    (row,) = case.reader.rows(2.5)
+    assert row["unproven"] == 1 and case.reader.take_ended() == []
+    case.links.answered = 2
+    case.reader.expire(4.0)
+    (read,) = case.reader.take_ended()
+    assert read.computed == 10
+    assert read.spans.exposed_transfer_ms == 1000.0  # the first token was there at 3.0
+    case.finish()
+
+
+@pytest.mark.parametrize("end", ["it leaves", "its lease ends", "nobody wants it"])
+def test_pages_without_checksums_of_a_lender_that_does_not_answer_any_more_are_not_trusted(end: str) -> None:
+    case = Case()
+    case.links.answered = 0
+    job = case.ticket(0, 2, 8, checked=False)
+    assert job is not None
+    case.done(job, at=2.0)
+    if end == "it leaves":
+        case.event(PeerLost("p1", "it has left", left=True), 2.0)
+    elif end == "its lease ends":
+        case.reader.expire(9.9)
+        assert case.reader.take_ended() == []
+        case.reader.expire(10.0)
+    else:
+        case.reader.cancel(case.key)
+    assert [read.computed for read in case.reader.take_ended()] == ([] if end == "nobody wants it" else [0])
+    assert case.reader.quarantined_pages == 0
     case.finish()
 
 

@@ -1,8 +1,11 @@
-"""A stale ticket never names a reused page: both ends and the wire between them as a state machine, without checksums.
+"""A stale ticket never names a reused page: both ends and the wire between them as a state machine.
 
 The real lender, reader and ledgers; messages take as long as they like, in order; either side may stand still; copies
 read whatever is in the lender's page at that moment, and the lender's clock is fast. Tickets carry no generations: what
 a reader trusts must be what was lent all the same, because a lender answers only sessions whose loans it has kept.
+
+Nobody compares checksums. Tickets that have some are trusted by the lease, for as long as the lender lives; tickets
+that have none by an answer, and there the lender may die: what its pages hold then is anything.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.common.messages import (
@@ -23,6 +27,7 @@ from penstock.common.messages import (
     Hello,
     Message,
     PagesLanded,
+    PagesReady,
     Prefill,
     PrefillDone,
     Refused,
@@ -76,8 +81,20 @@ class Wire:
     def send_if_linked(self, incarnation: str, message: Message) -> None:
         self.to_lender.append(message)
 
+    def heartbeat(self, now: float) -> int:
+        self.seq += 1
+        self.lease.sent(self.seq, now)
+        self.to_lender.append(Heartbeat(seq=self.seq))
+        return self.seq
+
     def leased_until(self, incarnation: str) -> float:
         return self.lease.until
+
+    def ask(self, incarnation: str, now: float) -> int:
+        return self.heartbeat(now)
+
+    def proven(self, incarnation: str) -> int:
+        return self.lease.proven
 
 
 class WrongPage(Exception):
@@ -87,18 +104,16 @@ class WrongPage(Exception):
 class World:
     """What each event does here is what `WorkerLoop`, `PeerLinks` and `PageExchange` do with it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, checksums: bool) -> None:
         self.chooser = random.Random(seed)
         self.now = 0.0
         self.asked = 0
         self.trusted = 0
-        mover: Any = NotingMover()
         self.wire = Wire()
         wire: Any = self.wire
-        self.lent = PageManager(LENT_PAGES, 4, caching=False)
-        self.lent_memory: list[Content] = [("", 0)] * LENT_PAGES
-        self.peers = Peers(LENDER, LEASE_S)
-        self.lender = Lender(self.lent, mover, self._to_reader, page_bytes=64, checksum="off")
+        self.checksums = checksums
+        self.lent_memory: list[Content] = []
+        self._lender_starts()
         self.mover = NotingMover()
         reader_mover: Any = self.mover
         self.pages = PageManager(READ_PAGES, 4, caching=False)
@@ -110,16 +125,35 @@ class World:
 
     # ------------------------------------------------------------ the lender
 
+    def _lender_starts(self) -> None:
+        mover: Any = NotingMover()
+        self.alive = True
+        self.lent = PageManager(LENT_PAGES, 4, caching=False)
+        self.lent_memory[:] = [("", 0)] * LENT_PAGES
+        self.peers = Peers(LENDER, LEASE_S)
+        self.lender = Lender(self.lent, mover, self._to_reader, page_bytes=64, checksum="off")
+
+    def lender_dies(self) -> None:
+        """What it has sent may still come; that it is gone the reader hears later (`cut`)."""
+        self.alive = False
+        self.lent_memory[:] = [("nobody's", 0)] * LENT_PAGES
+
     def _to_reader(self, identity: bytes, message: Message) -> None:
+        if isinstance(message, PagesReady) and self.checksums:
+            message = msgspec.structs.replace(message, checksums=[[0] * len(message.pages[0])])
         if identity == self.wire.identity:  # else that socket is gone
             self.wire.to_reader.append(message)
 
     def _silent(self) -> None:
         """As in every turn of the lender's loop: peers that were silent for a lease lose their loans."""
+        if not self.alive:
+            return
         for expired in self.peers.expire(FAST * self.now):
             self.lender.peer_gone(expired.identity)
 
     def lender_turns(self) -> None:
+        if not self.alive:
+            return
         identity = self.wire.identity
         for _ in range(min(self.chooser.randint(1, 4), len(self.wire.to_lender))):
             message = self.wire.to_lender.popleft()
@@ -158,6 +192,8 @@ class World:
         self.lent.release(key)
 
     def lender_uses_what_is_free(self) -> None:
+        if not self.alive:
+            return
         for page in self.lent.allocate("other", self.lent.num_available):
             self.lent_memory[page] = "other's", page
         self.lent.release("other")
@@ -183,9 +219,7 @@ class World:
             self.pages.release(row["key"])
 
     def heartbeat(self) -> None:
-        self.wire.seq += 1
-        self.wire.lease.sent(self.wire.seq, self.now)
-        self.wire.to_lender.append(Heartbeat(seq=self.wire.seq))
+        self.wire.heartbeat(self.now)
 
     def reader_turns(self) -> None:
         for _ in range(min(self.chooser.randint(1, 4), len(self.wire.to_reader))):
@@ -201,6 +235,7 @@ class World:
             else:
                 event: Any = message
                 self.reader.link_event("p1", event, self.now)
+        self.reader.expire(self.now)
         self._take()
 
     def cut(self) -> None:
@@ -210,6 +245,8 @@ class World:
         self.reader.link_event("p1", PeerLost("p1", reason), self.now)
         self._take()
         self.wire.begin(self.now)
+        if not self.alive:
+            self._lender_starts()
 
     # ------------------------------------------------------------ copies
 
@@ -270,6 +307,8 @@ class World:
     def live(self, events: int) -> None:
         """So many events, the ordinary ones more often."""
         seldom: list[Callable[[], None]] = [self.cut, self.give_up, self.stall]
+        if not self.checksums:
+            seldom.append(self.lender_dies)
         often = [self.ask, self.heartbeat, self.lender_looks_at_leases, self.lender_uses_what_is_free, self.pass_time]
         always = [self.lender_turns, self.reader_turns, self.copy, self.tell]
         choices = seldom + 8 * often + 16 * always
@@ -286,14 +325,16 @@ class World:
             self.reader.completed(ReadSettled(tag) if tag in self.stalled else ReadFailed(tag, "cancelled"), self.now)
         self.now += LEASE_S + 1
         self._silent()
-        assert self.pages.num_held == self.pages.num_promised == self.lent.num_held == 0
+        assert not self.alive or self.lent.num_held == 0
+        assert self.pages.num_held == self.pages.num_promised == 0
         assert self.reader.settled
 
 
-def test_what_is_trusted_is_what_was_lent() -> None:
+@pytest.mark.parametrize("checksums", [True, False])
+def test_what_is_trusted_is_what_was_lent(checksums: bool) -> None:
     trusted = 0
-    for seed in range(150):
-        world = World(seed)
+    for seed in range(400):
+        world = World(seed, checksums=checksums)
         world.live(150)
         world.end()
         trusted += world.trusted
@@ -321,21 +362,29 @@ def _free_what_may_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PageManager, "move", lambda self, holder, new, pages: self.release_some(holder, pages))
 
 
+def _do_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And trust the lease of a lender that may be gone."""
+    monkeypatch.setattr(Wire, "ask", lambda self, incarnation, now: 0)
+
+
 @pytest.mark.parametrize(
-    "without",
+    ("without", "checksums"),
     [
-        _trust_all,
-        _answer_a_forgotten_session,
-        _count_a_longer_lease,
-        _believe_the_clocks,
-        _free_what_may_be_written,
+        (_trust_all, True),
+        (_answer_a_forgotten_session, True),
+        (_count_a_longer_lease, True),
+        (_believe_the_clocks, True),
+        (_free_what_may_be_written, True),
+        (_answer_a_forgotten_session, False),
+        (_free_what_may_be_written, False),
+        (_do_not_ask, False),
     ],
 )
 def test_without_one_of_the_fences_it_goes_wrong(
-    without: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    without: Callable[[pytest.MonkeyPatch], None], checksums: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the test above would prove nothing."""
     without(monkeypatch)
     with pytest.raises(WrongPage):
         for seed in range(2000):
-            World(seed).live(150)
+            World(seed, checksums=checksums).live(150)

@@ -48,6 +48,7 @@ class Links:
         self._world = world
         self.linked: set[str] = set()
         self.events: deque[tuple[str, LinkEvent]] = deque()
+        self.asked = self.answered = 0
 
     def __len__(self) -> int:
         return len(self.linked)
@@ -65,7 +66,15 @@ class Links:
     def leased_until(self, incarnation: str) -> float:
         return float("inf") if incarnation in self.linked else float("-inf")
 
+    def ask(self, incarnation: str, now: float) -> int:
+        self.asked += 1
+        return self.asked
+
+    def proven(self, incarnation: str) -> int:
+        return self.answered
+
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
+        self.answered = self._world.chooser.randint(self.answered, self.asked)
         return [self.events.popleft() for _ in range(self._world.chooser.randint(0, len(self.events)))]
 
 
