@@ -54,6 +54,7 @@ class CostPolicy(Policy):
     """The cheapest pair; ties go to who runs fewer sequences, then by name."""
 
     name: ClassVar[str] = "cost"
+    beside: ClassVar[bool] = True
 
     def __init__(self, *, fetch: bool = False, weights: CostWeights = DEFAULT_WEIGHTS) -> None:
         """`fetch`: workers can read a prefix from any other worker of their fingerprint."""

@@ -191,5 +191,13 @@ class Release(msgspec.Struct, frozen=True):
     prompt: bool = False
 
 
+class Decoded(msgspec.Struct, frozen=True):
+    """An attempt is over: its decode worker has added `tokens` to `context_tokens`, which `placement` had guessed."""
+
+    placement: Placement
+    context_tokens: int
+    tokens: int
+
+
 Sent = SendSubmit | SendAbort | SendMove
-Command = Place | Dequeue | Sent | Deliver | Fail | Served | Blame | Reserve | Release
+Command = Place | Dequeue | Sent | Deliver | Fail | Served | Blame | Reserve | Release | Decoded

@@ -11,7 +11,7 @@ import msgspec
 
 from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest, WorkerInfo
-from penstock.router.dispatch_events import Release, Reserve
+from penstock.router.dispatch_events import Decoded, Release, Reserve
 from penstock.router.policy import Placement
 from penstock.router.token_order import TokenOrder
 
@@ -66,6 +66,7 @@ class Choice:
     moving: bool = False  # this attempt's worker was asked to give it up
     source: WorkerInfo | None = None  # whom the next attempt comes from
     placement: Placement | None = None
+    begun_at: int = 0  # tokens that were delivered before this attempt
     prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
     reserved: Release | None = None  # at the decode worker, until the attempt is over
     prompt_reserved: Release | None = None  # at the worker that computes the prompt, until a token comes
@@ -92,7 +93,7 @@ class Choice:
 
     def run_at(self, placement: Placement) -> list[Reserve]:
         """This attempt begins; what it weighs, and at which workers."""
-        self.placement = placement
+        self.placement, self.begun_at = placement, len(self.order.delivered)
         sequence = Reserve(placement.decode.incarnation, placement.decode_tokens)
         computing = placement.prefill or placement.decode
         prompt = Reserve(computing.incarnation, placement.prefill_tokens, prompt=True)
@@ -104,14 +105,17 @@ class Choice:
         released, self.prompt_reserved = self.prompt_reserved, None
         return [] if released is None else [released]
 
-    def let_go(self) -> list[Release]:
-        """The attempt is over: forget its workers and early tokens; what it still weighed."""
-        released = [] if self.reserved is None else [self.reserved]
-        self.reserved = None
+    def let_go(self) -> list[Release | Decoded]:
+        """The attempt is over: forget its workers and early tokens; what it still weighed, and what it came to."""
+        over: list[Release | Decoded] = [] if self.reserved is None else [self.reserved]
+        over += self.prompt_computed()
+        if self.placement is not None:
+            context = len(self.request.prompt_token_ids) + self.begun_at
+            over.append(Decoded(self.placement, context, len(self.order.delivered) - self.begun_at))
+        self.reserved = self.placement = None
         self.order.begin_attempt()
         self.moving = self.prefill_cut = False
-        self.placement = None
-        return released + self.prompt_computed()
+        return over
 
     def story(self) -> str:
         """What it went through, for people."""

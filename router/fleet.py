@@ -16,6 +16,7 @@ from pathlib import PurePath
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
 from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
+from penstock.router.expected import computing_ms
 from penstock.router.health import Health
 from penstock.router.policy import DECODE_TOKENS, Candidate, Placement
 from penstock.router.rates import H200_LLAMA8B, WorkerRates, measured, typical
@@ -149,10 +150,17 @@ class Fleet:
         """Take back what `reserve` added (also after the worker is gone); returns the total."""
         return self.reserve(incarnation, -tokens, prompt=prompt)
 
-    def prefill_rate(self) -> float:
-        """Prompt tokens a second that the fleet can compute."""
-        role = "prefill" if self.live("prefill") else "decode"
-        return sum(m.rates.prefill_tokens_per_s for m in self._members.values() if m.worker.role == role)
+    def prefill_rate(self, now: float, *, beside: bool) -> float:
+        """Prompt tokens a second that workers in use compute; `beside`: decode workers, too, as far as their sequences
+        let them. Without prefill workers they do in any case."""
+        usable = [m for m in self._members.values() if not m.load.draining]
+        usable = [m for m in usable if self.health.usable(m.worker.incarnation, now)]
+        prefill = [m for m in usable if m.worker.role == "prefill"]
+        return sum(
+            1e3 * tokens / computing_ms(self._candidate(member, None), tokens)
+            for member in (usable if beside or not prefill else prefill)
+            if (tokens := member.worker.step_tokens)
+        )
 
     def stalled(self, now: float) -> list[tuple[WorkerInfo, str]]:
         """Time passes: workers that make no progress as of now, and why."""
@@ -180,11 +188,19 @@ class Fleet:
                 member.rates = measured(member.load.rates, self._typical[role])
 
     def give(self, placement: Placement, now: float) -> None:
-        """The work of a placement counts as given; what its output turns out to be is not corrected."""
+        """The work of a placement counts as given; how long its output gets is a guess until it has `decoded`."""
         prefill = placement.prefill.incarnation if placement.prefill else None
         self.health.began(placement.decode.incarnation, prefill, now)
         self._shares.give((placement.prefill or placement.decode).incarnation, placement.prefill_ms)
         self._shares.give(placement.decode.incarnation, placement.decode_ms)
+
+    def decoded(self, placement: Placement, context_tokens: int, tokens: int) -> None:
+        """What a placement has come to at its decode worker, so many tokens behind so many, counts from now on."""
+        incarnation = placement.decode.incarnation
+        for member in self._members.values():
+            if member.worker.incarnation == incarnation:
+                work_ms = member.rates.output_ms(context_tokens, tokens)
+                self._shares.give(incarnation, work_ms - placement.decode_ms)
 
     def hit_share(self) -> float:
         """Of the prompt tokens that live workers looked up in their caches since they started, those they found."""

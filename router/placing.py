@@ -81,6 +81,10 @@ class Placing:
                 break
         return Found(placement, found, lookups)
 
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second that the workers among which the policy chooses can compute."""
+        return self._fleet.prefill_rate(time.monotonic(), beside=self._policy.beside)
+
     def reserve(self, incarnation: str, tokens: int, *, prompt: bool = False) -> None:
         """More load at a worker, for this router's own choices and, soon, for the other routers'."""
         self._reservations.publish(incarnation, self._fleet.reserve(incarnation, tokens, prompt=prompt))

@@ -93,6 +93,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     sees_all: ClassVar[bool] = False  # True: the choice depends on more than what is held and `load`
+    beside: ClassVar[bool] = False  # True: decode workers get prompts, too, where prefill workers are behind
 
     @abstractmethod
     def choose(

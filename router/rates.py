@@ -59,6 +59,10 @@ class WorkerRates:
         """What these sequences add to a step."""
         return self.decode_sequence_ms * sequences + self.decode_context_ms * context_tokens
 
+    def output_ms(self, prompt_tokens: int, output_tokens: int) -> float:
+        """What one sequence adds to all the steps that it is part of; its first token comes with its prompt."""
+        return max(0, output_tokens - 1) * self.sequences_ms(1, prompt_tokens + output_tokens / 2)
+
 
 H200_LLAMA8B = WorkerRates()
 

@@ -34,6 +34,7 @@ from penstock.router.dispatch_events import (
     Blame,
     Cancelled,
     Command,
+    Decoded,
     Deliver,
     Dequeue,
     Event,
@@ -271,6 +272,8 @@ class RouterService:
             elif isinstance(command, Release):
                 self._placing.release(command.incarnation, command.tokens, prompt=command.prompt)
                 self._turns.take()
+            elif isinstance(command, Decoded):
+                self._fleet.decoded(command.placement, command.context_tokens, command.tokens)
 
     def _tell(self, command: Deliver | Fail) -> None:
         if not isinstance(command, Fail):

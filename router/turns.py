@@ -113,7 +113,7 @@ class Turns:
     def _enqueue(self, command: Place, expected: Expected) -> None:
         request = command.request
         cost = len(request.prompt_token_ids) + min(request.sampling.max_tokens or 1 << 30, EXPECTED_OUTPUT_TOKENS)
-        capacity, now = self._fleet.prefill_rate(), time.monotonic()
+        capacity, now = self._placing.prefill_rate(), time.monotonic()
         refused = self._admission.enqueue(
             _key(command), command.tenant, request.priority, cost, command, expected, capacity, now
         )

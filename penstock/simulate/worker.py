@@ -202,7 +202,7 @@ class VirtualWorker:
             self._steps = float(math.ceil(self._steps - _STEP_ENDS))
         context = _mean_context(request)
         self._context_tokens += context
-        self.work_ms += (request.output_tokens - 1) * self.rates.sequences_ms(1, context)
+        self.work_ms += decode_work_ms(request, self.rates)
 
     def ended(self) -> list[Job]:
         """Sequences whose last token has come, taken out of the batch."""
@@ -230,7 +230,7 @@ class VirtualWorker:
 
 def decode_work_ms(request: TracedRequest, rates: WorkerRates) -> float:
     """What this request adds to the steps that it is part of."""
-    return (request.output_tokens - 1) * rates.sequences_ms(1, _mean_context(request))
+    return rates.output_ms(request.prompt_tokens, request.output_tokens)
 
 
 def _mean_context(request: TracedRequest) -> float:

@@ -11,6 +11,7 @@ from penstock.router.dispatch import InvalidTransition
 from penstock.router.dispatch_events import (
     Blame,
     Cancelled,
+    Decoded,
     Deliver,
     Fail,
     Place,
@@ -86,7 +87,8 @@ def test_the_plain_way():
     assert h.tokens(delta(0, 5)) == [Release("p1", 20, True), Deliver("sink", delta(0, 5))]
     assert h.tokens(delta(1, 6), delta(2, 7, 8)) == [Deliver("sink", delta(1, 6)), Deliver("sink", delta(2, 7, 8))]
     ended = h.tokens(delta(4, 9, finish=STOP))
-    assert ended == [Deliver("sink", delta(4, 9, finish=STOP)), Served("d1", "p1", None), Release("d1", 10)]
+    end = [Served("d1", "p1", None), Release("d1", 10), Decoded(placement("d1", "p1"), 3, 5)]
+    assert ended == [Deliver("sink", delta(4, 9, finish=STOP)), *end]
     assert not h.core.choices and h.reserved() == {}
     assert h.tokens(delta(5, 10)) == [] and h.core.stale_deltas == 1
 
@@ -130,10 +132,12 @@ def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
     place = the(Place, commands)
     assert place.avoid == {"d1"} and place.request.output_token_ids == [5, 6] and place.request.attempt == 1
     assert place.lost == "its worker was lost" and h.reserved() == {}
+    assert the(Decoded, commands) == Decoded(placement("d1"), 3, 2)
     again = the(SendSubmit, h.do(Placed("a", 0, 1, placement("d2")))).message.request
     assert again.prompt_token_ids == [1, 2, 3] and again.output_token_ids == [5, 6] and again.sampling.seed == 7
     assert h.tokens(delta(2, 99)) == [], "tokens of the old attempt"
-    h.tokens(delta(2, 7, attempt=1, finish=STOP))
+    ended = h.tokens(delta(2, 7, attempt=1, finish=STOP))
+    assert the(Decoded, ended) == Decoded(placement("d2"), 5, 1)
     assert h.delivered() == [5, 6, 7] and h.core.retries == 1
 
 

@@ -157,6 +157,42 @@ def test_work_given_counts_for_live_workers_only():
     assert {c.worker.incarnation: c.given_ms for c in fleet.candidates({}, 100.0)} == {"2": 10.0, "1b": 10.0}
 
 
+def test_what_an_output_came_to_takes_the_place_of_what_was_guessed():
+    fleet, rates = Fleet(), MeasuredRates(decode_step_ms=5.0, decode_sequence_ms=0.5, decode_context_ms=0.01)
+    for one in (ONE, TWO):
+        fleet.connected(one.address, one, 0.0)
+        fleet.report(one.address, WorkerLoad(rates=rates), 0.0)
+    here, there = (Placement(one, None, 32, 100, prefill_ms=10.0, decode_ms=50.0) for one in (ONE, TWO))
+    for chosen in (here, there, here):
+        fleet.give(chosen, 0.0)
+    fleet.decoded(here, context_tokens=80, tokens=41)  # 40 steps, at a mean context of about 100
+    fleet.decoded(there, context_tokens=80, tokens=0)  # its client left
+    one, two = fleet.candidates({}, 100.0)
+    assert (one.given_ms, two.given_ms) == pytest.approx((2 * 10.0 + 50.0 + 40 * (0.5 + 100.5 * 0.01), 10.0))
+    fleet.disconnected(ONE.address, 1.0)
+    fleet.decoded(here, context_tokens=80, tokens=41)  # with its worker
+    assert [c.given_ms for c in fleet.candidates({}, 100.0)] == [10.0]
+
+
+def test_the_rate_of_prompts_is_of_all_that_compute_them():
+    fleet = Fleet(health=Health(stall_timeout_s=30.0))
+    prefill = msgspec.structs.replace(worker("p", "tcp://127.0.0.1:3", role="prefill"), step_tokens=1000)
+    decode = msgspec.structs.replace(ONE, step_tokens=1000, mixed_chunk_tokens=100)
+    rates = MeasuredRates(prefill_tokens_per_s=10_000.0, decode_step_ms=5.0, decode_sequence_ms=5.0)
+    for one in (decode, prefill):
+        fleet.connected(one.address, one, 0.0)
+        fleet.report(one.address, WorkerLoad(rates=rates), 0.0)
+    assert fleet.prefill_rate(0.0, beside=False) == pytest.approx(10_000)
+    assert fleet.prefill_rate(0.0, beside=True) == pytest.approx(20_000)
+    fleet.report(decode.address, WorkerLoad(running=2, rates=rates), 0.0)  # ten chunks of 10 + 2 * 5 ms
+    assert fleet.prefill_rate(0.0, beside=True) == pytest.approx(15_000)
+    fleet.report(decode.address, WorkerLoad(draining=True, rates=rates), 0.0)
+    assert fleet.prefill_rate(0.0, beside=True) == pytest.approx(10_000)
+    fleet.report(decode.address, WorkerLoad(rates=rates), 99.0)
+    assert [one for one, _ in fleet.stalled(99.0)] == [prefill]
+    assert fleet.prefill_rate(99.0, beside=False) == pytest.approx(10_000), "the decode worker's, which is all there is"
+
+
 def test_a_long_first_step_is_no_stall_before_anything_is_measured():
     fleet = Fleet(health=Health(stall_timeout_s=30.0))
     fleet.connected(ONE.address, ONE, 0.0)

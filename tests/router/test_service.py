@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 
@@ -11,6 +12,7 @@ from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.text_probe import TextProbe
 from penstock.router import fleet
+from penstock.router.rates import H200_LLAMA8B
 from penstock.router.service import ModelInfo
 from tests.index_view import pages_held
 from tests.router.services import ended, play, request, running, send, until
@@ -91,6 +93,9 @@ def test_many_requests_over_two_workers(redis_server, start_worker):
             assert all(sink.deltas[-1].spans is not None for sink in sinks)
             share = [len(worker.submitted) for worker in workers]
             assert sum(share) == 60 and min(share) >= 25, "requests of one burst see each other's load"
+            given_ms = sum(one.given_ms for one in service._fleet.candidates({}, time.monotonic()))
+            outputs_ms, prompts_ms = 60 * H200_LLAMA8B.output_ms(5, 20), 60 * H200_LLAMA8B.prefill_ms(5)
+            assert outputs_ms < given_ms <= outputs_ms + prompts_ms + 1e-6, "as much as it was, not as was guessed"
 
     play(scenario())
 
