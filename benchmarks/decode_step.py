@@ -169,6 +169,7 @@ class DecodeStep:
         state.last_tokens.random_(shape.vocab)
         state.rows.copy_(torch.arange(count))
         self._workspace = SampleWorkspace.allocate(count, shape.vocab, self._device)
+        self._tokens_out = torch.zeros(1, count, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         # Kept, not only for comparisons: a pool of graphs cannot be used again after the last graph in it has gone.
         self.base = self.form()
@@ -178,8 +179,9 @@ class DecodeStep:
         count = self._batch.sequences
         # Made anew: what was planned for the step as it was (splits of attention, say) must not be used again.
         graphs = DecodeGraphs(
-            self._model, self._kv, self._state, self._workspace, self._page_size, count, self._max_context
-        )
+            self._model, self._kv, self._state, self._workspace, self._tokens_out, self._page_size, count,
+            self._max_context,
+        )  # fmt: skip
         return Form(lambda: graphs.run(count), self._device, self._pool, change=change, rewind=self._rewind)
 
     def _rewind(self) -> None:

@@ -45,7 +45,7 @@ class BatchState:
         self.max_pages = max_pages
         self._begin: dict[str, int] = {}
         sizes = {"seeds": 2 * slots, "tables": slots * max_pages, "lengths": slots, "last_tokens": slots, "rows": slots}
-        sizes |= dict.fromkeys((*_FLOATS, *_INTS), slots)
+        sizes |= {"turn": 1} | dict.fromkeys((*_FLOATS, *_INTS), slots)
         total = 0
         for name, size in sizes.items():  # seeds first: they are 64-bit
             self._begin[name] = total
@@ -59,6 +59,7 @@ class BatchState:
         self.lengths = view("lengths")
         self.last_tokens = view("last_tokens")
         self.rows = view("rows").fill_(-1)
+        self.turn = view("turn")
         self.columns = SamplingColumns(
             **{name: view(name, torch.float32) for name in _FLOATS},
             **{name: view(name) for name in _INTS},
@@ -91,6 +92,10 @@ class BatchState:
         self._values.extend(slots)
         self._values.extend([-1] * padding)
         self._num_rows = len(slots)
+
+    def set_turn(self, turn: int) -> None:
+        """The last step's turn; the next step has the one after it."""
+        self._set("turn", 0, turn)
 
     def start(self, slot: int, sequence: SequenceStart) -> None:
         """A sequence takes the slot: its sampling parameters, and what penalties, bans and min_tokens have to know."""

@@ -44,17 +44,18 @@ class DecodeGraphs:
         kv: Sequence[tuple[Tensor, Tensor]],
         state: BatchState,
         workspace: SampleWorkspace,
+        tokens_out: Tensor,
         page_size: int,
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
+        """tokens_out: int64 [turns, rows], pinned: where the host reads the tokens that a step samples, in its turn."""
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
+        self._tokens_out = tokens_out
         self._sizes = batch_sizes(max_num_seqs)
         self._captured: dict[int, _Captured] = {}
         device = state.device
-        self._token_ids, positions, slots, self._tokens = torch.zeros(
-            4, max_num_seqs, dtype=torch.int64, device=device
-        ).unbind(0)
+        self._token_ids, positions, slots = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device).unbind(0)
         table_rows, contexts = torch.zeros(2, max_num_seqs, dtype=torch.int32, device=device).unbind(0)
         self._batch = PagedBatch(
             query_lens=(1,) * max_num_seqs,
@@ -71,18 +72,15 @@ class DecodeGraphs:
         )
         self._batches: dict[int, PagedBatch] = {}
 
-    def run(self, count: int) -> tuple[Tensor, Tensor]:
-        """The step of the state's first `count` rows: tokens [>= count] int64 and logits [>= count, vocab].
-
-        Both are overwritten by the next step.
-        """
+    def run(self, count: int) -> Tensor:
+        """The step of the state's first `count` rows: logits [>= count, vocab], until the next step."""
         at = bisect_left(self._sizes, count)
         size = self._sizes[at] if at < len(self._sizes) else count
         captured = self._captured.get(size)
         if captured is None:
-            return self._tokens, self._step(size)
+            return self._step(size)
         captured.graph.replay()
-        return self._tokens, captured.logits
+        return captured.logits
 
     @property
     def num_sizes(self) -> int:
@@ -107,14 +105,16 @@ class DecodeGraphs:
 
     def _step(self, size: int) -> Tensor:
         batch, state = self._batch_of(size), self._state
-        rows, token_ids, tokens = state.rows[:size], self._token_ids[:size], self._tokens[:size]
+        rows, token_ids = state.rows[:size], self._token_ids[:size]
         begin_decode(
-            rows, state.lengths, state.last_tokens, state.tables, batch.page_size,
+            rows, state.lengths, state.last_tokens, state.tables, batch.page_size, state.turn, len(self._tokens_out),
             token_ids=token_ids, positions=batch.positions, slots=batch.slots,
             table_rows=batch.table_rows, contexts=batch.contexts,
         )  # fmt: skip
         logits = self._model.logits(self._model.forward(token_ids, batch, self._kv))
-        sample(logits, rows, batch.contexts, state.columns, self._workspace, out=tokens)
+        sample(
+            logits, rows, batch.contexts, state.columns, self._workspace, out=self._tokens_out, turn=state.turn
+        )  # fmt: skip
         return logits
 
     def _batch_of(self, size: int) -> PagedBatch:

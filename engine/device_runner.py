@@ -2,7 +2,8 @@
 
 A step in which every sequence decodes one token is one graph replay (engine/decode_graphs.py), sampling included; so
 are steps with short prompts, others are launched op by op (engine/mixed_steps.py). The host only sends what changed
-(engine/batch_state.py): tokens that the device sampled stay there, and are read when a step's result is asked for.
+(engine/batch_state.py): tokens that the device sampled stay there, and in host memory a step's kernels leave them for
+whoever asks for its result.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from penstock.engine.plan import (
 )
 from penstock.kernels.logprobs import token_logprobs
 from penstock.kernels.sample import SampleWorkspace
-from penstock.kernels.step_state import copy_to_host
 from penstock.models.decoder import CausalLM
 
 RUN_AHEAD = 1
@@ -168,11 +168,11 @@ class DeviceRunner:
         self._stagings = [Staging(device) for _ in range(buffers)]
         self._layouts = [Staging(device) for _ in range(buffers)]
         self._masks = [Staging(device) for _ in range(buffers)]
-        self._tokens_out = [torch.empty(rows, dtype=torch.int64, pin_memory=self._cuda) for _ in range(buffers)]
+        self._tokens_out = torch.zeros(buffers, rows, dtype=torch.int64, pin_memory=self._cuda)
         self._events = [Event(device) for _ in range(buffers)]
-        self._turn = 0
+        self._turn = 0  # which of the buffers a step uses; the device counts along (BatchState.turn)
         self._num_with_logprobs = 0
-        shared = (model, pool.layers(), self._state, workspace, self._page_size, max_num_seqs)
+        shared = (model, pool.layers(), self._state, workspace, self._tokens_out, self._page_size, max_num_seqs)
         self._decode_steps = DecodeGraphs(*shared, max_model_len)
         self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len)
         if self._stream is not None:  # weights, pages and state are still being filled in another stream
@@ -181,10 +181,12 @@ class DeviceRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send the step to the device. Raises what a launch raises; the sequences' state is then undefined."""
-        if self._stream is None:
-            return self._submit(plan)
-        with torch.cuda.stream(self._stream):
-            return self._submit(plan)
+        try:
+            with torch.cuda.stream(self._stream):
+                return self._submit(plan)
+        except BaseException:
+            self._state.set_turn(self._turn)  # the device may have come so far or not
+            raise
 
     def close(self) -> None:
         if self._stream is not None:
@@ -213,6 +215,7 @@ class DeviceRunner:
             pool = torch.cuda.graph_pool_handle()
             self._mixed_steps.capture(pool, captured)
             self._decode_steps.capture(pool, captured)
+        self._state.set_turn(self._turn)
         self._stream.synchronize()
 
     # ------------------------------------------------------------ one step
@@ -266,8 +269,7 @@ class DeviceRunner:
             self._state.set_rows([self._sequences[key].slot for key in keys])
             self._decoding = keys
         self._apply_changes()
-        tokens, logits = self._decode_steps.run(len(keys))
-        return self._hand_over(plan.step, keys, tokens, logits, range(len(keys)))
+        return self._hand_over(plan.step, keys, self._decode_steps.run(len(keys)), range(len(keys)))
 
     def _mixed(self, plan: StepPlan) -> StepHandle:
         """Prompt chunks, and decodes (which the scheduler puts first) beside them."""
@@ -283,12 +285,12 @@ class DeviceRunner:
         prompts: list[_PromptPart] = []
         self._apply_changes()
         if rows:
-            drawn, logits, sampled, hidden = self._mixed_steps.run_scored(chunks, rows, self._layouts[self._turn])
+            logits, sampled, hidden = self._mixed_steps.run_scored(chunks, rows, self._layouts[self._turn])
             prompts = self._score(scored, hidden)
         else:
-            drawn, logits, sampled = self._mixed_steps.run(chunks, self._layouts[self._turn])
+            logits, sampled = self._mixed_steps.run(chunks, self._layouts[self._turn])
         keys = [item.key for item in plan.work if item.samples]
-        return self._hand_over(plan.step, keys, drawn, logits, sampled, prompts)
+        return self._hand_over(plan.step, keys, logits, sampled, prompts)
 
     def _scored(self, work: Sequence[SequenceWork]) -> list[tuple[str, range, int]]:
         """(key, positions whose next token is scored, the step's row of the first) of sequences that ask for it."""
@@ -337,31 +339,29 @@ class DeviceRunner:
         self,
         step: int,
         keys: list[str],
-        tokens: Tensor,
         logits: Tensor,
         sampled: Sequence[int],
         prompts: Sequence[_PromptPart] = (),
     ) -> StepHandle:
-        """Send the tokens to the host; those of `keys` are the rows `sampled` of tokens and logits."""
+        """The step's handle; tokens and logits of `keys` are the rows `sampled`."""
         used = sampled[-1] + 1 if sampled else 0
-        out = self._tokens_out[self._turn][:used]
-        if used:
-            copy_to_host(tokens, out)
         logprobs = None
         if self._num_with_logprobs:
             asked = [
-                (row, top)
+                (row, sequence.slot, sequence.logprobs)
                 for row, key in zip(sampled, keys, strict=True)
-                if (top := self._sequences[key].logprobs) is not None
+                if (sequence := self._sequences[key]).logprobs is not None
             ]
-            logprobs = self._logprobs(asked, tokens, logits) if asked else None
+            logprobs = self._logprobs(asked, logits) if asked else None
         # A new one: somebody may still be about to wait for the last one of this turn.
         event = self._events[self._turn] = Event(self.pool.device)
         event.record()
-        return _Submitted(step, keys, sampled, out, event, logprobs, prompts)
+        return _Submitted(step, keys, sampled, self._tokens_out[self._turn, :used], event, logprobs, prompts)
 
-    def _logprobs(self, asked: list[tuple[int, int]], tokens: Tensor, logits: Tensor) -> _Logprobs:
-        rows, tops = [i for i, _ in asked], [top for _, top in asked]
-        index = self._send(rows)
-        found = token_logprobs(logits[index], tokens[index], min(max(tops), self._vocab_size))
+    def _logprobs(self, asked: list[tuple[int, int, int]], logits: Tensor) -> _Logprobs:
+        """asked: (row, slot, top)."""
+        rows, slots, tops = (list(numbers) for numbers in zip(*asked, strict=True))
+        index, slot_index = self._send([*rows, *slots]).view(2, -1)
+        tokens = self._state.last_tokens[slot_index].long()
+        found = token_logprobs(logits[index], tokens, min(max(tops), self._vocab_size))
         return _Logprobs(rows, tops, self._to_host(found))

@@ -73,7 +73,6 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: Tensor  # all of `_Inputs`, one after the other
     batch: PagedBatch
-    tokens: Tensor
     logits: Tensor
 
 
@@ -139,12 +138,15 @@ class MixedSteps:
         kv: Sequence[tuple[Tensor, Tensor]],
         state: BatchState,
         workspace: SampleWorkspace,
+        tokens_out: Tensor,
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
     ) -> None:
+        """tokens_out: as that of `DecodeGraphs`."""
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
+        self._tokens_out = tokens_out
         self._page_size, self._max_model_len = page_size, max_model_len
         self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens)
         self._crowds = crowds(max_num_seqs, max_num_batched_tokens)
@@ -154,8 +156,8 @@ class MixedSteps:
     def num_shapes(self) -> int:
         return len(self._shapes)
 
-    def run(self, chunks: Sequence[Chunk], staging: Staging) -> tuple[Tensor, Tensor, list[int]]:
-        """Compute the step: tokens [S] int64, logits [S, vocab], and which rows of both were sampled, in order."""
+    def run(self, chunks: Sequence[Chunk], staging: Staging) -> tuple[Tensor, list[int]]:
+        """Compute the step: logits [S, vocab] until the next one, and which of the rows were sampled, in order."""
         decodes, prompts = split(chunks)
         exact = Shape(len(decodes), sum(len(chunk.tokens) for chunk in prompts), len(prompts))
         fitting = [shape for shape in self._captured if shape.holds(exact)]
@@ -164,18 +166,18 @@ class MixedSteps:
             captured = self._captured[shape]
             staging.send(lay_out(chunks, shape), into=captured.inputs)
             captured.graph.replay()
-            tokens, logits = captured.tokens, captured.logits
+            logits = captured.logits
         else:
             shape = exact
             inputs = _Inputs(*staging.send(lay_out(chunks, shape)))
             batch = self._batch(inputs, shape, chunks)
-            tokens, logits = self._step(inputs, batch, any(chunk.samples for chunk in chunks))
+            logits = self._step(inputs, batch, any(chunk.samples for chunk in chunks))
         numbers = [*range(len(decodes)), *range(shape.decodes, shape.decodes + len(prompts))]
-        return tokens, logits, [number for number, chunk in zip(numbers, chunks, strict=True) if chunk.samples]
+        return logits, [number for number, chunk in zip(numbers, chunks, strict=True) if chunk.samples]
 
     def run_scored(
         self, chunks: Sequence[Chunk], rows: Sequence[int], staging: Staging
-    ) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    ) -> tuple[Tensor, list[int], Tensor]:
         """As `run`, op by op, and the hidden states of some of the step's tokens: [len(rows), hidden].
 
         Token j of chunk i is row j behind all tokens of the chunks before.
@@ -188,8 +190,8 @@ class MixedSteps:
         hidden = self._model.forward(self._begin(inputs, batch), batch, self._kv)
         samples = any(chunk.samples for chunk in chunks)
         scored = hidden.index_select(0, index)
-        tokens, logits = self._end(inputs, batch, hidden.index_select(0, inputs.last_tokens), samples)
-        return tokens, logits, [number for number, chunk in enumerate(chunks) if chunk.samples], scored
+        logits = self._end(inputs, hidden.index_select(0, inputs.last_tokens), samples)
+        return logits, [number for number, chunk in enumerate(chunks) if chunk.samples], scored
 
     def capture(self, pool: Any, captured: Callable[[], None]) -> None:
         """Capture all shapes into the memory pool, largest first; `captured` is called after each.
@@ -206,10 +208,10 @@ class MixedSteps:
             torch.cuda.current_stream().synchronize()
             graph.capture_begin(pool=pool)
             try:
-                tokens, logits = self._step(inputs, batch, True)
+                logits = self._step(inputs, batch, True)
             finally:
                 graph.capture_end()
-            self._captured[shape] = _Captured(graph, buffer, batch, tokens, logits)
+            self._captured[shape] = _Captured(graph, buffer, batch, logits)
             captured()
 
     def _empty(self, shape: Shape) -> tuple[Tensor, _Inputs, PagedBatch]:
@@ -237,9 +239,9 @@ class MixedSteps:
             max_context=max(chunk.context for chunk in chunks) if chunks else self._max_model_len,
         )
 
-    def _step(self, inputs: _Inputs, batch: PagedBatch, samples: bool) -> tuple[Tensor, Tensor]:
+    def _step(self, inputs: _Inputs, batch: PagedBatch, samples: bool) -> Tensor:
         hidden = self._model.forward(self._begin(inputs, batch), batch, self._kv, inputs.last_tokens)
-        return self._end(inputs, batch, hidden, samples)
+        return self._end(inputs, hidden, samples)
 
     def _begin(self, inputs: _Inputs, batch: PagedBatch) -> Tensor:
         """Fills the batch's positions and slots; the step's token ids, [T] int64."""
@@ -247,14 +249,18 @@ class MixedSteps:
         token_ids = torch.empty_like(batch.positions)
         begin_mixed(
             inputs.owners, inputs.given, inputs.rows, inputs.contexts, inputs.query_starts,
-            state.lengths, state.last_tokens, state.tables, self._page_size,
+            state.lengths, state.last_tokens, state.tables, self._page_size, state.turn, len(self._tokens_out),
             token_ids=token_ids, positions=batch.positions, slots=batch.slots,
         )  # fmt: skip
         return token_ids
 
-    def _end(self, inputs: _Inputs, batch: PagedBatch, hidden: Tensor, samples: bool) -> tuple[Tensor, Tensor]:
-        """From the hidden states of each sequence's last token [S, hidden]: what `run` gives."""
+    def _end(self, inputs: _Inputs, hidden: Tensor, samples: bool) -> Tensor:
+        """From the hidden states of each sequence's last token [S, hidden]: the logits that `run` gives."""
         if not samples:
-            return batch.slots[:0], hidden
-        logits = self._model.logits(hidden)
-        return sample(logits, inputs.sample_slots, inputs.contexts, self._state.columns, self._workspace), logits
+            return hidden
+        state, logits = self._state, self._model.logits(hidden)
+        sample(
+            logits, inputs.sample_slots, inputs.contexts, state.columns, self._workspace,
+            out=self._tokens_out, turn=state.turn,
+        )  # fmt: skip
+        return logits

@@ -170,6 +170,7 @@ def sample(
     *,
     filters: bool = True,
     out: Tensor | None = None,
+    turn: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row, `[B]` int64; its slot's last one, and counted in `token_state` of slots that use it.
 
@@ -178,15 +179,19 @@ def sample(
         slots: `[B]` int32, each slot once; -1: padding, whose result is 0.
         positions: `[B]` int32, position of the token to be drawn: the number of tokens known.
         filters: False promises that no slot uses top-k, top-p or min-p: two launches fewer, the same results.
-        out: where to write the tokens; a new tensor without.
+        out: where to write the tokens, also in pinned memory of the host; a new tensor without. Returned as it is.
+        turn: `[1]` int32; with it, out is `[turns, >= B]`, and the tokens are its row turn[0].
 
     Raises:
-        ValueError: more rows than the workspace has room for.
+        ValueError: more rows than the workspace or out has room for.
     """
     if use_triton(logits):
-        return sample_triton(logits, slots, positions, columns, workspace, filters=filters, out=out)
+        return sample_triton(logits, slots, positions, columns, workspace, filters=filters, out=out, turn=turn)
     tokens = sample_reference(logits, slots, positions, columns)
-    return tokens if out is None else out.copy_(tokens)
+    if out is None:
+        return tokens
+    (out if turn is None else out[int(turn)])[: len(tokens)] = tokens
+    return out
 
 
 def sample_reference(logits: Tensor, slots: Tensor, positions: Tensor, columns: SamplingColumns) -> Tensor:
@@ -253,15 +258,17 @@ def sample_triton(
     *,
     filters: bool = True,
     out: Tensor | None = None,
+    turn: Tensor | None = None,
     tile: int = 1024,
     finish_tile: int = 1024,
 ) -> Tensor:
     """`sample` by Triton kernels. Tiles are powers of 2, from 4 up: how many tokens a program looks at together."""
     rows, vocab = logits.shape
     c, w = columns, workspace
-    if rows > len(w.best):
-        raise ValueError(f"{rows} rows, the workspace has room for {len(w.best)}")
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device) if out is None else out
+    room = min(len(w.best), tokens.shape[-1])
+    if rows > room:
+        raise ValueError(f"{rows} rows, there is room for {room}")
     splits, tiles = _tiling(rows, vocab, tile, num_multiprocessors(logits.device))
     capacity = w.list_z.shape[1]
     options = pdl_options(logits)
@@ -285,8 +292,8 @@ def sample_triton(
         )  # fmt: skip
     finish_kernel[(rows,)](
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z,
-        w.list_id, tokens, c.last_tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,
-        SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=finish_tile, FILTERS=filters, num_warps=8 if filters else 4,
-        **options,
+        w.list_id, tokens, turn, tokens.stride(0), c.last_tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,
+        SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=finish_tile, FILTERS=filters, IN_TURN=turn is not None,
+        num_warps=8 if filters else 4, **options,
     )  # fmt: skip
     return tokens

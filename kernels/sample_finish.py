@@ -111,6 +111,8 @@ def finish_kernel(
     list_z_ptr,
     list_id_ptr,
     tokens_ptr,
+    turn_ptr,
+    turn_stride,
     last_ptr,
     ban_length_ptr,
     ban_words_ptr,
@@ -121,13 +123,16 @@ def finish_kernel(
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
     FILTERS: tl.constexpr,
+    IN_TURN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """tokens[row] = last[slot] = the row's token; it is counted in `state` where the slot asks for it."""
+    """tokens[turn, row] = last[slot] = the row's token; it is counted in `state` where the slot asks for it."""
     row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if IN_TURN:
+        tokens_ptr += tl.load(turn_ptr) * turn_stride
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:
         tl.store(tokens_ptr + row, 0)

@@ -1,8 +1,8 @@
 """The small launches before a step: apply the host's changes, lay the step's tokens out.
 
 What the device knows of the running sequences lies in one int32 tensor, the state (engine/batch_state.py says where
-what is). It advances by itself, so that a decode step that the host did not change needs nothing from it: lengths when
-a step begins, last tokens when they are drawn (kernels/sample.py).
+what is). It advances by itself, so that a decode step that the host did not change needs nothing from it: lengths and
+the steps' turn when a step begins, last tokens when they are drawn (kernels/sample.py).
 """
 
 from __future__ import annotations
@@ -25,24 +25,14 @@ def apply_changes(state: Tensor, changes: Tensor, count: int) -> None:
     _apply_kernel[(-(-count // _BLOCK),)](state, changes, count, BLOCK=_BLOCK, **pdl_options(state))
 
 
-def copy_to_host(tokens: Tensor, out: Tensor) -> None:
-    """out = tokens[: len(out)], both int64, out in pinned memory of the host.
-
-    By a launch, as `apply_changes` reads its changes: a copy engine would first have to be told that the kernels before
-    have ended, and the kernels after that it has. A step that is captured costs some microseconds less between two.
-    """
-    if not use_triton(tokens):
-        out.copy_(tokens[: len(out)])
-        return
-    _copy_kernel[(-(-len(out) // _BLOCK),)](tokens, out, len(out), BLOCK=_BLOCK, **pdl_options(tokens))
-
-
 def begin_decode(
     rows: Tensor,
     lengths: Tensor,
     last_tokens: Tensor,
     page_tables: Tensor,
     page_size: int,
+    turn: Tensor,
+    turns: int,
     *,
     token_ids: Tensor,
     positions: Tensor,
@@ -54,6 +44,8 @@ def begin_decode(
 
     rows: int32 [B], a sequence's row in lengths [N], last_tokens [N] and page_tables [N, W], each once; -1 is padding:
     slot -1, context 0. token_ids, positions and slots are int64, table_rows and contexts int32.
+
+    turn: int32 [1], in which of `turns` places the host reads what a step samples: the next one, again and again.
     """
     if not use_triton(rows):
         live = rows >= 0
@@ -65,6 +57,7 @@ def begin_decode(
         table_rows.copy_(row)
         contexts.copy_(torch.where(live, position + 1, 0))
         lengths[row[live]] = contexts[live]
+        turn.add_(1).remainder_(turns)
         return
     _begin_decode_kernel[(-(-len(rows) // _BLOCK),)](
         rows,
@@ -79,6 +72,8 @@ def begin_decode(
         len(rows),
         page_tables.stride(0),
         page_size,
+        turn,
+        turns,
         BLOCK=_BLOCK,
         **pdl_options(rows),
     )
@@ -94,6 +89,8 @@ def begin_mixed(
     last_tokens: Tensor,
     page_tables: Tensor,
     page_size: int,
+    turn: Tensor,
+    turns: int,
     *,
     token_ids: Tensor,
     positions: Tensor,
@@ -103,7 +100,7 @@ def begin_mixed(
 
     owners: int32 [T], which sequence a token is of; -1: padding (slot -1). given: int32 [T], the token's id, or -1 for
     the sequence's last sampled one. rows, contexts: int32 [S]; query_starts: int32 [S + 1], as in `PagedBatch`.
-    lengths, last_tokens and page_tables are those of `begin_decode`.
+    What lengths, last_tokens, page_tables and turn are: as in `begin_decode`.
     """
     if not use_triton(owners):
         live = owners >= 0
@@ -116,6 +113,7 @@ def begin_mixed(
         slots.copy_(torch.where(live, _slot(page_tables, row, position, page_size), -1))
         ends = live & (behind == 1)
         lengths[row[ends]] = contexts[owner[ends]]
+        turn.add_(1).remainder_(turns)
         return
     _begin_mixed_kernel[(-(-len(owners) // _BLOCK),)](
         owners,
@@ -132,6 +130,8 @@ def begin_mixed(
         len(owners),
         page_tables.stride(0),
         page_size,
+        turn,
+        turns,
         BLOCK=_BLOCK,
         **pdl_options(owners),
     )
@@ -153,13 +153,11 @@ def _apply_kernel(state_ptr, changes_ptr, count, BLOCK: tl.constexpr, PDL: tl.co
     tl.store(state_ptr + where, value, mask=used)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _copy_kernel(from_ptr, to_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(to_ptr + i, tl.load(from_ptr + i, mask=i < count), mask=i < count)
+@triton.jit
+def _advance(turn_ptr, turns):
+    if tl.program_id(0) == 0:
+        turn = tl.load(turn_ptr) + 1
+        tl.store(turn_ptr, tl.where(turn < turns, turn, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -176,6 +174,8 @@ def _begin_decode_kernel(
     count,
     table_stride,
     page_size,
+    turn_ptr,
+    turns,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -184,6 +184,7 @@ def _begin_decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = i < count
+    _advance(turn_ptr, turns)
     row = tl.load(rows_ptr + i, mask=used, other=-1)
     live = row >= 0
     position = tl.load(lengths_ptr + row, mask=live, other=0)
@@ -213,6 +214,8 @@ def _begin_mixed_kernel(
     count,
     table_stride,
     page_size,
+    turn_ptr,
+    turns,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -221,6 +224,7 @@ def _begin_mixed_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = i < count
+    _advance(turn_ptr, turns)
     owner = tl.load(owners_ptr + i, mask=used, other=-1)
     live = owner >= 0
     row = tl.load(rows_ptr + owner, mask=live, other=0)

@@ -82,42 +82,40 @@ class PageReader:
 
 @dataclass(frozen=True)
 class _Played:
-    """Stands for a graph: computes the step again, and writes its results where the first run left them.
+    """Stands for a graph: computes the step again, and writes its result where the first run left it.
 
     The graphs of an engine share their memory: what the others left is lost.
     """
 
-    step: Callable[[], Sequence[Tensor]]
-    results: Sequence[Tensor]
+    step: Callable[[], Tensor]
+    result: Tensor
     others: list[_Played]
 
     def replay(self) -> None:
         for other in self.others:
-            for result in other.results:
-                result.fill_(-1)
-        for held, result in zip(self.results, self.step(), strict=True):
-            held.copy_(result)
+            other.result.fill_(-1)
+        self.result.copy_(self.step())
 
 
 def capture(runner: DeviceRunner) -> None:
     """What `DeviceRunner.capture` does on a GPU."""
     played: list[_Played] = []
 
-    def record(step: Callable[[], Sequence[Tensor]]) -> tuple[Any, Sequence[Tensor]]:
+    def record(step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         with torch.inference_mode():
-            results = step()
-        played.append(_Played(step, results, played))
-        return played[-1], results
+            result = step()
+        played.append(_Played(step, result, played))
+        return played[-1], result
 
     mixed: Any = runner._mixed_steps
     for shape in mixed._shapes:
         buffer, inputs, batch = mixed._empty(shape)
-        graph, results = record(lambda i=inputs, b=batch: mixed._step(i, b, True))  # type: ignore[misc]
-        mixed._captured[shape] = mixed_steps._Captured(graph, buffer, batch, *results)
+        graph, logits = record(lambda i=inputs, b=batch: mixed._step(i, b, True))  # type: ignore[misc]
+        mixed._captured[shape] = mixed_steps._Captured(graph, buffer, batch, logits)
     decode: Any = runner._decode_steps
     for size in decode._sizes:
-        graph, results = record(lambda n=size: (decode._step(n),))  # type: ignore[misc]
-        decode._captured[size] = decode_graphs._Captured(graph, *results)
+        decode._captured[size] = decode_graphs._Captured(*record(lambda n=size: decode._step(n)))  # type: ignore[misc]
+    runner._state.set_turn(runner._turn)
 
 
 def expected(source: GenerateRequest) -> tuple[list[int], list[TokenLogprobs | None]]:
@@ -325,3 +323,28 @@ def test_keys_come_back_in_other_slots() -> None:
     step(2, ("a", "b"), 3)
     del texts["a"][-1], texts["b"][-1]
     step(3, ("a", "b"), 3)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the device began", "after"])
+def test_steps_that_fail_leave_no_later_step_with_the_tokens_of_another(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = KVPool(KVLayout(1, 1, 2, PAGE_SIZE, torch.float32), 4, torch.device("cpu"))
+    model: Any = PageReader()
+    runner = DeviceRunner(model, pool, max_num_seqs=2, max_num_batched_tokens=8, max_model_len=CONTEXT)
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def step(number: int, prompt: list[int]) -> StepPlan:
+        start = SequenceStart(str(number), tuple(prompt), len(prompt), SamplingParams(temperature=0.0), 0, ())
+        work = SequenceWork(str(number), 0, len(prompt), (0,), True)
+        return StepPlan(number, (str(number - 1),), (start,), (work,))
+
+    number = 0
+    for prompt in ([5], [6, 7], [8], [9, 10]):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(*((runner, "_apply_changes") if before else (model, "logits")), out_of_memory)
+            runner.submit(step(number := number + 1, prompt))
+        result = runner.submit(step(number := number + 1, prompt)).result()
+        assert [item.token_ids[0] for item in result.sampled] == [int(scores(prompt).argmax())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -19,9 +19,11 @@ from penstock.kernels.sample import (
     IN_PROMPT,
     SampleWorkspace,
     SamplingColumns,
+    sample,
     sample_reference,
     sample_triton,
 )
+from tests.kernels.variants import variants
 
 DEVICES = [
     "cpu",
@@ -321,3 +323,26 @@ def test_a_batch_larger_than_the_workspace_is_refused() -> None:
     workspace = SampleWorkspace.allocate(1, 50, "cpu")
     with pytest.raises(ValueError, match="2 rows"):
         sample_triton(normal(2, 50, 0), batch.slots, batch.positions, batch.columns, workspace)
+    workspace = SampleWorkspace.allocate(2, 50, "cpu")
+    with pytest.raises(ValueError, match="2 rows, there is room for 1"):
+        sample_triton(
+            normal(2, 50, 0), batch.slots, batch.positions, batch.columns, workspace, out=torch.empty(1).long()
+        )
+
+
+@pytest.mark.parametrize(("op", "device"), variants(sample, sample_triton))
+def test_tokens_are_left_for_the_host_in_their_turn(op: Callable[..., Tensor], device: str) -> None:
+    """In pinned memory, where a step's tokens stay until its turn comes again."""
+    out = torch.full((3, 6), -7, dtype=torch.int64, pin_memory=device == "cuda")
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    batch = Batch([SamplingRow(SamplingParams(temperature=0.0), 0, [1], 1, ())] * 2, 50, device, padding=1)
+    workspace = SampleWorkspace.allocate(3, 50, device)
+    expected = out.tolist()
+    for step, now in enumerate((1, 2, 0, 1)):
+        logits = normal(3, 50, step)
+        turn.fill_(now)
+        op(logits.to(device), batch.slots, batch.positions, batch.columns, workspace, out=out, turn=turn)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        expected[now][:3] = [*logits[:2].argmax(-1).tolist(), 0]
+        assert out.tolist() == expected

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from penstock.kernels import launch
 from penstock.kernels.launch import INTERPRETED
-from penstock.kernels.step_state import apply_changes, begin_decode, begin_mixed, copy_to_host
+from penstock.kernels.step_state import apply_changes, begin_decode, begin_mixed
 
 PAGE_SIZE, SLOTS, PAGES = 3, 7, 5
+TURNS = 3
 DEVICES = [
     pytest.param("cpu", id="reference"),
     pytest.param("interpreter", marks=pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")),
@@ -40,6 +41,7 @@ class State:
         self.last = [self.pick.randrange(100, 200) for _ in range(SLOTS)]
         self.tables = [self.pick.sample(range(1000), PAGES) for _ in range(SLOTS)]
         self.on_device = [self.ints(x, device) for x in (self.lengths, self.last, self.tables)]
+        self.turn = self.ints([1], device)
         self.device = device
 
     def ints(self, values: object, device: str) -> Tensor:
@@ -56,17 +58,10 @@ class State:
 
 
 @pytest.mark.parametrize("count", [1, 16, 300])
-def test_tokens_and_changes_pass_through_pinned_memory(device: str, count: int) -> None:
-    pinned = device == "cuda"
-    tokens = torch.randint(1 << 40, (400,), device=device)
-    out = torch.full((count + 3,), -7, dtype=torch.int64, pin_memory=pinned)
-    copy_to_host(tokens, out[:count])
-    changes = torch.tensor([*range(count), *range(1000, 1000 + count)], dtype=torch.int32, pin_memory=pinned)
+def test_changes_are_read_from_pinned_memory(device: str, count: int) -> None:
+    changes = torch.tensor([*range(count), *range(1000, 1000 + count)], dtype=torch.int32, pin_memory=device == "cuda")
     state = torch.zeros(count + 3, dtype=torch.int32, device=device)
     apply_changes(state, changes, count)
-    if pinned:
-        torch.cuda.synchronize()
-    assert out.tolist() == [*tokens[:count].tolist(), -7, -7, -7]
     assert state.tolist() == [*range(1000, 1000 + count), 0, 0, 0]
 
 
@@ -88,7 +83,7 @@ def test_a_decode_step_begins(device: str) -> None:
     found = state.outputs(len(rows))
     more = {name: torch.full((len(rows),), -7, dtype=torch.int32, device=device) for name in ("table_rows", "contexts")}
     lengths, last, tables = state.on_device
-    begin_decode(state.ints(rows, device), lengths, last, tables, PAGE_SIZE, **found, **more)
+    begin_decode(state.ints(rows, device), lengths, last, tables, PAGE_SIZE, state.turn, TURNS, **found, **more)
     at = [state.lengths[row] for row in rows]
     assert found["token_ids"].tolist() == [state.last[row] if row >= 0 else 0 for row in rows]
     assert found["positions"].tolist() == [n if row >= 0 else 0 for row, n in zip(rows, at, strict=True)]
@@ -97,6 +92,7 @@ def test_a_decode_step_begins(device: str) -> None:
     assert more["contexts"].tolist() == [n + 1 if row >= 0 else 0 for row, n in zip(rows, at, strict=True)]
     assert lengths.tolist() == [n + (row in rows) for row, n in enumerate(state.lengths)]
     assert last.tolist() == state.last
+    assert state.turn.tolist() == [2]
 
 
 def test_a_step_with_prompts_begins(device: str) -> None:
@@ -109,7 +105,7 @@ def test_a_step_with_prompts_begins(device: str) -> None:
     found = state.outputs(len(owners))
     begin_mixed(
         *(state.ints(values, device) for values in (owners, given, rows, contexts, [0, 1, 2, 6, 8])),
-        lengths, last, tables, PAGE_SIZE, **found,
+        lengths, last, tables, PAGE_SIZE, state.turn, TURNS, **found,
     )  # fmt: skip
     begins = [context - count for context, count in zip(contexts, counts, strict=True)]
     positions = [begins[0], 0, *range(begins[2], 11), *range(begins[3], 2), 0, 0]
@@ -118,3 +114,19 @@ def test_a_step_with_prompts_begins(device: str) -> None:
     assert found["positions"].tolist() == positions
     assert found["slots"].tolist() == expected
     assert lengths.tolist() == [{5: 9, 2: 11, 0: 2}.get(row, n) for row, n in enumerate(state.lengths)]
+    assert state.turn.tolist() == [2]
+
+
+@pytest.mark.parametrize("count", [1, 600])
+def test_steps_take_turns(device: str, count: int) -> None:
+    """Once each, however many programs begin a step."""
+    turn, none = torch.tensor([1], dtype=torch.int32, device=device), torch.full((count,), -1, dtype=torch.int32)
+    state, more = State(4, device), torch.zeros(2, count, dtype=torch.int32, device=device)
+    seen = []
+    for _ in range(4):
+        outputs = state.outputs(count)
+        begin_decode(
+            none.to(device), *state.on_device, PAGE_SIZE, turn, TURNS, **outputs, table_rows=more[0], contexts=more[1]
+        )
+        seen.append(turn.item())
+    assert seen == [2, 0, 1, 2]
