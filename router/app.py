@@ -158,7 +158,7 @@ def create_app(
                 await asyncio.get_running_loop().run_in_executor(None, tracing.close)
 
     app = Application(lifespan=lifespan)
-    app.state.metrics = front.metrics
+    app.state.metrics, app.state.responses = front.metrics, responses
     app.state.takes_connections = not config.admin_port  # else server.py says when its other port is open, too
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)

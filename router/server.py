@@ -131,6 +131,7 @@ class RouterServer(uvicorn.Server):
         await asyncio.gather(drain, return_exceptions=self.force_exit)
         if drain.cancelled():
             await self._service.stop(0.0)
+        self._app.state.responses.leave()
         await self._flush()
         await super().shutdown(sockets)
         if self.force_exit:  # uvicorn then leaves the application where it is, to be cancelled with a traceback

@@ -43,6 +43,7 @@ class BackgroundResponse:
         self._last = b""  # the events that tell how it ended
         self._told = 0  # bytes of the log
         self._written = 0  # bytes of it in the store, which are fewer where nobody follows it
+        self._again_at = 0.0  # when it may be told from the beginning, if it was lost
         self._ending = self._complete = False
         self._grown = asyncio.Event()  # set once, for those who wait now, and replaced
         self._hurry = asyncio.Event()  # it is ending, or others wish something of it
@@ -109,17 +110,22 @@ class BackgroundResponse:
                     await any_of(self._hurry, self._grown, timeout_s=self._store.lease_s / 3)
 
     async def _tell(self) -> bool:
-        """Tell what has not been told; whether anybody follows it elsewhere."""
+        """Tell what has not been told, all of it if that was lost; whether anybody follows it elsewhere."""
         size = len(self._log)
         piece = bytes(self._log[self._told : size])
         if not self.streamed:
             piece = merged(piece)
-        wished, followed = await self._store.tell(self._key, self.streamed, self._written, piece)
+        told = await self._store.tell(self._key, self.streamed, self._written, piece)
         self._told = size
         self._written += len(piece)
-        if wished:
+        if told.wished:
             self._hang_up.set()
-        return followed
+        now = asyncio.get_running_loop().time()
+        if told.lost and now >= self._again_at:  # once a lease: the store may be too small for it
+            self._again_at = now + self._store.lease_s
+            self._told = self._written = 0
+            return await self._tell()
+        return told.followed
 
     def _grow(self, events: bytes) -> None:
         self._log += events

@@ -56,6 +56,10 @@ class News:
         if self._task is not None:
             await end_tasks([self._task])
 
+    def ring_all(self) -> None:
+        """Have everybody look again."""
+        self._ring(list(self._bells))
+
     async def _listen(self) -> None:
         while True:
             connection: AbstractConnection = self._pool.connection_class(**self._pool.connection_kwargs)
@@ -71,7 +75,7 @@ class News:
             finally:
                 self._connection = None
                 await connection.disconnect(nowait=True)
-            self._ring(list(self._bells))
+            self.ring_all()
             await asyncio.sleep(AWAY_S)
 
     async def _say(self, command: str, channels: Iterable[str]) -> None:

@@ -58,6 +58,10 @@ class Responses:
             Route(f"{one}/cancel", Guarded(self._front, self._cancel), methods=["POST"]),
         ]
 
+    def leave(self) -> None:
+        """This router ends: nobody can wait here any longer for what others make."""
+        self._store.leave()
+
     async def close(self) -> None:
         """End what runs in the background."""
         await asyncio.gather(*(running.cancel() for running in self._running.values()))

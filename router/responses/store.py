@@ -35,6 +35,7 @@ import redis
 from penstock.common.config import RouterConfig
 from penstock.common.errors import NotFound, Unavailable
 from penstock.common.router_redis import MAX_CONNECTIONS, RouterRedis
+from penstock.router.dispatch import SHUTTING_DOWN
 from penstock.router.responses.grown import grown
 from penstock.router.responses.news import News
 from penstock.router.responses.scripts import READ, WISH, WRITE
@@ -63,6 +64,14 @@ class Stored:
     made_elsewhere: bool = False
 
 
+class Told(NamedTuple):
+    """What who makes a response hears: its end is wished, it is followed elsewhere, what was told before is gone."""
+
+    wished: bool
+    followed: bool
+    lost: bool
+
+
 class Found(NamedTuple):
     """What Redis has of a response; `lease_s` is what is left of the lease of who makes it, 0 if nobody does."""
 
@@ -78,7 +87,7 @@ class ResponseStore:
     """A router's access to them. All methods belong to one event loop.
 
     Raises:
-        Unavailable: (all but `keep`) Redis is away.
+        Unavailable: (all but `keep`) Redis is away, or (`get`, `read`) this router ends.
         NotFound: (`get`, `read`) it was never kept, is no more, or is another tenant's.
     """
 
@@ -89,20 +98,20 @@ class ResponseStore:
         self._ttl_ms = int(config.response_ttl_s * 1000)
         self._redis = RouterRedis(config.redis_url)
         self._news = News(config.redis_url)
+        self._leaving = False
         self._patient = asyncio.Semaphore(MAX_CONNECTIONS // 2)  # what nobody waits for takes no more of them
         self._write, self._read, self._wish = map(self._redis.client.register_script, (WRITE, READ, WISH))
 
-    async def tell(self, key: ResponseKey, streamed: bool, offset: int, piece: bytes) -> tuple[bool, bool]:
-        """Say how far a response is that this router makes: its log from `offset` bytes on; at 0 it begins.
+    async def tell(self, key: ResponseKey, streamed: bool, offset: int, piece: bytes) -> Told:
+        """Say how far a response is that this router makes: its log from `offset` bytes on; at 0 it begins (again).
 
-        What comes before has been told; where that is not certain (Unavailable), tell it again. Answers whether its end
-        is wished, and whether anybody follows it elsewhere.
+        What comes before has been told; where that is not certain (Unavailable), tell it again.
         """
         async with self._patient:
             answer = await self._put(key, int(self.lease_s * 1000), streamed, offset, piece, b"", b"")
         if answer is None:
             raise Unavailable("responses in the background need Redis, which is away")
-        return answer[0] in (b"cancel", b"delete"), answer[1] > 0
+        return Told(answer[0] in (b"cancel", b"delete"), answer[1] > 0, answer[0] == b"lost")
 
     async def keep(self, key: ResponseKey, stored: Stored, log: bytes = b"", told: int = 0) -> None:
         """Keep a response whose status is final; what was told of it goes, but for the log of one that is streamed.
@@ -136,6 +145,8 @@ class ResponseStore:
             return await self._look(key, offset)
 
     async def _look(self, key: ResponseKey, offset: int | Literal[""]) -> Found:
+        if self._leaving:
+            raise Unavailable(SHUTTING_DOWN)
         fields: list[Any] = [self._namespace, _name(key), offset]
         found = self._found(await self._ask(lambda: self._read(args=fields))) if self.max_bytes else ()
         if not found:
@@ -158,6 +169,11 @@ class ResponseStore:
     def wishes(self, key: ResponseKey, bell: asyncio.Event) -> AbstractAsyncContextManager[None]:
         """Have `bell` rung when another router wishes something of one that this router makes: `tell` hears what."""
         return self._news.listening(f"{self._namespace}:response:{_name(key)}:wish", bell)
+
+    def leave(self) -> None:
+        """This router ends: who follows or waits for what others make hears so. What it makes itself can be kept."""
+        self._leaving = True
+        self._news.ring_all()
 
     async def close(self) -> None:
         """Close the connections."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from penstock.common.errors import Unavailable
 from penstock.router.responses.background import BackgroundResponse
 from penstock.router.responses.following import follow
-from penstock.router.responses.store import Stored
+from penstock.router.responses.store import Stored, Told
 
 Run = Callable[[Any, Any], Awaitable[None]]
 
@@ -28,16 +28,16 @@ class FakeStore:
     def __init__(self) -> None:
         self.told: list[tuple[int, bytes]] = []
         self.kept = b""
-        self.wished = self.away = False
+        self.wished = self.away = self.lost = False
         self.heard, self.keeping, self.may_keep = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.bell = asyncio.Event()
 
-    async def tell(self, key: Any, streamed: bool, offset: int, piece: bytes) -> tuple[bool, bool]:
+    async def tell(self, key: Any, streamed: bool, offset: int, piece: bytes) -> Told:
         self.heard.set()
         if self.away:
             raise Unavailable("away")
         self.told.append((offset, piece))
-        return self.wished, True
+        return Told(self.wished, True, self.lost and offset > 0)
 
     async def keep(self, key: Any, stored: Stored, log: bytes, told: int) -> None:
         self.kept = log
@@ -122,6 +122,22 @@ def test_what_is_told_is_what_is_new_and_what_was_not_heard() -> None:
         offsets = [offset for offset, _ in store.told]
         assert offsets == [len(b"".join(piece for _, piece in store.told[:number])) for number in range(len(offsets))]
         assert len(told) >= len(b"queued\n\n" + b"".join(events[:36])) and len(store.told) < len(events)
+
+    asyncio.run(check())
+
+
+def test_what_was_lost_is_told_again_but_not_again_and_again() -> None:
+    async def check() -> None:
+        store = FakeStore()
+        response = response_of(store)
+        await response.begin()
+        store.lost = True
+        for _ in range(3):
+            response._grow(b"more\n\n")
+            await response._tell()
+        first, more = b"queued\n\n", b"more\n\n"
+        again = [(len(first), more), (0, first + more), (len(first + more), more), (len(first + 2 * more), more)]
+        assert store.told == [(0, first), *again]
 
     asyncio.run(check())
 

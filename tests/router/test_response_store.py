@@ -199,21 +199,21 @@ async def test_who_makes_one_hears_what_is_wished_of_it(redis_server: RedisServe
     async with opened(redis_server) as maker, opened(redis_server, maker._namespace) as other:
         key = "key-0", "a"
         assert await other.wish(key, "cancel") == "unknown"
-        assert await maker.tell(key, True, 0, EVENTS[0]) == (False, False)
+        assert await maker.tell(key, True, 0, EVENTS[0]) == (False, False, False)
         assert await other.get(key) == Stored(b'{"status":"queued","output":[]}', (), True, True)
-        assert await maker.tell(key, True, len(EVENTS[0]), EVENTS[1]) == (False, False)
+        assert await maker.tell(key, True, len(EVENTS[0]), EVENTS[1]) == (False, False, False)
         assert (await body_of(other, key), await log_of(other, key)) == (GOING, EVENTS[0] + EVENTS[1])
         assert (await other.read(key, len(EVENTS[0]))).log == EVENTS[1]
         assert await other.wish(key, "cancel") == "told"
         told = len(EVENTS[0] + EVENTS[1])
-        assert await maker.tell(key, True, told, b"") == (True, False)
+        assert await maker.tell(key, True, told, b"") == (True, False, False)
         await maker.keep(key, Stored(b"over", (b"t",), True), b"".join(EVENTS), told)
         assert await other.get(key) == Stored(b"over", (b"t",), True, False)
         assert await log_of(other, key) == b"".join(EVENTS)
         await maker.tell(A, False, 0, EVENTS[0])
         assert await other.wish(A, "delete") == "told"
         assert await body_of(other, A) is None and await other.wish(A, "delete") == "unknown"
-        assert await maker.tell(A, False, len(EVENTS[0]), b"") == (True, False)
+        assert await maker.tell(A, False, len(EVENTS[0]), b"") == (True, False, False)
         await maker.keep(A, Stored(b"over"))
         assert await body_of(other, A) is None and await what_is_held(maker) == {key: 4 + 4 + len(b"".join(EVENTS))}
 
@@ -237,7 +237,7 @@ async def test_what_is_told_twice_is_there_once_and_what_was_lost_at_the_end(red
             await store.tell(A, True, offset, whole[offset:end])
         assert await log_of(store, A) == whole[:25]
         await store._redis.client.flushall()
-        assert await store.tell(A, True, 25, whole[25:]) == (False, False)
+        assert await store.tell(A, True, 25, whole[25:]) == (False, False, True)
         assert await log_of(store, A) is None
         await store.keep(A, Stored(b"over", streamed=True), whole, 25)
         assert (await body_of(store, A), await log_of(store, A)) == (b"over", whole)
@@ -292,8 +292,8 @@ async def test_bells_ring_for_news_and_for_what_may_have_been_missed(own_redis: 
                 for bell in bells:  # the subscriptions have begun
                     await asyncio.wait_for(bell.wait(), 60)
                     bell.clear()
-                assert await maker.tell(A, True, 0, EVENTS[0]) == (False, True)
-                assert await maker.tell(A, True, len(EVENTS[0]), b"") == (False, False)  # no news
+                assert await maker.tell(A, True, 0, EVENTS[0]) == (False, True, False)
+                assert await maker.tell(A, True, len(EVENTS[0]), b"") == (False, False, False)  # no news
                 for bell in bells[1:3]:
                     await asyncio.wait_for(bell.wait(), 60)
                 await other.wish(A, "cancel")

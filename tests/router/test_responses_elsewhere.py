@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from penstock.router.dispatch import SHUTTING_DOWN
 from penstock.router.responses.store import ResponseStore
 from tests.conftest import RedisServer
 from tests.router.fake_router import ANSWER, Router, running
@@ -182,6 +183,20 @@ def test_a_router_that_dies_fails_what_it_made(redis_server: RedisServer) -> Non
         here.openai.responses.cancel(response_id)
 
 
+def test_a_router_that_ends_says_so_to_who_follows_another_ones(redis_server: RedisServer) -> None:
+    options = {"redis_url": redis_server.url, "namespace": "ending", "lease_s": 600.0}
+    with running(**options) as here:
+        here.service.pause_after = 5
+        with running(**options) as there, create(here, background=True, stream=True) as stream:
+            seen = [next(stream) for _ in range(7)]
+            with there.openai.responses.retrieve(seen[0].response.id, stream=True) as elsewhere:
+                assert [next(elsewhere) for _ in range(7)] == seen
+                there.server.should_exit = True
+                [error] = list(elsewhere)
+        assert (error.type, error.code, error.message) == ("error", "unavailable", SHUTTING_DOWN)
+        assert here.openai.responses.cancel(seen[0].response.id).status == "cancelled"
+
+
 def test_redis_restarts_under_a_response_in_the_making(own_redis: RedisServer) -> None:
     with running(redis_url=own_redis.url) as here, running(redis_url=own_redis.url) as there:
         here.service.pause_after = 5
@@ -197,12 +212,13 @@ def test_redis_restarts_under_a_response_in_the_making(own_redis: RedisServer) -
         with here.openai.responses.retrieve(response_id, stream=True, starting_after=2) as stream:
             assert [next(stream) for _ in range(4)] == seen[3:]
 
-        def kept() -> int:
-            """What this router keeps reaches Redis again."""
-            return there.http.get(f"/v1/responses/{create(here, input='a', max_output_tokens=1).id}").status_code
+        def known() -> int:
+            """Its router tells of it again, from its beginning."""
+            return there.http.get(f"/v1/responses/{response_id}").status_code
 
-        eventually(kept, lambda status: status == 200)
-        assert there.http.get(f"/v1/responses/{response_id}").status_code == 404  # it was lost
+        eventually(known, lambda status: status == 200)
+        with there.openai.responses.retrieve(response_id, stream=True) as stream:
+            assert [next(stream) for _ in range(7)] == seen
         assert here.openai.responses.cancel(response_id).status == "cancelled"
         assert there.openai.responses.retrieve(response_id).output_text == "Hello "  # and is there at its end
         assert list(there.openai.responses.retrieve(response_id, stream=True))[:7] == seen
