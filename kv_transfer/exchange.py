@@ -69,6 +69,7 @@ class PageExchange:
         counters["transfer_pages"] += self.lender.lent_total
         return {
             **counters,
+            "transfer_bytes": self._mover.moved_bytes,
             **self.reader.transports.counts(),
             "expired_loans": self.lender.expired,
             "lent_pages": self.lender.lent_pages,

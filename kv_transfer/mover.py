@@ -98,6 +98,11 @@ class PageMover:
         self._thread = threading.Thread(target=self._run, name="page-mover", daemon=True)
         self._thread.start()
 
+    @property
+    def moved_bytes(self) -> int:
+        """Read so far, out of whosever pool; grows with each batch, long before a slow read is done."""
+        return self._turns.moved_bytes
+
     def connect(self, peer: str, transport: str, description: bytes) -> None:
         """Connect before any job handed in later. Success is silent, a failure is a `ConnectFailed`. Connecting again
         to the same pool changes nothing; after a lost connection (reads fail) `disconnect` first."""

@@ -13,7 +13,6 @@ class ReaderCounters:
 
     handoffs: int = 0
     handoff_failures: int = 0
-    transfer_bytes: int = 0
     transfer_pages: int = 0
     checksum_failures: int = 0
     asked_tokens: int = 0

@@ -248,7 +248,6 @@ class Reader:
             reading.landed_at = event.finished_at
             reading.came_at = now
             reading.size_bytes += event.size_bytes
-            self.counters.transfer_bytes += event.size_bytes
             self.histograms.read(event.seconds, event.size_bytes, event.size_bytes // reading.worker.page_bytes)
             if not reading.fetch:
                 self.rates.read(event.size_bytes, event.seconds)

@@ -36,6 +36,7 @@ class Work(ABC):
     def __init__(self, line: str) -> None:
         self.line = line
         self.ended = False
+        self.moved_bytes = 0  # that have come out of the peer's pool so far
         self._said: list[Completion] = []
 
     @abstractmethod
@@ -72,7 +73,6 @@ class Read(Work):
         self._copy: Copy | None = None
         self._started_at: float | None = None
         self._posted_at = 0.0
-        self._size_bytes = 0
         self._mismatched: list[int] = []
         self._failure = ""
         self._stalled = False
@@ -101,7 +101,8 @@ class Read(Work):
             self._pace.arrived(seconds, pages, now)
             if not self._failure:
                 self._verify()
-                self._size_bytes += self._copy.size_bytes
+        if state is CopyState.DONE:
+            self.moved_bytes += self._copy.size_bytes
         self._copy = None
         if self._failure or self._batch.stop >= len(self._job.dst_pages):
             self._finish(now)
@@ -159,7 +160,7 @@ class Read(Work):
             self._end(ReadMismatch(tag, self._mismatched))
         else:
             seconds = now - self._started_at if self._started_at is not None else 0.0
-            self._end(ReadDone(tag, self._size_bytes, seconds, finished_at=now))
+            self._end(ReadDone(tag, self.moved_bytes, seconds, finished_at=now))
 
 
 class Seal(Work):
@@ -188,6 +189,7 @@ class Turns:
     of one line go one behind the other, in the order in which they came."""
 
     def __init__(self) -> None:
+        self.moved_bytes = 0  # of all jobs there have been
         self._work: dict[str, Work] = {}  # by tag
         self._said: list[Completion] = []
 
@@ -225,7 +227,9 @@ class Turns:
                 under_way[work.line] += 1
                 if under_way[work.line] > work.abreast:
                     continue
+            before = work.moved_bytes
             moved |= work.advance(clock)
+            self.moved_bytes += work.moved_bytes - before
             self._collect(tag, work)
         return moved
 

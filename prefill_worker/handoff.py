@@ -49,7 +49,6 @@ class _HandOff:
     request: GenerateRequest
     router_id: str
     loan: Loan
-    arrived: float
     fetched: Spans | None = None  # the figures of its fetch, if it began with one
 
     @property
@@ -102,14 +101,14 @@ class HandOffOut:
             return
         first_page = message.held_tokens // self._pages.page_size
         loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page, now)
-        handoff = self._open[key] = _HandOff(request, message.router_id, loan, now)
+        handoff = self._open[key] = _HandOff(request, message.router_id, loan)
         if message.source is None or not self._fetch(handoff, message.source, now):
-            self._compute(handoff, 0)
+            self._compute(handoff, 0, now)
 
     def _fetch(self, handoff: _HandOff, source: WorkerInfo, now: float) -> bool:
         """Ask a worker that holds more of the prompt for its pages; False if there is no room, or nothing to gain."""
         pages, size = self._pages, self._pages.page_size
-        shape = Request(handoff.request, handoff.arrived)  # for its hashes
+        shape = Request(handoff.request, now)  # for its hashes
         if shape.scores_prompt or shape.num_known >= self._engine.scheduler.max_model_len:
             return False
         hashes = shape.extend_hashes(self._engine.scheduler.hash_scope, size, shape.num_known - 1)
@@ -135,10 +134,11 @@ class HandOffOut:
         self._reader.fetch(wanted, source, now)
         return True
 
-    def _compute(self, handoff: _HandOff, computed: int) -> None:
-        """Queue the prompt, of which the first `computed` tokens are in its pages already."""
+    def _compute(self, handoff: _HandOff, computed: int, now: float) -> None:
+        """Queue the prompt, of which the first `computed` tokens are in its pages already: from now on it waits for
+        room."""
         try:
-            self._engine.add(handoff.request, arrived=handoff.arrived, computed=computed)
+            self._engine.add(handoff.request, arrived=now, computed=computed)
         except ValueError as error:
             self._drop(handoff)
             self._fail(handoff.loan.identity, handoff.request, "invalid_request", str(error))
@@ -169,7 +169,7 @@ class HandOffOut:
             return
         handoff.fetched = read.spans
         self._offer(handoff, read.computed, now)
-        self._compute(handoff, read.computed)
+        self._compute(handoff, read.computed, now)
 
     def stepped(self, output: StepOutput, now: float) -> None:
         finished = {o.key: o for o in output.outputs}

@@ -47,7 +47,7 @@ from penstock.router.dispatch_events import (
     Shutdown,
     Submitted,
     Tick,
-    WorkerComputing,
+    WorkerAtWork,
     WorkerDown,
     WorkerLeaving,
     WorkerStalled,
@@ -59,7 +59,7 @@ from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 MAX_WAITING = 1000
 SHUTTING_DOWN = "this router is shutting down"
 TOO_MANY_WAIT = "no worker is up, and too many requests wait for one"
-MAX_FIRST_TOKEN_TIMEOUTS = 30  # times `progress_timeout_s`: what a first token may take, whatever its workers compute
+MAX_PROMPT_TIMEOUTS = 30  # times `progress_timeout_s`: what a prompt may take, whatever its workers compute and read
 
 
 class InvalidTransition(RuntimeError):
@@ -147,14 +147,14 @@ class Dispatcher:
                 move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
                 self._commands.append(SendMove(event.incarnation, move))
 
-    def _worker_computing(self, event: WorkerComputing, now: float) -> None:
-        """A prompt takes as long as it takes: who waits for a first token is not late while the worker computes."""
-        for choice in self._where(lambda c: c.placement is not None and c.awaits_first_token):
+    def _worker_at_work(self, event: WorkerAtWork, now: float) -> None:
+        """A prompt takes as long as it takes to compute, and its pages to move: a slow link is not a dead one."""
+        for choice in self._where(lambda c: c.awaits_prompt):
             assert choice.placement is not None
             prefill = choice.placement.prefill
             if event.incarnation in (choice.placement.decode.incarnation, prefill and prefill.incarnation):
                 # Not for ever: it might be the one that a busy worker has forgotten.
-                latest = choice.since + MAX_FIRST_TOKEN_TIMEOUTS * self._progress_timeout_s
+                latest = choice.since + MAX_PROMPT_TIMEOUTS * self._progress_timeout_s
                 choice.deadline = max(choice.deadline, min(now + self._progress_timeout_s, latest))
 
     def _worker_stalled(self, event: WorkerStalled, now: float) -> None:
@@ -388,7 +388,7 @@ _EVENTS: dict[type, Callable[[Dispatcher, Any, float], None]] = {
     WorkerUp: Dispatcher._worker_up,
     WorkerDown: Dispatcher._worker_down,
     WorkerLeaving: Dispatcher._worker_leaving,
-    WorkerComputing: Dispatcher._worker_computing,
+    WorkerAtWork: Dispatcher._worker_at_work,
     WorkerStalled: Dispatcher._worker_stalled,
     Cancelled: Dispatcher._cancelled_event,
     Tick: Dispatcher._ticked,

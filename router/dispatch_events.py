@@ -71,8 +71,9 @@ class WorkerLeaving(msgspec.Struct, frozen=True):
     incarnation: str
 
 
-class WorkerComputing(msgspec.Struct, frozen=True):
-    """A worker (of either role) has made steps since it was last heard of, and has prompts left to compute."""
+class WorkerAtWork(msgspec.Struct, frozen=True):
+    """A worker (of either role) has got on with prompts since it was last heard of: computed, with more to compute, or
+    read pages of them."""
 
     incarnation: str
 
@@ -100,7 +101,7 @@ class Shutdown(msgspec.Struct, frozen=True):
 
 
 Answer = Placed | PlaceFailed | Queued | Refused  # to `Place`
-Fate = WorkerUp | WorkerDown | WorkerLeaving | WorkerComputing | WorkerStalled
+Fate = WorkerUp | WorkerDown | WorkerLeaving | WorkerAtWork | WorkerStalled
 Event = Submitted | Answer | Fate | Cancelled | Tick | Shutdown
 
 # ---------------------------------------------------------------- commands

@@ -83,9 +83,11 @@ class Choice:
         return patience(self.request.queue_timeout_s)
 
     @property
-    def awaits_first_token(self) -> bool:
-        """This attempt has said nothing yet."""
-        return not self.order.steady and not self.order.early
+    def awaits_prompt(self) -> bool:
+        """The decode worker of this attempt has said nothing yet: the prompt is computed, or its pages move."""
+        if self.placement is None or self.order.early:
+            return False
+        return len(self.order.delivered) - self.begun_at <= (self.placement.prefill is not None)
 
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""

@@ -120,16 +120,17 @@ class Fleet:
         return ""
 
     def report(self, address: str, load: WorkerLoad, now: float) -> str | None:
-        """A worker's own view of its load. Returns its incarnation if it is at work on prompts."""
+        """A worker's own view of its load. Returns its incarnation if it has got on with prompts, or their pages."""
         member = self._members.get(address)
         if member is None:
             return None
-        computing = load.steps > member.load.steps and load.queued_tokens > 0
+        at_work = load.steps > member.load.steps and load.queued_tokens > 0
+        at_work = at_work or load.transfer_bytes > member.load.transfer_bytes
         if member.load.rates != load.rates:
             member.rates = measured(load.rates, self._typical.get(member.worker.role, H200_LLAMA8B))
         member.load = load
         self.health.reported(member.worker.incarnation, load, now)
-        return member.worker.incarnation if computing else None
+        return member.worker.incarnation if at_work else None
 
     def reserve(self, incarnation: str, tokens: int, *, prompt: bool = False) -> int:
         """Add to this router's load at a worker, a prompt's or a sequence's; returns the total."""

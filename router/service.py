@@ -49,7 +49,7 @@ from penstock.router.dispatch_events import (
     Shutdown,
     Submitted,
     Tick,
-    WorkerComputing,
+    WorkerAtWork,
     WorkerDown,
     WorkerLeaving,
     WorkerStalled,
@@ -366,9 +366,9 @@ class RouterService:
             self._counters["token_batches"] += 1
             self._carry_out(self._dispatcher.tokens(item.deltas, time.monotonic()))
         elif isinstance(item, HeartbeatAck):
-            computing = self._fleet.report(address, item.load, time.monotonic())
-            if computing is not None:
-                self._handle(WorkerComputing(computing))
+            at_work = self._fleet.report(address, item.load, time.monotonic())
+            if at_work is not None:
+                self._handle(WorkerAtWork(at_work))
             for incarnation in self._fleet.leaving():
                 self._handle(WorkerLeaving(incarnation))
         elif isinstance(item, Connected):

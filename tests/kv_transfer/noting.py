@@ -23,6 +23,7 @@ class NotingMover:
     seals: list[SealJob] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     done: list[Completion] = field(default_factory=list)
+    moved_bytes: int = 0
 
     def connect(self, peer: str, transport: str, description: bytes) -> None: ...
 

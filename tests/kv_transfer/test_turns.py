@@ -104,10 +104,20 @@ def test_a_slow_link_is_not_a_dead_one(rate: float, lines: int, tickets: int, pa
     reads = Reads(Link(rate), lines, tickets, pages)
     reads.run(400 + 100 * lines * tickets)
     assert len(reads.of(ReadDone)) == lines * tickets == len(reads.heard)
+    assert reads.turns.moved_bytes == lines * tickets * pages * PAGE_BYTES
     assert reads.link.most_in_flight <= LinkPace.ABREAST
     for line in range(lines):
         done = [tag for tag in reads.of(ReadDone) if tag.startswith(f"{line}.")]
         assert all(int(tag.partition(".")[2]) - place < Read.abreast for place, tag in enumerate(done))
+
+
+def test_a_read_is_seen_to_get_on_long_before_it_is_done() -> None:
+    reads = Reads(Link(PAGE_BYTES), 1, 1, 100)
+    seen = []
+    for _ in range(8):
+        reads.run(10.0)
+        seen.append(reads.turns.moved_bytes)
+    assert not reads.heard and seen == sorted(set(seen))
 
 
 def test_a_cut_link_is_found_out_once_and_nothing_more_is_posted() -> None:

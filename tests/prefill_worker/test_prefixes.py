@@ -11,6 +11,7 @@ from penstock.common.messages import (
     GenerateRequest,
     PagesLanded,
     PagesReady,
+    PrefillFailed,
     TokenBatch,
 )
 from penstock.common.sampling import SamplingParams
@@ -52,6 +53,25 @@ def test_a_prefix_is_fetched_lent_on_and_only_the_rest_computed() -> None:
     assert [t.first_page for t in case.of(PagesReady)] == [0, 2]
     assert case.engine.pages.match(asked.hashes) == list(job.dst_pages)  # the next prompt finds them
     assert case.role.load()["fetched_tokens"] == 8
+    case.land()
+    case.finish()
+
+
+def test_a_prefix_may_take_longer_to_come_than_a_prompt_may_wait_for_room() -> None:
+    case = Case(checksum="off")
+    _fetching(case)
+    ticket = PagesReady(request_id="r", attempt=0, first_page=0, pages=[[40, 41]], num_tokens=8)
+    case.links.events += [("d1", ticket), ("d1", FetchDone(request_id="r", attempt=0, num_pages=2))]
+    case.step()
+    case.now = 100.0
+    case.engine.pages.allocate("somebody", case.engine.pages.num_available)  # it is not planned in this turn
+    case.arrive()
+    case.role.tick(case.now)
+    case.role.tick(case.now)
+    assert not case.of(PrefillFailed)
+    case.engine.pages.release("somebody")
+    case.step()
+    assert [delta.spans.fetched_tokens for batch in case.of(TokenBatch) for delta in batch.deltas] == [8]
     case.land()
     case.finish()
 

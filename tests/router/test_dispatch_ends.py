@@ -24,7 +24,7 @@ from penstock.router.dispatch_events import (
     Shutdown,
     Submitted,
     Tick,
-    WorkerComputing,
+    WorkerAtWork,
     WorkerDown,
     WorkerUp,
 )
@@ -100,31 +100,43 @@ def test_a_long_prompt_is_not_late_while_its_worker_computes(computing: str):
     h.run(prefill="p1")
     for _ in range(20):  # 500 s, where 90 without a token are too many
         h.now += 25.0
-        assert h.do(WorkerComputing(computing), Tick()) == []
+        assert h.do(WorkerAtWork(computing), Tick()) == []
     h.now += 25.0
-    assert h.do(WorkerComputing("p2"), Tick()) == [], "what others do says nothing, and it is not late yet"
+    assert h.do(WorkerAtWork("p2"), Tick()) == [], "what others do says nothing, and it is not late yet"
     h.now += 25.0
-    assert type(the(Fail, h.do(WorkerComputing("p2"), Tick())).error) is Timeout
+    assert type(the(Fail, h.do(WorkerAtWork("p2"), Tick())).error) is Timeout
 
 
 def test_a_request_that_a_busy_worker_has_forgotten_ends_at_last():
     h = Harness()
     h.run(prefill="p1")
     minutes = 0
-    while not (commands := h.do(WorkerComputing("p1"), Tick())):
+    while not (commands := h.do(WorkerAtWork("p1"), Tick())):
         h.now += 60.0
         minutes += 1
         assert minutes < 100
     assert type(the(Fail, commands).error) is Timeout and minutes > 10
 
 
-@pytest.mark.parametrize("came", [0, 1])
-def test_a_token_that_is_missing_is_missed_however_busy_its_worker_is(came: int):
+def test_pages_that_move_slowly_are_not_late_though_the_first_token_is_there():
     h = Harness()
     h.run(prefill="p1")
-    h.tokens(delta(came, 5))  # the first one, or one behind it
+    h.tokens(delta(0, 5))
+    for _ in range(20):
+        h.now += 25.0
+        assert h.do(WorkerAtWork("d1"), Tick()) == []
+    h.tokens(delta(1, 6))
+    h.now += 31.0
+    assert type(the(Fail, h.do(WorkerAtWork("d1"), Tick())).error) is Timeout, "now it decodes"
+
+
+@pytest.mark.parametrize(("prefill", "came"), [(None, 0), ("p1", 1)])
+def test_a_token_that_is_missing_is_missed_however_busy_its_worker_is(prefill: str | None, came: int):
+    h = Harness()
+    h.run(prefill=prefill)
+    h.tokens(delta(came, 5))  # of the decode worker: the first one, or one that is too early
     h.now += 91.0
-    assert type(the(Fail, h.do(WorkerComputing("d1"), Tick())).error) is Timeout
+    assert type(the(Fail, h.do(WorkerAtWork("d1"), Tick())).error) is Timeout
 
 
 def test_cancel_in_every_state():

@@ -27,7 +27,7 @@ from penstock.router.dispatch_events import (
     SendSubmit,
     Submitted,
     Tick,
-    WorkerComputing,
+    WorkerAtWork,
     WorkerDown,
     WorkerLeaving,
     WorkerUp,
@@ -205,8 +205,8 @@ class Faults(RuleBasedStateMachine):
             self.apply(self.core.handle(WorkerUp(incarnation), self.now))
 
     @rule(incarnation=st.sampled_from((*WORKERS, "p1")))
-    def worker_computing(self, incarnation: str) -> None:
-        self.apply(self.core.handle(WorkerComputing(incarnation), self.now))
+    def worker_at_work(self, incarnation: str) -> None:
+        self.apply(self.core.handle(WorkerAtWork(incarnation), self.now))
 
     @rule(incarnation=st.sampled_from((*WORKERS, "p1")))
     def worker_down(self, incarnation: str) -> None:

@@ -226,12 +226,14 @@ def test_how_long_a_step_may_take_depends_on_how_much_goes_into_it():
     assert [one for one, _ in fleet.stalled(152.0)] == [larger]
 
 
-def test_a_worker_is_at_work_on_prompts_while_its_steps_grow():
+def test_a_worker_is_at_work_on_prompts_while_it_computes_or_reads_them():
     fleet = Fleet()
     fleet.connected(ONE.address, ONE, 0.0)
     told = [(1, 500), (1, 500), (2, 300), (3, 0), (4, 0), (5, 10)]
     at_work = [fleet.report(ONE.address, WorkerLoad(steps=s, queued_tokens=q), 1.0) is not None for s, q in told]
     assert at_work == [True, False, True, False, False, True]
+    read = [fleet.report(ONE.address, WorkerLoad(steps=5, transfer_bytes=b), 1.0) is not None for b in (7, 7, 9)]
+    assert read == [True, False, True]
     assert fleet.report("tcp://127.0.0.1:9", WorkerLoad(steps=1, queued_tokens=1), 1.0) is None
 
 
