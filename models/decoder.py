@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.kernels.embedding import embed
 from penstock.kernels.launch import use_triton
 from penstock.kernels.linear import Linear, make_linear
 from penstock.kernels.paged_attention import paged_attention
@@ -82,7 +82,7 @@ class CausalLM:
                 the last layer computes nothing of the others but their K/V: 3 % of a long prompt's work for llama8b.
         """
         spec = self.spec
-        residual = F.embedding(token_ids, self._embedding)
+        residual = embed(token_ids, self._embedding)
         frequencies = self._frequencies
         if spec.rope.kind == "dynamic":
             frequencies = spec.rope.frequencies_at(batch.positions, spec.head_dim)
