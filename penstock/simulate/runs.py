@@ -41,20 +41,21 @@ def scaled(requests: Sequence[TracedRequest], shape: FleetShape, utilisation: fl
 
 @dataclass(frozen=True)
 class BalanceBounds:
-    """max/mean load of workers that are given nothing but balance to look at, every hit of the oracle had anywhere."""
+    """max/mean load if a router looked at nothing but balance, and every prompt took what it took in some run."""
 
     foreseen: float  # all requests known beforehand, the longest given first: no router can
     known: float  # in order of arrival, each one's work known when it comes
     guessed: float  # as `known`, but outputs are taken to be as long as a router takes them to be
 
 
-def balance_bounds(requests: Sequence[TracedRequest], shape: FleetShape) -> BalanceBounds:
-    """What balance a router could hope for that looked at nothing else. One phase only.
+def balance_bounds(requests: Sequence[TracedRequest], computed: Sequence[int], shape: FleetShape) -> BalanceBounds:
+    """What balance a router could hope for that looked at nothing else, with as many hits. One phase only.
 
-    In a run that is short for the fleet it is far above 1: some requests are longer than what there is time to balance.
+    `computed` are the tokens of each prompt that were computed in a run: the oracle's hits, which it has as soon as a
+    prompt with the same beginning has come, cannot be had before that one has been computed. In a run that is short for
+    the fleet the bounds are far above 1: some requests are longer than what there is time to balance.
     """
-    hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
-    prompts = [shape.rates.prefill_ms(request.prompt_tokens - hit) for request, hit in zip(requests, hits, strict=True)]
+    prompts = [shape.rates.prefill_ms(tokens) for tokens in computed]
     work = [prompt + decode_work_ms(request, shape.rates) for prompt, request in zip(prompts, requests, strict=True)]
     guessed = [
         prompt + EXPECTED_OUTPUT_TOKENS * shape.rates.sequences_ms(1, request.prompt_tokens)

@@ -103,7 +103,7 @@ class Simulator:
         # (when, order of entry, worker, version of that event, or the job that lands)
         self._events: list[tuple[float, int, int, int | Job]] = []
         self._entered = 0
-        self._done: list[Job] = []
+        self._jobs: list[Job] = []  # in order of arrival
 
     def run(self, requests: Sequence[TracedRequest], slo: Slo) -> PolicyResult:
         """Serve requests, which are in order of arrival, to the last token.
@@ -115,14 +115,18 @@ class Simulator:
             self._until(request.arrival_ms)
             self._arrive(request)
         self._until(float("inf"))
-        assert len(self._done) == len(requests), "every request ends"
+        assert all(job.last_ms for job in self._jobs), "every request ends"
         assert not any(worker.admitted or worker.cache.held for worker in self._workers), "what is held is released"
         assert not self._view.reserved, "what is reserved is released"
         assert self._index.entries() == sum(worker.cache.cached for worker in self._workers), "the index is exact"
         shape = self._shape
         roles = (self._workers[: shape.prefill_workers], self._workers[shape.prefill_workers :])
         loads = [[worker.work_ms for worker in role] for role in roles if role]
-        return summary(self._policy.name, self._done, loads, self._times, slo)
+        return summary(self._policy.name, self._jobs, loads, self._times, slo)
+
+    def computed(self) -> list[int]:
+        """Of each request's prompt the tokens that were computed in the run, in order of arrival."""
+        return [job.computed_tokens for job in self._jobs]
 
     def _until(self, now_ms: float) -> None:
         events = self._events
@@ -140,6 +144,7 @@ class Simulator:
     def _arrive(self, request: TracedRequest) -> None:
         now_ms = request.arrival_ms
         job = self._job(request, self._view.choose(request.pages, request.prompt_tokens))
+        self._jobs.append(job)
         decoder, prefiller = self._workers[job.decode], self._workers[job.prefill]
         decoder.advance(now_ms)
         if prefiller is decoder:
@@ -254,4 +259,3 @@ class Simulator:
         worker.release(job)
         self._view.reserve(worker.number, -job.decode_tokens)
         self._view.given(worker.number, decode_work_ms(job.request, worker.rates) - job.guessed_ms)
-        self._done.append(job)

@@ -85,7 +85,9 @@ def test_chunks_are_shorter_beside_sequences_that_decode():
 
 def test_a_held_prefix_is_not_computed_but_the_last_token_is():
     requests = [ask(0.0, pages=PAGES), ask(1000.0, pages=PAGES), ask(2000.0, tokens=40, pages=(0, 1, 9, 3))]
-    result = Simulator(shape(), make_policy("cost")).run(requests, Slo())
+    simulator = Simulator(shape(), make_policy("cost"))
+    result = simulator.run(requests, Slo())
+    assert simulator.computed() == [50, 1, 20]
     assert result.hit_ratio == pytest.approx((49 + 20) / 140), "a run from the first page"
     assert result.ttft_mean_ms == pytest.approx((50 + 1 + 20) / 3)
     assert result.fetched_ratio == 0.0
@@ -144,16 +146,17 @@ def test_arrivals_are_stretched_to_a_utilisation():
     assert scaled(requests, shape(), None) == requests
     assert scaled(requests, shape(), 0.5)[1].arrival_ms == pytest.approx(2 * (50 + 10) / 0.5)
     assert scaled(requests, shape(2, prefill=1), 0.5)[1].arrival_ms == pytest.approx(2 * 50 / 0.5), "the busier role"
-    assert balance_bounds(requests, shape(2)).known == pytest.approx(1.0)
-    assert balance_bounds(requests, shape(3)).known > 1.4
+    assert balance_bounds(requests, [50, 50], shape(2)).known == pytest.approx(1.0)
+    assert balance_bounds(requests, [50, 50], shape(3)).known > 1.4
+    assert balance_bounds(requests, [50, 1], shape(2)).known > 1.4, "the second one had most of it"
 
 
 def test_who_knows_more_balances_better():
     requests = [TracedRequest(0.0, tokens, 1) for tokens in (1000, 1000, 2000)]
-    found = balance_bounds(requests, shape(2))
+    found = balance_bounds(requests, [1000, 1000, 2000], shape(2))
     assert found.foreseen == pytest.approx(1.0) and found.known == pytest.approx(1.5)
     long_outputs = [TracedRequest(0.0, 1000, output) for output in (5000, 1, 5000, 1)]
-    blind = balance_bounds(long_outputs, shape(2))
+    blind = balance_bounds(long_outputs, [1000] * 4, shape(2))
     assert blind.guessed > 1.5 and blind.known < 1.1, "both long ones go to one worker"
     with pytest.raises(ConfigError, match="do not all arrive at once"):
         scaled(requests[:1], shape(), 0.5)
