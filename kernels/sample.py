@@ -293,7 +293,6 @@ def sample_triton(
     finish_kernel[(rows,)](
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z,
         w.list_id, tokens, turn, tokens.stride(0), c.last_tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,
-        SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=finish_tile, FILTERS=filters, IN_TURN=turn is not None,
-        num_warps=8 if filters else 4, **options,
+        SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=finish_tile, IN_TURN=turn is not None, num_warps=8, **options,
     )  # fmt: skip
     return tokens
