@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from penstock.client_options import ClientParser
 from penstock.common.config import ROUTING_POLICIES
@@ -15,9 +16,10 @@ from penstock.common.errors import ConfigError
 from penstock.router.rates import WorkerRates
 from penstock.simulate.plot import draw, need_matplotlib
 from penstock.simulate.result import PolicyResult, Slo
-from penstock.simulate.runs import compare, scaled
+from penstock.simulate.runs import compare, needed_ms, scaled
 from penstock.simulate.simulator import LLAMA8B_TOKEN_BYTES, FleetShape
-from penstock.simulate.trace import read_trace, repeated
+from penstock.simulate.sizing import Sized, one_phase, two_phases
+from penstock.simulate.trace import TracedRequest, read_trace, repeated, time_scaled
 
 _DESCRIPTION = """\
 The router's own policies on virtual workers and a virtual clock.
@@ -47,11 +49,14 @@ def run(arguments: Sequence[str]) -> int:
         rates=_rates(options),
         mixed_chunk_tokens=options.mixed_chunk_tokens,
     )
-    if options.repeat < 1:
-        raise ConfigError(f"--repeat must be at least 1, got {options.repeat}")
+    _check(options)
     slo = Slo(options.slo_ttft, options.slo_tpot)
     requests = read_trace(options.trace, options.page_tokens, options.seed)
     requests = scaled(repeated(requests, options.repeat), shape, options.utilisation)
+    if options.load is not None:
+        requests = time_scaled(requests, 1 / options.load)
+    if options.find is not None:
+        return _find(options, requests, shape, slo)
     policies = ROUTING_POLICIES if options.policy == "all" else (options.policy,)
     print(_HEAD)
     results = []
@@ -59,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
         results += compare(requests, shape, [policy], slo, options.fetch, options.seed)
         print(_line(results[-1]), flush=True)
     if options.json is not None:
-        _write(options.json, results)
+        _write(options.json, {result.policy: asdict(result) for result in results})
     if options.plot is not None:
         draw({f"{Path(options.trace).stem}\n{shape.workers} x {shape.pages_per_worker}": results}, options.plot)
     return 0
@@ -75,6 +80,9 @@ def _parser() -> ClientParser:
     parser.add_argument("--prefill-workers", type=int, default=0, help="0: one phase, decode workers compute prompts")
     parser.add_argument("--fetch", action="store_true", help="workers can read prefixes from each other")
     parser.add_argument("--utilisation", type=float, help="stretch arrivals so that the oracle's work fills this share")
+    parser.add_argument("--load", type=float, metavar="FACTOR", help="requests come so many times as often as traced")
+    help_find = "the smallest fleet, of up to --workers, that serves this share of requests within both SLOs"
+    parser.add_argument("--find", type=float, metavar="SHARE", help=help_find)
     parser.add_argument("--repeat", type=int, default=1, help="play the trace so often, each time with new prefixes")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences a worker decodes at once")
     parser.add_argument("--slo-ttft", type=float, default=Slo.ttft_ms, help="milliseconds (default: %(default)s)")
@@ -87,6 +95,21 @@ def _parser() -> ClientParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results: one object a policy")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (PNG); needs penstock[plot]")
     return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.repeat < 1:
+        raise ConfigError(f"--repeat must be at least 1, got {options.repeat}")
+    if options.load is not None and options.load <= 0:
+        raise ConfigError(f"--load must be above 0, got {options.load}")
+    if options.utilisation is not None and (options.load is not None or options.find is not None):
+        raise ConfigError("--utilisation is of a given fleet, and sets the load: it cannot stand with --load or --find")
+    if options.find is None:
+        return
+    if not 0 < options.find <= 1:
+        raise ConfigError(f"--find must be above 0 and at most 1, got {options.find}")
+    if options.prefill_workers or options.plot is not None:
+        raise ConfigError("--find looks for the number of prefill workers, and draws nothing")
 
 
 def _flag(name: str) -> str:
@@ -108,8 +131,41 @@ def _line(result: PolicyResult) -> str:
     )
 
 
-def _write(path: Path, results: Sequence[PolicyResult]) -> None:
-    objects = {result.policy: asdict(result) for result in results}
+def _find(options: argparse.Namespace, requests: Sequence[TracedRequest], shape: FleetShape, slo: Slo) -> int:
+    """The smallest fleets of one phase and of two; 1: none of up to `--workers` suffices."""
+    policy = "cost" if options.policy == "all" else options.policy
+
+    def attempt(workers: int, prefill_workers: int) -> PolicyResult:
+        fleet = replace(shape, workers=workers, prefill_workers=prefill_workers)
+        (result,) = compare(requests, fleet, [policy], slo, options.fetch, options.seed)
+        print(
+            f"{_fleet(workers, prefill_workers):>24} workers {100 * result.slo_attainment:6.2f} % within SLOs",
+            flush=True,
+        )
+        return result
+
+    prompts_ms, outputs_ms = needed_ms(requests, shape)
+    found = {
+        "one phase": one_phase(attempt, shape.workers, options.find),
+        "two phases": two_phases(attempt, shape.workers, options.find, prompts_ms / (prompts_ms + outputs_ms)),
+    }
+    for name, sized in found.items():
+        told = f"none of up to {shape.workers}" if sized is None else _fleet(sized.workers, sized.prefill_workers)
+        print(f"{name}: {told} workers")
+    if options.json is not None:
+        _write(options.json, {name: sized and _object(sized) for name, sized in found.items()})
+    return 0 if any(found.values()) else 1
+
+
+def _object(sized: Sized) -> dict[str, Any]:
+    return asdict(sized.result) | {"workers": sized.workers, "prefill_workers": sized.prefill_workers}
+
+
+def _fleet(workers: int, prefill_workers: int) -> str:
+    return f"{prefill_workers} prefill + {workers - prefill_workers} decode" if prefill_workers else str(workers)
+
+
+def _write(path: Path, objects: Mapping[str, Any]) -> None:
     try:
         path.write_text(json.dumps(objects, indent=1) + "\n")
     except OSError as error:

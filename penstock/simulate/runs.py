@@ -29,14 +29,19 @@ def scaled(requests: Sequence[TracedRequest], shape: FleetShape, utilisation: fl
     span_ms = requests[-1].arrival_ms
     if utilisation <= 0 or span_ms <= 0:
         raise ConfigError("a utilisation needs to be above 0, and requests that do not all arrive at once")
+    prompts_ms, outputs_ms = needed_ms(requests, shape)
+    if shape.prefill_workers:
+        busy_ms = max(prompts_ms / shape.prefill_workers, outputs_ms / shape.decode_workers)
+    else:
+        busy_ms = (prompts_ms + outputs_ms) / shape.workers
+    return time_scaled(requests, busy_ms / utilisation / span_ms)
+
+
+def needed_ms(requests: Sequence[TracedRequest], shape: FleetShape) -> tuple[float, float]:
+    """Work for the whole fleet if all hits of the oracle are hits: (prompts, what sequences add to steps)."""
     hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
     prompts_ms = sum(shape.rates.prefill_ms(r.prompt_tokens - hit) for r, hit in zip(requests, hits, strict=True))
-    outputs_ms = sum(decode_work_ms(request, shape.rates) for request in requests)
-    if shape.prefill_workers:
-        needed_ms = max(prompts_ms / shape.prefill_workers, outputs_ms / shape.decode_workers)
-    else:
-        needed_ms = (prompts_ms + outputs_ms) / shape.workers
-    return time_scaled(requests, needed_ms / utilisation / span_ms)
+    return prompts_ms, sum(decode_work_ms(request, shape.rates) for request in requests)
 
 
 @dataclass(frozen=True)
