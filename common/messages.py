@@ -128,8 +128,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     deferred: int = 0  # of those that wait: for pages from a prefill worker
     queued_tokens: int = 0  # prompt tokens that are still to be computed
     num_pages: int = 0
-    free_pages: int = 0  # not held by anybody (cached prefixes included)
-    promised_pages: int = 0  # of the free ones
+    free_pages: int = 0  # neither held by nor promised to anybody (cached prefixes included)
+    promised_pages: int = 0
     lent_pages: int = 0  # offered to decode workers
     quarantined_pages: int = 0  # may still be written by an unsettled transfer
     draining: bool = False

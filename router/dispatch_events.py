@@ -66,9 +66,11 @@ class WorkerDown(msgspec.Struct, frozen=True):
 
 
 class WorkerLeaving(msgspec.Struct, frozen=True):
-    """A decode worker drains, and another one takes requests: what runs there is to move."""
+    """A decode worker drains: what runs there is to move, as far as those that take requests have room now."""
 
     incarnation: str
+    room_tokens: int  # of context, at all others together
+    room_sequences: int
 
 
 class WorkerAtWork(msgspec.Struct, frozen=True):

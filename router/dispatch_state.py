@@ -89,6 +89,16 @@ class Choice:
             return False
         return len(self.order.delivered) - self.begun_at <= (self.placement.prefill is not None)
 
+    @property
+    def moves_now(self) -> bool:
+        """It is to move, or has not been heard of at its new worker yet."""
+        return self.moving or (self.source is not None and (self.placement is None or self.awaits_prompt))
+
+    @property
+    def context_tokens(self) -> int:
+        """What a worker has, or needs, pages for."""
+        return len(self.request.prompt_token_ids) + len(self.order.delivered)
+
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""
         return msgspec.structs.replace(self.request, attempt=self.attempt, output_token_ids=list(self.order.delivered))

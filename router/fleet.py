@@ -15,6 +15,7 @@ from pathlib import PurePath
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
+from penstock.router.dispatch_events import WorkerLeaving
 from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
 from penstock.router.expected import computing_ms
 from penstock.router.health import Health
@@ -208,11 +209,17 @@ class Fleet:
         queries = sum(member.load.prefix_queries for member in self._members.values())
         return sum(member.load.prefix_hits for member in self._members.values()) / queries if queries else 0.0
 
-    def leaving(self) -> list[str]:
-        """Decode workers that drain, while there is another one that takes requests."""
+    def leaving(self, address: str, now: float) -> list[WorkerLeaving]:
+        """Decode workers that drain, whenever one that takes requests has told how much room it has."""
+        teller = self._members.get(address)
+        if teller is None or teller.worker.role != "decode" or teller.load.draining:
+            return []
         decoders = [member for member in self._members.values() if member.worker.role == "decode"]
-        draining = [member.worker.incarnation for member in decoders if member.load.draining]
-        return draining if len(draining) < len(decoders) else []
+        leaving = [member.worker.incarnation for member in decoders if member.load.draining]
+        takers = [m for m in decoders if not m.load.draining and self.health.usable(m.worker.incarnation, now)]
+        tokens = sum(m.load.free_pages * m.worker.page_size for m in takers)
+        sequences = sum(m.worker.max_num_seqs - m.load.running - m.load.waiting for m in takers)
+        return [WorkerLeaving(incarnation, tokens, sequences) for incarnation in leaving]
 
     @property
     def reservations(self) -> Mapping[str, int]:

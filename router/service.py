@@ -51,7 +51,6 @@ from penstock.router.dispatch_events import (
     Tick,
     WorkerAtWork,
     WorkerDown,
-    WorkerLeaving,
     WorkerStalled,
     WorkerUp,
 )
@@ -369,8 +368,8 @@ class RouterService:
             at_work = self._fleet.report(address, item.load, time.monotonic())
             if at_work is not None:
                 self._handle(WorkerAtWork(at_work))
-            for incarnation in self._fleet.leaving():
-                self._handle(WorkerLeaving(incarnation))
+            for leaving in self._fleet.leaving(address, time.monotonic()):
+                self._handle(leaving)
         elif isinstance(item, Connected):
             self._on_connected(address, item.worker)
         elif isinstance(item, Disconnected):

@@ -193,28 +193,54 @@ def test_a_finish_before_what_was_delivered_diverges():
     the(Place, h.tokens(delta(1, 6, finish=STOP)))
 
 
+def leaving(incarnation: str, tokens: int = 1000, sequences: int = 8) -> WorkerLeaving:
+    return WorkerLeaving(incarnation, tokens, sequences)
+
+
+def test_what_runs_at_a_leaving_worker_stays_there_until_others_have_room():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"))
+    for name, of in (("a", "d1"), ("b", "d1"), ("c", "d1"), ("d", "d2")):  # three tokens each
+        h.do(Submitted(request(name), name), Placed(name, 0, 0, placement(of)))
+    h.tokens(delta(0, 5, 6, 7, of="b"))
+
+    def asked(*events: WorkerLeaving) -> list[str]:
+        return [command.message.request_id for command in h.do(*events) if isinstance(command, SendMove)]
+
+    assert asked(leaving("d1", tokens=3), leaving("d1", sequences=0)) == []
+    assert asked(leaving("d1", tokens=5)) == ["a"]
+    assert asked(leaving("d1", tokens=5)) == [], "what is on its way counts"
+    h.tokens(delta(0, finish=Finish(reason="moved")))
+    h.do(Placed("a", 0, 1, placement("d2")))
+    assert asked(leaving("d1", tokens=5)) == []
+    h.tokens(delta(0, 9, attempt=1))
+    assert asked(leaving("d1", tokens=7)) == ["b"]
+    assert asked(leaving("d1", tokens=100, sequences=1)) == []
+    assert asked(leaving("d1", tokens=100, sequences=2)) == ["c"]
+
+
 def test_a_leaving_worker_gives_its_choices_up():
     """Behind its last token, not counted as a failed attempt, and the next attempt knows where it comes from."""
     h = Harness(max_attempts=1)
     h.run(prefill="p1")
     h.do(WorkerUp("d2"))
     moved = Finish(reason="moved")
-    assert the(SendMove, h.do(WorkerLeaving("d1"))).message == Move(request_id="a", attempt=0)
-    assert h.do(WorkerLeaving("d1"), WorkerLeaving("d9")) == []  # asked already; nothing runs there
+    assert the(SendMove, h.do(leaving("d1"))).message == Move(request_id="a", attempt=0)
+    assert h.do(leaving("d1"), leaving("d9")) == []  # asked already; nothing runs there
     assert h.tokens(delta(1, 6)) == []
     assert h.tokens(delta(2, finish=moved)) == []  # the first token is still on its way from the prefill worker
     place = the(Place, h.tokens(delta(0, 5)))
     assert place.request.output_token_ids == [5, 6] and place.source == worker("d1") and place.avoid == frozenset()
     assert h.core.moves == 1 and h.core.retries == 0 and h.reserved() == {}
     h.do(Placed("a", 0, 1, placement("d2")))
-    assert the(SendMove, h.do(WorkerLeaving("d2"))).message.attempt == 1  # and again
+    assert the(SendMove, h.do(leaving("d2"))).message.attempt == 1  # and again
     h.tokens(delta(2, 7, attempt=1), delta(3, attempt=1, finish=moved))
     h.do(Placed("a", 0, 2, placement("d1")))
     h.tokens(delta(3, 8, attempt=2, finish=STOP))
     assert h.delivered() == [5, 6, 7, 8] and h.reserved() == {}
     h = Harness(max_attempts=2)
     h.run()
-    h.do(WorkerUp("d2"), WorkerLeaving("d1"))
+    h.do(WorkerUp("d2"), leaving("d1"))
     h.tokens(delta(0, finish=moved))
     h.do(Placed("a", 0, 1, placement("d2")))
     again = the(Place, h.do(WorkerDown("d2")))

@@ -177,9 +177,9 @@ class Faults(RuleBasedStateMachine):
         finish = Finish(reason="error", code="timeout", message="", retryable=retryable)
         self.apply(self.core.tokens([TokenDelta(name, self.sent[name][1], 0, 0, [], finish)], self.now))
 
-    @rule(incarnation=st.sampled_from(WORKERS))
-    def worker_leaving(self, incarnation: str) -> None:
-        self.apply(self.core.handle(WorkerLeaving(incarnation), self.now))
+    @rule(incarnation=st.sampled_from(WORKERS), room=st.integers(0, 40))
+    def worker_leaving(self, incarnation: str, room: int) -> None:
+        self.apply(self.core.handle(WorkerLeaving(incarnation, room, 3), self.now))
 
     @precondition(lambda self: self.to_move)
     @rule(data=st.data())

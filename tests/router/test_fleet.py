@@ -7,6 +7,7 @@ import pytest
 
 from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
+from penstock.router.dispatch_events import WorkerLeaving
 from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
 from penstock.router.health import Health
 from penstock.router.policy import Placement
@@ -208,6 +209,25 @@ def test_beside_a_draining_worker_a_cold_one_is_always_a_candidate():
     fleet.connected(TWO.address, TWO, 100.0)
     fleet.report(ONE.address, WorkerLoad(draining=True), 100.0)
     assert all([c.worker for c in fleet.candidates({}, 100.1)] == [TWO] for _ in range(20))
+
+
+def test_who_takes_requests_tells_how_much_room_there_is_for_those_of_who_leaves():
+    fleet = Fleet()
+    three = worker("3", "tcp://127.0.0.1:3")
+    prefill = worker("p", "tcp://127.0.0.1:4", role="prefill")
+    for one in (ONE, TWO, three, prefill):
+        fleet.connected(one.address, one, 0.0)
+    fleet.report(TWO.address, WorkerLoad(free_pages=10, running=5, waiting=1), 1.0)
+    fleet.report(three.address, WorkerLoad(free_pages=7, promised_pages=3), 1.0)
+    assert fleet.leaving(TWO.address, 1.0) == [], "nobody leaves"
+    fleet.report(ONE.address, WorkerLoad(draining=True, free_pages=100), 1.0)
+    told = WorkerLeaving("1", 17 * TWO.page_size, 2 * TWO.max_num_seqs - 6)
+    assert fleet.leaving(TWO.address, 1.0) == fleet.leaving(three.address, 1.0) == [told]
+    for silent in (ONE, prefill):
+        assert fleet.leaving(silent.address, 1.0) == []
+    fleet.report(TWO.address, WorkerLoad(draining=True), 2.0)
+    fleet.report(three.address, WorkerLoad(draining=True), 2.0)
+    assert fleet.leaving(three.address, 2.0) == [], "nobody is left"
 
 
 def test_how_long_a_step_may_take_depends_on_how_much_goes_into_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from openai import AsyncOpenAI
 from penstock.cli import main
 from penstock.fleet import Fleet
 from tests.system.fleets import (
+    WITHIN_S,
     assert_idle,
     complete,
     fleet,
@@ -27,6 +29,7 @@ from tests.tiny_models import make_checkpoint, random_prompts, reference_tokens
 
 NEW_TOKENS = 400
 PAGE = 4
+POOL = 3 << 20  # bytes: 4092 tokens
 
 pytestmark = pytest.mark.system
 
@@ -36,11 +39,14 @@ def test_a_drained_worker_gives_its_requests_away_with_their_pages(tmp_path: Pat
     path = make_checkpoint("llama", tmp_path / "model", max_position_embeddings=4096)
     prompts = random_prompts([40, 64, 33, 120], seed=41)
     expected = reference_tokens(path, prompts, NEW_TOKENS)
-    options = {"decode_workers": 2, "cpu_threads": 1, "max_num_batched_tokens": 32, "drain_s": 60.0}
+    (large,) = random_prompts([1800], seed=42)
+    options = {"decode_workers": 2, "cpu_threads": 1, "max_num_batched_tokens": 128, "drain_s": 60.0}
+    options["kv_cache_memory_bytes"] = POOL
     with fleet(path, module="tests.workers.patient", **options) as running:
         drawn = asyncio.run(_draw(running, prompts[0]))
         asyncio.run(_drain_by_command(running, prompts, expected, drawn))
         asyncio.run(_drain_by_signal(running, prompts, expected))
+        asyncio.run(_drain_where_nobody_has_room(running, large, reference_tokens(path, [large], 200)[0]))
         assert router_metric(running.url, "penstock:retries_total") == 0
 
 
@@ -90,6 +96,34 @@ async def _drain_by_signal(running: Fleet, prompts: list[list[int]], expected: l
                 running.kill(leaving, signal.SIGTERM)
             assert await asyncio.gather(*streams) == expected
     await asyncio.to_thread(wait_restarted, running, leaving, pid)
+
+
+async def _drain_where_nobody_has_room(running: Fleet, prompt: list[int], expected: list[int]) -> None:
+    """What does not fit into the other worker's pool, beside what is there, goes on where it is."""
+    moves = await asyncio.to_thread(router_metric, running.url, "penstock:moves_total")
+    async with open_client(running.url, 120) as client:
+        blocker = asyncio.create_task(complete(client, random_prompts([2300], seed=43)[0], 1700, stream=True))
+        full = await _at_work(running)
+        stream = asyncio.create_task(complete(client, prompt, len(expected), stream=True))
+        leaving = await _at_work(running, full)
+        pid = running.worker_pids()[leaving]
+        running.kill(leaving, signal.SIGTERM)
+        assert await stream == expected
+        assert not blocker.done()
+        assert await asyncio.to_thread(router_metric, running.url, "penstock:moves_total") == moves
+        blocker.cancel()
+    await asyncio.to_thread(wait_restarted, running, leaving, pid)
+
+
+async def _at_work(running: Fleet, but: str = "") -> str:
+    """The worker, other than this one, at which something runs."""
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        for name, ledger in (await asyncio.to_thread(ledgers, running)).items():
+            if ledger["running"] and name != but:
+                return name
+        assert time.monotonic() < deadline, "nothing runs"
+        await asyncio.sleep(0.01)
 
 
 def _ask_all(client: AsyncOpenAI, prompts: list[list[int]], **fields: Any) -> list[asyncio.Task[list[int]]]:
