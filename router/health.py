@@ -3,7 +3,7 @@
 A worker is
     starting   for `slow_start_s` after it joined: its caches are cold, its rates unknown, its share grows
     up
-    stalled    it runs requests and no step ends, or it does not answer heartbeats; up again once it does
+    stalled    it has requests and no step ends, or it does not answer heartbeats; up again once it does
     broken     its last requests failed, or it was lost, `FAILURES` times in a row: left alone for a back-off
     probing    that back-off is over; one request shows whether it is up
 
@@ -79,7 +79,7 @@ class Health:
     def reported(self, incarnation: str, load: WorkerLoad, now: float) -> None:
         """A heartbeat was answered."""
         member = self._members[incarnation]
-        if load.steps != member.load.steps or not load.running or not member.load.running:
+        if load.steps != member.load.steps or not (_has_work(load) and _has_work(member.load)):
             member.progress_at = now
         member.heard_at, member.load = now, load
 
@@ -195,3 +195,8 @@ class Health:
         breaker = self._breakers.setdefault(worker.worker_id, Breaker(FAILURES))
         if breaker.failed(reason, now):
             self.counters["workers_broken"] += 1
+
+
+def _has_work(load: WorkerLoad) -> bool:
+    """A step is due: it runs something, or has prompts to compute and waits for nobody else's pages."""
+    return load.running > 0 or (load.queued_tokens > 0 and not load.deferred)

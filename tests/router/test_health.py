@@ -72,6 +72,16 @@ def test_without_a_step_a_worker_that_runs_something_is_stalled():
     assert one.tick(12.0) == [] and one.usable("d1-1", 12.0) and one.counters["workers_stalled"] == 1
 
 
+def test_prompts_that_nobody_begins_are_a_stall_and_those_that_wait_for_pages_are_none():
+    one = health("d1", "p1")
+    for second in (1.0, 5.0, 10.0):
+        one.reported("d1-1", WorkerLoad(waiting=2, deferred=1, queued_tokens=50), second)
+        one.reported("p1-1", WorkerLoad(waiting=2, queued_tokens=50), second)
+    assert [worker.worker_id for worker, _ in one.tick(11.5)] == ["p1"]
+    one.reported("p1-1", WorkerLoad(), 12.0)
+    assert one.tick(12.0) == [] and one.usable("p1-1", 12.0)
+
+
 def test_an_idle_worker_is_not_stalled_but_a_silent_one_is():
     one = health("d1")
     for second in range(100):
