@@ -2,8 +2,8 @@
 
 A step in which every sequence decodes one token is one graph replay (engine/decode_graphs.py), sampling included; so
 are steps with short prompts, others are launched op by op (engine/mixed_steps.py). The host only sends what changed
-(engine/batch_state.py): tokens that the device sampled stay there, and in host memory a step's kernels leave them for
-whoever asks for its result.
+(engine/batch_state.py): tokens that the device sampled stay there, and a step's last kernel leaves them in host memory,
+too, for whoever asks for the step's result.
 """
 
 from __future__ import annotations
