@@ -156,10 +156,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fetch_failures: int = 0  # of those, given up; the rest of the prefix was computed here
     fetched_tokens: int = 0  # tokens whose pages were read from other workers
     moved: int = 0  # requests given up to other workers, with their pages
-    peers_cuda_ipc: int = 0  # workers whose pages are read over this transport
-    peers_shm: int = 0
-    peers_nixl: int = 0
     rates: MeasuredRates = MeasuredRates()
+    transports: dict[str, str] = {}  # worker id -> what its pages are read with
     expired_loans: int = 0  # prompts whose lent pages were taken back from a reader that was gone
     histograms: dict[str, list[float]] = {}  # name -> counts and sum (common/histogram.py)
 

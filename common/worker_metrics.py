@@ -32,6 +32,10 @@ def _rate(name: str) -> _Read:
     return lambda load: float(getattr(load.rates, name))
 
 
+def _peers(transport: str) -> _Read:
+    return lambda load: list(load.transports.values()).count(transport)
+
+
 _RATES = {
     "prefill_tokens_per_s": "Prompt tokens that the worker computes a second, as measured; 0: not yet.",
     "prefill_step_ms": "Milliseconds of a step with prompts, beside their tokens.",
@@ -105,11 +109,7 @@ _GAUGES = (
     _Figure(
         "penstock:kv_transport_peers",
         "Workers whose pages are read over each transport.",
-        {
-            "cuda_ipc": lambda load: load.peers_cuda_ipc,
-            "shm": lambda load: load.peers_shm,
-            "nixl": lambda load: load.peers_nixl,
-        },
+        {name: _peers(name) for name in ("cuda_ipc", "shm", "nixl")},
         "transport",
     ),
     _Figure(

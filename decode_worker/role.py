@@ -290,6 +290,9 @@ class DecodeRole:
     def histograms(self) -> dict[str, list[float]]:
         return self._reader.histograms.packed()
 
+    def transports(self) -> dict[str, str]:
+        return self._reader.transports.by_worker()
+
     def ledger(self) -> dict[str, Any]:
         return {"requests": len(self._entries), "admission": len(self._admission), **self._exchange.ledger()}
 

@@ -77,6 +77,9 @@ class Role(Protocol):
     def histograms(self) -> dict[str, list[float]]:
         """The role's own entries of `WorkerLoad.histograms`."""
 
+    def transports(self) -> dict[str, str]:
+        """The role's `WorkerLoad.transports`."""
+
     def ledger(self) -> dict[str, Any]:
         """The role's part of /debug/ledger."""
 
@@ -239,6 +242,7 @@ class WorkerLoop:
             generation_tokens=counters.generation_tokens,
             preemptions=counters.preemptions,
             rates=self.engine.rates.rates(),
+            transports=role.transports(),
             histograms={"step_tokens": counters.step_tokens.packed(), **role.histograms()},
             **fields,
             **(registry.index_load() if registry is not None else {}),

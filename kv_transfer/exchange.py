@@ -70,7 +70,6 @@ class PageExchange:
         return {
             **counters,
             "transfer_bytes": self._mover.moved_bytes,
-            **self.reader.transports.counts(),
             "expired_loans": self.lender.expired,
             "lent_pages": self.lender.lent_pages,
             "quarantined_pages": self.reader.quarantined_pages,

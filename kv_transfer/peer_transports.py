@@ -6,7 +6,7 @@ import logging
 
 from penstock.common.messages import WorkerInfo
 from penstock.kv_transfer.base import TransportError
-from penstock.kv_transfer.select import OPENERS, choose, same_host
+from penstock.kv_transfer.select import choose, same_host
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,9 @@ class PeerTransports:
             self._refused.setdefault(incarnation, {})[transport] = reason
         return worker
 
-    def counts(self) -> dict[str, int]:
-        """How many peers are read over each transport, as in `WorkerLoad`."""
-        used = list(self.chosen.values())
-        return {f"peers_{name}": used.count(name) for name in OPENERS}
+    def by_worker(self) -> dict[str, str]:
+        """What each peer is read with, as in `WorkerLoad`."""
+        return {self._found[incarnation].worker_id: transport for incarnation, transport in self.chosen.items()}
 
     def forget(self, incarnation: str) -> bool:
         """The link is lost, a new one is a new try. Returns whether a transport was connected."""

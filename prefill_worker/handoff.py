@@ -287,6 +287,9 @@ class HandOffOut:
     def histograms(self) -> dict[str, list[float]]:
         return self._reader.histograms.packed()
 
+    def transports(self) -> dict[str, str]:
+        return self._reader.transports.by_worker()
+
     def ledger(self) -> dict[str, Any]:
         return {"handoffs": len(self._open), **self._exchange.ledger()}
 

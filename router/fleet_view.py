@@ -68,5 +68,6 @@ def _worker(worker: WorkerInfo, load: WorkerLoad, state: WorkerState) -> dict[st
         "waiting": load.waiting,
         "queued_tokens": load.queued_tokens,
         "pages": pages,
+        "transports": dict(load.transports),
         "totals": {name: getattr(load, name) for name in _TOTALS},
     }

@@ -82,6 +82,9 @@ class OneRequest:
     def load(self) -> dict[str, int]:
         return {}
 
+    def transports(self) -> dict[str, str]:
+        return {}
+
     def histograms(self) -> dict[str, list[float]]:
         return {}
 

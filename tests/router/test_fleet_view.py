@@ -28,6 +28,7 @@ def test_what_it_says_of_a_worker() -> None:
     load = WorkerLoad(
         running=3, waiting=2, queued_tokens=70, num_pages=100, free_pages=60, lent_pages=5, quarantined_pages=1,
         draining=True, steps=9, prompt_tokens=80, prefix_queries=50, prefix_hits=20, transfer_bytes=4096,
+        transports={"prefill-0": "nixl"},
     )  # fmt: skip
     (found,) = fleet_view(["m"], {}, [(worker("d", "decode"), load)], 0.0)["workers"]
     assert found["pages"] == {
@@ -35,6 +36,7 @@ def test_what_it_says_of_a_worker() -> None:
     }  # fmt: skip
     assert (found["running"], found["waiting"], found["queued_tokens"], found["draining"]) == (3, 2, 70, True)
     assert (found["state"], found["reason"]) == ("draining", "")
+    assert found["transports"] == {"prefill-0": "nixl"}
     assert found["totals"]["prefix_hits"] == 20 and found["totals"]["transfer_bytes"] == 4096
 
 

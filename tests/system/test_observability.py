@@ -158,6 +158,15 @@ def test_figures_are_those_of_the_traffic(running: Fleet) -> None:
     assert total(found, "http_requests_total", handler="/v1/completions", status="2xx") == len(PROMPTS)
 
 
+def test_the_transport_of_each_pair_is_named(running: Fleet) -> None:
+    found = settled(running)
+    workers = {worker["worker_id"]: worker for worker in httpx.get(f"{running.url}/fleet").json()["workers"]}
+    expected = {"prefill-0": {}, "decode-0": {"prefill-0": "shm"}} if paired(running) else {"decode-0": {}}
+    assert {worker_id: worker["transports"] for worker_id, worker in workers.items()} == expected
+    counts = {name: total(found, "penstock:kv_transport_peers", transport=name) for name in ("cuda_ipc", "shm", "nixl")}
+    assert counts == {"cuda_ipc": 0, "shm": paired(running), "nixl": 0}
+
+
 def test_workers_show_themselves_as_the_router_shows_them(running: Fleet) -> None:
     router = settled(running)
     for worker_id, url in running.status_urls().items():
