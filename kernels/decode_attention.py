@@ -12,6 +12,7 @@ before it reads its split; no other program reads or writes them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -68,8 +69,7 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, in
 _SHORT_TILE = 64
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """What attention needs to begin from the output of the query-key-value projection: that of B tokens."""
 
     cos: Tensor  # float32 [B, head_dim / 2], of `rotary_factors_triton`
@@ -78,6 +78,9 @@ class Projection:
     q_norm: Tensor | None  # [head_dim], weights of RMSNorms; both or none
     k_norm: Tensor | None
     eps: float
+
+
+_NO_PROJECTION = (None, None, None, None, None, 0.0)
 
 
 def decode_attention(
@@ -129,12 +132,7 @@ def decode_attention(
         workspace.sums,
         workspace.arrived,
         sinks,
-        projection and projection.cos,
-        projection and projection.sin,
-        projection and projection.slots,
-        projection and projection.q_norm,
-        projection and projection.k_norm,
-        projection.eps if projection else 0.0,
+        *(projection or _NO_PROJECTION),
         scale * LOG2_E,
         soft_cap or 0.0,
         sliding_window or 0,
