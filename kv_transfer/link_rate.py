@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,11 +66,16 @@ class PassTime:
     median_s: float
 
 
+class NoAnswer(TransportError):
+    """The link took longer than it was given."""
+
+
 def measure(spec: LinkSpec, timeout_s: float) -> list[PassTime]:
     """Times of `spec.passes`, in their order.
 
     Raises:
-        TransportError: the link does not work, gave wrong bytes, or took longer than timeout_s.
+        NoAnswer: it took longer than timeout_s.
+        TransportError: the link does not work, or gave wrong bytes.
     """
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | (
         {"UCX_TLS": spec.ucx_tls} if spec.ucx_tls else {}
@@ -91,7 +96,7 @@ def measure(spec: LinkSpec, timeout_s: float) -> list[PassTime]:
         process.communicate()
         if not isinstance(interruption, subprocess.TimeoutExpired):
             raise
-        raise TransportError(f"no answer within {timeout_s:.0f} s") from None
+        raise NoAnswer(f"no answer within {timeout_s:.0f} s") from None
     lines = out.splitlines()
     if not lines:
         last = (err.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
@@ -228,14 +233,14 @@ class LenderProcess:
         self._process.wait()
 
 
-def _lend(spec: LinkSpec) -> None:
+def _lend(spec: LinkSpec, answer: Callable[[dict[str, Any]], None]) -> None:
     """The lender process: describes its pages, then serves them until standard input ends."""
     try:
         pages = make_pages(spec.lender_device, spec.page_bytes, spec.num_pages, first=0)
         transport = OPENERS[spec.transport](pages.region, f"lender-{os.getpid()}")
-        print(json.dumps({"description": transport.description().hex()}), flush=True)
+        answer({"description": transport.description().hex()})
     except (TransportError, RuntimeError) as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+        answer({"error": str(error)})
         return
     while True:
         transport.progress()
@@ -245,7 +250,7 @@ def _lend(spec: LinkSpec) -> None:
                 break
             if question == "fill":
                 pages.fill()
-            print(json.dumps({"ends": pages.ends().tolist()}), flush=True)
+            answer({"ends": pages.ends().tolist()})
     transport.close()
     pages.close()
 
@@ -300,16 +305,21 @@ def _post(transport: Transport, push: bool, theirs: Sequence[int], ours: Sequenc
 
 def main(arguments: Sequence[str]) -> None:
     """`SPEC`: the reader's part; `SPEC lend`: the lender's."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+
+    def answer(answered: dict[str, Any]) -> None:
+        print(json.dumps(answered), file=answers, flush=True)
+
     given = json.loads(arguments[0])
     spec = LinkSpec(**given | {"passes": tuple(given["passes"])})
     if arguments[1:] == ["lend"]:
-        _lend(spec)
+        _lend(spec, answer)
         return
     try:
-        answer: dict[str, Any] = {"passes": [asdict(one) for one in _read(spec)]}
+        answer({"passes": [asdict(one) for one in _read(spec)]})
     except (TransportError, RuntimeError) as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer), flush=True)
+        answer({"error": str(error)})
     os._exit(0)  # a copy may still be in flight, with which NIXL does not survive a normal exit
 
 

@@ -48,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
 
     facts = gather(
         redis_url=config.redis_url,
+        namespace=config.namespace,
         http=(config.host, config.port),
         bus=(config.bus_host, config.bus_port),
         cluster_key=config.cluster_key,

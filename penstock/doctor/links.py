@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from penstock.doctor.facts import LinkRate
 from penstock.kv_transfer.base import TransportError
-from penstock.kv_transfer.link_rate import LinkSpec, measure
+from penstock.kv_transfer.link_rate import LinkSpec, NoAnswer, measure
 
 TIMEOUT_S = 60.0
 _CPU_PAGE_BYTES, _CPU_PAGES = 256 << 10, 256
 _GPU_PAGE_BYTES, _GPU_PAGES = 2 << 20, 256
 
 
-def plan(num_gpus: int) -> list[tuple[str, LinkSpec]]:
+def plan(num_gpus: int, *, nixl: bool = True) -> list[tuple[str, LinkSpec]]:
     """(how people call it, link): every transport that could serve workers on this host's devices."""
 
     def cpu(transport: str, ucx_tls: str = "") -> LinkSpec:
@@ -37,18 +37,25 @@ def plan(num_gpus: int) -> list[tuple[str, LinkSpec]]:
             ("nixl", link),
             ("nixl write", replace(link, push=True)),
         ]
-    return planned
+    return [(label, spec) for label, spec in planned if nixl or spec.transport != "nixl"]
 
 
-def measure_all(num_gpus: int, tell: Callable[[str], None]) -> tuple[LinkRate, ...]:
-    """Rates of every planned link; `tell` hears what is being measured."""
+def measure_all(num_gpus: int, tell: Callable[[str], None], *, nixl: bool = True) -> tuple[LinkRate, ...]:
+    """Rates of every planned link, without those over NIXL where it does not work at all; `tell` hears what is being
+    measured. A transport that gave no answer once is not waited for again: there may be many devices."""
     found = []
-    for label, spec in plan(num_gpus):
+    silent: dict[str, str] = {}  # label -> between what
+    for label, spec in plan(num_gpus, nixl=nixl):
         between = f"{spec.lender_device} and {spec.reader_device}"
+        if label in silent:
+            found.append(LinkRate(label, between, error=f"not tried: there was no answer between {silent[label]}"))
+            continue
         tell(f"measuring {label} between {between}")
         try:
             page, many = measure(spec, TIMEOUT_S)
         except TransportError as error:
+            if isinstance(error, NoAnswer):
+                silent[label] = between
             found.append(LinkRate(label, between, error=str(error)))
         else:
             gb_s = many.pages * spec.page_bytes / many.best_s / 1e9

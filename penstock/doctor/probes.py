@@ -41,6 +41,7 @@ assert state.tolist() == [0, 0, 7, 0], "a kernel computed something else"
 def gather(
     *,
     redis_url: str,
+    namespace: str,
     http: tuple[str, int],
     bus: tuple[str, int],
     cluster_key: str,
@@ -55,7 +56,7 @@ def gather(
     facts = Facts(
         python=sys.version_info[:3],
         versions={name: version_of(name) for name in PACKAGES},
-        redis=given_redis(redis_url) if redis_url else private_redis(),
+        redis=given_redis(redis_url, namespace) if redis_url else private_redis(),
         ports=(listen("HTTP port", *http),),
         cores=available_cores(),
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
@@ -83,7 +84,7 @@ def gather(
         ucx_modules=ucx_modules,
         ucx_tls=environ.get("UCX_TLS", ""),
         rdma_devices=_names("/sys/class/infiniband"),
-        links=measure_all(len(gpus), tell) if measure_links else (),
+        links=measure_all(len(gpus), tell, nixl=not nixl_error) if measure_links else (),
         links_skipped=not measure_links,
         ports=(*facts.ports, listen_for_bus(*bus, cluster_key)),
         **found,
@@ -116,8 +117,8 @@ def listen_for_bus(host: str, port: int, cluster_key: str) -> PortFact:
     return tried
 
 
-def given_redis(url: str) -> RedisFact:
-    """Ask the Redis of --redis-url."""
+def given_redis(url: str, namespace: str) -> RedisFact:
+    """Ask the Redis of --redis-url, and write to it: it may be a replica, full, or not ours to write."""
     import redis
 
     try:
@@ -129,7 +130,9 @@ def given_redis(url: str) -> RedisFact:
             information: Any = client.info("server")
             started = time.perf_counter()
             client.ping()
-            return RedisFact("given", str(information["redis_version"]), (time.perf_counter() - started) * 1e3)
+            ping_ms = (time.perf_counter() - started) * 1e3
+            client.set(f"{namespace}:doctor", "", px=1)
+            return RedisFact("given", str(information["redis_version"]), ping_ms)
         except (redis.RedisError, OSError) as error:
             return RedisFact("given", error=str(error))
 
@@ -218,6 +221,7 @@ def _nixl() -> tuple[str, tuple[str, ...]]:
     from penstock.kv_transfer.nixl import import_nixl
 
     os.environ.setdefault("UCX_LOG_LEVEL", "error")
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")  # else its errors stand in the middle of the JSON
     try:
         module, bindings = import_nixl()
         agent = module.nixl_agent("doctor", module.nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))

@@ -144,7 +144,12 @@ def _compiler(facts: Facts) -> Iterator[Line]:
 
 def _nixl(facts: Facts) -> Iterator[Line]:
     if facts.nixl_error:
-        yield Line("NIXL", Verdict.WARN, facts.nixl_error, "pages then move on one host only: pip install nixl-cu13")
+        remedy = "pip install nixl-cu13"
+        if facts.ucx_tls:
+            remedy = f"unset UCX_TLS ({facts.ucx_tls}), or name transports that there are"
+        elif facts.versions.get("nixl-cu13") or facts.versions.get("nixl"):
+            remedy = "UCX_LOG_LEVEL=info tells more; install nixl-cu13 anew"
+        yield Line("NIXL", Verdict.WARN, facts.nixl_error, f"pages then move on one host only: {remedy}")
         return
     yield Line("NIXL", Verdict.OK, facts.versions.get("nixl-cu13") or facts.versions.get("nixl", ""))
     found = ", ".join((*facts.ucx_modules, "tcp"))
@@ -207,7 +212,7 @@ def _link(link: LinkRate, elsewhere: bool, nvlink: bool) -> Line:
 def _redis(redis: RedisFact) -> Line:
     if redis.where == "given":
         if redis.error:
-            remedy = "check host, port, password and TLS in --redis-url; is it running?"
+            remedy = "check host, port, user, password and TLS in --redis-url; is it running, and no replica?"
             return Line("Redis", Verdict.FAIL, redis.error, remedy)
         found = f"{redis.version} answers in {redis.ping_ms or 0.0:.1f} ms"
         if tuple(int(part) for part in redis.version.split(".")[:2] if part.isdigit()) < (6, 2):

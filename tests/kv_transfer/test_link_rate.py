@@ -35,8 +35,9 @@ def test_every_pass_is_timed(spec: LinkSpec) -> None:
         (SHM, 0.01, "no answer within"),
         (replace(SHM, push=True), 30, "shm only reads"),
         (replace(SHM, lender_device="cuda:99"), 30, "the lender"),
+        (replace(SHM, transport="nixl", ucx_tls="bogus"), 30, "the lender: .*NIXL"),
     ],
-    ids=["late", "impossible", "no device"],
+    ids=["late", "impossible", "no device", "no such way"],
 )
 def test_what_does_not_work_says_why(spec: LinkSpec, timeout_s: float, words: str) -> None:
     with pytest.raises(TransportError, match=words):

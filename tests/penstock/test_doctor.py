@@ -15,11 +15,14 @@ import pytest
 
 from penstock.cli import main
 from penstock.common import bus_access
+from penstock.doctor import links
 from penstock.doctor.command import table
 from penstock.doctor.facts import Facts, Gpu, GpuPair, LinkRate, PortFact, RedisFact
-from penstock.doctor.links import plan
+from penstock.doctor.links import measure_all, plan
 from penstock.doctor.probes import _cards, given_redis, listen, listen_for_bus, nvlinks
 from penstock.doctor.verdicts import Line, Verdict, exit_status, judge
+from penstock.kv_transfer.base import TransportError
+from penstock.kv_transfer.link_rate import LinkSpec, NoAnswer, PassTime
 from tests.conftest import RedisServer, free_port
 
 CHECKOUT = Path(__file__).parents[2]
@@ -33,6 +36,7 @@ CPU = Facts(
     open_files=65536,
     shm_free_mib=1024,
 )
+BARE = {name: version for name, version in CPU.versions.items() if name != "nixl-cu13"}
 GPU = replace(
     CPU,
     versions=CPU.versions | {"triton": "3.6.0"},
@@ -81,7 +85,9 @@ def test_a_good_machine_passes(facts: Facts) -> None:
         (replace(GPU, c_compiler="", triton_error="x"), "Triton", "fail", "gcc"),
         (replace(GPU, python_headers=False, triton_error="x"), "Triton", "fail", "python3-dev"),
         (replace(GPU, triton_error="ptxas failed"), "Triton", "fail", "versions"),
-        (replace(CPU, nixl_error="NIXL is not installed"), "NIXL", "warn", "nixl-cu13"),
+        (replace(CPU, nixl_error="x", versions=BARE), "NIXL", "warn", "pip install nixl-cu13"),
+        (replace(CPU, nixl_error="NIXL_ERR_BACKEND"), "NIXL", "warn", "anew"),
+        (replace(CPU, nixl_error="NIXL_ERR_BACKEND", ucx_tls="rc"), "NIXL", "warn", "unset UCX_TLS (rc)"),
         (replace(CPU, ucx_tls="cma,sm"), "UCX transports", "fail", "add tcp"),
         (replace(GPU, ucx_modules=("cma",)), "UCX transports", "warn", "CUDA module"),
         (replace(CPU, rdma_devices=("mlx5_0",), locked_kib=64), "locked memory", "warn", "memlock"),
@@ -108,8 +114,7 @@ def test_what_is_wrong_gets_a_verdict_and_a_remedy(facts: Facts, check: str, ver
 
 
 def test_one_transport_that_fails_beside_one_that_works_is_a_warning() -> None:
-    links = (LinkRate("shm", "cpu and cpu", error="no memfd"), CPU.links[1])
-    lines = judge(replace(CPU, links=links))
+    lines = judge(replace(CPU, links=(LinkRate("shm", "cpu and cpu", error="no memfd"), CPU.links[1])))
     assert [line.verdict for line in lines if line.check.startswith("shm")] == [Verdict.WARN]
     assert exit_status(lines) == 0
 
@@ -117,9 +122,30 @@ def test_one_transport_that_fails_beside_one_that_works_is_a_warning() -> None:
 def test_every_pair_of_neighbours_is_measured_once() -> None:
     assert [label for label, _ in plan(0)] == ["shm", "nixl", "nixl over tcp"]
     for num_gpus, pairs in ((1, 1), (2, 1), (4, 4), (8, 8)):
-        links = [spec for label, spec in plan(num_gpus) if label == "cuda_ipc"]
-        assert len({frozenset((spec.lender_device, spec.reader_device)) for spec in links}) == len(links) == pairs
+        specs = [spec for label, spec in plan(num_gpus) if label == "cuda_ipc"]
+        assert len({frozenset((spec.lender_device, spec.reader_device)) for spec in specs}) == len(specs) == pairs
     assert {spec.push for _, spec in plan(2) if spec.transport == "nixl"} == {False, True}
+    assert [label for label, _ in plan(2, nixl=False)] == ["shm", "cuda_ipc"]
+
+
+def test_a_transport_that_gives_no_answer_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, str]] = []
+
+    def measure(spec: LinkSpec, timeout_s: float) -> list[PassTime]:
+        tried.append((spec.transport, spec.reader_device))
+        if spec.transport == "cuda_ipc":
+            raise NoAnswer("no answer within 60 s")
+        if spec.transport == "nixl":
+            raise TransportError("NIXL_ERR_BACKEND")
+        return [PassTime(1, 1e-3, 1e-3), PassTime(128, 1e-3, 1e-3)]
+
+    monkeypatch.setattr(links, "measure", measure)
+    found = measure_all(8, lambda text: None)
+    assert len(found) == 3 + 3 * 8 and [transport for transport, _ in tried].count("cuda_ipc") == 1
+    assert {one.error for one in found if one.transport == "nixl"} == {"NIXL_ERR_BACKEND"}
+    assert {one.error for one in found if one.transport == "cuda_ipc"} == {
+        "no answer within 60 s", "not tried: there was no answer between cuda:0 and cuda:1"
+    }  # fmt: skip
 
 
 def test_nvlinks_of_a_topology_matrix() -> None:
@@ -160,10 +186,15 @@ def test_ports_and_redis_are_really_tried(redis_server: RedisServer, monkeypatch
     monkeypatch.setattr(bus_access, "_address_of", lambda host: ip_address("192.0.2.1"))  # of this machine, say
     assert listen_for_bus("127.0.0.1", 0, "").lacks == "key"
     assert listen_for_bus("127.0.0.1", 0, "secret").error == ""
-    alive = given_redis(redis_server.url)
+    alive = given_redis(redis_server.url, "n")
     assert not alive.error and alive.version[0].isdigit() and (alive.ping_ms or 0) > 0
-    assert given_redis(f"redis://127.0.0.1:{free_port()}").error
-    assert "not a Redis URL" in given_redis("http://x").error
+    with redis_server.client() as client:
+        client.acl_setuser("reader", enabled=True, nopass=True, keys=["*"], commands=["+info", "+ping"])
+        refused = given_redis(redis_server.url.replace("://", "://reader:x@"), "n")
+        client.acl_deluser("reader")
+    assert "permission" in refused.error
+    assert given_redis(f"redis://127.0.0.1:{free_port()}", "n").error
+    assert "not a Redis URL" in given_redis("http://x", "n").error
 
 
 def test_the_table_fits_and_counts() -> None:
@@ -187,6 +218,15 @@ def test_the_command_measures_and_a_taken_port_fails_it() -> None:
     assert all(link["gb_s"] > 0 and link["page_us"] > 0 for link in answer["facts"]["links"])
     assert verdicts["HTTP port"] == "fail" and done.returncode == 1
     assert done.stderr == ""
+
+
+def test_what_libraries_say_is_not_in_the_answer() -> None:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "UCX_TLS": "bogus"}
+    command = [sys.executable, "-m", "penstock", "doctor", "--json", "--no-links", "--port", str(free_port())]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environ, capture_output=True, text=True)
+    (found,) = [line for line in json.loads(done.stdout)["lines"] if line["check"] == "NIXL"]
+    assert found["verdict"] == "warn" and "unset UCX_TLS" in found["remedy"]
+    assert "bogus" in done.stderr and done.returncode == 0
 
 
 def test_without_torch_routers_can_run_here() -> None:
