@@ -1,8 +1,9 @@
 """Decides what each step computes. Pure: plans out, results in; no tensors, no clock of its own.
 
 `plan` may be called again before the results of earlier steps were given to `update`: what is still unread counts as
-pending. Continuous batching with chunked prefill: sequences that decode come first, then prompts under what is left of
-the token budget, by priority, then first come, first served. Without room for a decode's next page a sequence is
+pending. Continuous batching with chunked prefill: sequences that decode come first, with them hand-offs that have
+landed; then prompts under what is left of the token budget, by priority, then first come, first served.
+Without room for a decode's next page a sequence is
 preempted, of those with the least priority the newest: its pages are released and it waits at their front to be
 recomputed. Choices of one request share the full pages of their prompt: one computes them, the others wait for it.
 
@@ -18,12 +19,12 @@ What steps in flight cost:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 from penstock.common.messages import Finish, Spans
+from penstock.engine.draft import StepDraft
 from penstock.engine.outputs import HANDED_OFF, NOTHING_ALLOWED, Output, Progress, SchedulerCounters, StepOutput
 from penstock.engine.pages import PageManager
-from penstock.engine.plan import PromptScores, SampledTokens, SequenceStart, SequenceWork, StepPlan, StepResult
+from penstock.engine.plan import PromptScores, SampledTokens, SequenceWork, StepPlan, StepResult
 from penstock.engine.policy import BatchPolicy, enough_gathered
 from penstock.engine.request import Request, Status
 from penstock.engine.siblings import Siblings
@@ -122,36 +123,26 @@ class Scheduler:
             if self._in_flight:
                 return None
             self._preempt(least_urgent(self.running))
-        step = self._step + 1
-        started: list[SequenceStart] = []
-        work = self._decode(decodes, budget, step)
-        step_tokens = sum([item.num_tokens for item in work])
-        budget -= step_tokens
-        owners, total = decodes, self.max_num_batched_tokens
-        gathered = prompts or not decodes or self._gathered(len(decodes))
-        budget = min(budget, self.policy.prefill_budget(total, total - budget))
+        draft = StepDraft(self._step + 1, decodes, self._decode(decodes, budget, self._step + 1))
+        if self.waiting.num_claims:
+            # What has landed decodes at once: behind the chunks of a prompt its client would wait for all of them.
+            self._start_waiting([r for r in self.waiting if r.is_decoding], budget, draft, now)
+        gathered = prompts or not draft.work or self._gathered(len(draft.work))
+        budget = draft.num_tokens + self.policy.prefill_budget(budget, draft.num_tokens)
         for request in prompts:
-            num_tokens = min(budget, request.num_to_compute)
+            num_tokens = min(budget - draft.num_tokens, request.num_to_compute)
             if num_tokens > 0:  # its pages were allocated when it started
                 self.counters.prompt_tokens += num_tokens
-                work.append(_work(request, num_tokens, (), step))
-                owners.append(request)
-                budget -= num_tokens
-                step_tokens += num_tokens
-        for request, num_tokens in self._start_waiting(budget, now) if gathered else ():
-            if not request.is_decoding:
-                self.counters.prompt_tokens += num_tokens
-            started.append(_sequence_start(request))
-            work.append(_work(request, num_tokens, tuple(self.pages.table(request.key)), step))
-            owners.append(request)
-            step_tokens += num_tokens
-        if not work:
+                draft.go_on(request, num_tokens)
+        if gathered:
+            self._start_waiting(list(self.waiting), budget, draft, now)
+        if not draft.work:
             return None
-        self._step = step
-        self.counters.step_tokens.observe(step_tokens)
-        plan = StepPlan(step, tuple(self._ended), tuple(started), tuple(work))
+        self._step = draft.step
+        self.counters.step_tokens.observe(draft.num_tokens)
+        plan = draft.plan(self._ended)
         self._ended = []
-        self._in_flight.append((plan, owners))
+        self._in_flight.append((plan, draft.owners))
         return plan
 
     def _batch(self, budget: int) -> tuple[list[Request], list[Request], int, bool]:
@@ -179,7 +170,7 @@ class Scheduler:
         return decodes, prompts, growth, unread
 
     def _decode(self, requests: list[Request], budget: int, step: int) -> list[SequenceWork]:
-        """The work of sequences that decode: `_work` written out, as most of a step's host time goes there."""
+        """The work of sequences that decode: `StepDraft.go_on` written out: a step's host time mostly goes here."""
         work: list[SequenceWork] = []
         for request in requests:
             start = request.computed
@@ -220,11 +211,12 @@ class Scheduler:
             fills_a_step=num_tokens >= self.max_num_batched_tokens,
         )
 
-    def _start_waiting(self, budget: int, now: float) -> Iterator[tuple[Request, int]]:
-        """Move waiting requests into the batch while there is room; each with the tokens to compute of it."""
+    def _start_waiting(self, waiting: list[Request], budget: int, draft: StepDraft, now: float) -> None:
+        """Move these requests into the batch, while there is room and the step has fewer tokens than `budget`."""
         blocked = False
-        for request in list(self.waiting) if budget > 0 and len(self.running) < self.max_num_seqs else ():
-            if budget <= 0 or len(self.running) >= self.max_num_seqs or (blocked and not self.waiting.num_claims):
+        for request in waiting:
+            full = draft.num_tokens >= budget or len(self.running) >= self.max_num_seqs
+            if full or (blocked and not self.waiting.num_claims):
                 return
             if self._siblings.waits(request) or not request.may_go_on:
                 continue
@@ -232,9 +224,10 @@ class Scheduler:
             if (blocked and not request.has_claim) or not self._start(request, now):
                 blocked = True
                 continue
-            num_tokens = min(budget, request.num_to_compute)
-            budget -= num_tokens
-            yield request, num_tokens
+            num_tokens = min(budget - draft.num_tokens, request.num_to_compute)
+            if not request.is_decoding:
+                self.counters.prompt_tokens += num_tokens
+            draft.begin(request, num_tokens, tuple(self.pages.table(request.key)))
 
     def _start(self, request: Request, now: float) -> bool:
         """Move a waiting request into the batch, with pages for everything known of it; False without room."""
@@ -417,26 +410,3 @@ class Scheduler:
 def step_holder(step: int) -> str:
     """Holder of pages whose owners have ended while this step, not read yet, may write them."""
     return f"step {step}"
-
-
-def _work(request: Request, num_tokens: int, new_pages: tuple[int, ...], step: int) -> SequenceWork:
-    start = request.computed
-    request.computed = end = start + num_tokens
-    request.last_step = step
-    samples = end == len(request.tokens) + request.pending
-    if samples:
-        request.pending += 1
-    mask = request.constraint.mask if samples and request.constraint is not None else None
-    return SequenceWork(request.key, start, num_tokens, new_pages, samples, mask)
-
-
-def _sequence_start(request: Request) -> SequenceStart:
-    return SequenceStart(
-        key=request.key,
-        tokens=tuple(request.tokens),
-        prompt_len=request.prompt_len,
-        sampling=request.source.sampling,
-        choice=request.source.choice,
-        eos_token_ids=tuple(request.source.eos_token_ids),
-        scores_prompt=request.scores_prompt,
-    )

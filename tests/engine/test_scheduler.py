@@ -229,6 +229,38 @@ def test_landed_pages_are_used_and_only_the_rest_is_computed() -> None:
     assert joined(outputs) == {"a": oracle([1] * 10, 5)}
 
 
+def test_what_has_landed_decodes_in_the_next_step_beside_whose_prompt_ever() -> None:
+    """Behind the chunks of a long prompt, its client would wait for its second token until the last of them."""
+    scheduler = make_scheduler(policy=DecodePolicy(mixed_chunk_tokens=2))
+    executor = FakeExecutor(64)
+    scheduler.add(Request(make_request("decodes", [3, 4], 9), 0.0))
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    scheduler.update(executor.run(plan), 0.0)
+    for name in ("under way", "waits"):
+        scheduler.add(Request(make_request(name, [1] * 10), 0.0))
+    plan = scheduler.plan(0.0)
+    assert plan is not None and [w.num_tokens for w in plan.work] == [1, 2]
+    scheduler.update(executor.run(plan), 0.0)
+
+    landed = Request(make_request("landed", [5] * 6), 0.0)
+    landed.tokens.append(oracle([5] * 6, 1)[0])  # its first token, which the prefill worker sampled
+    pages = scheduler.pages.allocate(landed.key, 2)
+    for position in range(6):
+        executor.slots[pages[position // PAGE], position % PAGE] = position, 5
+    scheduler.add(landed, computed=6)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert [(w.key, w.num_tokens, w.samples) for w in plan.work] == [
+        ("decodes:0:0", 1, True),
+        ("landed:0:0", 1, True),
+        ("under way:0:0", 2, False),
+    ], "before the prompt's chunk, as the executor wants what decodes"
+    scheduler.update(executor.run(plan), 0.0)
+    assert drain(scheduler, executor)
+    assert landed.tokens == [5] * 6 + oracle([5] * 6, 5)
+
+
 def test_stop_tokens_lengths_and_min_tokens() -> None:
     prompt = [1, 2, 3]
     expected = oracle(prompt, 6)
