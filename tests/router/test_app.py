@@ -189,6 +189,22 @@ def test_an_error_after_the_first_token(router: Router, error: PenstockError | F
     assert response.status_code == 503 and response.json()["error"] == expected
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses", "messages"])
+def test_a_request_that_has_been_tried_too_often_ends_in_an_error_on_every_route(
+    router: Router, path: str, stream: bool
+) -> None:
+    router.service.script = failing(WorkerLost("gave up after 3 attempts"))
+    bodies = {"completions": BODY, "responses": {"input": "a"}, "messages": CHAT | {"max_tokens": 9}}
+    answer = router.post(f"/v1/{path}", bodies.get(path, CHAT) | {"model": "tiny", "stream": stream})
+    assert answer.status_code == (200 if stream else 503)
+    *_, last = [line for line in answer.text.splitlines() if line and line != "data: [DONE]"]
+    told = json.loads(last.removeprefix("data: "))
+    error = (told.get("response") or told)["error"]
+    assert error["message"] == "gave up after 3 attempts"
+    assert error.get("code") in ("worker_lost", "server_error") or error["type"] == "overloaded_error", error
+
+
 def test_one_failing_choice_ends_all(router: Router) -> None:
     def script(request: GenerateRequest) -> list[TokenDelta | PenstockError]:
         said = say("b" * 60)(request)
