@@ -136,9 +136,10 @@ class ModelError(Exception):
 
 
 def _tree(cls: type[PenstockError]) -> dict[str, type[PenstockError]]:
+    """By code; of those that share one, the class that all others are kinds of."""
     found = {cls.code: cls}
     for child in cls.__subclasses__():
-        found.update(_tree(child))
+        found = _tree(child) | found
     return found
 
 

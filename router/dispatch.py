@@ -258,6 +258,7 @@ class Dispatcher:
             self._abort(choice)
         if not event.blameless:
             choice.failed.add(choice.placement.decode.incarnation)
+        choice.moves += event.leaves and len(choice.order.delivered) > choice.begun_at
         choice.source = None
         self._commands += choice.let_go()
         limit = choice.request.sampling.max_tokens

@@ -62,7 +62,7 @@ class Choice:
     tenant: str = ""
     since: float = 0.0  # when it came
     attempt: int = 0
-    moves: int = 0  # attempts that were not lost, but moved to another worker
+    moves: int = 0  # attempts that were not lost, but moved to another worker, or got on until their worker left
     moving: bool = False  # this attempt's worker was asked to give it up
     source: WorkerInfo | None = None  # whom the next attempt comes from
     placement: Placement | None = None

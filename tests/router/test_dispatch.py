@@ -270,6 +270,22 @@ def test_attempts_are_bounded(left: list[str], error: type[PenstockError]):
     assert type(failure) is error and h.reserved() == {} and not h.core.choices
 
 
+def test_an_attempt_that_got_on_until_its_worker_left_has_not_failed():
+    """It had no time to move: workers may be restarted one by one for longer than a stream has attempts."""
+    h = Harness(max_attempts=2)
+    h.run()
+    h.do(WorkerUp("d2"))
+    left = Finish(reason="error", code="unavailable", message="the worker shut down", retryable=True)
+    for attempt in range(5):
+        commands = h.tokens(delta(attempt, 5, attempt=attempt), delta(attempt + 1, attempt=attempt, finish=left))
+        assert the(Place, commands).request.output_token_ids == [5] * (attempt + 1)
+        h.do(Placed("a", 0, attempt + 1, placement("d2")))
+    assert type(the(Place, h.tokens(delta(5, attempt=5, finish=left)))) is Place, "this one has said nothing"
+    h.do(Placed("a", 0, 6, placement("d1")))
+    assert type(the(Fail, h.tokens(delta(5, attempt=6, finish=left))).error) is Unavailable
+    assert h.core.retries == 6 and h.reserved() == {}
+
+
 def test_all_tokens_delivered_but_the_finish_lost():
     h = Harness()
     h.run(max_tokens=2)
