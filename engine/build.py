@@ -96,10 +96,12 @@ def build_engine(
     )
     page_size = config.block_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, page_size, dtype)
+    step_tokens = config.max_num_batched_tokens or _step_tokens(policy, device)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or _step_tokens(policy, device),
+        max_num_batched_tokens=step_tokens,
         max_model_len=config.max_model_len or spec.max_position,
+        mixed_chunk_tokens=policy.prefill_budget(step_tokens, 1),
     )
     num_pages = pool_size_bytes(config, model, layout, limits, device, memory_share) // layout.page_bytes
     max_model_len = _context(config, spec, num_pages, page_size)

@@ -150,8 +150,16 @@ class DeviceRunner:
     run_ahead = RUN_AHEAD
 
     def __init__(
-        self, model: CausalLM, pool: KVPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        model: CausalLM,
+        pool: KVPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        mixed_chunk_tokens: int = 0,
     ) -> None:
+        """mixed_chunk_tokens: prompt tokens that a step usually has beside sequences that decode; 0: any number."""
         self.model = model
         self.pool = pool
         device = pool.device
@@ -176,7 +184,7 @@ class DeviceRunner:
         self._num_with_filters = 0
         shared = (model, pool.layers(), self._state, workspace, self._tokens_out, self._page_size, max_num_seqs)
         self._decode_steps = DecodeGraphs(*shared, max_model_len)
-        self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len)
+        self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len, mixed_chunk_tokens)
         if self._stream is not None:  # weights, pages and state are still being filled in another stream
             self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -22,7 +22,7 @@ from penstock.kernels.step_state import begin_mixed
 from penstock.models.decoder import CausalLM
 
 MAX_PROMPTS = 16  # of a captured shape that also decodes
-_PROMPT_TOKENS = (16, 64, 128, 160, 256, 512, 1024)  # 160: chunks beside decodes (common/config.py)
+_PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
 
 
 class Chunk(NamedTuple):
@@ -76,11 +76,14 @@ class _Captured:
     logits: Tensor
 
 
-def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[Shape]:
-    """A prompt alone, and prompts beside few or many decodes."""
+def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_tokens: int) -> list[Shape]:
+    """A prompt alone, prompts beside few or many decodes, and chunks of `mixed_chunk_tokens` with as little padding."""
     shapes = [Shape(0, count, 1) for count in _PROMPT_TOKENS]
-    for decodes in sorted({min(64, max_num_seqs), min(256, max_num_seqs)}):
-        shapes += [Shape(decodes, count, MAX_PROMPTS) for count in _PROMPT_TOKENS[1:]]
+    rooms = {min(64, max_num_seqs), min(256, max_num_seqs)}
+    shapes += [Shape(decodes, count, MAX_PROMPTS) for decodes in sorted(rooms) for count in _PROMPT_TOKENS[1:]]
+    if 0 < mixed_chunk_tokens <= _PROMPT_TOKENS[-1]:
+        chunks = [Shape(room, mixed_chunk_tokens, MAX_PROMPTS) for room in sorted(rooms | {min(16, max_num_seqs)})]
+        shapes += [shape for shape in chunks if shape not in shapes]
     return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]
 
 
@@ -143,12 +146,13 @@ class MixedSteps:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        mixed_chunk_tokens: int,
     ) -> None:
         """tokens_out: as that of `DecodeGraphs`."""
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
         self._tokens_out = tokens_out
         self._page_size, self._max_model_len = page_size, max_model_len
-        self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens)
+        self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens, mixed_chunk_tokens)
         self._crowds = crowds(max_num_seqs, max_num_batched_tokens)
         self._captured: dict[Shape, _Captured] = {}
 

@@ -180,12 +180,16 @@ def test_layout_of_a_step_with_room_to_spare() -> None:
 
 
 def test_captured_shapes_are_within_the_limits() -> None:
-    shapes = captured_shapes(256, 8192)
+    shapes = captured_shapes(256, 8192, 0)
     assert Shape(0, 16, 1) in shapes
     assert Shape(256, 1024, MAX_PROMPTS) in shapes
-    assert all(shape.tokens <= 40 for shape in captured_shapes(8, 32))
+    assert all(shape.tokens <= 40 for shape in captured_shapes(8, 32, 16))
     assert Shape(64, 256, 16).holds(Shape(3, 200, 16))
     assert not Shape(64, 256, 16).holds(Shape(3, 20, 17))
+    chunks = set(captured_shapes(256, 8192, 176)) - set(shapes)
+    assert chunks == {Shape(16, 176, 16), Shape(64, 176, 16), Shape(256, 176, 16)}
+    assert set(captured_shapes(256, 8192, 128)) - set(shapes) == {Shape(16, 128, 16)}, "each shape once"
+    assert captured_shapes(256, 8192, 2048) == shapes, "long chunks are launched op by op"
 
 
 def test_crowds_are_one_for_each_block_of_prompts() -> None:
