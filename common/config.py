@@ -19,7 +19,7 @@ ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHI
 TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
 CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
-TWO_PHASE_MIXED_CHUNK_TOKENS = 160  # 7 ms of an 8B model on an H200, where a decode step takes 5 to 12
+TWO_PHASE_MIXED_CHUNK_TOKENS = 176  # 7 ms of an 8B model on an H200, where a decode step takes 5 to 12
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
 
@@ -111,7 +111,7 @@ class WorkerConfig(EngineConfig, FleetConfig):
     kv_checksum: str = option("all", "compare checksums of moved pages: all, sample (1 in 16), off", choices=CHECKSUMS)
     mixed_chunk_tokens: int | None = option(
         None,
-        "most prompt tokens in a step that also decodes: with fewer, gaps between tokens are shorter; default: 160 for "
+        "most prompt tokens in a step that also decodes: with fewer, gaps between tokens are shorter; default: 176 for "
         "decode workers that serve starts beside prefill workers, else a quarter of max_num_batched_tokens",
     )
     memory_share: float = option(1.0, "this worker's part of the device's memory budget")
