@@ -136,10 +136,10 @@ class ModelError(Exception):
 
 
 def _tree(cls: type[PenstockError]) -> dict[str, type[PenstockError]]:
-    """By code; of those that share one, the class that all others are kinds of."""
-    found = {cls.code: cls}
+    """The kinds of an error by code: a kind without a code of its own, which some part has for itself, is none."""
+    found: dict[str, type[PenstockError]] = {}
     for child in cls.__subclasses__():
-        found = _tree(child) | found
+        found |= _tree(child) | {child.code: child}
     return found
 
 
