@@ -187,7 +187,7 @@ class DecodeRole:
         if self._engine.scheduler.computes_for(request.request_id):
             return True
         # A prompt whose first token is also the last brings no pages: the prefill worker shares it among its choices.
-        brings_none = entry.prefill is not None and entry.source is None and request.sampling.max_tokens == 1
+        brings_none = entry.prefill is not None and request.sampling.max_tokens == 1
         return not brings_none and self._reader.reads_for(request.request_id)
 
     def _lender_of(self, entry: Entry) -> WorkerInfo | None:

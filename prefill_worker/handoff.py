@@ -68,6 +68,7 @@ class HandOffOut:
         self._reader = exchange.reader
         self._clock = clock
         self._open: dict[str, _HandOff] = {}
+        self._behind: dict[str, _HandOff] = {}  # of those: choices for which another one of their request fetches
         self._count = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
@@ -102,7 +103,9 @@ class HandOffOut:
         first_page = message.held_tokens // self._pages.page_size
         loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page, now)
         handoff = self._open[key] = _HandOff(request, message.router_id, loan)
-        if message.source is None or not self._fetch(handoff, message.source, now):
+        if message.source is not None and self._reader.reads_for(request.request_id):
+            self._behind[key] = handoff
+        elif message.source is None or not self._fetch(handoff, message.source, now):
             self._compute(handoff, 0, now)
 
     def _fetch(self, handoff: _HandOff, source: WorkerInfo, now: float) -> bool:
@@ -161,6 +164,10 @@ class HandOffOut:
         self._exchange.poll(now)
         for read in self._reader.take_ended():
             self._fetched(read, now)
+        for key, handoff in list(self._behind.items()):
+            if not self._reader.reads_for(handoff.request.request_id):  # what has come is in the cache now
+                del self._behind[key]
+                self._compute(handoff, 0, now)
 
     def _fetched(self, read: Read, now: float) -> None:
         """A fetch has ended: lend on what has come, and compute the rest."""
@@ -244,7 +251,7 @@ class HandOffOut:
         """
         del self._open[handoff.key]
         source = handoff.request
-        if not self._reader.cancel(handoff.key):
+        if self._behind.pop(handoff.key, None) is None and not self._reader.cancel(handoff.key):
             self._engine.abort(source.request_id, source.choice, source.attempt)
         self._pages.release(handoff.key)
         self._lender.drop(handoff.loan)
@@ -266,6 +273,7 @@ class HandOffOut:
         for handoff in list(self._open.values()):
             self._fail(handoff.loan.identity, handoff.request, finish.code or "internal_error", finish.message)
         self._open.clear()
+        self._behind.clear()
 
     # ------------------------------------------------------------ figures
 
@@ -277,8 +285,8 @@ class HandOffOut:
         load["handoffs"] += self._count
         return {
             **load,
-            "waiting": len(self._reader),
-            "deferred": len(self._reader),
+            "waiting": len(self._reader) + len(self._behind),
+            "deferred": len(self._reader) + len(self._behind),
             "prefix_queries": self._prefix_queries,
             "prefix_hits": self._prefix_hits,
             "cached_tokens": self._prefix_hits,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from penstock.common.messages import (
     Abort,
     Finish,
@@ -14,6 +16,7 @@ from penstock.common.messages import (
     PrefillDone,
     Submit,
     TokenBatch,
+    WorkerInfo,
 )
 from penstock.common.sampling import SamplingParams
 from penstock.decode_worker.role import DecodeRole
@@ -61,11 +64,18 @@ class Case:
         self.role = DecodeRole(loop, PageExchange(lender, reader, mover, links))
 
     def submit(
-        self, name: str, prompt: list[int], *, remote: bool = False, max_tokens: int = 5, choice: int = 0
+        self,
+        name: str,
+        prompt: list[int],
+        *,
+        remote: bool = False,
+        max_tokens: int = 5,
+        choice: int = 0,
+        source: WorkerInfo | None = None,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens)
         request = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=prompt, sampling=params)
-        self.role.handle(ROUTER, Submit(request=request, prefill=PREFILL if remote else None), 0.0)
+        self.role.handle(ROUTER, Submit(request=request, prefill=PREFILL if remote else None, source=source), 0.0)
         self.role.tick(0.0)
 
     def hear(self, *events: LinkEvent) -> None:
@@ -132,11 +142,14 @@ def test_a_prompt_that_landed_without_its_first_token_shares_no_page_that_is_wri
     assert case.tokens("other") == oracle(longer, 5)
 
 
-def test_choices_of_one_token_are_handed_off_together_and_longer_ones_wait_for_the_pages() -> None:
+@pytest.mark.parametrize("source", [None, nixl_worker("decode-1", "d1")])
+def test_choices_of_one_token_are_handed_off_together_and_longer_ones_wait_for_the_pages(
+    source: WorkerInfo | None,
+) -> None:
     case = Case()
     for choice in range(3):
-        case.submit("one", PROMPT, remote=True, max_tokens=1, choice=choice)
-        case.submit("more", PROMPT[::-1], remote=True, choice=choice)
+        case.submit("one", PROMPT, remote=True, max_tokens=1, choice=choice, source=source)
+        case.submit("more", PROMPT[::-1], remote=True, choice=choice, source=source)
     asked = [(message.request.request_id, message.request.choice) for message in case.links.sent]
     assert sorted(asked) == [("more", 0), ("one", 0), ("one", 1), ("one", 2)]
     end = Finish(reason="length")

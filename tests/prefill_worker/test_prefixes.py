@@ -19,6 +19,7 @@ from penstock.engine.pages import NoRoom
 from penstock.engine.request import Request
 from penstock.kv_transfer.peer_links import PeerFound, PeerLost
 from penstock.kv_transfer.reading import PATIENCE_S
+from tests.engine.test_scheduler import oracle
 from tests.kv_transfer.noting import nixl_worker
 from tests.prefill_worker.cases import DECODE, PROMPT, Case
 
@@ -54,6 +55,38 @@ def test_a_prefix_is_fetched_lent_on_and_only_the_rest_computed() -> None:
     assert case.engine.pages.match(asked.hashes) == list(job.dst_pages)  # the next prompt finds them
     assert case.role.load()["fetched_tokens"] == 8
     case.land()
+    case.finish()
+
+
+@pytest.mark.parametrize("end", ["it comes", "its source is lost", "who fetches is aborted", "all are aborted"])
+def test_choices_that_come_together_have_their_prefix_fetched_once(end: str) -> None:
+    case = Case(checksum="off")
+    _fetching(case)
+    for choice in (1, 2):
+        case.prefill(max_tokens=1, choice=choice, source=SOURCE)
+    case.step()
+    assert len(case.links.sent) == 1 and case.role.load()["deferred"] == 3 and not case.engine.has_work()
+    aborted = {"who fetches is aborted": [0], "all are aborted": [2, 0, 1]}.get(end, [])
+    if end == "it comes":
+        ticket = PagesReady(request_id="r", attempt=0, first_page=0, pages=[[40, 41]], num_tokens=8)
+        case.links.events += [("d1", ticket), ("d1", FetchDone(request_id="r", attempt=0, num_pages=2))]
+        case.step()
+        case.arrive()
+    elif not aborted:
+        case.links.events.append(("d1", PeerLost("d1", "cut")))
+    for choice in aborted:
+        case.role.handle(DECODE, Abort(request_id="r", attempt=0, choice=choice), case.now)
+    for _ in range(6):
+        case.step()
+    tokens = {d.choice: d.token_ids for batch in case.of(TokenBatch) for d in batch.deltas}
+    assert tokens == {choice: oracle(PROMPT, 1) for choice in range(3) if choice not in aborted}
+    computed = case.engine.scheduler.counters.prompt_tokens
+    assert computed == {"it comes": 3 * 2, "its source is lost": 10 + 2 * 2, "who fetches is aborted": 10 + 2}.get(
+        end, 0
+    )
+    assert case.role.load()["fetches"] == 1
+    for choice in range(3):
+        case.land(choice=choice)
     case.finish()
 
 
