@@ -194,6 +194,8 @@ class Dispatcher:
     def _ticked(self, event: Tick, now: float) -> None:
         for choice in self._where(lambda c: now > c.deadline):
             self._apply(choice, Expired(), now)
+        longer = self._where(lambda c: len(c.order.delivered) > c.outgrown_at)
+        self._commands += [choice.expect_more() for choice in longer]
 
     def _shut_down(self, event: Shutdown, now: float) -> None:
         for choice in list(self.choices.values()):

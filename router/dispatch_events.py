@@ -194,13 +194,12 @@ class Release(msgspec.Struct, frozen=True):
     prompt: bool = False
 
 
-class Decoded(msgspec.Struct, frozen=True):
-    """An attempt is over: its decode worker has added `tokens` to `context_tokens`, which `placement` had guessed."""
+class Give(msgspec.Struct, frozen=True):
+    """Count more work as given to a worker, or less: an output is longer, or shorter, than was expected."""
 
-    placement: Placement
-    context_tokens: int
-    tokens: int
+    incarnation: str
+    work_ms: float
 
 
 Sent = SendSubmit | SendAbort | SendMove
-Command = Place | Dequeue | Sent | Deliver | Fail | Served | Blame | Reserve | Release | Decoded
+Command = Place | Dequeue | Sent | Deliver | Fail | Served | Blame | Reserve | Release | Give

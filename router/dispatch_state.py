@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,8 +12,8 @@ import msgspec
 
 from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest, WorkerInfo
-from penstock.router.dispatch_events import Decoded, Release, Reserve
-from penstock.router.policy import Placement
+from penstock.router.dispatch_events import Give, Release, Reserve
+from penstock.router.policy import EXPECTED_OUTPUT_TOKENS, Placement
 from penstock.router.token_order import TokenOrder
 
 Key = tuple[str, int]  # request id and choice
@@ -67,6 +68,8 @@ class Choice:
     source: WorkerInfo | None = None  # whom the next attempt comes from
     placement: Placement | None = None
     begun_at: int = 0  # tokens that were delivered before this attempt
+    outgrown_at: int = sys.maxsize  # with more tokens than that it is longer than this attempt was expected to get
+    given_ms: float = 0.0  # its decoding, as it counts at its worker
     prefill_cut: bool = False  # this attempt's link to its prefill worker was cut: what it sent may be lost
     reserved: Release | None = None  # at the decode worker, until the attempt is over
     prompt_reserved: Release | None = None  # at the worker that computes the prompt, until a token comes
@@ -106,6 +109,7 @@ class Choice:
     def run_at(self, placement: Placement) -> list[Reserve]:
         """This attempt begins; what it weighs, and at which workers."""
         self.placement, self.begun_at = placement, len(self.order.delivered)
+        self.outgrown_at, self.given_ms = self.begun_at + EXPECTED_OUTPUT_TOKENS, placement.decode_ms
         sequence = Reserve(placement.decode.incarnation, placement.decode_tokens)
         computing = placement.prefill or placement.decode
         prompt = Reserve(computing.incarnation, placement.prefill_tokens, prompt=True)
@@ -117,14 +121,29 @@ class Choice:
         released, self.prompt_reserved = self.prompt_reserved, None
         return [] if released is None else [released]
 
-    def let_go(self) -> list[Release | Decoded]:
+    def expect_more(self) -> Give:
+        """It is longer than expected: it is expected to get twice as long."""
+        expected = self.outgrown_at - self.begun_at
+        while self.begun_at + expected < len(self.order.delivered):
+            expected *= 2
+        self.outgrown_at = self.begun_at + expected
+        return self._decodes(expected)
+
+    def _decodes(self, tokens: int) -> Give:
+        """This attempt's output counts as so many tokens from now on."""
+        assert self.placement is not None
+        work_ms = self.placement.rates.output_ms(len(self.request.prompt_token_ids) + self.begun_at, tokens)
+        before_ms, self.given_ms = self.given_ms, work_ms
+        return Give(self.placement.decode.incarnation, work_ms - before_ms)
+
+    def let_go(self) -> list[Release | Give]:
         """The attempt is over: forget its workers and early tokens; what it still weighed, and what it came to."""
-        over: list[Release | Decoded] = [] if self.reserved is None else [self.reserved]
+        over: list[Release | Give] = [] if self.reserved is None else [self.reserved]
         over += self.prompt_computed()
         if self.placement is not None:
-            context = len(self.request.prompt_token_ids) + self.begun_at
-            over.append(Decoded(self.placement, context, len(self.order.delivered) - self.begun_at))
+            over.append(self._decodes(len(self.order.delivered) - self.begun_at))
         self.reserved = self.placement = None
+        self.outgrown_at = sys.maxsize
         self.order.begin_attempt()
         self.moving = self.prefill_cut = False
         return over

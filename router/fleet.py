@@ -190,19 +190,15 @@ class Fleet:
                 member.rates = measured(member.load.rates, self._typical[role])
 
     def give(self, placement: Placement, now: float) -> None:
-        """The work of a placement counts as given; how long its output gets is a guess until it has `decoded`."""
+        """The work of a placement counts as given; how long its output gets is a guess: see `give_more`."""
         prefill = placement.prefill.incarnation if placement.prefill else None
         self.health.began(placement.decode.incarnation, prefill, now)
         self._shares.give((placement.prefill or placement.decode).incarnation, placement.prefill_ms)
         self._shares.give(placement.decode.incarnation, placement.decode_ms)
 
-    def decoded(self, placement: Placement, context_tokens: int, tokens: int) -> None:
-        """What a placement has come to at its decode worker, so many tokens behind so many, counts from now on."""
-        incarnation = placement.decode.incarnation
-        for member in self._members.values():
-            if member.worker.incarnation == incarnation:
-                work_ms = member.rates.output_ms(context_tokens, tokens)
-                self._shares.give(incarnation, work_ms - placement.decode_ms)
+    def give_more(self, incarnation: str, work_ms: float) -> None:
+        """A worker's output is longer (or, below 0, shorter) than was expected."""
+        self._shares.give(incarnation, work_ms)
 
     def hit_share(self) -> float:
         """Of the prompt tokens that live workers looked up in their caches since they started, those they found."""

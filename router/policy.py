@@ -76,7 +76,8 @@ class Placement:
     source: WorkerInfo | None = None
     source_tokens: int = 0
     prefill_ms: float = 0.0  # work for the worker that computes the prompt
-    decode_ms: float = 0.0  # work for the decode worker, beside that; how long the output gets is a guess
+    decode_ms: float = 0.0  # work for the decode worker, beside that, as long as nobody knows how long the output gets
+    rates: WorkerRates = H200_LLAMA8B  # of the decode worker
 
     @property
     def load(self) -> dict[str, int]:
@@ -174,7 +175,8 @@ def placement(
         source.worker if source else None,
         min(source.held_tokens, facts.num_tokens) if source else 0,
         computing.rates.prefill_ms(tokens),
-        EXPECTED_OUTPUT_TOKENS * decoder.rates.sequences_ms(1, facts.num_tokens),
+        decoder.rates.output_ms(facts.num_tokens, EXPECTED_OUTPUT_TOKENS),
+        decoder.rates,
     )
 
 

@@ -34,11 +34,11 @@ from penstock.router.dispatch_events import (
     Blame,
     Cancelled,
     Command,
-    Decoded,
     Deliver,
     Dequeue,
     Event,
     Fail,
+    Give,
     Place,
     Release,
     Reserve,
@@ -271,8 +271,8 @@ class RouterService:
             elif isinstance(command, Release):
                 self._placing.release(command.incarnation, command.tokens, prompt=command.prompt)
                 self._turns.take()
-            elif isinstance(command, Decoded):
-                self._fleet.decoded(command.placement, command.context_tokens, command.tokens)
+            elif isinstance(command, Give):
+                self._fleet.give_more(command.incarnation, command.work_ms)
 
     def _tell(self, command: Deliver | Fail) -> None:
         if not isinstance(command, Fail):

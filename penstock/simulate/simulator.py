@@ -19,7 +19,7 @@ from penstock.simulate.fleet_view import FleetView, virtual_infos
 from penstock.simulate.prefix_index import PrefixIndex
 from penstock.simulate.result import PolicyResult, Slo, summary
 from penstock.simulate.trace import TracedRequest
-from penstock.simulate.worker import STEP_TOKENS, Job, StepTimes, VirtualWorker, decode_work_ms
+from penstock.simulate.worker import STEP_TOKENS, Job, StepTimes, VirtualWorker
 
 LLAMA8B_TOKEN_BYTES = 128 << 10  # KV: 32 layers, 8 heads of 128, two bytes, keys and values
 
@@ -176,7 +176,7 @@ class Simulator:
         view.reserve(decode, placement.decode_tokens)
         view.given(prefill, placement.prefill_ms)
         view.given(decode, placement.decode_ms)
-        job.guessed_ms = placement.decode_ms
+        job.given_ms = placement.decode_ms
         view.reserve(prefill, placement.prefill_tokens, prompt=True)
         job.decode_tokens = placement.decode_tokens
         return job
@@ -194,6 +194,8 @@ class Simulator:
         job = worker.computed()
         if job is not None:
             self._first_token(worker, job, now_ms)
+        for longer in worker.outgrown():
+            self._counts(worker, longer, longer.expected_tokens)
         for ended in worker.ended():
             self._ends(worker, ended, now_ms)
         while worker.admission and worker.has_room(worker.admission[0]):
@@ -258,4 +260,10 @@ class Simulator:
         job.last_ms = now_ms
         worker.release(job)
         self._view.reserve(worker.number, -job.decode_tokens)
-        self._view.given(worker.number, decode_work_ms(job.request, worker.rates) - job.guessed_ms)
+        self._counts(worker, job, job.request.output_tokens)
+
+    def _counts(self, worker: VirtualWorker, job: Job, output_tokens: int) -> None:
+        """Its output counts as so long from now on."""
+        work_ms = worker.rates.output_ms(job.request.prompt_tokens, output_tokens)
+        self._view.given(worker.number, work_ms - job.given_ms)
+        job.given_ms = work_ms

@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from penstock.engine.policy import BatchPolicy
+from penstock.router.policy import EXPECTED_OUTPUT_TOKENS
 from penstock.router.rates import WorkerRates
 from penstock.simulate.page_cache import PageCache
 from penstock.simulate.trace import TracedRequest
@@ -38,7 +39,8 @@ class Job:
     decode_tokens: int = 0  # reserved at the decode worker until it ends
     prefill_tokens: int = 0  # reserved at the other until its first token
     decode_held: int = 0  # pages from the first that the decode worker need not read
-    guessed_ms: float = 0.0  # work of decoding it, as the policy saw it
+    given_ms: float = 0.0  # work of decoding it, as it counts at the decode worker
+    expected_tokens: int = EXPECTED_OUTPUT_TOKENS  # of its output; twice as many whenever there are more
     hit_tokens: int = 0
     fetched_tokens: int = 0  # of those, read from another worker
     computed_tokens: int = 0
@@ -91,6 +93,7 @@ class VirtualWorker:
         self.admission: deque[Job] = deque()  # decoded here, computed elsewhere, without room so far
         self.admitted = 0  # sequences that hold a slot: being computed, handed off or decoded
         self.running: list[tuple[int, int, Job]] = []  # a heap by the step of the last token
+        self._outgrowing: list[tuple[int, int, Job]] = []  # a heap by the step of the token that was not expected
         self.current: Job | None = None
         self.work_ms = 0.0  # of prompts, and of sequences in steps: what it was given to do so far
         self.link_free_ms = 0.0
@@ -131,6 +134,8 @@ class VirtualWorker:
             steps = max(0.0, self._chunks_left)
         if self.running:
             steps = min(steps, max(0.0, self.running[0][0] - self._steps))
+            if self._outgrowing:
+                steps = min(steps, max(0.0, self._outgrowing[0][0] - self._steps))
         ends_ms = self._now_ms + steps * step_ms
         if self.current is None and self.queue:
             if self.queue[0].ready_ms > self._now_ms:
@@ -195,14 +200,27 @@ class VirtualWorker:
         job.gap_ms = self._now_ms - job.first_ms + self._left_of_step() * self._step_ms()
         if job.gap_ms > 0:
             self._times.add(job.gap_ms, 1.0)
-        last = math.ceil(self._steps - _STEP_ENDS) + request.output_tokens - 1
-        heapq.heappush(self.running, (last, self._joined, job))
+        first = math.ceil(self._steps - _STEP_ENDS)
+        heapq.heappush(self.running, (first + request.output_tokens - 1, self._joined, job))
+        if request.output_tokens > job.expected_tokens:
+            heapq.heappush(self._outgrowing, (first + job.expected_tokens, self._joined, job))
         if self.current is not None and len(self.running) == 1:  # what is left of the prompt is beside others now
             self._cut(self._chunks_left * self._chunk_tokens)
             self._steps = float(math.ceil(self._steps - _STEP_ENDS))
         context = _mean_context(request)
         self._context_tokens += context
         self.work_ms += decode_work_ms(request, self.rates)
+
+    def outgrown(self) -> list[Job]:
+        """Sequences that have just got longer than expected: they are expected to get twice as long."""
+        found = []
+        while self._outgrowing and self._outgrowing[0][0] - self._steps <= _STEP_ENDS:
+            step, number, job = heapq.heappop(self._outgrowing)
+            if job.request.output_tokens > 2 * job.expected_tokens:
+                heapq.heappush(self._outgrowing, (step + job.expected_tokens, number, job))
+            job.expected_tokens *= 2
+            found.append(job)
+        return found
 
     def ended(self) -> list[Job]:
         """Sequences whose last token has come, taken out of the batch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from penstock.common.errors import PenstockError, QueueTimeout, Unavailable, WorkerLost
@@ -11,9 +13,9 @@ from penstock.router.dispatch import InvalidTransition
 from penstock.router.dispatch_events import (
     Blame,
     Cancelled,
-    Decoded,
     Deliver,
     Fail,
+    Give,
     Place,
     Placed,
     Release,
@@ -29,7 +31,8 @@ from penstock.router.dispatch_events import (
     WorkerStalled,
     WorkerUp,
 )
-from penstock.router.policy import Placement
+from penstock.router.policy import EXPECTED_OUTPUT_TOKENS, Placement
+from penstock.router.rates import H200_LLAMA8B
 from tests.router.dispatching import STOP, Harness, delta, placement, request, the, worker
 
 
@@ -87,7 +90,7 @@ def test_the_plain_way():
     assert h.tokens(delta(0, 5)) == [Release("p1", 20, True), Deliver("sink", delta(0, 5))]
     assert h.tokens(delta(1, 6), delta(2, 7, 8)) == [Deliver("sink", delta(1, 6)), Deliver("sink", delta(2, 7, 8))]
     ended = h.tokens(delta(4, 9, finish=STOP))
-    end = [Served("d1", "p1", None), Release("d1", 10), Decoded(placement("d1", "p1"), 3, 5)]
+    end = [Served("d1", "p1", None), Release("d1", 10), Give("d1", H200_LLAMA8B.output_ms(3, 5))]
     assert ended == [Deliver("sink", delta(4, 9, finish=STOP)), *end]
     assert not h.core.choices and h.reserved() == {}
     assert h.tokens(delta(5, 10)) == [] and h.core.stale_deltas == 1
@@ -132,13 +135,32 @@ def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
     place = the(Place, commands)
     assert place.avoid == {"d1"} and place.request.output_token_ids == [5, 6] and place.request.attempt == 1
     assert place.lost == "its worker was lost" and h.reserved() == {}
-    assert the(Decoded, commands) == Decoded(placement("d1"), 3, 2)
+    assert the(Give, commands) == Give("d1", H200_LLAMA8B.output_ms(3, 2))
     again = the(SendSubmit, h.do(Placed("a", 0, 1, placement("d2")))).message.request
     assert again.prompt_token_ids == [1, 2, 3] and again.output_token_ids == [5, 6] and again.sampling.seed == 7
     assert h.tokens(delta(2, 99)) == [], "tokens of the old attempt"
     ended = h.tokens(delta(2, 7, attempt=1, finish=STOP))
-    assert the(Decoded, ended) == Decoded(placement("d2"), 5, 1)
+    assert the(Give, ended) == Give("d2", 0.0), "one token, which comes with the prompt"
     assert h.delivered() == [5, 6, 7] and h.core.retries == 1
+
+
+def test_an_output_that_is_longer_than_expected_counts_as_twice_as_long():
+    h, output_ms = Harness(), functools.partial(H200_LLAMA8B.output_ms, 3)
+    guess_ms = output_ms(EXPECTED_OUTPUT_TOKENS)
+    h.do(WorkerUp("d1"), Submitted(request(max_tokens=10_000), "sink"))
+    h.do(Placed("a", 0, 0, Placement(worker("d1"), None, 10, decode_ms=guess_ms)))
+    h.tokens(delta(0, *range(EXPECTED_OUTPUT_TOKENS)))
+    assert h.do(Tick()) == []
+    h.tokens(delta(EXPECTED_OUTPUT_TOKENS, 5))
+    [longer] = h.do(Tick())
+    assert longer == Give("d1", output_ms(2 * EXPECTED_OUTPUT_TOKENS) - guess_ms) and h.do(Tick()) == []
+    h.tokens(delta(EXPECTED_OUTPUT_TOKENS + 1, *range(4 * EXPECTED_OUTPUT_TOKENS)))
+    [longer_still] = h.do(Tick())
+    given_ms = guess_ms + longer.work_ms + longer_still.work_ms
+    assert given_ms == pytest.approx(output_ms(8 * EXPECTED_OUTPUT_TOKENS))
+    end = the(Give, h.tokens(delta(5 * EXPECTED_OUTPUT_TOKENS + 1, finish=STOP)))
+    assert given_ms + end.work_ms == pytest.approx(output_ms(5 * EXPECTED_OUTPUT_TOKENS + 1))
+    assert h.do(Tick()) == []
 
 
 def test_a_later_attempt_gives_back_its_prefill_load_with_its_first_token():

@@ -9,9 +9,9 @@ from penstock.router import dispatch
 from penstock.router.dispatch import State
 from penstock.router.dispatch_events import (
     Cancelled,
-    Decoded,
     Dequeue,
     Fail,
+    Give,
     Place,
     Placed,
     PlaceFailed,
@@ -149,7 +149,7 @@ def test_cancel_in_every_state():
             h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
         assert h.core.choices["a", 0].state is state
         commands = h.do(Cancelled("a", 0))
-        expected = {State.RUNNING: [SendAbort, Release, Decoded], State.QUEUED: [Dequeue]}
+        expected = {State.RUNNING: [SendAbort, Release, Give], State.QUEUED: [Dequeue]}
         assert [type(c) for c in commands] == expected.get(state, [])
         assert not h.core.choices and h.do(Cancelled("a", 0)) == []
         assert h.do(Placed("a", 0, 0, placement("d1"))) == [], "the answer to a cancelled question"

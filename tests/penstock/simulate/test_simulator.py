@@ -111,6 +111,25 @@ def test_two_phases_hand_off():
     assert again.span_s == pytest.approx(1.0 + 0.001 + 2 * 0.011), "what the decode worker holds it computes alone"
 
 
+def test_an_output_counts_as_expected_as_twice_as_long_and_at_last_as_it_was():
+    seen: list[float] = []
+
+    class Watching(Scripted):
+        sees_all = False
+
+        def choose(self, facts: RequestFacts, candidates: Sequence[Candidate], *rest: int) -> Placement:
+            by_name = sorted(candidates, key=lambda candidate: candidate.worker.worker_id)
+            seen.append(by_name[0].given_ms)
+            return super().choose(facts, by_name, *rest)
+
+    # Its token 257 comes at 50 + 256 * 11 ms, token 513 at 50 + 512 * 11, the last one at 50 + 599 * 11.
+    others = [ask(at_ms, output=1) for at_ms in (1.0, 2860.0, 2870.0, 5675.0, 5690.0, 6630.0, 6645.0)]
+    watching = Watching((0, None), *[(1, None)] * len(others))
+    Simulator(shape(2), watching).run([ask(0.0, output=600), *others], Slo())
+    expected = [RATES.prefill_ms(50) + RATES.output_ms(50, tokens) for tokens in (256, 256, 512, 512, 1024, 1024, 600)]
+    assert seen[0] == 0.0 and seen[1:] == pytest.approx(expected)
+
+
 def test_a_request_waits_for_a_slot_and_for_pages():
     for fleet in (shape(seqs=1), shape(pages=10)):
         result = Simulator(fleet, make_policy("cost")).run([ask(0.0), ask(0.0)], Slo())
