@@ -78,7 +78,8 @@ def _parser() -> ClientParser:
     parser.add_argument("--policy", default="all", choices=("all", *ROUTING_POLICIES))
     parser.add_argument("--page-tokens", type=int, default=512, help="tokens in a page (default: 512)")
     parser.add_argument("--prefill-workers", type=int, default=0, help="0: one phase, decode workers compute prompts")
-    parser.add_argument("--fetch", action="store_true", help="workers can read prefixes from each other")
+    help_fetch = "workers cannot read prefixes from each other"
+    parser.add_argument("--no-fetch-prefixes", dest="fetch", action="store_false", help=help_fetch)
     parser.add_argument("--utilisation", type=float, help="stretch arrivals so that the oracle's work fills this share")
     parser.add_argument("--load", type=float, metavar="FACTOR", help="requests come so many times as often as traced")
     help_find = "the smallest fleet, of up to --workers, that serves this share of requests within both SLOs"

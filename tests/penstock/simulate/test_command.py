@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import routing
 from penstock.cli import main
-from penstock.common.config import ROUTING_POLICIES
+from penstock.common.config import ROUTING_POLICIES, RouterConfig
 from penstock.simulate.result import PolicyResult
 from penstock.simulate.runs import compare
 from penstock.simulate.simulator import FleetShape
@@ -31,7 +31,7 @@ PROMISED = {
 
 def test_all_policies_in_one_table_one_file_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     json_file, plot = tmp_path / "out.json", tmp_path / "out.png"
-    options = [*FLEET, "--utilisation", "0.7", "--fetch", "--json", str(json_file), "--plot", str(plot)]
+    options = [*FLEET, "--utilisation", "0.7", "--json", str(json_file), "--plot", str(plot)]
     assert main(["simulate", "generated:300", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["policy", *ROUTING_POLICIES]
@@ -39,6 +39,16 @@ def test_all_policies_in_one_table_one_file_and_one_picture(tmp_path: Path, caps
     assert tuple(found) == ROUTING_POLICIES and all(set(result) >= PROMISED for result in found.values())
     assert found["cost"]["hit_ratio"] > 1.1 * found["random"]["hit_ratio"] and found["cost"]["requests"] == 300
     assert plot.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_prefixes_are_read_from_others_as_in_a_real_fleet_unless_they_must_not_be(tmp_path: Path):
+    fetched = []
+    for options in ([], ["--no-fetch-prefixes"]):
+        json_file = tmp_path / "out.json"
+        load = ["--utilisation", "0.8", "--policy", "cost", "--json", str(json_file), *options]
+        assert main(["simulate", "generated:300", *FLEET, *load]) == 0
+        fetched.append(json.loads(json_file.read_text())["cost"]["fetched_ratio"])
+    assert RouterConfig().fetch_prefixes and fetched[0] > 0.0 == fetched[1]
 
 
 def test_two_phases_and_a_repeated_trace(tmp_path: Path):
