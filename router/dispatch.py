@@ -192,10 +192,14 @@ class Dispatcher:
             self._apply(choice, event, now)
 
     def _ticked(self, event: Tick, now: float) -> None:
-        for choice in self._where(lambda c: now > c.deadline):
+        late = []
+        for choice in self.choices.values():  # ten times a second, all of them
+            if now > choice.deadline:
+                late.append(choice)
+            elif len(choice.order.delivered) > choice.outgrown_at:
+                self._commands.append(choice.expect_more())
+        for choice in late:
             self._apply(choice, Expired(), now)
-        longer = self._where(lambda c: len(c.order.delivered) > c.outgrown_at)
-        self._commands += [choice.expect_more() for choice in longer]
 
     def _shut_down(self, event: Shutdown, now: float) -> None:
         for choice in list(self.choices.values()):
