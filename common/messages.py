@@ -132,6 +132,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     promised_pages: int = 0
     lent_pages: int = 0  # offered to decode workers
     quarantined_pages: int = 0  # may still be written by an unsettled transfer
+    forgotten_pages: int = 0  # held for nobody that the worker knows: a leak
     draining: bool = False
     registered: bool = False  # Redis has its lease and its pages
     index_pages: int = 0  # that the worker announces to the prefix index

@@ -102,6 +102,11 @@ _GAUGES = (
         "KV pages that an unsettled transfer may still write.",
         lambda load: load.quarantined_pages,
     ),
+    _Figure(
+        "penstock:kv_pages_forgotten",
+        "KV pages held for nobody that the worker knows: more than none is a leak.",
+        lambda load: load.forgotten_pages,
+    ),
     *(
         _Figure(f"penstock:measured_{field.name}", _RATES[field.name], _rate(field.name))
         for field in msgspec.structs.fields(MeasuredRates)

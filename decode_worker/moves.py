@@ -20,6 +20,10 @@ class MovedPages:
     def __len__(self) -> int:
         return len(self._until)
 
+    def holders(self) -> set[str]:
+        """For whom pages are held here."""
+        return set(self._until)
+
     def keep(self, request_id: str, choice: int, pages: Sequence[int], now: float) -> None:
         """These pages are not to be evicted for now, as far as they have not been promised to others."""
         self.total += 1

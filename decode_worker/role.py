@@ -275,6 +275,9 @@ class DecodeRole:
     def busy(self) -> bool:
         return bool(self._entries) or len(self._admission) > 0 or len(self._moved) > 0 or self._exchange.busy()
 
+    def holders(self) -> set[str]:
+        return self._exchange.holders() | self._moved.holders()
+
     def load(self) -> dict[str, int]:
         return {
             **self._exchange.load(),

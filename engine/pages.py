@@ -14,7 +14,7 @@ which ones.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 
 class NoRoom(Exception):
@@ -75,6 +75,11 @@ class PageManager:
     def holders(self) -> dict[str, list[tuple[int, int]]]:
         """Every holder with its pages, each with its generation. For people who look for a leak."""
         return {holder: [(page, self._generations[page]) for page in table] for holder, table in self._tables.items()}
+
+    def forgotten(self, known: Container[str]) -> dict[str, int]:
+        """Holders that are not `known` to anybody, each with how many pages it has or was promised: a leak."""
+        claims = {**self._promises, **self._tables}
+        return {h: len(self.table(h)) + self._promises.get(h, 0) for h in claims if h not in known}
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens fill."""

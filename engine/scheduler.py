@@ -76,6 +76,10 @@ class Scheduler:
     def get(self, key: str) -> Request | None:
         return self._by_key.get(key)
 
+    def holders(self) -> set[str]:
+        """For whom pages are held here: requests, and steps that still write."""
+        return {*self._by_key, *(step_holder(plan.step) for plan, _ in self._in_flight)}
+
     def computes_for(self, request_id: str) -> bool:
         """Whether a choice of this request computes pages now that its other choices will find in the cache."""
         return self._siblings.computes_for(request_id)

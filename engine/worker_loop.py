@@ -48,6 +48,7 @@ IDLE_POLL_S = 0.1
 AWAITED_POLL_S = 0.005  # a step is under way: its end wakes the loop, and should that come late, this does
 BLOCKED_POLL_S = 0.005  # work waits, but for pages that others hold
 LOAD_EVERY_S = 0.02  # how old the load may be that is told while steps run
+SWEEP_EVERY_S = 1.0  # takes a microsecond a holder
 
 
 class Role(Protocol):
@@ -70,6 +71,9 @@ class Role(Protocol):
 
     def give_up(self, finish: Finish) -> None:
         """End every open request with `finish`; the process is about to leave."""
+
+    def holders(self) -> set[str]:
+        """For whom it holds pages, besides what the engine has."""
 
     def load(self) -> dict[str, int]:
         """The role's own fields of `WorkerLoad`."""
@@ -110,6 +114,8 @@ class WorkerLoop:
         self._stop_requested = threading.Event()
         self._turned_at = time.monotonic()
         self._load_at = self._turned_at
+        self._sweep_at = self._turned_at
+        self._forgotten: dict[str, int] = {}
 
     # ------------------------------------------------------------ from other threads
 
@@ -209,6 +215,8 @@ class WorkerLoop:
         added, removed = self.engine.pages.drain_events()
         if registry is not None and (added or removed):
             registry.publish(added, removed)
+        if self._turned_at >= self._sweep_at:
+            self._sweep(role)
         if self._turned_at - self._load_at >= LOAD_EVERY_S or not self.engine.has_work():
             self.load, self._load_at = self._current_load(role, registry), self._turned_at
         while not self._questions.empty():
@@ -217,6 +225,15 @@ class WorkerLoop:
                 future.set_result(question())
             except Exception as error:  # handed to the thread that asked
                 future.set_exception(error)
+
+    def _sweep(self, role: Role) -> None:
+        """Prove that somebody knows of every page that is held, and will give it back. They stay held: who knows who
+        still writes into a page that nobody should have."""
+        self._sweep_at = self._turned_at + SWEEP_EVERY_S
+        found = self.engine.pages.forgotten(self.engine.scheduler.holders() | role.holders())
+        if found.keys() - self._forgotten.keys():
+            logger.error("pages are held for nobody: %s", found)
+        self._forgotten = found
 
     def _current_load(self, role: Role, registry: RegistryWriter | None) -> WorkerLoad:
         scheduler, pages = self.engine.scheduler, self.engine.pages
@@ -235,6 +252,7 @@ class WorkerLoop:
             num_pages=pages.num_pages,
             free_pages=pages.num_available,
             promised_pages=pages.num_promised,
+            forgotten_pages=sum(self._forgotten.values()),
             draining=self.peers.draining,
             registered=registry is not None and registry.connected,
             steps=self.engine.steps,
@@ -251,6 +269,7 @@ class WorkerLoop:
     def ledger(self, role: Role) -> dict[str, Any]:
         """Everything this worker holds for anybody; all zero when idle. For /debug/ledger."""
         self.engine.pages.check()
+        self._sweep(role)
         return {
             "worker_id": self.info.worker_id,
             "incarnation": self.info.incarnation,
@@ -259,6 +278,7 @@ class WorkerLoop:
             "held_pages": self.engine.pages.num_held,
             "promised_pages": self.engine.pages.num_promised,
             "peers": len(self.peers),
+            "forgotten": self._forgotten,
             "leases": self.peers.leases(time.monotonic()),
             "holders": self.engine.pages.holders(),  # holder -> its pages, each with its generation
             **role.ledger(),

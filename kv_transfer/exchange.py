@@ -63,6 +63,10 @@ class PageExchange:
         """Whether loans or reads are open."""
         return self.lender.lent_pages > 0 or not self.reader.settled
 
+    def holders(self) -> set[str]:
+        """For whom pages are held, lent or read."""
+        return self.lender.holders() | self.reader.holders()
+
     def load(self) -> dict[str, int]:
         """Fields of `WorkerLoad`."""
         counters = self.reader.counters.load()

@@ -95,6 +95,10 @@ class Lender:
         """Pages that a reader may be reading, or that are about to be offered to it."""
         return sum(len(self._pages.table(loan.holder)) for loan in self._loans.values())
 
+    def holders(self) -> set[str]:
+        """For whom pages are held here."""
+        return {loan.holder for loan in self._loans.values()}
+
     def rows(self, now: float) -> list[dict[str, object]]:
         """Every loan, for /debug/ledger: whose it is, who holds its pages, which, and how long it is out."""
         return [

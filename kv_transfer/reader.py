@@ -100,6 +100,11 @@ class Reader:
     def quarantined_pages(self) -> int:
         return len(self.pages.table(QUARANTINE))
 
+    def holders(self) -> set[str]:
+        """For whom pages are held here: of the quarantine only if all of it will be given back."""
+        whole = self.quarantined_pages == self.landings.quarantined_pages
+        return {*self._open, QUARANTINE} if whole else set(self._open)
+
     def rows(self, now: float) -> list[dict[str, object]]:
         """What is being read, for /debug/ledger: for whom, from which incarnation, and how long nothing has come."""
         return [r.row(self.pages.table(r.wanted.key)[r.wanted.first_page :], now) for r in self._open.values()]

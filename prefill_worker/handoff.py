@@ -280,6 +280,9 @@ class HandOffOut:
     def busy(self) -> bool:
         return bool(self._open) or self._exchange.busy()
 
+    def holders(self) -> set[str]:
+        return self._exchange.holders()
+
     def load(self) -> dict[str, int]:
         load = self._exchange.load()
         load["handoffs"] += self._count

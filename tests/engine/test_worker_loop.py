@@ -82,6 +82,12 @@ class OneRequest:
     def load(self) -> dict[str, int]:
         return {}
 
+    def holders(self) -> set[str]:
+        return {"loan-1"}
+
+    def ledger(self) -> dict[str, Any]:
+        return {}
+
     def transports(self) -> dict[str, str]:
         return {}
 
@@ -123,6 +129,33 @@ def make_loop(run_ahead: int, num_pages: int = 16) -> tuple[WorkerLoop, Bus, Sle
     sleeps: Any = Sleeps()
     loop.poller = sleeps
     return loop, bus, sleeps
+
+
+def test_pages_that_are_held_for_nobody_are_found(caplog: pytest.LogCaptureFixture) -> None:
+    loop, bus, sleeps = make_loop(2)
+    pages = loop.engine.pages
+    pages.allocate("loan-1", 1)  # the role knows that one
+    role: Any = OneRequest(loop, max_tokens=6)
+    seen = []
+
+    def each_time() -> None:
+        loop._sweep_at = 0.0
+        seen.append((loop.load.forgotten_pages, len(loop.engine.scheduler.holders())))
+        if len(seen) == 4:
+            assert max(holders for _, holders in seen) == 3, "a request, and steps in flight"
+            pages.allocate("nobody", 2)
+            pages.promise("nobody", 3)
+
+    sleeps.each_time = each_time
+    loop.run(role, None)
+    assert [number for number, _ in seen[:4]] == [0] * 4 and loop.load.forgotten_pages == 5
+    assert [record.levelname for record in caplog.records if "held for nobody: {'nobody': 5}" in record.message] == [
+        "ERROR"
+    ]
+    pages.release("nobody")
+    assert loop.ledger(role)["forgotten"] == {}
+    loop.close()
+    bus.close()
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 2])

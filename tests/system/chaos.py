@@ -133,6 +133,7 @@ def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bo
         more = max(number - opened[name] for name, number in descriptors(running).items())
         assert more <= MORE_FILES, f"{more} more open files than at the start: {descriptors(running)}"
         assert console.count("Traceback") == 0, "a process has crashed by itself"
+        assert console.count("held for nobody") == 0, "a page was forgotten, if only for a second"
         counted = Counter(outcome.what for outcome in outcomes)
         return Report(
             seed,

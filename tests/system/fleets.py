@@ -32,7 +32,7 @@ LEASE_S = 30.0  # on no busy machine is anybody silent for so long
 SHORT_LEASE_S = 3.0  # for tests in which leases of the dead have to end
 IDLE_S = 60.0
 WITHIN_S = 60.0  # for an answer that takes milliseconds where nobody else is busy
-EMPTY = ("running", "waiting", "held_pages", "promised_pages")
+EMPTY = ("running", "waiting", "held_pages", "promised_pages", "forgotten")
 EMPTY_IF_THERE = ("requests", "admission", "handoffs", "reads", "lent_pages", "quarantined_pages")
 
 

@@ -111,6 +111,7 @@ class Node:
             self.role.stepped(self.engine.step(), now)
         self.loop.replies.flush()
         self.engine.pages.check()
+        assert not self.engine.pages.forgotten(self.engine.scheduler.holders() | self.role.holders())
 
 
 class World:

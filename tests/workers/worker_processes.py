@@ -56,8 +56,8 @@ class WorkerProcess:
         names = ("running", "waiting", "held_pages", "promised_pages")
         self.wait_for(**dict.fromkeys(names, 0))
         extra = self.ledger()
-        for name in ("requests", "admission", "handoffs", "reads", "lent_pages", "quarantined_pages"):
-            assert extra.get(name, 0) == 0, extra
+        for name in ("requests", "admission", "handoffs", "reads", "lent_pages", "quarantined_pages", "forgotten"):
+            assert not extra.get(name, 0), extra
 
     def metric(self, name: str) -> float:
         """As of now: /metrics says what the last turn of its loop has left, and a ledger is told after a turn."""
