@@ -1,8 +1,8 @@
 """Decides which requests may begin: the only place that says "no room". Pure.
 
-A request is admitted when its whole prompt and one more page can be promised, by priority, then in order of arrival;
-nothing is computed that cannot land. What waits too long is given back as expired. A sequence that was preempted comes
-first: while one waits for pages, nobody new is admitted.
+A request is admitted when its whole prompt and one more page can be promised: by priority, then those that come from
+another worker, then in order of arrival. Nothing is computed that cannot land. What waits too long is given back as
+expired. A sequence that was preempted comes first: while one waits for pages, nobody new is admitted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class Entry:
         return len(self.request.prompt_token_ids) + len(self.request.output_token_ids)
 
 
+_Place = tuple[int, bool, int, str]  # priority, whether it is new to the fleet, number of arrival, key
+
+
 class Admission:
     """The queue in front of the engine."""
 
@@ -44,8 +47,8 @@ class Admission:
         self._pages = pages
         self._max_admitted = max_admitted
         self._queue: dict[str, Entry] = {}
-        self._order: list[tuple[int, int, str]] = []  # priority, number of arrival, key
-        self._places: dict[str, tuple[int, int, str]] = {}
+        self._order: list[_Place] = []
+        self._places: dict[str, _Place] = {}
         self._arrivals = 0
         self.queued_tokens = 0
 
@@ -56,12 +59,13 @@ class Admission:
         return key in self._queue
 
     def entries(self) -> list[Entry]:
-        return [self._queue[key] for _, _, key in self._order]
+        return [self._queue[place[-1]] for place in self._order]
 
     def submit(self, entry: Entry) -> None:
         self._queue[entry.key] = entry
         self._arrivals += 1
-        self._places[entry.key] = (entry.request.priority, self._arrivals, entry.key)
+        new = entry.request.attempt == 0  # else it has waited elsewhere, and its stream may stand still meanwhile
+        self._places[entry.key] = (entry.request.priority, new, self._arrivals, entry.key)
         insort(self._order, self._places[entry.key])
         self.queued_tokens += entry.num_tokens
 
@@ -90,7 +94,7 @@ class Admission:
         """
         place = 0
         while place < len(self._order) and not preempted and num_admitted < self._max_admitted:
-            entry = self._queue[self._order[place][2]]
+            entry = self._queue[self._order[place][-1]]
             if waits(entry):
                 entry.wants_room_since = now
                 place += 1

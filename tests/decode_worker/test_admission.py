@@ -9,7 +9,9 @@ from penstock.decode_worker.admission import Admission, Entry
 from penstock.engine.pages import PageManager
 
 
-def make_entry(name: str, num_tokens: int, arrived: float = 0.0, timeout_s: float = 60.0, priority: int = 0) -> Entry:
+def make_entry(
+    name: str, num_tokens: int, arrived: float = 0.0, timeout_s: float = 60.0, priority: int = 0, attempt: int = 0
+) -> Entry:
     tokens = list(range(num_tokens))
     request = GenerateRequest(
         request_id=name,
@@ -17,6 +19,7 @@ def make_entry(name: str, num_tokens: int, arrived: float = 0.0, timeout_s: floa
         sampling=SamplingParams(),
         queue_timeout_s=timeout_s,
         priority=priority,
+        attempt=attempt,
     )
     return Entry(b"router/1", request, None, arrived, list(page_hashes(root_hash("test"), tokens, 4)))
 
@@ -77,6 +80,15 @@ def test_the_lowest_priority_first_then_in_order_of_arrival() -> None:
     assert admission.cancel("d:0:0") is not None
     assert "".join(e.request.request_id for e in admission.entries()) == "ceabf"
     assert "".join(e.request.request_id for e in admission.admit(0.0, 0, preempted=False)) == "ceabf"
+    assert admission.queued_tokens == 0
+
+
+def test_who_comes_from_another_worker_goes_before_who_is_new() -> None:
+    admission = Admission(PageManager(100, 4), max_admitted=9)
+    for name, attempt, priority in (("a", 0, 0), ("b", 2, 0), ("c", 1, 0), ("d", 0, -1), ("e", 1, 5), ("f", 0, 5)):
+        admission.submit(make_entry(name, 3, priority=priority, attempt=attempt))
+    assert admission.cancel("b:0:2") is not None
+    assert "".join(e.request.request_id for e in admission.admit(0.0, 0, preempted=False)) == "dcaef"
     assert admission.queued_tokens == 0
 
 
