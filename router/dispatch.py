@@ -53,7 +53,7 @@ from penstock.router.dispatch_events import (
     WorkerStalled,
     WorkerUp,
 )
-from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State
+from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State, not_begun
 from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 
 MAX_WAITING = 1000
@@ -176,8 +176,10 @@ class Dispatcher:
 
     def _place_answered(self, event: Placed | PlaceFailed, now: float) -> None:
         choice = self.choices.get((event.request_id, event.choice))
-        if choice is not None and choice.attempt == event.attempt:  # else it was cancelled meanwhile
+        if choice is not None and choice.attempt == event.attempt:
             self._apply(choice, event, now)
+        elif isinstance(event, Placed) and event.placement is not None:  # it was cancelled meanwhile
+            self._commands += not_begun(event.placement)
 
     def _admission_answered(self, event: Queued | Refused, now: float) -> None:
         choice = self.choices.get((event.request_id, event.choice))

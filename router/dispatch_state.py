@@ -139,9 +139,11 @@ class Choice:
     def let_go(self) -> list[Release | Give]:
         """The attempt is over: forget its workers and early tokens; what it still weighed, and what it came to."""
         over: list[Release | Give] = [] if self.reserved is None else [self.reserved]
-        over += self.prompt_computed()
         if self.placement is not None:
+            if self.prompt_reserved is not None:  # no token has come: the prompt is not computed
+                over.append(Give(self.prompt_reserved.incarnation, -self.placement.prefill_ms))
             over.append(self._decodes(len(self.order.delivered) - self.begun_at))
+        over += self.prompt_computed()
         self.reserved = self.placement = None
         self.outgrown_at = sys.maxsize
         self.order.begin_attempt()
@@ -157,6 +159,15 @@ class Choice:
 
 def _undoing(weight: Reserve) -> Release | None:
     return Release(weight.incarnation, weight.tokens, weight.prompt) if weight.tokens else None
+
+
+def not_begun(placement: Placement) -> list[Give]:
+    """Work that counts as given to its workers, and is none."""
+    computing = placement.prefill or placement.decode
+    return [
+        Give(computing.incarnation, -placement.prefill_ms),
+        Give(placement.decode.incarnation, -placement.decode_ms),
+    ]
 
 
 def patience(queue_timeout_s: float) -> float:

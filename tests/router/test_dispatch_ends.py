@@ -29,7 +29,8 @@ from penstock.router.dispatch_events import (
     WorkerUp,
 )
 from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
-from tests.router.dispatching import Harness, delta, placement, request, the
+from penstock.router.policy import Placement
+from tests.router.dispatching import Harness, delta, placement, request, the, worker
 
 
 def test_who_waits_its_turn_goes_leaves_or_is_told_why_not():
@@ -152,7 +153,8 @@ def test_cancel_in_every_state():
         expected = {State.RUNNING: [SendAbort, Release, Give], State.QUEUED: [Dequeue]}
         assert [type(c) for c in commands] == expected.get(state, [])
         assert not h.core.choices and h.do(Cancelled("a", 0)) == []
-        assert h.do(Placed("a", 0, 0, placement("d1"))) == [], "the answer to a cancelled question"
+        answer = h.do(Placed("a", 0, 0, placement("d1")))
+        assert {type(c) for c in answer} == {Give}, "the answer to a cancelled question"
 
 
 def test_a_failure_of_ours_while_placing_is_answered():
@@ -171,3 +173,15 @@ def test_shutdown_in_every_state():
             h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
         assert isinstance(the(Fail, h.do(Shutdown())).error, Unavailable)
         assert not h.core.choices and h.reserved() == {}
+
+
+def test_what_was_not_begun_does_not_count_as_given():
+    chosen = Placement(worker("d1"), worker("p1", "prefill"), 10, 20, prefill_ms=7.0, decode_ms=5.0)
+    h = Harness()
+    h.do(WorkerUp("d1"), Submitted(request(), "sink"), Placed("a", 0, 0, chosen))
+    assert [c for c in h.do(Cancelled("a", 0)) if isinstance(c, Give)] == [Give("p1", -7.0), Give("d1", -5.0)]
+    h.do(Submitted(request(), "sink"), Cancelled("a", 0))
+    assert h.do(Placed("a", 0, 0, chosen)) == [Give("p1", -7.0), Give("d1", -5.0)]
+    h.do(Submitted(request(), "sink"), Placed("a", 0, 0, chosen))
+    h.tokens(delta(0, 5))
+    assert [c for c in h.do(Cancelled("a", 0)) if isinstance(c, Give)] == [Give("d1", -5.0)], "the prompt is computed"
