@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from penstock.common.config import ROUTING_POLICIES
 from penstock.router.cost import DEFAULT_WEIGHTS, CostPolicy
 from penstock.router.policies import make_policy
 from penstock.simulate.plot import draw
-from penstock.simulate.result import PolicyResult, Slo, oracle_hits, with_oracle
-from penstock.simulate.runs import BalanceBounds, balance_bounds, oracle_ratio, scaled
+from penstock.simulate.result import PolicyResult, Slo, with_oracle
+from penstock.simulate.runs import balance_bounds, oracle_ratio, scaled
 from penstock.simulate.simulator import FleetShape, Simulator
 from penstock.simulate.trace import TracedRequest, read_trace, repeated
 
@@ -74,6 +74,7 @@ HEADINGS = {  # of docs/routing-tables.md
     "repeated": "The same, played eight times",
     "large": "512 workers",
     "azure": "The Azure traces, which have no prefixes",
+    "million": "A million generated requests",
     "weights": "Weights of the cost policy",
 }
 # Weight of the cost policy -> what is tried, and where.
@@ -92,11 +93,11 @@ def requests_of(row: Row, shape: FleetShape, folder: Path) -> list[TracedRequest
 
 
 def measure(row: Row, folder: Path) -> dict[str, Any]:
-    """All policies of a row: a result each; what balance was possible with the oracle's hits, and the last one's."""
+    """All policies of a row: a result each, and what balance was possible with the hits of the last one."""
     shape = FleetShape(row.workers, row.pages)
     requests = requests_of(row, shape, folder)
     oracle = oracle_ratio(requests, shape)
-    found: dict[str, Any] = {"greedy_balance": round(_bounds(requests, shape).known, 4)}
+    found: dict[str, Any] = {}
     for name in row.policies:
         began = time.process_time()
         simulator = Simulator(shape, make_policy(name.partition(",")[0], 0, name == FETCH))
@@ -105,22 +106,6 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         found[name] = asdict(replace(result, policy=name)) | {"us_per_request": round(us_per_request)}
         show(row.name, found[name])
     return found | {"balance": asdict(balance_bounds(requests, simulator.computed(), shape))}
-
-
-def _bounds(requests: Sequence[TracedRequest], shape: FleetShape) -> BalanceBounds:
-    """With the oracle's hits."""
-    hits = oracle_hits(requests, shape.workers * shape.pages_per_worker, shape.page_tokens)
-    return balance_bounds(requests, [r.prompt_tokens - hit for r, hit in zip(requests, hits, strict=True)], shape)
-
-
-def measure_bounds(folder: Path) -> dict[str, Any]:
-    """The balance that is possible on the Mooncake traces, however many pages workers have."""
-    found = {}
-    for trace in _MOONCAKE:
-        for workers in (8, 64):
-            row, shape = Row(trace, workers, 6000), FleetShape(workers, 6000)
-            found[f"{trace}, {workers}"] = asdict(_bounds(requests_of(row, shape, folder), shape))
-    return found
 
 
 def measure_weights(folder: Path) -> dict[str, Any]:
@@ -175,18 +160,19 @@ def marks_table(rows: Mapping[str, Any]) -> Iterable[str]:
         cells = [
             _bold(f"{hits:.3f}", hits < HIT_MARK),
             _bold(f"{balance:.3f}", balance > BALANCE_MARK),
-            f"{found['greedy_balance']:.3f}",
+            f"{found['balance']['known']:.3f}",
             _bold(f"{late:.3f}", late > 1.0),
         ]
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def bounds_table(rows: Mapping[str, Any]) -> Iterable[str]:
-    """Lines of Markdown: the balance that is possible."""
-    yield "| fleet | all known beforehand | each known when it comes | outputs guessed |"
-    yield "|---|---|---|---|"
+    """Lines of Markdown: the balance that is possible, and the cost policy's."""
+    yield "| fleet | all known beforehand | each known when it comes | outputs guessed | `cost, fetch` |"
+    yield "|---|---|---|---|---|"
     for name, found in rows.items():
-        yield f"| {name} | {found['foreseen']:.3f} | {found['known']:.3f} | {found['guessed']:.3f} |"
+        cells = [*found["balance"].values(), found[FETCH]["max_over_mean_load"]]
+        yield f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |"
 
 
 def weights_table(weights: Mapping[str, Any]) -> Iterable[str]:
@@ -223,7 +209,7 @@ def _bold(text: str, told: bool) -> str:
 def with_tables(text: str, record: Mapping[str, Any]) -> str:
     """docs/routing.md with the tables between its markers made anew."""
     tables = {f"{name} marks": marks_table(record[name]) for name in ("mooncake", "repeated")} | {
-        "bounds": bounds_table(record["bounds"])
+        "bounds": bounds_table({name: found for name, found in record["mooncake"].items() if name.endswith("x 6000")})
     }
     for name, lines in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -256,7 +242,7 @@ def draw_plots(rows: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    groups = (*GROUPS, "bounds", "weights")
+    groups = (*GROUPS, "weights")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", type=Path)
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP")
@@ -264,9 +250,7 @@ def main() -> None:
     at_commit = commit()
     path = RESULTS / file_name("routing", at_commit)
     for group in flags.only:
-        if group == "bounds":
-            found = measure_bounds(flags.traces)
-        elif group == "weights":
+        if group == "weights":
             found = measure_weights(flags.traces)
         else:
             found = {row.name: measure(row, flags.traces) for row in GROUPS[group]}

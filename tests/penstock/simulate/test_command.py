@@ -100,7 +100,7 @@ def test_the_marks_of_the_benchmark():
     mine = PolicyResult(**vars(fetching) | {"policy": routing.FETCH, "hit_ratio": 0.3, "oracle_hit_ratio": 0.4})
     mine = PolicyResult(**vars(mine) | {"max_over_mean_load": 1.2, "ttft_p99_ms": 50.0})
     others = PolicyResult(**vars(other) | {"ttft_p99_ms": 100.0})
-    found = {"greedy_balance": 1.1, "random": vars(others), routing.FETCH: vars(mine)}
+    found = {"balance": {"known": 1.1}, "random": vars(others), routing.FETCH: vars(mine)}
     assert routing.marks(found) == pytest.approx((0.75, 1.2, 0.5))
     assert list(routing.marks_table({"here": found}))[-1] == "| here | **0.750** | **1.200** | 1.100 | 0.500 |"
     assert len(list(routing.policies_table({"here": found}))) == 2 + 2
