@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from penstock.common.messages import GenerateRequest, Submit
 from penstock.common.sampling import SamplingParams
 from tests.conftest import RedisServer
 from tests.tiny_models import random_prompts, reference_tokens
-from tests.workers.worker_processes import RouterDouble, workers
+from tests.workers.worker_processes import RouterDouble, WorkerProcess, workers
 
 NEW_TOKENS = 12
 CHOICES = 6
@@ -57,3 +58,31 @@ def test_handed_off_tokens_equal_hugging_face(
             assert told == CHOICES * reference_tokens(path, [prompt], 1)
             decode.assert_idle()
             prefill.assert_idle()
+            _the_prefill_worker_drains(router, prefill, decode, prompts, expected)
+            decode.assert_idle()
+
+
+def _the_prefill_worker_drains(
+    router: RouterDouble,
+    prefill: WorkerProcess,
+    decode: WorkerProcess,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    """What it has been asked for it computes and hands off before it leaves."""
+    assert prefill.info is not None and decode.info is not None
+    asked = prefill.metric("penstock:handoffs_total") + sum(len(prompt) > 4 for prompt in prompts)
+    for i, prompt in enumerate(prompts):
+        request = GenerateRequest(
+            request_id=f"drained-{i}", prompt_token_ids=prompt, sampling=GREEDY, cache_salt="again"
+        )
+        router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+    deadline = time.monotonic() + 60
+    while prefill.metric("penstock:handoffs_total") < asked:
+        assert time.monotonic() < deadline
+        router.turn()
+    prefill.process.terminate()
+    router.collect()
+    assert [router.answers[f"drained-{i}", 0].tokens for i in range(len(prompts))] == expected
+    assert decode.metric("penstock:handoff_failures_total") == 0
+    assert prefill.process.wait(60) == 0
