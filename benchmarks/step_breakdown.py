@@ -8,8 +8,7 @@ The step is the engine's own, captured as a CUDA graph, on the first layers of a
 would mislead: under dependent launch a kernel's time there begins when it starts, though it then waits for the one
 before it. So one stage at a time is replaced by a result that lies there already, and the difference of replays counts,
 the whole step before and after each other one. Stages that hide each other's latency save less than they take, so that
-"the rest" (embedding, laying the step out, gaps) is only what the differences leave over. Attention stands for rotation
-and storing, too, which it does in the same launch; what giving them one of their own would save is compared as well.
+"the rest" (embedding, laying the step out, gaps) is only what the differences leave over.
 
 --layers all makes pages as large as they are in the engine (a page holds all layers: 2 MiB for llama8b at 16 tokens),
 which address translation may notice; --pool-gib scatters them over a pool as large as the engine's.
@@ -50,16 +49,17 @@ from benchmarks.decode_step import (
 from benchmarks.record import RESULTS, commit, file_name, machine, merge
 from benchmarks.shapes import BYTES, H200, SHAPES, Shape
 from penstock.engine import decode_graphs
-from penstock.kernels import decode_attention, store_and_attend
+from penstock.kernels import decode_attention
 from penstock.kernels.linear import Linear
 from penstock.models import decoder
 from penstock.models.decoder import CausalLM
 
 PRODUCTS = {"qkv": "_qkv", "o": "_output", "gate_up": "_gate_up", "down": "_down", "head": "_head"}
-STAGES = ("qkv", "o", "gate_up", "down", "attention", "norms", "head", "sampling")
+STAGES = ("qkv", "o", "gate_up", "down", "attention", "norms", "rotary_store", "head", "sampling")
 FUNCTIONS = {
-    "attention": (decoder, "store_and_attend"),
+    "attention": (decoder, "paged_attention"),
     "norms": (decoder, "_norm"),
+    "rotary_store": (decoder, "rotary_store"),
     "sampling": (decode_graphs, "sample"),
 }
 ONCE = ("head", "sampling")  # a step; the others are once a layer
@@ -140,20 +140,6 @@ def split_so(splits: int, tile: int) -> Iterator[None]:
         raise RuntimeError("the step's attention has no splits")
 
 
-@contextmanager
-def two_launches() -> Iterator[None]:
-    """While this is in force, a launch ahead of attention's rotates queries and keys, and stores these.
-
-    Raises:
-        RuntimeError: on leaving, if no attention asked which way to go.
-    """
-    rule = StandIn(lambda *rest: False)
-    with patch.object(store_and_attend, "_in_one_launch", rule):
-        yield
-    if not rule.used:
-        raise RuntimeError("the step's attention has one way only")
-
-
 def _noise(model: CausalLM, rows: int, columns: int) -> Tensor:
     """As large as what a norm or a product gives: never zeros, which let a card clock higher."""
     device = model._embedding.device
@@ -163,19 +149,21 @@ def _noise(model: CausalLM, rows: int, columns: int) -> Tensor:
 def _functions(model: CausalLM, rows: int, shape: Shape) -> dict[str, Callable[..., Tensor]]:
     """What stands in for each of FUNCTIONS."""
     normalised = _noise(model, rows, shape.hidden)
-    attended = _noise(model, rows, shape.heads * shape.head_dim).view(rows, shape.heads, shape.head_dim)
 
-    def attention(*rest: Any, **named: Any) -> Tensor:
-        return attended
+    def attention(q: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return q
 
     def norm(*rest: Any) -> Tensor:
         return normalised
+
+    def rotary_store(qkv: Tensor, *rest: Any, num_heads: int, num_kv_heads: int, **named: Any) -> Tensor:
+        return qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)[:, :num_heads]
 
     def sample(logits: Tensor, *rest: Any, out: Tensor, **named: Any) -> Tensor:
         # Once, before the step is captured: with equal tokens in all rows the products would have equal rows, too.
         return out if out.is_cuda and torch.cuda.is_current_stream_capturing() else out.random_(logits.shape[1])
 
-    return {"attention": attention, "norms": norm, "sampling": sample}
+    return {"attention": attention, "norms": norm, "rotary_store": rotary_store, "sampling": sample}
 
 
 def floor_us(stage: str, shape: Shape, batch: Batch) -> float | None:
@@ -238,8 +226,6 @@ def measure(
         bases[page_size] = step.base
         changes = {name: partial(left_out, name, model, shape, batch.sequences) for name in options.stages}
         forms = {name: step.form(change) for name, change in changes.items()}
-        if "attention" in options.stages:
-            forms["two_launches"] = step.form(two_launches)
         for splits, tile in options.splits:
             forms[f"splits_{splits}x{tile}"] = step.form(partial(split_so, splits, tile))
         record = figures(shape, batch, compare(bases[page_size], forms, options.rounds), options.stages)

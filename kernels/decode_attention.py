@@ -3,16 +3,11 @@
 The heads of a group share one read of their keys and values, as rows of one small matrix product; so do the query
 tokens of a sequence (several in speculative decoding). A sequence is cut into splits of equal length (Flash-Decoding,
 Dao et al. 2023) and the program that ends last merges them (Milakov and Gimelshein 2018), which saves a launch a layer.
-
-Given a `Projection`, it does `rotary_store`'s work on the way, which saves another. Every program turns its queries
-and, as one more row of them, the new key. The one whose split ends with the new token stores that key and its value
-before it reads its split; no other program reads or writes them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.launch import num_multiprocessors, pdl_options
-from penstock.kernels.rotary_store import normed_pair
 
 LOG2_E = 1.4426950408889634
 _MOST_SPLITS = 64
@@ -69,20 +63,6 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, in
 _SHORT_TILE = 64
 
 
-class Projection(NamedTuple):
-    """What attention needs to begin from the output of the query-key-value projection: that of B tokens."""
-
-    cos: Tensor  # float32 [B, head_dim / 2], of `rotary_factors_triton`
-    sin: Tensor  # the same
-    slots: Tensor  # int64 [B], where the new keys and values go, -1: nowhere
-    q_norm: Tensor | None  # [head_dim], weights of RMSNorms; both or none
-    k_norm: Tensor | None
-    eps: float
-
-
-_NO_PROJECTION = (None, None, None, None, None, 0.0)
-
-
 def decode_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -97,7 +77,6 @@ def decode_attention(
     sinks: Tensor | None = None,
     workspace: DecodeWorkspace,
     out: Tensor,
-    projection: Projection | None = None,
 ) -> None:
     """Causal attention of the last Q tokens of each of B sequences, into `out`; sequences of context 0 are skipped.
 
@@ -109,12 +88,9 @@ def decode_attention(
         sliding_window: a token sees itself and this many less one before it.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
         sinks: float32 `[num_heads]`, a score that takes part in the denominator only (gpt-oss).
-        projection: then q is `[B, num_heads + 2 * num_kv_heads, head_dim]`, queries, keys and values as projected, of
-            the pages' type; Q is 1, and the new keys and values are stored here.
     """
     batch = contexts.shape[0]
-    tokens, _, head_dim = q.shape
-    num_heads = out.shape[1]
+    tokens, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // num_kv_heads
     query_len = tokens // batch
@@ -132,7 +108,6 @@ def decode_attention(
         workspace.sums,
         workspace.arrived,
         sinks,
-        *(projection or _NO_PROJECTION),
         scale * LOG2_E,
         soft_cap or 0.0,
         sliding_window or 0,
@@ -147,14 +122,12 @@ def decode_attention(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         MERGE=workspace.splits > 1,
-        BLOCK_R=block_rows(query_len * group + (projection is not None)),
+        BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
         BLOCK_N=workspace.tile,
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
-        PROJECTED=projection is not None,
-        NORM=projection is not None and projection.q_norm is not None,
         PREFETCH=workspace.tile > _SHORT_TILE,  # where latency counts; many programs are slower with it (1 us of 26)
         num_warps=4,
         num_stages=3 if head_dim <= 128 else 2,
@@ -162,12 +135,7 @@ def decode_attention(
     )
 
 
-def block_rows(rows: int) -> int:
-    """Rows of the products of a program that needs so many."""
-    return max(16, 1 << (rows - 1).bit_length())
-
-
-@triton.jit(do_not_specialize=["table_stride", "splits"], do_not_specialize_on_alignment=["slots_ptr"])
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -181,12 +149,6 @@ def _decode_kernel(
     sums_ptr,
     arrived_ptr,
     sinks_ptr,
-    cos_ptr,
-    sin_ptr,
-    slots_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    eps,
     scale,  # times log2(e): exponentials are powers of two
     soft_cap,
     window,
@@ -207,8 +169,6 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
-    PROJECTED: tl.constexpr,  # whether q_ptr holds queries, keys and values as projected
-    NORM: tl.constexpr,  # whether these queries and keys are normalised
     PREFETCH: tl.constexpr,  # whether the first tile is asked for before the wait
     PDL: tl.constexpr,
 ):
@@ -226,30 +186,6 @@ def _decode_kernel(
     table_ptr = tables_ptr + table_row.to(tl.int64) * table_stride
     k_ptr += head.to(tl.int64) * head_stride
     v_ptr += head.to(tl.int64) * head_stride
-
-    row = tl.arange(0, BLOCK_R)
-    token, member = row // GROUP, row % GROUP
-    row_used = row < QUERY_LEN * GROUP
-    dim = tl.arange(0, BLOCK_D)
-    dim_used = dim < HEAD_DIM
-    q_heads = head * GROUP + member
-    q_tokens = sequence * QUERY_LEN + token
-    used_2d = row_used[:, None] & dim_used[None, :]
-    if PROJECTED:
-        # The key is one more row, after its group's queries. Rotary factors are as old as the step, too; they are
-        # loaded in the shape of what they multiply, as in rotary_store: then no thread needs another's.
-        HALF: tl.constexpr = HEAD_DIM // 2
-        partner_dim = (dim + HALF) % HEAD_DIM
-        turned_2d = (row <= GROUP)[:, None] & dim_used[None, :] & (begin < end)
-        factor = tl.broadcast_to(sequence * HALF + (dim % HALF)[None, :], BLOCK_R, BLOCK_D)
-        cos = tl.load(cos_ptr + factor, mask=turned_2d, other=0.0)
-        sin = tl.load(sin_ptr + factor, mask=turned_2d, other=0.0)
-        sin = tl.where((dim < HALF)[None, :], -sin, sin)
-        if NORM:
-            norm_ptr = tl.where((row < GROUP)[:, None], q_norm_ptr, k_norm_ptr)
-            weight = tl.load(norm_ptr + dim[None, :], mask=turned_2d, other=0.0).to(tl.float32)
-            partner_weight = tl.load(norm_ptr + partner_dim[None, :], mask=turned_2d, other=0.0).to(tl.float32)
-        slot = tl.load(slots_ptr + sequence).to(tl.int64)
     if PDL:
         if PREFETCH:
             position = begin + tl.arange(0, BLOCK_N)
@@ -263,30 +199,18 @@ def _decode_kernel(
     if begin >= end:
         return
 
-    if PROJECTED:
-        new_ptr = q_ptr + sequence.to(tl.int64) * q_token_stride
-        num_kv_heads = tl.num_programs(0)
-        row_heads = tl.where(row < GROUP, q_heads, num_kv_heads * GROUP + head)
-        row_ptr = new_ptr + row_heads[:, None] * q_head_stride
-        new_v_ptr = new_ptr + (num_kv_heads * (GROUP + 1) + head) * q_head_stride
-        stores = (end == context) & (slot >= 0)
-        x = tl.load(row_ptr + dim[None, :], mask=turned_2d, other=0.0)
-        partner = tl.load(row_ptr + partner_dim[None, :], mask=turned_2d, other=0.0)
-        new_v = tl.load(new_v_ptr + dim, mask=dim_used & stores, other=0.0)
-        if NORM:  # both halves of a head are in x and in its partner: twice its elements
-            x, partner = normed_pair(x, partner, weight, partner_weight, eps, 2 * HEAD_DIM)
-        q = (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(q_ptr.dtype.element_ty)
-        slot_offset = slot // PAGE_SIZE * page_stride + slot % PAGE_SIZE * HEAD_DIM
-        key_2d = (row == GROUP)[:, None] & dim_used[None, :] & stores
-        tl.store(k_ptr + slot_offset + tl.broadcast_to(dim[None, :], BLOCK_R, BLOCK_D), q, mask=key_2d)
-        tl.store(v_ptr + slot_offset + dim, new_v, mask=dim_used & stores)
-        tl.debug_barrier()  # what some threads stored others read below; no other program does
-    else:
-        q = tl.load(
-            q_ptr + q_tokens[:, None] * q_token_stride + q_heads[:, None] * q_head_stride + dim[None, :],
-            mask=used_2d,
-            other=0.0,
-        )
+    row = tl.arange(0, BLOCK_R)
+    token, member = row // GROUP, row % GROUP
+    row_used = row < QUERY_LEN * GROUP
+    dim = tl.arange(0, BLOCK_D)
+    dim_used = dim < HEAD_DIM
+    q_heads = head * GROUP + member
+    q_tokens = sequence * QUERY_LEN + token
+    q = tl.load(
+        q_ptr + q_tokens[:, None] * q_token_stride + q_heads[:, None] * q_head_stride + dim[None, :],
+        mask=row_used[:, None] & dim_used[None, :],
+        other=0.0,
+    )
     last_seen = context - QUERY_LEN + token  # position of the row's own token
 
     maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -321,7 +245,7 @@ def _decode_kernel(
         tl.store(maxima_ptr + flat, maximum, mask=row_used)
         tl.store(sums_ptr + flat, total, mask=row_used)
         where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(partial_ptr + where, acc, mask=used_2d)
+        tl.store(partial_ptr + where, acc, mask=row_used[:, None] & dim_used[None, :])
         tl.debug_barrier()  # every thread's stores come before the one thread's release
         present = tl.cdiv(context - first, length)
         counter = arrived_ptr + sequence * tl.num_programs(0) + head
@@ -336,6 +260,7 @@ def _decode_kernel(
             theirs = tl.load(maxima_ptr + flat, mask=row_used, other=float("-inf"), cache_modifier=".cg")
             their_sum = tl.load(sums_ptr + flat, mask=row_used, other=0.0, cache_modifier=".cg")
             where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+            used_2d = row_used[:, None] & dim_used[None, :]
             part = tl.load(partial_ptr + where, mask=used_2d, other=0.0, cache_modifier=".cg")
             highest = tl.maximum(maximum, theirs)
             base = tl.where(highest == float("-inf"), 0.0, highest)
@@ -352,7 +277,7 @@ def _decode_kernel(
         acc = acc * shrink[:, None]
     result = acc / tl.where(row_used, total, 1.0)[:, None]
     out_where = (q_tokens[:, None] * tl.num_programs(0) * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
-    tl.store(out_ptr + out_where, result.to(out_ptr.dtype.element_ty), mask=used_2d)
+    tl.store(out_ptr + out_where, result.to(out_ptr.dtype.element_ty), mask=row_used[:, None] & dim_used[None, :])
 
 
 @triton.jit

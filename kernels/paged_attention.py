@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: prompts (whole or in chunks) and decode rows in one call, any page table.
 
-`store_and_attend` calls it once a layer with the step's `PagedBatch`; what is the same for every layer (indices, masks,
-workspaces) is worked out once and kept on it. On CUDA sequences with one new token go to decode_attention.py, the
-others to prefill_attention.py; the plain PyTorch form for CPU is here.
+Models call `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer (indices,
+masks, workspaces) is worked out once and kept on it. On CUDA sequences with one new token go to decode_attention.py,
+the others to prefill_attention.py; the plain PyTorch form for CPU is here.
 
 A page cache is a view [num_pages, num_kv_heads, page_size, head_dim] with any strides in which one head's page is
 contiguous and the first two dimensions can be flattened without a copy.
@@ -52,8 +52,15 @@ def paged_attention(
             raise ValueError("soft caps and sinks are not supported on CPU")
         return paged_attention_reference(q, k_pages, v_pages, batch, scale=scale, sliding_window=sliding_window)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k_pages.shape[1]
     decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
     if decodes:
+        workspace = batch.plans.get("decode")
+        if workspace is None:
+            workspace = batch.plans["decode"] = DecodeWorkspace.allocate(
+                decodes, num_heads // num_kv_heads, num_kv_heads, head_dim, batch.max_context, q.device
+            )
         whole = decodes == sequences
         decode_attention(
             q if whole else q[:decodes],
@@ -66,7 +73,7 @@ def paged_attention(
             sliding_window=sliding_window,
             soft_cap=soft_cap,
             sinks=sinks,
-            workspace=decode_workspace(batch, q.shape[1], k_pages),
+            workspace=workspace,
             out=out,
         )
     if decodes < sequences:
@@ -84,17 +91,6 @@ def paged_attention(
             out=out,
         )
     return out
-
-
-def decode_workspace(batch: PagedBatch, num_heads: int, k_pages: Tensor) -> DecodeWorkspace:
-    """The workspace of the batch's decode rows, in which all layers take turns."""
-    _, num_kv_heads, _, head_dim = k_pages.shape
-    if "decode" not in batch.plans:
-        batch.plans["decode"] = DecodeWorkspace.allocate(
-            batch.num_decodes, num_heads // num_kv_heads, num_kv_heads, head_dim, batch.max_context, k_pages.device
-        )
-    workspace: DecodeWorkspace = batch.plans["decode"]
-    return workspace
 
 
 def paged_attention_reference(

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021), in the half-split form of Hugging Face checkpoints.
 
 Dimension i and i + head_dim / 2 form a pair that is turned by position * frequency[i]. A model makes the factors of a
-step once, with `rotary_factors`, and hands them to `store_and_attend` in every layer. They differ in form: the plain
+step once, with `rotary_factors`, and hands them to `rotary_store` in every layer. They differ in form: the plain
 operations want both halves of a head spelled out, the kernel wants each number once.
 """
 
@@ -18,7 +18,7 @@ from penstock.kernels.launch import pdl_options, use_triton
 def rotary_factors(
     positions: Tensor, frequencies: Tensor, amplitude: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for tokens at `positions` [T], once a step for all layers; what `store_and_attend` reads.
+    """Cosines and sines for tokens at `positions` [T], once a step for all layers; what `rotary_store` reads.
 
     frequencies: float32 [head_dim / 2], or [T, head_dim / 2] where they depend on the position. The angles are float32.
     On CUDA the factors are those of `rotary_factors_triton`, else those of `rotary_factors_reference` in `dtype`.

@@ -1,8 +1,7 @@
 """From the joined query-key-value projection to attention's inputs: norms, rotation, and storing in one launch.
 
-It comes between a layer's projection and its attention: queries come back, keys and values go into the page cache.
-Queries and keys are normalised per head where the model does that (Qwen3), then rotated (Su et al. 2021). Where every
-sequence has one new token, attention does the same by itself (store_and_attend.py).
+A layer calls it between its projection and its attention: queries come back, keys and values go into the page cache.
+Queries and keys are normalised per head where the model does that (Qwen3), then rotated (Su et al. 2021).
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ def rotary_store(
     Raises:
         ValueError: only one of the norms is given.
     """
-    check_norms(q_norm, k_norm)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("queries and keys are normalised both or not at all")
     op = rotary_store_triton if use_triton(qkv) else rotary_store_reference
     return op(
         qkv,
@@ -56,19 +56,6 @@ def rotary_store(
         k_norm=k_norm,
         eps=eps,
     )
-
-
-def check_norms(q_norm: Tensor | None, k_norm: Tensor | None) -> None:
-    """Raises ValueError: only one of the norms is given."""
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("queries and keys are normalised both or not at all")
-
-
-def check_strides(qkv: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
-    """Raises ValueError: rows of qkv or slots of the pages have gaps, or the pages differ in their strides."""
-    strides = k_pages.stride()
-    if qkv.stride(1) != 1 or strides[3] != 1 or v_pages.stride() != strides:
-        raise ValueError(f"cannot store rows of strides {qkv.stride()} in pages of {strides} and {v_pages.stride()}")
 
 
 def rotary_store_reference(
@@ -129,7 +116,8 @@ def rotary_store_triton(
     tokens, width = qkv.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
     strides = k_pages.stride()
-    check_strides(qkv, k_pages, v_pages)
+    if qkv.stride(1) != 1 or strides[3] != 1 or v_pages.stride() != strides:
+        raise ValueError(f"cannot store rows of strides {qkv.stride()} in pages of {strides} and {v_pages.stride()}")
     cos, sin = factors
     q = qkv.new_empty((tokens, num_heads, head_dim))
     parts, q_block, kv_block, block, num_warps = _program_shape(tokens, num_heads, num_kv_heads, head_dim // 2)
@@ -249,8 +237,8 @@ def _rotary_store_kernel(
     v_2 = tl.load(v_from + HALF, kv_mask, other=0.0)
 
     if NORM:
-        q_1, q_2 = normed_pair(q_1, q_2, q_scale_1, q_scale_2, eps, 2 * HALF)
-        k_1, k_2 = normed_pair(k_1, k_2, k_scale_1, k_scale_2, eps, 2 * HALF)
+        q_1, q_2 = _normed(q_1, q_2, q_scale_1, q_scale_2, eps, 2 * HALF)
+        k_1, k_2 = _normed(k_1, k_2, k_scale_1, k_scale_2, eps, 2 * HALF)
     kind = q_out.dtype.element_ty
     q_to = q_out + (token * HEADS + q_head) * (2 * HALF) + column
     q_1, q_2 = q_1.to(tl.float32), q_2.to(tl.float32)
@@ -269,7 +257,7 @@ def _rotary_store_kernel(
 
 
 @triton.jit
-def normed_pair(x_1, x_2, scale_1, scale_2, eps, N: tl.constexpr):
+def _normed(x_1, x_2, scale_1, scale_2, eps, N: tl.constexpr):
     """Both halves of heads, normalised; rounded to their type before the weight, as `rms_norm` does."""
     wide_1, wide_2 = x_1.to(tl.float32), x_2.to(tl.float32)
     mean = tl.sum(wide_1 * wide_1 + wide_2 * wide_2, 1, keep_dims=True) * (1.0 / N)

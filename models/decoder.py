@@ -14,11 +14,12 @@ from torch import Tensor
 from penstock.kernels.embedding import embed
 from penstock.kernels.launch import use_triton
 from penstock.kernels.linear import Linear, make_linear
+from penstock.kernels.paged_attention import paged_attention
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import add_rms_norm, rms_norm
 from penstock.kernels.rotary import rotary_factors
+from penstock.kernels.rotary_store import rotary_store
 from penstock.kernels.small_linear import LinearWorkspace
-from penstock.kernels.store_and_attend import store_and_attend
 from penstock.models.spec import ModelSpec
 from penstock.models.weights import Parameter
 
@@ -145,24 +146,24 @@ class _Layer:
         `residual` is changed in place.
         """
         x = _norm(delta, residual, self._attention_norm, self._eps)
-        out = store_and_attend(
+        q = rotary_store(
             self._qkv(x),
             factors,
             k_pages,
             v_pages,
             batch,
-            last_tokens,
             num_heads=self._num_heads,
             num_kv_heads=self._num_kv_heads,
             q_norm=self._q_norm,
             k_norm=self._k_norm,
             eps=self._eps,
-            scale=self._scale,
-            sliding_window=self._window,
-            backend=self._backend,
         )
         if last_tokens is not None:
-            residual = residual.index_select(0, last_tokens)
+            q, residual = q.index_select(0, last_tokens), residual.index_select(0, last_tokens)
+            batch = batch.at_ends(last_tokens)
+        out = paged_attention(
+            q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window, backend=self._backend
+        )
         delta = self._output.add_to(residual, out.view(len(out), -1))
         x = _norm(delta, residual, self._mlp_norm, self._eps)
         return residual, self._down.add_to(residual, self._gate_up.gated(x))

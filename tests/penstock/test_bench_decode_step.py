@@ -20,7 +20,7 @@ from benchmarks.decode_step import Batch, DecodeStep, Form, compare, cut, make_m
 from benchmarks.linear_cases import FEW_ROWS, PRODUCTS, Product, candidates, fits, parse_tiles
 from benchmarks.shapes import SHAPES, Shape, floor, parse_work
 from penstock.engine import decode_graphs
-from penstock.kernels import decode_attention, linear, store_and_attend
+from penstock.kernels import decode_attention, linear
 from penstock.kernels.small_linear import Tiles, small_linear, tiles_for
 from penstock.models import decoder
 from penstock.models.decoder import CausalLM
@@ -123,7 +123,7 @@ def count_calls(ran: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     count(linear, "small_linear")
     count(decode_graphs, "sample")
-    for name in ("store_and_attend", "_norm"):
+    for name in ("paged_attention", "_norm", "rotary_store"):
         count(decoder, name)
 
 
@@ -141,10 +141,11 @@ def test_a_stage_is_left_out_and_put_back(model: CausalLM, stage: str, monkeypat
     assert [dict(vars(owner)) for owner in (model, model._layers[0], decoder, decode_graphs)] == originals
 
 
-WHOLE = Counter(small_linear=5, store_and_attend=1, _norm=3, sample=1)  # calls of a step of one layer
+WHOLE = Counter(small_linear=5, paged_attention=1, _norm=3, rotary_store=1, sample=1)  # calls of a step of one layer
 LEFT_OUT = {
-    "attention": ("store_and_attend", 1),
+    "attention": ("paged_attention", 1),
     "norms": ("_norm", 3),
+    "rotary_store": ("rotary_store", 1),
     "sampling": ("sample", 1),
 }
 
@@ -159,28 +160,6 @@ def test_a_whole_step_is_compared_with(model: CausalLM, monkeypatch: pytest.Monk
 
 
 @interpreted
-def test_two_launches_are_two(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = Counter[str]()
-
-    def count(name: str) -> None:
-        function = getattr(store_and_attend, name)
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            ran[name] += 1
-            return function(*arguments, **named)
-
-        monkeypatch.setattr(store_and_attend, name, counted)
-
-    for name in ("rotary_store", "paged_attention", "decode_attention"):
-        count(name)
-    step = make_step(model)
-    step.base.mean_us()
-    assert ran == {"decode_attention": 1}
-    step.form(step_breakdown.two_launches).mean_us()
-    assert ran == {"decode_attention": 1, "rotary_store": 1, "paged_attention": 1}
-
-
-@interpreted
 @pytest.mark.parametrize("stage", ["attention", "down"])
 def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str) -> None:
     with (
@@ -189,8 +168,6 @@ def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str
     ):
         pass
     with pytest.raises(RuntimeError, match="no splits"), step_breakdown.split_so(2, 16):
-        pass
-    with pytest.raises(RuntimeError, match="one way only"), step_breakdown.two_launches():
         pass
 
 
@@ -218,7 +195,7 @@ def test_floors_of_the_stages_add_up_to_the_steps(name: str, key: str) -> None:
     found = {stage: step_breakdown.floor_us(stage, shape, batch) for stage in step_breakdown.STAGES}
     step_us = sum(us * (1 if stage == "head" else shape.layers) for stage, us in found.items() if us is not None)
     assert whole_ms == pytest.approx(step_us / 1e3, rel=0.03)
-    assert [stage for stage, us in found.items() if us is None] == ["norms", "sampling"]
+    assert [stage for stage, us in found.items() if us is None] == ["norms", "rotary_store", "sampling"]
 
 
 # ------------------------------------------------------------ candidates
@@ -291,7 +268,7 @@ def test_a_step_is_taken_apart(device: str, shape: Shape, tmp_path: Path, capsys
         taken = found[f"b2_c5_l1_p{page_size}"]
         assert taken["layers"] == 1 and taken["step_us"] > 0
         assert taken["down_us"].keys() == {"saved", "plus_minus", "floor"}
-        assert {"attention_us", "two_launches_us", "splits_2x16_us"} <= taken.keys()
+        assert {"attention_us", "splits_2x16_us"} <= taken.keys()
         assert ("rest_us" in taken) == (device != "cpu"), "only where all stages were left out"
     assert found["b2_c5_l1_page_sizes"].keys() == {"p4_step_us", "p8_step_us", "spread_us"}
     out = capsys.readouterr().out
