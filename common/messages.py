@@ -78,7 +78,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_num_seqs: int
     vocab_size: int
     step_tokens: int = 2048  # of prompts, in one step at most
-    mixed_chunk_tokens: int = 0  # of prompts, in a step that also decodes; 0: as many as in any other
+    mixed_chunk_tokens: int = 0  # of prompts, in a step that also decodes few; 0: as many as in any other
     eos_token_ids: list[int] = []
     hash_scope: str = ""  # root of the page-hash chain: model, dtype, page size
     hash_probe: str = ""  # what the worker's hashing makes of known prompts (common/hash_probe.py)

@@ -159,7 +159,7 @@ class DeviceRunner:
         max_model_len: int,
         mixed_chunk_tokens: int = 0,
     ) -> None:
-        """mixed_chunk_tokens: prompt tokens that a step usually has beside sequences that decode; 0: any number."""
+        """mixed_chunk_tokens: prompt tokens that a step usually has beside few sequences that decode; 0: any number."""
         self.model = model
         self.pool = pool
         device = pool.device

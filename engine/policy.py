@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Protocol
 
+from penstock.common.mixed_chunk import chunk_beside
+
 _ALONE = 4  # times as many prompt tokens in a step that only computes prompts
 
 
@@ -42,9 +44,10 @@ class PrefillPolicy:
 class DecodePolicy:
     """A decode worker: decodes come first; prompts fill what is left.
 
-    While sequences decode, a step computes at most `mixed_chunk_tokens` prompt tokens (None: a quarter of the budget),
-    so that a long prompt stretches the gap between two tokens by a bounded time only. Alone, prompts get four times as
-    much: a hand-off that lands meanwhile waits for the step.
+    While few sequences decode, a step computes at most `mixed_chunk_tokens` prompt tokens (None: a quarter of the
+    budget), while many do, some more (common/mixed_chunk.py), so that a long prompt stretches the gap between two
+    tokens by a bounded time only. Alone, prompts get four times as much: a hand-off that lands meanwhile waits for the
+    step.
     """
 
     prefill_only: bool = False
@@ -55,7 +58,8 @@ class DecodePolicy:
         chunk = self.mixed_chunk_tokens
         if decode_tokens == 0:
             return max_num_batched_tokens if chunk is None else min(_ALONE * chunk, max_num_batched_tokens)
-        return min(chunk or max(1, max_num_batched_tokens // _ALONE), max(0, max_num_batched_tokens - decode_tokens))
+        chunk = chunk_beside(chunk or max(1, max_num_batched_tokens // _ALONE), decode_tokens)
+        return min(chunk, max(0, max_num_batched_tokens - decode_tokens))
 
 
 THROUGHPUT = DecodePolicy(mixed_chunk_tokens=sys.maxsize, gather_share=1 / 16)

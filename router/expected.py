@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.common.mixed_chunk import chunk_beside
 from penstock.router.policy import (
     EXPECTED_OUTPUT_TOKENS,
     Candidate,
@@ -85,7 +86,7 @@ def computing_ms(worker: Candidate, tokens: int) -> float:
     sequences, chunk = max(worker.load.running, worker.placed), worker.worker.mixed_chunk_tokens
     if worker.worker.role == "prefill" or not sequences or not chunk:
         return worker.rates.prefill_ms(tokens)
-    return worker.rates.mixed_ms(tokens, chunk, sequences, held_context(worker))
+    return worker.rates.mixed_ms(tokens, chunk_beside(chunk, sequences), sequences, held_context(worker))
 
 
 def held_context(worker: Candidate) -> float:

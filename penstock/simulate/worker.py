@@ -179,7 +179,7 @@ class VirtualWorker:
 
     def _cut(self, tokens: float) -> None:
         """Into chunks: so many tokens are left of the current prompt."""
-        most = self._policy.prefill_budget(self._step_tokens, min(1, len(self.running)))
+        most = self._policy.prefill_budget(self._step_tokens, len(self.running))
         self._chunks_left = float(max(1, math.ceil(tokens / most)))
         self._chunk_tokens = tokens / self._chunks_left
         self._chunk_ms = self.rates.prefill_ms(self._chunk_tokens)

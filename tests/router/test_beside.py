@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.common.messages import MeasuredRates, WorkerLoad
-from penstock.router.cost import CostPolicy
+from penstock.router.cost import DEFAULT_WEIGHTS, CostPolicy
 from penstock.router.expected import computing_ms, expected, of_placement, quickest
 from penstock.router.fleet import Fleet
 from penstock.router.policy import Candidate, RequestFacts
@@ -49,8 +49,8 @@ def test_the_decode_worker_takes_prompts_when_the_queue_is_long():
     decode = place("d", "decode", running=4)
     queues = range(0, 400, 5)
     taken = [local(100, [decode, place("p", "prefill", queued=queued)]) for queued in queues]
-    # 5 chunks of 24 ms at 1.3, where the prefill worker needs 100 ms and what is queued.
-    assert taken == [100 + queued > 1.3 * 120 for queued in queues]
+    # 5 chunks of 24 ms, where the prefill worker needs 100 ms and what is queued.
+    assert taken == [100 + queued > DEFAULT_WEIGHTS.beside * 120 for queued in queues]
     behind = dataclasses.replace(decode, prompt_tokens=100, reserved_tokens=100)
     assert not local(100, [behind, place("p", "prefill", queued=100)]), "its own queue counts"
     assert local(100, [behind, place("p", "prefill", queued=400)])
@@ -63,7 +63,7 @@ def test_a_report_of_a_queue_that_may_be_gone_is_not_enough():
 
 
 def test_what_it_holds_counts():
-    queue = place("p", "prefill", queued=50)
+    queue = place("p", "prefill", queued=30)
     assert not local(100, [place("d", "decode", running=4), queue])
     assert local(100, [place("d", "decode", running=4, held=40), queue])
     assert not local(100, [place("d", "decode", running=4, held=40), place("p", "prefill", queued=50, held=80)])
