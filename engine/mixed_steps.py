@@ -84,8 +84,8 @@ def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_
     so that padding costs even where it computes nothing: four long contexts in room for 16 take 1.3 ms more (llama8b).
     """
     shapes = [Shape(0, count, 1) for count in _PROMPT_TOKENS]
-    rooms = {min(64, max_num_seqs), min(256, max_num_seqs)}
-    shapes += [Shape(decodes, count, MAX_PROMPTS) for decodes in sorted(rooms) for count in _PROMPT_TOKENS[1:]]
+    for decodes in sorted({min(64, max_num_seqs), min(256, max_num_seqs)}):
+        shapes += [Shape(decodes, count, MAX_PROMPTS) for count in _PROMPT_TOKENS[1:]]
     if 0 < mixed_chunk_tokens <= _PROMPT_TOKENS[-1]:
         rooms = [*(count for count in SEQUENCES if count < max_num_seqs), min(max_num_seqs, SEQUENCES[-1])]
         chunks = [Shape(room, chunk_beside(mixed_chunk_tokens, room), MAX_PROMPTS) for room in rooms]
