@@ -42,6 +42,8 @@ def test_a_drained_worker_gives_its_requests_away_with_their_pages(tmp_path: Pat
     (large,) = random_prompts([1800], seed=42)
     options = {"decode_workers": 2, "cpu_threads": 1, "max_num_batched_tokens": 128, "drain_s": 60.0}
     options["kv_cache_memory_bytes"] = POOL
+    # Who has just come back takes what the other one has no room for, whatever that one was given before.
+    options |= {"slow_start_s": 0.0, "routing_policy": "least-load"}
     with fleet(path, module="tests.workers.patient", **options) as running:
         drawn = asyncio.run(_draw(running, prompts[0]))
         asyncio.run(_drain_by_command(running, prompts, expected, drawn))
