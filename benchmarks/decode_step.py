@@ -182,9 +182,7 @@ class DecodeStep:
             self._model, self._kv, self._state, self._workspace, self._tokens_out, self._page_size, count,
             self._max_context,
         )  # fmt: skip
-        return Form(
-            lambda: graphs.run(count, filters=False), self._device, self._pool, change=change, rewind=self._rewind
-        )
+        return Form(lambda: graphs.run(count), self._device, self._pool, change=change, rewind=self._rewind)
 
     def _rewind(self) -> None:
         """Every sequence has the batch's context again."""

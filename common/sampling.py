@@ -124,11 +124,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < GREEDY_BELOW
 
     @property
-    def filters(self) -> bool:
-        """Whether top-k, top-p or min-p leave tokens out."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
-
-    @property
     def effective_temperature(self) -> float:
         """Temperature to divide by; tiny values are raised so that float32 does not overflow."""
         return max(self.temperature, MIN_TEMPERATURE)

@@ -2,7 +2,7 @@
 
 A step of n sequences runs in the smallest size that holds them; the rows left over are padding. Sizes are close where
 a row costs time (the matrix products of large batches), and far apart where it does not (small ones read the same
-weights). Small steps have a second form, for rows that do not filter: what is not launched costs nothing.
+weights).
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from penstock.kernels.sample import SampleWorkspace, sample
 from penstock.kernels.step_state import begin_decode
 from penstock.models.decoder import CausalLM
 
-_UNFILTERED = (
-    8  # up to this size there is a graph without the two launches for filters, too: each costs every step 1 µs
-)
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
@@ -56,13 +53,7 @@ class DecodeGraphs:
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
         self._tokens_out = tokens_out
         self._sizes = batch_sizes(max_num_seqs)
-        self._forms = [
-            (size, filters)
-            for size in reversed(self._sizes)
-            for filters in (True, False)
-            if filters or size <= _UNFILTERED
-        ]
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[int, _Captured] = {}
         device = state.device
         self._token_ids, positions, slots = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device).unbind(0)
         table_rows, contexts = torch.zeros(2, max_num_seqs, dtype=torch.int32, device=device).unbind(0)
@@ -81,42 +72,38 @@ class DecodeGraphs:
         )
         self._batches: dict[int, PagedBatch] = {}
 
-    def run(self, count: int, *, filters: bool) -> Tensor:
-        """The step of the state's first `count` rows: logits [>= count, vocab], until the next step.
-
-        filters: False promises that no row uses top-k, top-p or min-p.
-        """
+    def run(self, count: int) -> Tensor:
+        """The step of the state's first `count` rows: logits [>= count, vocab], until the next step."""
         at = bisect_left(self._sizes, count)
         size = self._sizes[at] if at < len(self._sizes) else count
-        form = size, filters or size > _UNFILTERED
-        captured = self._captured.get(form)
+        captured = self._captured.get(size)
         if captured is None:
-            return self._step(*form)
+            return self._step(size)
         captured.graph.replay()
         return captured.logits
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._forms)
+    def num_sizes(self) -> int:
+        return len(self._sizes)
 
     def capture(self, pool: Any, captured: Callable[[], None]) -> None:
-        """Capture all forms into the memory pool, largest first, so that the smaller ones find their memory there.
+        """Capture all sizes into the memory pool, largest first, so that the smaller ones find their memory there.
 
         `captured` is called after each. Must be called in a stream of its own, with no row in use.
         """
-        for size, filters in self._forms:
-            self._step(size, filters)  # compiles, and allocates what outlives the step
+        for size in reversed(self._sizes):
+            self._step(size)  # compiles, and allocates what outlives the step
             graph = torch.cuda.CUDAGraph()
             torch.cuda.current_stream().synchronize()
             graph.capture_begin(pool=pool)
             try:
-                logits = self._step(size, filters)
+                logits = self._step(size)
             finally:
                 graph.capture_end()
-            self._captured[size, filters] = _Captured(graph, logits)
+            self._captured[size] = _Captured(graph, logits)
             captured()
 
-    def _step(self, size: int, filters: bool) -> Tensor:
+    def _step(self, size: int) -> Tensor:
         batch, state = self._batch_of(size), self._state
         rows, token_ids = state.rows[:size], self._token_ids[:size]
         begin_decode(
@@ -126,8 +113,7 @@ class DecodeGraphs:
         )  # fmt: skip
         logits = self._model.logits(self._model.forward(token_ids, batch, self._kv))
         sample(
-            logits, rows, batch.contexts, state.columns, self._workspace,
-            filters=filters, out=self._tokens_out, turn=state.turn,
+            logits, rows, batch.contexts, state.columns, self._workspace, out=self._tokens_out, turn=state.turn
         )  # fmt: skip
         return logits
 

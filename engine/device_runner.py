@@ -46,7 +46,6 @@ class _Sequence:
     tokens: Sequence[int]  # those known when it started; what was sampled since is on the device
     num_pages: int
     logprobs: int | None
-    filters: bool
     prompt_len: int = 0
     prompt_logprobs: int | None = None  # its prompt is scored
 
@@ -181,7 +180,6 @@ class DeviceRunner:
         self._events = [Event(device) for _ in range(buffers)]
         self._turn = 0  # which of the buffers a step uses; the device counts along (BatchState.turn)
         self._num_with_logprobs = 0
-        self._num_with_filters = 0
         shared = (model, pool.layers(), self._state, workspace, self._tokens_out, self._page_size, max_num_seqs)
         self._decode_steps = DecodeGraphs(*shared, max_model_len)
         self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len, mixed_chunk_tokens)
@@ -210,7 +208,7 @@ class DeviceRunner:
         if self._stream is None:
             return
         gc.collect()  # nothing of a runner before this one may be freed during a capture
-        done, total = 0, self._mixed_steps.num_shapes + self._decode_steps.num_graphs
+        done, total = 0, self._mixed_steps.num_shapes + self._decode_steps.num_sizes
 
         def captured() -> None:
             nonlocal done
@@ -240,7 +238,6 @@ class DeviceRunner:
             if ended is not None:
                 self._free.append(ended.slot)
                 self._num_with_logprobs -= ended.logprobs is not None
-                self._num_with_filters -= ended.filters
         for start in plan.started:
             self._start(start)
         masks = [(self._sequences[item.key].slot, item.mask) for item in plan.work if item.mask is not None]
@@ -251,13 +248,9 @@ class DeviceRunner:
 
     def _start(self, start: SequenceStart) -> None:
         slot = self._free.pop()
-        sampling = start.sampling
-        scored = sampling.prompt_logprobs if start.scores_prompt else None
-        self._sequences[start.key] = _Sequence(
-            slot, start.tokens, 0, sampling.logprobs, sampling.filters, start.prompt_len, scored
-        )
-        self._num_with_logprobs += sampling.logprobs is not None
-        self._num_with_filters += sampling.filters
+        scored = start.sampling.prompt_logprobs if start.scores_prompt else None
+        self._sequences[start.key] = _Sequence(slot, start.tokens, 0, start.sampling.logprobs, start.prompt_len, scored)
+        self._num_with_logprobs += start.sampling.logprobs is not None
         self._state.start(slot, start)
 
     def _note_pages(self, work: Sequence[SequenceWork]) -> bool:
@@ -284,8 +277,7 @@ class DeviceRunner:
             self._state.set_rows([self._sequences[key].slot for key in keys])
             self._decoding = keys
         self._apply_changes()
-        logits = self._decode_steps.run(len(keys), filters=self._num_with_filters > 0)
-        return self._hand_over(plan.step, keys, logits, range(len(keys)))
+        return self._hand_over(plan.step, keys, self._decode_steps.run(len(keys)), range(len(keys)))
 
     def _mixed(self, plan: StepPlan) -> StepHandle:
         """Prompt chunks, and decodes (which the scheduler puts first) beside them."""

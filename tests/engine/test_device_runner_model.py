@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,6 @@ from penstock.engine.policy import THROUGHPUT, DecodePolicy
 from penstock.engine.sampler import SamplingRow, noise_seed, sample
 from penstock.engine.scheduler import Scheduler
 from penstock.kernels.paged_batch import PagedBatch
-from penstock.kernels.sample import sample as device_sample
 from tests.engine.fake_constraints import FORM, FakeConstraints, fake_mask
 
 VOCAB, PAGE_SIZE, CONTEXT = 24, 4, 40
@@ -115,8 +113,8 @@ def capture(runner: DeviceRunner) -> None:
         graph, logits = record(lambda i=inputs, b=batch: mixed._step(i, b, True))  # type: ignore[misc]
         mixed._captured[shape] = mixed_steps._Captured(graph, buffer, batch, logits)
     decode: Any = runner._decode_steps
-    for form in decode._forms:
-        decode._captured[form] = decode_graphs._Captured(*record(partial(decode._step, *form)))
+    for size in decode._sizes:
+        decode._captured[size] = decode_graphs._Captured(*record(lambda n=size: decode._step(n)))  # type: ignore[misc]
     runner._state.set_turn(runner._turn)
 
 
@@ -299,23 +297,6 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_random_requests(seed: int, captured: bool, small_shapes: None) -> None:
     run = Run(seed, captured)
     run.until_all_have_ended(25)
-
-
-def test_steps_without_filters_have_no_row_that_filters(monkeypatch: pytest.MonkeyPatch, small_shapes: None) -> None:
-    """The plain form of `sample` filters in any case."""
-    forms = set()
-
-    def checked(logits: Tensor, slots: Tensor, positions: Tensor, columns: Any, *others: Any, **named: Any) -> Tensor:
-        rows = slots[slots >= 0].long()
-        cuts = (columns.top_k[rows] > 0) | (columns.top_p[rows] < 1) | (columns.min_p[rows] > 0)
-        filtering = bool((cuts & (columns.temperature[rows] > 0)).any())
-        assert named["filters"] or not filtering
-        forms.add((named["filters"], filtering))
-        return device_sample(logits, slots, positions, columns, *others, **named)
-
-    monkeypatch.setattr(decode_graphs, "sample", checked)
-    Run(1, captured=True).until_all_have_ended(25)
-    assert {(True, True), (False, False)} <= forms
 
 
 def test_keys_come_back_in_other_slots() -> None:
