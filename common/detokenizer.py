@@ -25,7 +25,7 @@ class Detokenizer:
     bad byte spoils the valid characters of its whole run of byte tokens, which cannot be known while streaming.)
     """
 
-    __slots__ = ("_bytes", "_strip", "_tokenizer", "_utf8", "_whole", "_window", "skipped")
+    __slots__ = ("_bytes", "_strip", "_texts", "_tokenizer", "_utf8", "_whole", "_window", "skipped")
 
     def __init__(
         self,
@@ -39,25 +39,23 @@ class Detokenizer:
         self._bytes = tokenizer.byte_tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if self._bytes else None
         self._whole = True  # no character is incomplete
+        self._texts = tokenizer.whole_texts if self._bytes else {}
         self._strip = tokenizer.strips_first_space and not prompt_ids
         self._window = None if self._bytes else _Window(tokenizer, [i for i in prompt_ids if i not in self.skipped])
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that these tokens complete; "" while a character is incomplete."""
+        if len(token_ids) == 1 and self._whole and not self._strip:  # the hot path
+            text = self._texts.get(token_ids[0])
+            if text is not None:
+                return text
         skipped = self.skipped
         if self._utf8 is None:
             assert self._window is not None
             return self._window.push([i for i in token_ids if i not in skipped])
         piece = self._tokenizer.token_bytes
-        if len(token_ids) == 1:  # the hot path
-            data = b"" if token_ids[0] in skipped else piece(token_ids[0])
-        else:
-            data = b"".join([piece(i) for i in token_ids if i not in skipped])
-        if self._whole and data.isascii():
-            text = data.decode("ascii")
-        else:
-            text = self._utf8.decode(data)
-            self._whole = not self._utf8.getstate()[0]
+        text = self._utf8.decode(b"".join([piece(i) for i in token_ids if i not in skipped]))
+        self._whole = not self._utf8.getstate()[0]
         return self._strip_first(text) if self._strip else text
 
     def finish(self) -> str:

@@ -10,6 +10,7 @@ token by token; others (WordPiece, Metaspace) have to be decoded in context.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,7 +31,6 @@ TEXT_FILES = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
-FAST_FROM_CHARS = 2000  # without offsets, long texts take 30 % less time (8000 tokens: 7.8 ms instead of 11.0)
 SPACE_MARK = "▁"  # what SentencePiece writes for a space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -68,6 +68,7 @@ class Tokenizer:
         settings = settings or {}
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}  # of tokens seen so far that are whole characters, and not special
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.special_tokens = _special_tokens(settings)
@@ -156,13 +157,14 @@ class Tokenizer:
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._bytes_of(token_id)
+            if token_id not in self.special_ids:
+                with contextlib.suppress(UnicodeDecodeError):
+                    self.whole_texts[token_id] = found.decode("utf-8")
         return found
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) < FAST_FROM_CHARS:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        # Without offsets: 15 to 30 % less time.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
