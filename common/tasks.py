@@ -26,11 +26,24 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
                 task.exception()
 
 
+class Done:
+    """An awaitable with nothing to wait for."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        """Done."""
+        yield from ()
+
+
+DONE = Done()
+
+
 def begun(work: Awaitable[None]) -> Awaitable[None] | None:
     """Run `work` until it has to wait, here and now; what is left of it, None if nothing is.
 
     For work that hardly ever waits, and is not worth a task: it must not ask which task it runs in.
     """
+    if work is DONE:
+        return None
     steps = work.__await__()
     try:
         waits_for = next(steps)

@@ -28,6 +28,7 @@ from penstock.common.text_probe import TextProbe
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.app import create_app
 from penstock.router.group import ADMIN_HOST
+from penstock.router.http_protocol import HttpProtocol
 from penstock.router.off_loop import SWITCH_INTERVAL_S
 from penstock.router.unread import Unread, cut, waiting_bytes
 
@@ -57,7 +58,7 @@ class RouterServer(uvicorn.Server):
                 host=config.host,
                 port=config.port,
                 loop="uvloop",
-                http="httptools",
+                http=HttpProtocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
