@@ -121,7 +121,12 @@ class Choice:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.token_ids:
-            self._observe(time.monotonic())
+            now = time.monotonic()
+            if self.last_at:
+                self._metrics.inter_token_latency.observe(now - self.last_at)
+            else:
+                self._begin(now)
+            self.last_at = now
         text = self.text.push(delta.token_ids, finish)
         self.token_ids += delta.token_ids[: self.text.kept]
         tokens = self._scored(delta) if self._scores else ()
@@ -129,14 +134,10 @@ class Choice:
             self._end(cancel=finish is None)
         self._listener.on_text(self, text, tokens)
 
-    def _observe(self, now: float) -> None:
-        if self.last_at:
-            self._metrics.inter_token_latency.observe(now - self.last_at)
-        else:
-            self.first_at = now
-            self._timeline.mark("first_token", now)
-            self._metrics.time_to_first_token.observe(now - self._timeline.marks["received"])
-        self.last_at = now
+    def _begin(self, now: float) -> None:
+        self.first_at = now
+        self._timeline.mark("first_token", now)
+        self._metrics.time_to_first_token.observe(now - self._timeline.marks["received"])
 
     def _scored(self, delta: TokenDelta) -> Sequence[ScoredToken]:
         if delta.logprobs is None:

@@ -93,16 +93,17 @@ class Dispatcher:
     def tokens(self, deltas: Sequence[TokenDelta], now: float) -> list[Command]:
         """Apply a worker's new tokens: the hot path, one pass over a step of all choices."""
         commands = self._commands
-        choices = self.choices
+        find, running, deadline = self.choices.get, State.RUNNING, now + self._progress_timeout_s
         for delta in deltas:
-            choice = choices.get((delta.request_id, delta.choice))
-            if choice is None or delta.attempt != choice.attempt or choice.state is not State.RUNNING:
+            choice = find((delta.request_id, delta.choice))
+            if choice is None or delta.attempt != choice.attempt or choice.state is not running:
                 self.stale_deltas += 1
                 continue
             order = choice.order
-            if order.steady and delta.finish is None and delta.index == len(order.delivered):
-                order.delivered += delta.token_ids
-                choice.deadline = now + self._progress_timeout_s
+            delivered = order.delivered
+            if order.steady and delta.finish is None and delta.index == len(delivered):
+                delivered += delta.token_ids
+                choice.deadline = deadline
                 commands.append(Deliver(choice.sink, delta))
             else:
                 self._unusual(choice, delta, now)
