@@ -24,6 +24,7 @@ FLEET_NAMES = {  # by key of the result file
     "one_phase": "two one-phase",
     "handed_off": "simulated, all handed off",
     "balanced": "simulated",
+    "paced": "1 + 1, paced",
 }
 _COLUMNS = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "itl_max", "out_tok_s", "goodput")
 

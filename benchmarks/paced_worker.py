@@ -2,9 +2,9 @@
 
     PACE='{"step_ms": 20, ...}' python -m benchmarks.paced_worker decode MODEL ...
 
-A worker computes each step on CPU as always: tokens, pages and prefixes are real. Then it sleeps until the time is over
-that the step would have taken, so that several workers on a few cores do not slow each other down. A step that takes
-longer than that is late, and says so at the end.
+A worker computes each step on CPU as always: tokens, pages and prefixes are real. Its result is there when the time is
+over that the step would have taken, so that several workers on a few cores do not slow each other down; the worker's
+loop listens meanwhile, as beside a device. A step that takes longer than that is late, and says so at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from penstock.cli import main
 from penstock.engine.core import Engine
-from penstock.engine.plan import Executor, StepHandle, StepPlan
+from penstock.engine.plan import Executor, StepHandle, StepPlan, StepResult
 
 PACE_ENV = "PACE"
 log = logging.getLogger("penstock.paced_worker")
@@ -44,6 +44,24 @@ class Pace:
         return (self.step_ms + of_prompts + sequences * self.sequence_ms + context * self.context_token_ms) / 1e3
 
 
+class _Step:
+    """A step that has been computed, but ends at a time of its own."""
+
+    def __init__(self, handle: StepHandle, ends: float) -> None:
+        self._handle, self._ends = handle, ends
+
+    def done(self) -> bool:
+        return time.monotonic() >= self._ends and self._handle.done()
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._ends - time.monotonic()))
+        self._handle.wait()
+
+    def result(self) -> StepResult:
+        self.wait()
+        return self._handle.result()
+
+
 class Paced:
     """Runs `executor` at a pace."""
 
@@ -57,11 +75,8 @@ class Paced:
         ends = time.monotonic() + self._pace.seconds(plan)
         handle = self._executor.submit(plan)
         self._steps += 1
-        if (left_s := ends - time.monotonic()) > 0:
-            time.sleep(left_s)
-        else:
-            self._late += 1
-        return handle
+        self._late += time.monotonic() > ends
+        return _Step(handle, ends)
 
     def close(self) -> None:
         log.info("%d of %d steps were late", self._late, self._steps)
