@@ -42,8 +42,6 @@ def begun(work: Awaitable[None]) -> Awaitable[None] | None:
 
     For work that hardly ever waits, and is not worth a task: it must not ask which task it runs in.
     """
-    if work is DONE:
-        return None
     steps = work.__await__()
     try:
         waits_for = next(steps)

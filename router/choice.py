@@ -53,6 +53,11 @@ class Choice:
     that the text has in any case.
     """
 
+    __slots__ = (
+        "_listener", "_metrics", "_scores", "_service", "_spans", "_timeline", "_tokenizer", "echo", "ended",
+        "first_at", "index", "last_at", "prompt_logprobs", "reasoning_tokens", "request", "text", "token_ids",
+    )  # fmt: skip
+
     def __init__(
         self,
         request: GenerateRequest,

@@ -51,7 +51,7 @@ class Expired:
     """A deadline has passed."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Choice:
     """One choice of a request that has not ended."""
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 
-from penstock.common.tasks import begun
+from penstock.common.tasks import DONE, begun
 from penstock.router.error_bodies import Send
 from penstock.router.slices import Slices
 
 
 class EventStream:
     """The body of one streamed answer. What is put before `run` waits for it."""
+
+    __slots__ = ("_busy", "_outbox", "_over", "_pending", "_send", "_woken", "ended")
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -79,7 +81,8 @@ class EventStream:
         if not body:
             return
         try:
-            rest = begun(self._send({"type": "http.response.body", "body": body, "more_body": True}))
+            sent = self._send({"type": "http.response.body", "body": body, "more_body": True})
+            rest = None if sent is DONE else begun(sent)
         except Exception as error:
             self._over = True
             self._wake(error)

@@ -231,7 +231,8 @@ class GenerationRequest(FormFields, kw_only=True):
             raise BadRequest(f"{field} must be from 0 to {MAX_LOGPROBS}, got {logprobs}", param=field)
         own_seed = self.seed is not None and self.seed != -1  # -1 means none, as in vLLM
         try:
-            SamplingParams(n=self.choices_per_prompt)
+            if self.choices_per_prompt != 1:
+                SamplingParams(n=self.choices_per_prompt)  # is it in range?
             sampling = SamplingParams(
                 **values,
                 bad_words_token_ids=bad_word_ids(self.bad_words or (), encode),

@@ -275,24 +275,22 @@ class RouterService:
                 self._fleet.give_more(command.incarnation, command.work_ms)
 
     def _tell(self, command: Deliver | Fail) -> None:
-        if type(command) is Deliver:  # a struct's `isinstance` takes as long as the rest of this
-            self._deliver(command.sink, command.delta)
+        if type(command) is Fail:  # a struct's `isinstance` takes as long as the rest of this
+            self._counters["failed"] += 1
+            try:
+                command.sink.on_error(command.error)
+            except Exception:
+                log.exception("the sink of a request failed")
             return
-        assert isinstance(command, Fail)
-        self._counters["failed"] += 1
-        try:
-            command.sink.on_error(command.error)
-        except Exception:
-            log.exception("the sink of a request failed")
-
-    def _deliver(self, sink: Sink, delta: TokenDelta) -> None:
+        assert type(command) is Deliver
+        delta = command.delta
         if delta.spans is not None:
             key = delta.request_id, delta.choice
             warning = self._hits.reported(key, delta.attempt, delta.spans, time.monotonic())
             if warning:
                 log.warning("%s", warning)
         try:
-            sink.on_delta(delta)
+            command.sink.on_delta(delta)
         except Exception:  # one client's bug must not cost the others of this step their tokens
             log.exception("the sink of a request failed", extra=about(delta))
             self._handle(Cancelled(delta.request_id, delta.choice))
