@@ -122,6 +122,11 @@ class Tokenizer:
         """
         return max(map(len, self.vocabulary()), default=1)  # "##", <0x41>: only longer
 
+    @cached_property
+    def largest_id(self) -> int:
+        """A model need not have a row for it: special tokens are sometimes added to the tokenizer alone. 0.1 s."""
+        return max(self.vocabulary().values(), default=-1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; the interpreter lock is released while a long text is encoded."""
         ids = self._ids(text, add_special_tokens)

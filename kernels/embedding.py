@@ -13,7 +13,7 @@ _BLOCK = 1024  # a 16-byte access of a 2-byte type a thread
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
-    """table[token_ids]: int64 [T] and [vocab, n] give [T, n]. On CUDA ids are not checked."""
+    """table[token_ids]: int64 [T] and [vocab, n] give [T, n]. On CUDA ids are not checked: who takes prompts has to."""
     if use_triton(table):
         return embed_triton(token_ids, table)
     return F.embedding(token_ids, table)

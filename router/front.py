@@ -143,17 +143,21 @@ class Front:
         `check_choices` and `check_length` come before tokenising, so they are the caller's.
 
         Raises:
-            BadRequest: parameters out of range, or a prompt too long.
+            BadRequest: parameters out of range, or a prompt too long, or with tokens that the model lacks.
         """
         info = self.model_info()
         request.check_token_ids(info.vocab_size)
+        default, blamed = max_tokens
+        if self.tokenizer.largest_id >= info.vocab_size and max(map(max, prompts)) >= info.vocab_size:
+            raise BadRequest(
+                f"{blamed} has a token that the model lacks: ids are below {info.vocab_size}", param=blamed
+            )
         n = request.choices_per_prompt
         request.check_form_size(n * len(prompts))
         asked = request.asked_max_tokens
         if asked is not None and asked < 1:
             field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
             raise BadRequest(f"{field} must be at least 1, got {asked}", param=field)
-        default, blamed = max_tokens
         budget = min(output_budget(len(ids), asked, default, info.max_model_len, blamed) for ids in prompts)
         seed = self.seeds.getrandbits(63)
         sampling = request.sampling(self.defaults, budget, logprobs, seed, info.vocab_size, self._encode_word)

@@ -99,5 +99,11 @@ def test_no_text_has_more_characters_than_its_tokens_can_stand_for(parts: list[s
         assert len(text) <= len(ids) * tokenizer.longest_token_chars
 
 
+def test_the_largest_id_is_known() -> None:
+    for tokenizer in (byte_level(), sentencepiece(), wordpiece()):
+        last = tokenizer.largest_id
+        assert tokenizer.vocabulary_entry(last) and not tokenizer.vocabulary_entry(last + 1)
+
+
 def test_the_longest_token_is_known_in_characters() -> None:
     assert byte_level().longest_token_chars == max(len(byte_level().token_text(i)) for i in range(404))

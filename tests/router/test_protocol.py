@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.common.bus import MAX_MESSAGE_BYTES
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.endpoints import MAX_BODY_BYTES
-from tests.router.fake_router import CONTEXT, VOCAB, Router
-from tests.tiny_tokenizers import byte_level
+from tests.router.fake_router import CONTEXT, VOCAB, Router, running
+from tests.tiny_tokenizers import SETTINGS, byte_level, byte_level_backend
 
 CHAT = {"messages": [{"role": "user", "content": "a"}]}
 COMPLETION = {"prompt": "a"}
@@ -162,6 +163,21 @@ def test_the_limits_themselves_are_allowed(router: Router) -> None:
     assert router.post("/v1/completions", COMPLETION | {"cache_salt": "é" * 256}).status_code == 200
     assert router.post("/v1/completions", COMPLETION | {"stop_token_ids": ids * 1000}).status_code == 200
     assert router.last.sampling.stop_token_ids == ids, "repeated ones count once"
+
+
+def test_tokens_of_a_text_that_the_model_lacks_reach_no_worker() -> None:
+    """Special tokens are sometimes added to a tokenizer alone: who writes one would bring down every worker in turn."""
+    backend = tokenizers.Tokenizer.from_str(byte_level_backend().to_str())
+    backend.add_special_tokens([f"<pad {i}>" for i in range(VOCAB)])
+    with running(tokenizer=Tokenizer(backend, SETTINGS)) as router:
+        for text in (f"<pad {VOCAB - 1}>", f"a<pad {VOCAB - 1}>b"):
+            for path, body in (
+                ("/v1/completions", {"prompt": ["a", text]}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+            ):
+                error = error_of(router, path, body)
+                assert error["param"] in body and "the model lacks" in error["message"]
+        assert router.post("/v1/completions", {"prompt": "<pad 0>"}).status_code == 200
 
 
 def test_a_body_that_is_taken_fits_the_bus(router: Router) -> None:
