@@ -145,5 +145,8 @@ def _grown(placement: Placement, lookups: Mapping[str, Lookup], others: Mapping[
 
 
 def _page_hashes(request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
+    """None for a prompt that is to be scored: all of it is computed, whoever holds a prefix."""
+    if request.wants_prompt_logprobs:
+        return []
     tokens = request.prompt_token_ids + request.output_token_ids
     return list(page_hashes(root_hash(scope, (request.cache_salt,)), tokens, page_size))

@@ -27,7 +27,11 @@ class Reader:
 
     other_routers = 1
 
+    def __init__(self) -> None:
+        self.asked: list[int] = []  # for how many pages
+
     async def look_up(self, incarnations: Sequence[str], hashes: Sequence[bytes]) -> dict[str, Lookup]:
+        self.asked.append(len(hashes))
         return {one: Lookup(0, 0) for one in incarnations}
 
 
@@ -60,3 +64,20 @@ def test_a_worker_lost_during_the_claim_gets_nothing(lost: list[str], left: str 
         off_loop.close()
     assert (placement and placement.decode.incarnation) == left
     assert fleet.reservations == {}, "what was claimed is given back"
+
+
+def test_nobody_holds_anything_of_a_prompt_that_is_to_be_scored():
+    fleet, off_loop, reader = Fleet(), OffLoop(1), Reader()
+    for one in WORKERS:
+        fleet.connected(one.address, one, 0.0)
+    placing = Placing(fleet, LeastLoadPolicy(), reader, Claims([], {}), off_loop, 0, Limits())  # type: ignore[arg-type]
+    prompt, scored = list(range(3 * WORKERS[0].page_size)), SamplingParams(prompt_logprobs=1)
+    try:
+        for sampling, output in ((SamplingParams(), []), (scored, []), (scored, [5])):
+            request = GenerateRequest(
+                request_id="a", prompt_token_ids=prompt, output_token_ids=output, sampling=sampling
+            )
+            asyncio.run(placing.place(request, frozenset(), 0.0))
+    finally:
+        off_loop.close()
+    assert reader.asked == [3, 0, 3], "with its first token the client has the scores"
