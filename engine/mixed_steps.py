@@ -87,7 +87,7 @@ def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_
     for decodes in sorted({min(64, max_num_seqs), min(256, max_num_seqs)}):
         shapes += [Shape(decodes, count, MAX_PROMPTS) for count in _PROMPT_TOKENS[1:]]
     if 0 < mixed_chunk_tokens <= _PROMPT_TOKENS[-1]:
-        rooms = [*(count for count in SEQUENCES if count < max_num_seqs), min(max_num_seqs, SEQUENCES[-1])]
+        rooms = sorted({min(count, max_num_seqs) for count in SEQUENCES})
         chunks = [Shape(room, chunk_beside(mixed_chunk_tokens, room), MAX_PROMPTS) for room in rooms]
         shapes += [shape for shape in chunks if shape not in shapes]
     return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]

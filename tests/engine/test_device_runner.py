@@ -188,8 +188,9 @@ def test_captured_shapes_are_within_the_limits() -> None:
     assert not Shape(64, 256, 16).holds(Shape(3, 20, 17))
     chunks = set(captured_shapes(24, 8192, 152)) - set(captured_shapes(24, 8192, 0))
     assert chunks == {Shape(4, 152, 16), Shape(8, 152, 16), Shape(16, 176, 16), Shape(24, 200, 16)}
-    twice = captured_shapes(256, 8192, 128)
-    assert len(twice) == len(set(twice)) and Shape(64, 128, 16) in shapes
+    for seqs in (256, 257, 512):
+        twice = captured_shapes(seqs, 8192, 128)
+        assert len(twice) == len(set(twice)) and Shape(64, 128, 16) in shapes
     assert captured_shapes(256, 8192, 2048) == shapes, "long chunks are launched op by op"
 
 
