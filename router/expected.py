@@ -83,10 +83,11 @@ def quickest(
 
 def computing_ms(worker: Candidate, tokens: int) -> float:
     """Computing so many tokens of prompts: beside sequences that decode in chunks, each of which moves them all on."""
-    sequences, chunk = max(worker.load.running, worker.placed), worker.worker.mixed_chunk_tokens
-    if worker.worker.role == "prefill" or not sequences or not chunk:
+    sequences, few = max(worker.load.running, worker.placed), worker.worker.mixed_chunk_tokens
+    if worker.worker.role == "prefill" or not sequences or not few:
         return worker.rates.prefill_ms(tokens)
-    return worker.rates.mixed_ms(tokens, chunk_beside(chunk, sequences), sequences, held_context(worker))
+    chunk = max(1, min(chunk_beside(few, sequences), worker.worker.step_tokens - sequences))
+    return worker.rates.mixed_ms(tokens, chunk, sequences, held_context(worker))
 
 
 def held_context(worker: Candidate) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +42,10 @@ def test_chunks_move_the_sequences_on_with_them():
     assert computing_ms(place("d", "decode"), 50) == 50 == computing_ms(place("p", "prefill", running=3), 50)
     slow = dataclasses.replace(RATES, prefill_step_ms=7.0)
     assert computing_ms(dataclasses.replace(place("d", "decode", running=3), rates=slow), 50) == 50 + 3 * (7 + 3)
+    many = place("d", "decode", running=16)
+    assert computing_ms(many, 88) == 88 + 2 * 16, "chunks of 44 tokens"
+    short = dataclasses.replace(many, worker=msgspec.structs.replace(many.worker, step_tokens=38))
+    assert computing_ms(short, 88) == 88 + 4 * 16, "a step has room for 22 of them"
     placed = dataclasses.replace(place("d", "decode"), placed=2)
     assert computing_ms(placed, 50) == 50 + 3 * 2, "those that it has not reported yet count, too"
 
