@@ -28,7 +28,7 @@ class SessionLease:
         """`lease_s`: the lender's. `started_at`: when the session's Hello was sent; it counts as heartbeat 0."""
         self.until = float("-inf")
         self.proven = (
-            0  # the newest heartbeat that was answered: the lender lived, and kept its loans, after it was sent
+            0  # the newest heartbeat that was answered: after it was sent the lender lived, and kept its loans
         )
         self._lease_s = lease_s * CLOCKS_AGREE
         self._unanswered: dict[int, float] = {0: started_at}

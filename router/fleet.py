@@ -214,7 +214,7 @@ class Fleet:
         leaving = [member.worker.incarnation for member in decoders if member.load.draining]
         takers = [m for m in decoders if not m.load.draining and self.health.usable(m.worker.incarnation, now)]
         tokens = sum(m.load.free_pages * m.worker.page_size for m in takers)
-        sequences = sum(m.worker.max_num_seqs - m.load.running - m.load.waiting for m in takers)
+        sequences = sum(max(0, m.worker.max_num_seqs - m.load.running - m.load.waiting) for m in takers)
         return [WorkerLeaving(incarnation, tokens, sequences) for incarnation in leaving]
 
     @property
