@@ -192,10 +192,11 @@ class Run:
         self.pool.pages.fill_(torch.nan)
         model: Any = PageReader()
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_tokens, "max_model_len": CONTEXT}
-        runner = DeviceRunner(model, self.pool, **limits)
+        policy = pick.choice((DecodePolicy(), DecodePolicy(mixed_chunk_tokens=2), THROUGHPUT))
+        chunk = policy.prefill_budget(max_tokens, 1)
+        runner = DeviceRunner(model, self.pool, **limits, mixed_chunk_tokens=chunk)
         if captured:
             capture(runner)
-        policy = pick.choice((DecodePolicy(), THROUGHPUT))
         forms: Any = FakeConstraints(VOCAB, pick)
         scheduler = Scheduler(self.pages, policy, hash_scope="", **limits)
         self.engine = Engine(scheduler, runner, clock=lambda: 0.0, constraints=forms)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -151,22 +152,45 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 16),
         stops=st.sets(st.integers(0, 10), max_size=2),
         min_tokens=st.integers(0, 1),
-        promised=st.booleans(),
+        claim=st.sampled_from(["", "promised", "landed"]),
+        priority=st.integers(0, 1),
     )
-    def add(self, prompts: list[list[int]], max_tokens: int, stops: set[int], min_tokens: int, promised: bool) -> None:
+    def add(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        stops: set[int],
+        min_tokens: int,
+        claim: str,
+        priority: int,
+    ) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=sorted(stops), min_tokens=min_tokens)
         for prompt in prompts:
             self.count += 1
             name = str(self.count)
-            self._add(GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling), promised)
+            source = GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, priority=priority)
+            self._add(source, claim)
 
-    def _add(self, source: GenerateRequest, promised: bool) -> None:
-        pages = self.engine.pages
-        wanted = pages.pages_for(len(source.prompt_token_ids) + 1)
-        if promised and wanted <= pages.num_available:  # as the decode worker's admission does
-            pages.promise(request_key(source.request_id, 0, 0), wanted)
-        key = self.engine.add(source)
-        self.sources[key], self.got[key] = source, []
+    def _add(self, source: GenerateRequest, claim: str = "") -> None:
+        """With pages, as far as there are any: promised, as admission does; or filled elsewhere, with a first token."""
+        pages, key, prompt, computed = (
+            self.engine.pages,
+            request_key(source.request_id, 0, 0),
+            source.prompt_token_ids,
+            0,
+        )
+        wanted = pages.pages_for(len(prompt) + 1)
+        first, *more = expected_tokens(source, self.engine.scheduler.max_model_len)
+        if claim and wanted <= pages.num_available:
+            pages.promise(key, wanted)
+            if claim == "landed" and more:
+                source, computed = msgspec.structs.replace(source, output_token_ids=[first]), len(prompt)
+                table = pages.allocate(key, wanted)
+                for position in range(computed):
+                    content = position, tuple(prompt[: position + 1])
+                    self.executor.slots[table[position // PAGE], position % PAGE] = content
+        assert self.engine.add(source, computed=computed) == key
+        self.sources[key], self.got[key] = source, list(source.output_token_ids)
 
     @precondition(lambda self: self.sources)
     @rule(data=st.data(), again=st.booleans())
@@ -176,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         assert self.engine.abort(source.request_id, source.choice, source.attempt)
         assert self.engine.pages.table(key) == []
         if again:  # the same key at once: nothing of the old request may reach the new one
-            self._add(source, False)
+            self._add(source)
 
     @rule()
     def look(self) -> None:
