@@ -210,9 +210,12 @@ class Fleet:
         teller = self._members.get(address)
         if teller is None or teller.worker.role != "decode" or teller.load.draining:
             return []
-        decoders = [member for member in self._members.values() if member.worker.role == "decode"]
-        leaving = [member.worker.incarnation for member in decoders if member.load.draining]
-        takers = [m for m in decoders if not m.load.draining and self.health.usable(m.worker.incarnation, now)]
+        draining = [member for member in self._members.values() if member.load.draining]
+        if not draining:  # nearly always, and every worker tells twice a second
+            return []
+        leaving = [member.worker.incarnation for member in draining if member.worker.role == "decode"]
+        decoders = [m for m in self._members.values() if m.worker.role == "decode" and not m.load.draining]
+        takers = [m for m in decoders if self.health.usable(m.worker.incarnation, now)]
         tokens = sum(m.load.free_pages * m.worker.page_size for m in takers)
         sequences = sum(max(0, m.worker.max_num_seqs - m.load.running - m.load.waiting) for m in takers)
         return [WorkerLeaving(incarnation, tokens, sequences) for incarnation in leaving]
