@@ -286,6 +286,6 @@ def _sample(shape: Shape, place: Place, rows: int, temperature: float, top_p: fl
     workspace = SampleWorkspace.allocate(rows, shape.vocab, place.device)
     slots, positions = place.integers(list(range(rows))), place.integers([1024] * rows)
     out = torch.empty(rows, dtype=torch.int64, device=place.device)
-    draw = partial(sample, filters=top_p < 1, out=out)
+    draw = partial(sample, out=out)
     logits = (place.noise(rows, shape.vocab, std=3.0) for _ in range(copies))
     return [partial(draw, x, slots, positions, columns, workspace) for x in logits]

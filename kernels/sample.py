@@ -168,7 +168,6 @@ def sample(
     columns: SamplingColumns,
     workspace: SampleWorkspace,
     *,
-    filters: bool = True,
     out: Tensor | None = None,
     turn: Tensor | None = None,
 ) -> Tensor:
@@ -178,7 +177,6 @@ def sample(
         logits: `[B, vocab]` bfloat16, float16 or float32; rows may have any stride. Not changed.
         slots: `[B]` int32, each slot once; -1: padding, whose result is 0.
         positions: `[B]` int32, position of the token to be drawn: the number of tokens known.
-        filters: False promises that no slot uses top-k, top-p or min-p: two launches fewer, the same results.
         out: where to write the tokens, also in pinned memory of the host; a new tensor without. Returned as it is.
         turn: `[1]` int32; with it, out is `[turns, >= B]`, and the tokens are its row turn[0].
 
@@ -186,7 +184,7 @@ def sample(
         ValueError: more rows than the workspace or out has room for.
     """
     if use_triton(logits):
-        return sample_triton(logits, slots, positions, columns, workspace, filters=filters, out=out, turn=turn)
+        return sample_triton(logits, slots, positions, columns, workspace, out=out, turn=turn)
     tokens = sample_reference(logits, slots, positions, columns)
     if out is None:
         return tokens
@@ -256,7 +254,6 @@ def sample_triton(
     columns: SamplingColumns,
     workspace: SampleWorkspace,
     *,
-    filters: bool = True,
     out: Tensor | None = None,
     turn: Tensor | None = None,
     tile: int = 1024,
@@ -281,15 +278,14 @@ def sample_triton(
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.listed, vocab, tiles,
         SPLITS=_MAX_SPLITS, TILE=tile, num_warps=4, **options,
     )  # fmt: skip
-    if filters:
-        count_kernel[(rows, splits)](
-            *row, *token_columns, w.best, w.counts, w.total, vocab, splits, tiles,
-            SPLITS=_MAX_SPLITS, TILE=tile, num_warps=4, **options,
-        )  # fmt: skip
-        gather_kernel[(rows, splits)](
-            *row, *token_columns, w.best, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z, w.list_id,
-            vocab, splits, tiles, SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=tile, num_warps=4, **options,
-        )  # fmt: skip
+    count_kernel[(rows, splits)](
+        *row, *token_columns, w.best, w.counts, w.total, vocab, splits, tiles,
+        SPLITS=_MAX_SPLITS, TILE=tile, num_warps=4, **options,
+    )  # fmt: skip
+    gather_kernel[(rows, splits)](
+        *row, *token_columns, w.best, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z, w.list_id,
+        vocab, splits, tiles, SPLITS=_MAX_SPLITS, CAPACITY=capacity, TILE=tile, num_warps=4, **options,
+    )  # fmt: skip
     finish_kernel[(rows,)](
         *row, c.seeds, *token_columns, w.best, w.best_id, w.counts, w.total, w.above, w.num_above, w.listed, w.list_z,
         w.list_id, tokens, turn, tokens.stride(0), c.last_tokens, c.ban_length, c.ban_words, c.recent, vocab, splits,

@@ -69,9 +69,7 @@ class Batch:
             self.positions[i] = len(row.tokens)
         self.vocab, self.device, self.padding = vocab, device, padding
 
-    def draw(
-        self, logits: Tensor, *, tile: int = 32, capacity: int = 64, filters: bool = True, finish_tile: int = 128
-    ) -> list[int]:
+    def draw(self, logits: Tensor, *, tile: int = 32, capacity: int = 64, finish_tile: int = 128) -> list[int]:
         workspace = SampleWorkspace.allocate(len(self.slots), self.vocab, self.device, capacity=capacity)
         for scratch in vars(workspace).values():
             scratch.fill_(7)  # what an earlier step left
@@ -83,7 +81,6 @@ class Batch:
             self.positions,
             self.columns,
             workspace,
-            filters=filters,
             tile=tile,
             finish_tile=finish_tile,
         ).tolist()
@@ -203,7 +200,6 @@ def test_greedy_takes_the_lowest_of_the_best_ids(device: str) -> None:
     greedy = SamplingParams(temperature=0.0, top_k=3)
     rows = [SamplingRow(greedy, 0, [1], 1, ())] * 4
     assert Batch(rows, 131, device).draw(logits) == [0, 40, 0, 130]
-    assert Batch(rows, 131, device).draw(logits, filters=False) == [0, 40, 0, 130]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -220,11 +216,11 @@ def test_forbidden_logits_are_never_drawn(device: str, params: dict[str, float])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_row_draws_the_same_alone_and_without_filter_launches(device: str) -> None:
+def test_a_row_draws_the_same_alone(device: str) -> None:
     params = [SamplingParams(seed=seed, temperature=0.5 + seed, frequency_penalty=0.1 * seed) for seed in range(3)]
     rows = [SamplingRow(p, noise_seed(p.seed, 0), [4, 5, 5, 6], 2, ()) for p in params]
     logits = normal(3, 300, 9)
-    together = Batch(rows, 300, device, padding=1).draw(logits, filters=False)
+    together = Batch(rows, 300, device, padding=1).draw(logits)
     assert together == sample_on_host(logits, rows)[0]
     for i in range(3):
         assert Batch(rows[i : i + 1], 300, device).draw(logits[i : i + 1], tile=16 << i) == [together[i]]
@@ -242,7 +238,7 @@ def test_drawn_tokens_count_in_the_next_step(device: str) -> None:
     for _ in range(8):
         expected, _ = sample_on_host(logits, [SamplingRow(params, 0, tokens, 2, (best,))])
         batch.positions[0] = len(tokens)
-        assert batch.draw(logits, filters=False) == expected
+        assert batch.draw(logits) == expected
         tokens += expected
     assert best in tokens[6:]
     assert best not in tokens[2:6]
