@@ -97,6 +97,10 @@ class AnswerFormat(ABC):
     def delta(self, choice: Choice, delta: Delta, usage: Usage | None) -> bytes:
         """The events for what a choice said, `usage` so far if every event is to have it."""
 
+    def text(self, choice: Choice, text: str) -> bytes:
+        """The events for content and nothing else: nearly all of them."""
+        return self.delta(choice, Delta(text), None)
+
     @abstractmethod
     def closing(self, usage: Usage, timeline: list[dict[str, Any]] | None) -> bytes:
         """The events that end a stream, after the last delta of the last choice."""

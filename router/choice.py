@@ -133,7 +133,7 @@ class Choice:
                 self._begin(now)
             self.last_at = now
         text = self.text.push(delta.token_ids, finish)
-        self.token_ids += delta.token_ids[: self.text.kept]
+        self.token_ids += delta.token_ids if self.text.finish_reason is None else delta.token_ids[: self.text.kept]
         tokens = self._scored(delta) if self._scores else ()
         if self.text.finish_reason is not None:
             self._end(cancel=finish is None)

@@ -107,11 +107,10 @@ class ChoicesFormat(AnswerFormat):
         bare = not delta.tokens and delta.finish_reason is None and usage is None and not self.token_ids
         if delta.reasoning or delta.calls:
             start, said = b"%b%d" % (self._head, choice.index), self.said(delta)
+        elif bare:
+            return self.text(choice, delta.content)
         else:
-            start, content = self._start(choice.index), _json(delta.content)
-            if bare:  # nearly all of them are
-                return b"".join((start, content, self._plain))
-            said = content + self.after_text
+            start, said = self._start(choice.index), _json(delta.content) + self.after_text
         if bare:
             return b"".join((start, said, self._plain_end))
         ending: dict[str, Any] = {"logprobs": self.logprobs(delta.tokens), "finish_reason": delta.finish_reason}
@@ -122,6 +121,12 @@ class ChoicesFormat(AnswerFormat):
             self._ids_written[choice.index] = len(choice.token_ids)
         tail = self._tail if usage is None else b'}],"usage":' + _json(usage_fields(usage)) + b"}\n\n"
         return b"".join((start, said, b",", _json(ending)[1:-1], tail))
+
+    def text(self, choice: Choice, text: str) -> bytes:
+        """See `AnswerFormat.text`: one chunk, as `delta` writes it."""
+        if self.token_ids:
+            return super().text(choice, text)
+        return b"".join((self._start(choice.index), _json(text), self._plain))
 
     def _start(self, index: int) -> bytes:
         start = self._starts.get(index)

@@ -257,6 +257,14 @@ class StreamReply(Reply):
         super().__init__(plan, front, timeline, headers)
         self._events = EventStream(front.outbox)
         self._opened = [False for _ in self._choices]
+        self._plain = self._parsers is None and not plan.usage_in_chunks
+
+    def on_text(self, choice: Choice, text: str, tokens: Sequence[ScoredToken]) -> None:
+        """See `Listener`. Most calls bring the text of one token, and cost no more than its event."""
+        if tokens or choice.ended or not self._plain or not self._opened[choice.index]:
+            super().on_text(choice, text, tokens)
+        elif text and not self._events.ended:
+            self._events.put(self._format.text(choice, text))
 
     def on_delta(self, choice: Choice, delta: Delta) -> None:
         """Write an event, unless there is nothing to tell yet."""
