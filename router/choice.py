@@ -133,9 +133,10 @@ class Choice:
                 self._begin(now)
             self.last_at = now
         text = self.text.push(delta.token_ids, finish)
-        self.token_ids += delta.token_ids if self.text.finish_reason is None else delta.token_ids[: self.text.kept]
+        over = self.text.finish_reason is not None
+        self.token_ids += delta.token_ids[: self.text.kept] if over else delta.token_ids
         tokens = self._scored(delta) if self._scores else ()
-        if self.text.finish_reason is not None:
+        if over:
             self._end(cancel=finish is None)
         self._listener.on_text(self, text, tokens)
 
