@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -17,6 +19,7 @@ from penstock.router.dispatch_events import (
     Deliver,
     Dequeue,
     Fail,
+    Give,
     Place,
     Placed,
     Queued,
@@ -32,7 +35,10 @@ from penstock.router.dispatch_events import (
     WorkerLeaving,
     WorkerUp,
 )
+from penstock.router.rates import H200_LLAMA8B
 from tests.router.dispatching import STOP, placement, request
+
+GUESS_MS, PROMPT_TOKENS = 50.0, len(request().prompt_token_ids)
 
 
 class Faults(RuleBasedStateMachine):
@@ -59,6 +65,9 @@ class Faults(RuleBasedStateMachine):
         self.network: list[TokenDelta] = []
         self.to_move: list[Move] = []
         self.reserved: Counter[str] = Counter()
+        self.given_ms: dict[str, float] = defaultdict(float)  # of decoding, by worker
+        self.begun: dict[tuple[str, int], tuple[str, int]] = {}  # request and attempt -> worker, first index
+        self.made: Counter[tuple[str, int]] = Counter()  # tokens of each attempt
         for one in self.up:
             self.core.handle(WorkerUp(one), self.now)
 
@@ -74,12 +83,14 @@ class Faults(RuleBasedStateMachine):
                 request = command.message.request
                 assert request.output_token_ids == self.got[request.request_id]
                 self.sent[request.request_id] = command.incarnation, request.attempt, len(request.output_token_ids)
+                self.begun[request.request_id, request.attempt] = command.incarnation, len(request.output_token_ids)
                 self.compute(request.request_id)
             elif isinstance(command, Deliver):
                 name = command.sink
                 assert name not in self.ended, "nothing comes after the end"
                 assert command.delta.index == len(self.got[name])
                 self.got[name] += command.delta.token_ids
+                self.made[name, command.delta.attempt] += len(command.delta.token_ids)
                 assert self.got[name] == self.oracle[name][: len(self.got[name])]
                 if command.delta.finish is not None:
                     assert self.got[name] == self.oracle[name]
@@ -96,6 +107,8 @@ class Faults(RuleBasedStateMachine):
             elif isinstance(command, Release):
                 self.reserved[command.incarnation] -= command.tokens
                 assert self.reserved[command.incarnation] >= 0
+            elif isinstance(command, Give):
+                self.given_ms[command.incarnation] += command.work_ms
 
     def compute(self, name: str) -> None:
         """All that this attempt will say goes on the network; rules decide in what order it comes, and how often."""
@@ -125,11 +138,16 @@ class Faults(RuleBasedStateMachine):
                 continue
             where = data.draw(st.sampled_from(sorted(self.up))) if self.up else None
             prefill = data.draw(st.sampled_from([None, "p1"]))
-            found = placement(where, prefill) if where else None
-            self.queued.discard(command.request.request_id)
-            self.apply(
-                self.core.handle(Placed(command.request.request_id, 0, command.request.attempt, found), self.now)
-            )
+            self.placed(command, where, prefill)
+
+    def placed(self, command: Place, where: str | None, prefill: str | None = None) -> None:
+        """The answer; what the policy expects of the output counts from then on."""
+        name, found = command.request.request_id, None
+        self.queued.discard(name)
+        if where:
+            found = replace(placement(where, prefill), decode_ms=GUESS_MS)
+            self.given_ms[where] += GUESS_MS
+        self.apply(self.core.handle(Placed(name, 0, command.request.attempt, found), self.now))
 
     def admission(self, command: Place, data: st.DataObject) -> None:
         """It waits its turn, which comes later or never, or is refused; it may have been cancelled since it asked."""
@@ -242,14 +260,16 @@ class Faults(RuleBasedStateMachine):
         self.apply(self.core.handle(WorkerUp("d1"), self.now))
         for _ in range(40):  # from here on nothing fails: everything that is left must end
             while self.to_place:
-                command = self.to_place.pop(0).request
-                self.queued.discard(command.request_id)
-                self.apply(self.core.handle(Placed(command.request_id, 0, command.attempt, placement("d1")), self.now))
+                self.placed(self.to_place.pop(0), "d1")
             network, self.network = self.network, []
             for one in network:
                 self.apply(self.core.tokens([one], self.now))
         assert set(self.ended) == set(self.oracle) and not self.core.choices, "nothing hangs once all tokens came"
         assert +self.reserved == Counter()
+        work_ms = dict.fromkeys(self.given_ms, 0.0)
+        for attempt, (incarnation, first) in self.begun.items():
+            work_ms[incarnation] += H200_LLAMA8B.output_ms(PROMPT_TOKENS + first, self.made[attempt])
+        assert self.given_ms == pytest.approx(work_ms), "what each worker was given is what it has done"
 
 
 TestFaults = Faults.TestCase
