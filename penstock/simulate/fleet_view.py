@@ -155,6 +155,7 @@ def virtual_infos(
     page_tokens: int,
     token_bytes: int,
     max_num_seqs: int,
+    step_tokens: int,
     mixed_chunk_tokens: int,
 ) -> list[WorkerInfo]:
     """What virtual workers say of themselves: numbers below `prefill_workers` are prefill workers."""
@@ -171,6 +172,7 @@ def virtual_infos(
         page_bytes=page_tokens * token_bytes,
         max_model_len=pages * page_tokens,
         max_num_seqs=max_num_seqs,
+        step_tokens=step_tokens,
         mixed_chunk_tokens=mixed_chunk_tokens,
         vocab_size=1,
     )

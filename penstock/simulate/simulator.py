@@ -97,6 +97,7 @@ class Simulator:
             shape.page_tokens,
             shape.token_bytes,
             shape.max_num_seqs,
+            shape.max_num_batched_tokens,
             shape.batch_policy(shape.prefill_workers).prefill_budget(shape.max_num_batched_tokens, 1),
         )
         self._view = FleetView(self._workers, policy, self._index, infos, shape.rates)
