@@ -16,7 +16,7 @@ def room_for(sequences: int) -> int:
 
 
 def chunk_beside(few_tokens: int, sequences: int) -> int:
-    """Prompt tokens beside so many sequences: `few_tokens` up to 8 sequences, and 3 more for each one beyond.
+    """Prompt tokens beside so many sequences: `few_tokens` up to 8, and 3 more for each one that `room_for` has beyond.
 
     With many sequences a step is long anyway, and prompts come as fast as outputs end: a chunk that did not grow would
     soon not keep up with them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -248,6 +247,6 @@ def test_leaving_workers_out_changes_no_choice(name: str, fetch: bool, monkeypat
 
 
 def test_virtual_workers_say_what_their_steps_are() -> None:
-    fleet = replace(shape(3, prefill=1), max_num_batched_tokens=600, mixed_chunk_tokens=50)
+    fleet = dataclasses.replace(shape(3, prefill=1), max_num_batched_tokens=600, mixed_chunk_tokens=50)
     told = Simulator(fleet, make_policy("cost"))._view.candidate(2).worker
     assert (told.role, told.step_tokens, told.mixed_chunk_tokens) == ("decode", 600, 50)
