@@ -10,7 +10,9 @@ in order, joins again and is killed, one of the routers is told to end and later
 - every answer was exact (Hugging Face's tokens) or a typed error within its deadline; a request whose router was killed
   is asked once more, as a client would (`asked_again_after_a_router_died`; answered then, or the run fails),
 - nothing is held, lent or reserved anywhere,
-- memory of the router that lived throughout, and of Redis since its last restart, does not grow: slope and noise,
+- memory of the router that lived throughout does not grow in the second half, in which everything has happened before;
+  nor does what Redis keeps for the fleet since its last restart (its keys: Lua's garbage and clients' buffers come and
+  go): slope and noise,
 - hits that routers predicted were found by the workers: `hits_apart` compares the sums, `hits_missed` is the share of
   predicted ones that were not found, request by request.
 
@@ -83,7 +85,7 @@ class Soak:
     slowest_s: float = 0.0
     events: list[tuple[float, str]] = field(default_factory=list)  # seconds since the start
     router_bytes: list[tuple[float, float]] = field(default_factory=list)
-    redis_bytes: list[tuple[float, float]] = field(default_factory=list)
+    redis_bytes: list[tuple[float, float]] = field(default_factory=list)  # of all keys
     predicted: int = 0
     realised: int = 0
     missed: int = 0
@@ -275,9 +277,9 @@ def run(minutes: float, rate: float, directory: Path, warming: int = 0) -> dict[
         found.realised = _total(running.url, "penstock:realised_hit_tokens_total")
         found.missed = _total(running.url, "penstock:missed_hit_tokens_total")
     last_redis = max((at for at, action in found.events if action == "kill redis"), default=0.0)
-    warm = 60 * minutes / 4
-    router = trend([one for one in found.router_bytes if one[0] > warm])
-    shared = trend([one for one in found.redis_bytes if one[0] > max(warm, last_redis + 10)])
+    half = 60 * minutes / 2
+    router = trend([one for one in found.router_bytes if one[0] > half])
+    shared = trend([one for one in found.redis_bytes if one[0] > max(half, last_redis + 10)])
     return {
         "minutes": minutes,
         "warm_up_requests": warming,
@@ -288,9 +290,9 @@ def run(minutes: float, rate: float, directory: Path, warming: int = 0) -> dict[
         "asked_again_after_a_router_died": found.cut,
         "slowest_s": found.slowest_s,
         "router_mib": [round(found.router_bytes[i][1] / 2**20, 2) for i in (0, -1)],
-        "redis_used_mib": [round(found.redis_bytes[i][1] / 2**20, 2) for i in (0, -1)],
+        "redis_keys_kib": [round(found.redis_bytes[i][1] / 2**10, 1) for i in (0, -1)],
         "router_mib_blocks": [[round(at), round(of / 2**20, 2)] for at, of in block_means(found.router_bytes)],
-        "redis_used_mib_blocks": [[round(at), round(of / 2**20, 3)] for at, of in block_means(found.redis_bytes)],
+        "redis_keys_kib_blocks": [[round(at), round(of / 2**10, 1)] for at, of in block_means(found.redis_bytes)],
         "router_memory": router and {**asdict(router), "grows": router.grows},
         "redis_memory": shared and {**asdict(shared), "grows": shared.grows},
         "predicted_hit_tokens": found.predicted,
@@ -323,11 +325,13 @@ def _or_none(ask: Callable[[], Any]) -> Any:
 
 
 def _redis_bytes(url: str) -> float | None:
-    """What Redis has allocated for what it was told; None while it is away."""
+    """What all keys of Redis take; None while it is away."""
     client = redis.Redis.from_url(url, socket_timeout=1)
     try:
-        client.slowlog_reset()  # its own log of slow commands, which fills to 128 of them on a slow machine
-        return float(client.info("memory")["used_memory"])
+        pipeline = client.pipeline(transaction=False)
+        for key in client.scan_iter(count=1000):
+            pipeline.memory_usage(key, samples=0)
+        return float(sum(size or 0 for size in pipeline.execute()))  # a key may have expired meanwhile
     except redis.RedisError:
         return None
     finally:
