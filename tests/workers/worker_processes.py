@@ -141,11 +141,20 @@ class Answer:
     @property
     def tokens(self) -> list[int]:
         """Tokens in order of index; duplicates must agree, and nothing may be missing."""
-        by_index: dict[int, int] = {}
+        by_index = self._by_index()
+        return [by_index[i] for i in range(len(by_index))]
+
+    @property
+    def whole(self) -> bool:
+        """It has its end, and all before it: a prefill worker's first token comes over another link, maybe later."""
+        return self.finish is not None and self._by_index().keys() == set(range(len(self._by_index())))
+
+    def _by_index(self) -> dict[int, int]:
+        found: dict[int, int] = {}
         for delta in self.deltas:
             for offset, token in enumerate(delta.token_ids):
-                assert by_index.setdefault(delta.index + offset, token) == token
-        return [by_index[i] for i in range(len(by_index))]
+                assert found.setdefault(delta.index + offset, token) == token
+        return found
 
 
 class RouterDouble:
@@ -190,11 +199,11 @@ class RouterDouble:
                             answer.finish = delta.finish or answer.finish
 
     def collect(self, seconds: float = 60.0) -> None:
-        """Until every request has an end."""
+        """Until every request has an end, and all before it."""
         deadline = time.monotonic() + seconds
-        while any(answer.finish is None for answer in self.answers.values()):
+        while not all(answer.whole for answer in self.answers.values()):
             self.turn()
-            assert time.monotonic() < deadline, {k: a.tokens for k, a in self.answers.items() if a.finish is None}
+            assert time.monotonic() < deadline, {k: a for k, a in self.answers.items() if not a.whole}
             time.sleep(0.001)
 
     def __enter__(self) -> RouterDouble:
