@@ -34,7 +34,7 @@ from benchmarks.paced_worker import PACE_ENV, Pace
 from benchmarks.record import RESULTS, commit, file_name, machine, merge
 from benchmarks.shape_folder import make_shape_folder
 from benchmarks.shapes import SHAPES
-from benchmarks.simulator_truth import fleet_of
+from benchmarks.simulator_truth import fleet_of, rates_by_worker
 from penstock.bench.serving_metrics import RequestRecord
 from penstock.common.config import TWO_PHASE_MIXED_CHUNK_TOKENS
 from penstock.http_client import connect
@@ -138,14 +138,7 @@ def at_full_speed(record: RequestRecord, slower: float) -> RequestRecord:
 def rates(url: str) -> dict[str, dict[str, float]]:
     """What each worker has measured of itself, by name."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
-        lines = answer.read().decode().splitlines()
-    found: dict[str, dict[str, float]] = {}
-    for line in lines:
-        name, _, rest = line.partition("{")
-        if name.startswith("penstock:measured_"):
-            worker = rest.partition('engine="')[2].partition('"')[0]
-            found.setdefault(worker, {})[name.removeprefix("penstock:measured_")] = float(line.rpartition(" ")[2])
-    return found
+        return rates_by_worker(answer.read().decode())
 
 
 if __name__ == "__main__":

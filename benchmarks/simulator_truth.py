@@ -168,15 +168,20 @@ def measured_rates(url: str) -> WorkerRates:
 
 def rates_in(exposition: str) -> WorkerRates:
     """The mean of the workers' measured rates in the text of a router's /metrics."""
-    lines = exposition.splitlines()
+    known = {field.name for field in fields(WorkerRates)}
+    rows = rates_by_worker(exposition).values()
+    return typical(MeasuredRates(**{k: v for k, v in row.items() if k in known}) for row in rows)
+
+
+def rates_by_worker(exposition: str) -> dict[str, dict[str, float]]:
+    """What each worker, by its name, has measured of itself, in the text of a router's /metrics."""
     rows: dict[str, dict[str, float]] = {}
-    for line in lines:
+    for line in exposition.splitlines():
         name, _, rest = line.partition("{")
         if name.startswith("penstock:measured_"):
             engine = rest.partition('engine="')[2].partition('"')[0]
             rows.setdefault(engine, {})[name.removeprefix("penstock:measured_")] = float(line.rpartition(" ")[2])
-    known = {field.name for field in fields(WorkerRates)}
-    return typical(MeasuredRates(**{k: v for k, v in row.items() if k in known}) for row in rows.values())
+    return rows
 
 
 def calibrate(url: str, vocab_size: int) -> tuple[WorkerRates, float]:
