@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.shapes import BYTES, H200, Shape
-from penstock.kernels.small_linear import Tiles
+from penstock.kernels.row_linear import RowTiles, row_tiles_for
+from penstock.kernels.small_linear import Tiles, tiles_for
+
+Tiling = Tiles | RowTiles
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 SHARED_BYTES = 227 << 10  # of a program, on Hopper
 LEAST_PROGRAMS = 60  # nearly half of an H200's multiprocessors
+
+HELD = 160  # registers of a thread for its weights
+
+ONE_ROW = "1,2 1,4 1,8 2,1 2,2 2,4 2,8 2,16 4,1 4,2 4,4 4,8 4,16 8,2 8,4 8,8 16,4"  # outputs, warps
 
 # outputs, depth, warps, stages, parts, prefetch, strips; what was among the best for one shape or another on an H200.
 FEW_ROWS = """
@@ -69,24 +76,37 @@ class Product:
         return cls(name, rows, outputs, columns, gated, name in ("o", "down"), has_bias)
 
 
-def parse_tiles(text: str) -> Tiles:
-    """From numbers with commas. Raises ValueError for anything else."""
+def parse_tiles(text: str) -> Tiling:
+    """From numbers with commas, two for a product of one row. Raises ValueError for anything else."""
     numbers = [int(number) for number in text.split(",")]
     try:
-        return Tiles(*numbers)
+        return RowTiles(*numbers) if len(numbers) == 2 else Tiles(*numbers)
     except TypeError as error:
-        raise ValueError(f"{text}: give {','.join(Tiles._fields)}") from error
+        raise ValueError(f"{text}: give {','.join(Tiles._fields)}, or {','.join(RowTiles._fields)}") from error
 
 
-def candidates(product: Product) -> list[Tiles]:
+def taken(product: Product) -> Tiling | None:
+    """What the engine takes for a product; None: the library."""
+    p = product
+    row = row_tiles_for(p.outputs, p.columns, gated=p.gated, rotated=p.name == "qkv") if p.rows == 1 else None
+    return row or tiles_for(p.rows, p.outputs, p.columns, p.gated)
+
+
+def candidates(product: Product) -> list[Tiling]:
     """Tilings of the lists above that make sense for a product."""
     few = product.rows <= 16
     text = (FEW_ROWS_GATED if few else MORE_ROWS_GATED) if product.gated else FEW_ROWS if few else MORE_ROWS
+    if product.rows == 1:
+        text = ONE_ROW
     return [tiles for tiles in map(parse_tiles, text.split()) if fits(tiles, product)]
 
 
-def fits(tiles: Tiles, product: Product) -> bool:
+def fits(tiles: Tiling, product: Product) -> bool:
     """Whether a tiling has a full tile of depth a part, programs for half a card, and memory for its tiles."""
+    if isinstance(tiles, RowTiles):
+        rows = tiles.outputs * (2 if product.gated or product.name == "qkv" else 1)
+        held = rows * -(-product.columns // (256 * tiles.warps)) * 4
+        return product.weight_rows // rows >= LEAST_PROGRAMS and held <= HELD
     programs = -(-product.outputs // tiles.outputs) // tiles.strips * tiles.parts
     rows = max(16, 1 << (product.rows - 1).bit_length())
     tile_bytes = (tiles.outputs * (2 if product.gated else 1) + rows) * tiles.depth * BYTES

@@ -49,8 +49,9 @@ from benchmarks.decode_step import (
 from benchmarks.record import RESULTS, commit, file_name, machine, merge
 from benchmarks.shapes import BYTES, H200, SHAPES, Shape
 from penstock.engine import decode_graphs
-from penstock.kernels import decode_attention
+from penstock.kernels import attention_inputs, decode_attention
 from penstock.kernels.linear import Linear
+from penstock.kernels.rms_norm import Normed, as_tensor
 from penstock.models import decoder
 from penstock.models.decoder import CausalLM
 
@@ -58,11 +59,17 @@ PRODUCTS = {"qkv": "_qkv", "o": "_output", "gate_up": "_gate_up", "down": "_down
 STAGES = ("qkv", "o", "gate_up", "down", "attention", "norms", "rotary_store", "head", "sampling")
 FUNCTIONS = {
     "attention": (decoder, "paged_attention"),
-    "norms": (decoder, "_norm"),
-    "rotary_store": (decoder, "rotary_store"),
+    "norms": (Normed, "tensor"),
+    "rotary_store": (attention_inputs, "rotary_store"),
+    "attention's inputs": (decoder, "attention_inputs"),
     "sampling": (decode_graphs, "sample"),
 }
 ONCE = ("head", "sampling")  # a step; the others are once a layer
+
+
+def stages_of(batch: Batch, among: Sequence[str] = STAGES) -> list[str]:
+    """Those that a batch's step has as launches of their own: one row is rotated and stored by q/k/v's product."""
+    return [stage for stage in among if stage != "rotary_store" or batch.sequences > 1]
 
 
 class Ready(Linear):
@@ -73,17 +80,22 @@ class Ready(Linear):
         self._result, self._adds, self.used = result, adds, False
         self._gated = result[:, : result.shape[1] // 2].contiguous()
 
-    def __call__(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
-        self.used = True
+    def __call__(self, x: Tensor | Normed, adapter: Tensor | None = None) -> Tensor:
+        self._take(x)
         return self._result
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor | None:
         self.used = True
         return None if self._adds else self._result
 
-    def gated(self, x: Tensor) -> Tensor:
-        self.used = True
+    def gated(self, x: Tensor | Normed) -> Tensor:
+        self._take(x)
         return self._gated
+
+    def _take(self, x: Tensor | Normed) -> None:
+        self.used = True
+        if len(self._result) > 1:  # the norm of one row is a part of the product
+            as_tensor(x)
 
 
 class StandIn:
@@ -107,6 +119,8 @@ def left_out(stage: str, model: CausalLM, shape: Shape, rows: int) -> Iterator[o
     # What is replaced is private: a seam for it in the model would be there for this alone.
     stand_in: Ready | StandIn
     owners: Sequence[object]
+    if stage == "qkv" and rows == 1:
+        stage = "attention's inputs"
     if stage in PRODUCTS:
         owners, name = [model] if stage == "head" else model._layers, PRODUCTS[stage]
         outputs, inputs = shape.linears[stage]
@@ -133,8 +147,8 @@ def split_so(splits: int, tile: int) -> Iterator[None]:
     Raises:
         RuntimeError: on leaving, if nothing asked for the splits.
     """
-    rule = StandIn(lambda *sizes: (splits, tile))
-    with patch.object(decode_attention, "_splits", rule):
+    rule = StandIn(lambda *sizes: splits)
+    with patch.object(decode_attention, "_splits", rule), patch.object(decode_attention, "_TILE", tile):
         yield
     if not rule.used:
         raise RuntimeError("the step's attention has no splits")
@@ -156,6 +170,11 @@ def _functions(model: CausalLM, rows: int, shape: Shape) -> dict[str, Callable[.
     def norm(*rest: Any) -> Tensor:
         return normalised
 
+    queries = _noise(model, rows, shape.heads * shape.head_dim).view(rows, shape.heads, -1)
+
+    def inputs(*rest: Any, **named: Any) -> Tensor:
+        return queries
+
     def rotary_store(qkv: Tensor, *rest: Any, num_heads: int, num_kv_heads: int, **named: Any) -> Tensor:
         return qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)[:, :num_heads]
 
@@ -163,7 +182,13 @@ def _functions(model: CausalLM, rows: int, shape: Shape) -> dict[str, Callable[.
         # Once, before the step is captured: with equal tokens in all rows the products would have equal rows, too.
         return out if out.is_cuda and torch.cuda.is_current_stream_capturing() else out.random_(logits.shape[1])
 
-    return {"attention": attention, "norms": norm, "rotary_store": rotary_store, "sampling": sample}
+    return {
+        "attention": attention,
+        "norms": norm,
+        "rotary_store": rotary_store,
+        "attention's inputs": inputs,
+        "sampling": sample,
+    }
 
 
 def floor_us(stage: str, shape: Shape, batch: Batch) -> float | None:
@@ -195,7 +220,7 @@ def figures(shape: Shape, batch: Batch, found: Compared, stages: Sequence[str]) 
             **({} if least is None else {"floor": round(least, 2)}),
         }
         rest -= found.saved(name) if name in stages else 0.0
-    if set(STAGES) <= set(stages):
+    if set(stages_of(batch)) <= set(stages):
         record["rest_us"] = round(rest, 1)
     return record
 
@@ -224,11 +249,12 @@ def measure(
     for page_size in options.page_size:
         step = DecodeStep(model, shape, batch, page_size, memory)
         bases[page_size] = step.base
-        changes = {name: partial(left_out, name, model, shape, batch.sequences) for name in options.stages}
+        stages = stages_of(batch, options.stages)
+        changes = {name: partial(left_out, name, model, shape, batch.sequences) for name in stages}
         forms = {name: step.form(change) for name, change in changes.items()}
         for splits, tile in options.splits:
             forms[f"splits_{splits}x{tile}"] = step.form(partial(split_so, splits, tile))
-        record = figures(shape, batch, compare(bases[page_size], forms, options.rounds), options.stages)
+        record = figures(shape, batch, compare(bases[page_size], forms, options.rounds), stages)
         show(f"{shape.name} {batch}, pages of {page_size}", record)
         take(f"b{batch.sequences}_c{batch.context}_l{shape.layers}_p{page_size}", record)
     if len(bases) > 1:

@@ -43,11 +43,12 @@ from benchmarks.decode_step import (
     measuring,
     page_memory,
 )
-from benchmarks.linear_cases import PRODUCTS, Product, candidates, parse_tiles
+from benchmarks.linear_cases import PRODUCTS, Product, Tiling, candidates, parse_tiles, taken
 from benchmarks.record import RESULTS, commit, file_name, machine, merge
 from benchmarks.shapes import SHAPES
 from penstock.kernels import linear
 from penstock.kernels.gated_activation import silu_mul
+from penstock.kernels.row_linear import RowProduct, RowTiles, row_linear, row_tiles_for
 from penstock.kernels.small_linear import MAX_ROWS, LinearWorkspace, Tiles, small_linear, tiles_for
 from penstock.kernels.small_linear import small_linear_reference as reference
 
@@ -79,7 +80,7 @@ class Bench:
     def _noise(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=dtype_on(self.device), device=self.device)
 
-    def reject(self, tiles: Tiles) -> str | None:
+    def reject(self, tiles: Tiling) -> str | None:
         """Why not to use a tiling: it does not compile, does not fit, or its result is wrong. None: all is well."""
         p, weight = self.product, self._weights[0]
         # Inputs of its own: memory that was not written could still hold another tiling's right result.
@@ -89,17 +90,26 @@ class Bench:
         before = None if residual is None else residual.float()
         expected = reference(x.float(), weight.float(), bias, gated=p.gated, residual=before)
         try:
-            out = small_linear(x, weight, self._bias, self._workspace, tiles, gated=p.gated, residual=residual)
+            out = self._product(tiles, x, residual)(weight)
         except Exception as error:  # the compiler's, the driver's, or our own
             return " ".join(f"{type(error).__name__}: {error}".split())[:120]
         wrong = ((out.float() - expected).norm() / expected.norm()).item()
         return None if wrong < MAX_ERROR else f"relative error {wrong:.1e}"
 
-    def reject_all(self, tilings: Sequence[Tiles]) -> dict[Tiles, str]:
+    def _product(self, tiles: Tiling, x: Tensor, residual: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The product so cut up, of a weight."""
+        gated = self.product.gated
+        if isinstance(tiles, RowTiles):
+            return lambda weight: row_linear(RowProduct(x, weight, self._bias, tiles), gated=gated, residual=residual)
+        return lambda weight: small_linear(
+            x, weight, self._bias, self._workspace, tiles, gated=gated, residual=residual
+        )
+
+    def reject_all(self, tilings: Sequence[Tiling]) -> dict[Tiling, str]:
         """Those to be rejected, and why; compiles several at a time."""
         stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
 
-        def reject(tiles: Tiles) -> str | None:
+        def reject(tiles: Tiling) -> str | None:
             with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
                 return self.reject(tiles)
 
@@ -110,15 +120,14 @@ class Bench:
                 found = list(threads.map(reject, tilings))
         return {tiles: why for tiles, why in zip(tilings, found, strict=True) if why is not None}
 
-    def alone(self, tiles: Tiles | None) -> Form:
+    def alone(self, tiles: Tiling | None) -> Form:
         """The product with each of the weights in turn; None: the library's, and the activation after it."""
         p = self.product
         if tiles is None:
             one: Callable[[Tensor], Tensor] = partial(F.linear, self._x, bias=self._bias)
             each = (lambda weight: silu_mul(one(weight))) if p.gated else one
         else:
-            fixed = partial(small_linear, self._x, bias=self._bias, workspace=self._workspace, tiles=tiles)
-            each = partial(fixed, gated=p.gated, residual=self._residual)
+            each = self._product(tiles, self._x, self._residual)
 
         def call() -> None:
             for weight in self._weights:
@@ -126,11 +135,11 @@ class Bench:
 
         return Form(call, self.device, self._pool, least=2, most=100, window_us=ALONE_US)
 
-    def alone_us(self, tilings: Sequence[Tiles | None], rounds: int) -> dict[Tiles | None, float]:
+    def alone_us(self, tilings: Sequence[Tiling | None], rounds: int) -> dict[Tiling | None, float]:
         """Times of one product; the first tiling is what the others are compared with."""
         first, *others = tilings
         base = self.alone(first)
-        found: dict[Tiles | None, float] = {}
+        found: dict[Tiling | None, float] = {}
         for tiles in others:
             compared = compare(base, {"": self.alone(tiles)}, rounds)
             found[tiles] = (compared.base - compared.saved("")) / len(self._weights)
@@ -138,23 +147,31 @@ class Bench:
 
 
 @contextmanager
-def taking(tiles: Tiles | None, product: Product) -> Iterator[None]:
+def taking(tiles: Tiling | None, product: Product) -> Iterator[None]:
     """While this is in force, the layers' products of this shape are cut up so; None: left to the library.
 
     Raises:
         RuntimeError: on leaving, if no product asked: the engine has changed, and figures would be wrong.
     """
     asked = False
+    mine = (product.outputs, product.columns, product.gated)
 
     def rule(rows: int, outputs: int, columns: int, gated: bool) -> Tiles | None:
         nonlocal asked
-        if (outputs, columns, gated) != (product.outputs, product.columns, product.gated):
+        if (outputs, columns, gated) != mine:
             return tiles_for(rows, outputs, columns, gated)
         asked = True
-        return tiles
+        return tiles if isinstance(tiles, Tiles) else None
+
+    def row_rule(outputs: int, columns: int, *, gated: bool = False, rotated: bool = False) -> RowTiles | None:
+        nonlocal asked
+        if (outputs, columns, gated) != mine or rotated != (product.name == "qkv"):
+            return row_tiles_for(outputs, columns, gated=gated, rotated=rotated)
+        asked = True
+        return tiles if isinstance(tiles, RowTiles) else None
 
     # The layers know no other way to be told: a seam for it would be there for this alone.
-    with patch.object(linear, "tiles_for", rule):
+    with patch.object(linear, "tiles_for", rule), patch.object(linear, "row_tiles_for", row_rule):
         yield
     if not asked:
         raise RuntimeError(f"no product of the step is a {product}")
@@ -164,18 +181,18 @@ def tune(
     product: Product, step: DecodeStep, num_layers: int, options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """A product's figures, as the result file has them."""
-    today = tiles_for(product.rows, product.outputs, product.columns, product.gated)
-    wanted: list[Tiles | None] = [today, None, *(options.tiles or candidates(product))]
+    today = taken(product)
+    wanted: list[Tiling | None] = [today, None, *(options.tiles or candidates(product))]
     bench = Bench(product, device)
     rejected = bench.reject_all([tiles for tiles in dict.fromkeys(wanted) if tiles is not None])
     if today in rejected:
-        raise RuntimeError(f"{product}: what tiles_for takes, {today}, is no good: {rejected[today]}")
+        raise RuntimeError(f"{product}: what is taken, {today}, is no good: {rejected[today]}")
     tilings = [tiles for tiles in dict.fromkeys(wanted) if tiles not in rejected]
     alone_us = bench.alone_us(tilings, options.rounds)
-    saved_us: dict[Tiles | None, float] = {}
+    saved_us: dict[Tiling | None, float] = {}
     spread_us = 0.0
 
-    def in_layer(tried: Sequence[Tiles | None]) -> None:
+    def in_layer(tried: Sequence[Tiling | None]) -> None:
         nonlocal spread_us
         for tiles in tried:
             found = compare(step.base, {"": step.form(partial(taking, tiles, product))}, options.rounds)
@@ -184,7 +201,7 @@ def tune(
 
     in_layer(tilings)
     if options.prefetch:
-        best = [tiles for tiles in ranked(saved_us) if tiles is not None][:2]
+        best = [tiles for tiles in ranked(saved_us) if isinstance(tiles, Tiles)][:2]
         other = [tiles._replace(prefetch=lines) for tiles in best for lines in PREFETCHES if tiles.prefetch != lines]
         new = [tiles for tiles in dict.fromkeys(other) if tiles not in saved_us]
         unfit = bench.reject_all(new)
@@ -203,12 +220,12 @@ def tune(
     }
 
 
-def ranked(saved_us: Mapping[Tiles | None, float]) -> list[Tiles | None]:
+def ranked(saved_us: Mapping[Tiling | None, float]) -> list[Tiling | None]:
     """The best in the layer first."""
     return sorted(saved_us, key=lambda tiles: -saved_us[tiles])
 
 
-def text(tiles: Tiles | None) -> str:
+def text(tiles: Tiling | None) -> str:
     return "library" if tiles is None else ",".join(map(str, tiles))
 
 

@@ -25,7 +25,6 @@ class DecodeWorkspace:
     """Where the splits of a step meet; the same for all its layers. `arrived` is zero between launches."""
 
     splits: int
-    tile: int  # tokens that a program takes in one go
     arrived: Tensor  # int32 [B * num_kv_heads]
     partial: Tensor  # float32 [B * num_kv_heads * splits, rows, head_dim]
     maxima: Tensor  # float32 [B * num_kv_heads * splits, rows], of scores times log2(e)
@@ -36,11 +35,10 @@ class DecodeWorkspace:
         cls, batch: int, rows: int, num_kv_heads: int, head_dim: int, max_context: int, device: torch.device
     ) -> DecodeWorkspace:
         """For `batch` sequences, `rows` query rows a key-value head (query tokens times group)."""
-        splits, tile = _splits(batch * num_kv_heads, max_context, num_multiprocessors(device))
+        splits = _splits(batch * num_kv_heads, max_context, num_multiprocessors(device))
         parts = batch * num_kv_heads * splits if splits > 1 else 0
         return cls(
             splits,
-            tile,
             torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=device),
             torch.empty(parts, rows, head_dim, dtype=torch.float32, device=device),
             torch.empty(parts, rows, dtype=torch.float32, device=device),
@@ -48,19 +46,20 @@ class DecodeWorkspace:
         )
 
 
-def _splits(heads: int, max_context: int, multiprocessors: int) -> tuple[int, int]:
-    """Programs a (sequence, head), at most four a multiprocessor in all and none shorter than a tile; and the tile.
+def _splits(heads: int, max_context: int, multiprocessors: int) -> int:
+    """Programs a (sequence, head), at most four a multiprocessor in all and none shorter than a tile.
 
     Measured on an H200: a few programs more than fit at once cost a fifth (batch 32 at 8192 tokens: 253 us in two
-    splits, 299 in three). 64 tokens a tile reach the memory's rate; few heads are faster with longer tiles and fewer
-    partial results.
+    splits, 299 in three).
     """
     wanted = max(1, 4 * multiprocessors // heads)
-    tile = _SHORT_TILE if wanted <= 8 else 2 * _SHORT_TILE
-    return max(1, min(wanted, _MOST_SPLITS, -(-max_context // tile))), tile
+    return max(1, min(wanted, _MOST_SPLITS, -(-max_context // _TILE)))
 
 
-_SHORT_TILE = 64
+_TILE = (
+    64  # tokens that a program takes in one go: enough to reach the memory's rate, and few for one sequence's latency
+)
+_MERGED_AT_ONCE = 8  # splits whose results are under way together
 
 
 def decode_attention(
@@ -123,12 +122,12 @@ def decode_attention(
         PAGE_SIZE=page_size,
         MERGE=workspace.splits > 1,
         BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
-        BLOCK_N=workspace.tile,
+        BLOCK_N=_TILE,
+        MERGED=_MERGED_AT_ONCE,
         BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
-        PREFETCH=workspace.tile > _SHORT_TILE,  # where latency counts; many programs are slower with it (1 us of 26)
         num_warps=4,
         num_stages=3 if head_dim <= 128 else 2,
         **pdl_options(q),
@@ -165,11 +164,11 @@ def _decode_kernel(
     MERGE: tl.constexpr,  # whether there are several splits
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MERGED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
-    PREFETCH: tl.constexpr,  # whether the first tile is asked for before the wait
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -187,13 +186,6 @@ def _decode_kernel(
     k_ptr += head.to(tl.int64) * head_stride
     v_ptr += head.to(tl.int64) * head_stride
     if PDL:
-        if PREFETCH:
-            position = begin + tl.arange(0, BLOCK_N)
-            used = position < end
-            page = tl.load(table_ptr + position // PAGE_SIZE, mask=used, other=0).to(tl.int64)
-            offset = page * page_stride + (position % PAGE_SIZE) * HEAD_DIM
-            _prefetch(k_ptr + tl.where(used, offset, 0), HEAD_DIM)
-            _prefetch(v_ptr + tl.where(used, offset, 0), HEAD_DIM)
         tl.extra.cuda.gdc_wait()  # in every program, or a kernel of padding only would end before the one ahead
         tl.extra.cuda.gdc_launch_dependents()
     if begin >= end:
@@ -255,19 +247,24 @@ def _decode_kernel(
         maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        for other in range(present):
-            flat = (unit + other) * (QUERY_LEN * GROUP) + row
-            theirs = tl.load(maxima_ptr + flat, mask=row_used, other=float("-inf"), cache_modifier=".cg")
-            their_sum = tl.load(sums_ptr + flat, mask=row_used, other=0.0, cache_modifier=".cg")
-            where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-            used_2d = row_used[:, None] & dim_used[None, :]
-            part = tl.load(partial_ptr + where, mask=used_2d, other=0.0, cache_modifier=".cg")
-            highest = tl.maximum(maximum, theirs)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            mine, its = tl.exp2(maximum - base), tl.exp2(theirs - base)
-            total = total * mine + their_sum * its
-            acc = acc * mine[:, None] + part * its[:, None]
-            maximum = highest
+        for group in range(0, present, MERGED):
+            theirs = ()
+            for i in tl.static_range(MERGED):
+                flat = (unit + group + i) * (QUERY_LEN * GROUP) + row
+                there = row_used & (group + i < present)
+                where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+                there_2d = there[:, None] & dim_used[None, :]
+                highest = tl.load(maxima_ptr + flat, mask=there, other=float("-inf"), cache_modifier=".cg")
+                weight = tl.load(sums_ptr + flat, mask=there, other=0.0, cache_modifier=".cg")
+                part = tl.load(partial_ptr + where, mask=there_2d, other=0.0, cache_modifier=".cg")
+                theirs += ((highest, weight, part),)  # type: ignore[assignment]  # compiled: a longer tuple
+            for i in tl.static_range(MERGED):
+                highest = tl.maximum(maximum, theirs[i][0])
+                base = tl.where(highest == float("-inf"), 0.0, highest)
+                mine, its = tl.exp2(maximum - base), tl.exp2(theirs[i][0] - base)
+                total = total * mine + theirs[i][1] * its
+                acc = acc * mine[:, None] + theirs[i][2] * its[:, None]
+                maximum = highest
 
     if SINKS:
         sink = tl.load(sinks_ptr + q_heads, mask=row_used, other=0.0) * LOG2E
@@ -278,16 +275,6 @@ def _decode_kernel(
     result = acc / tl.where(row_used, total, 1.0)[:, None]
     out_where = (q_tokens[:, None] * tl.num_programs(0) * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + out_where, result.to(out_ptr.dtype.element_ty), mask=row_used[:, None] & dim_used[None, :])
-
-
-@triton.jit
-def _prefetch(rows, HEAD_DIM: tl.constexpr):
-    """Ask the level-2 cache for rows of HEAD_DIM elements."""
-    LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
-    for at in tl.static_range(0, HEAD_DIM, LINE):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows + at], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 def decode_attention_reference(

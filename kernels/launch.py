@@ -9,9 +9,9 @@ only, nothing that an earlier kernel of the layer writes, and writes nothing. Af
 complete, its predecessors' predecessors included.
 
 What the step wrote at its beginning (lengths, page tables, slots, rotary factors) may be read before the wait, too. A
-kernel starts when the one ahead lets it: most do so after their own wait, when all before them is complete; products
-(small_linear.py) do so at once, and at most two of them follow each other. So no more than the three kernels ahead can
-still be running, and a layer's norm and product always stand between its other kernels and the step's beginning.
+kernel starts when the one ahead lets it: products (small_linear.py, row_linear.py) do so at once, so that several in a
+row have their weights under way, all others after their own wait, when all before them is complete. The embedding is
+such a one and comes last of the step's beginning: whatever starts after it finds the rest of the beginning complete.
 """
 
 from __future__ import annotations

@@ -6,12 +6,35 @@ it is stored, and the normalised value is rounded to the tensor's type before th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.launch import pdl_options, use_triton
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """A normalised residual that is yet to be computed: a product of one row does it on its way (row_linear.py)."""
+
+    residual: Tensor  # [T, n]
+    weight: Tensor  # [n]
+    eps: float
+    delta: Tensor | None = None  # what is to be added to the residual first, in place
+
+    def tensor(self) -> Tensor:
+        """It, computed. Once only: `delta` would be added again."""
+        if self.delta is None:
+            return rms_norm(self.residual, self.weight, self.eps)
+        return add_rms_norm(self.delta, self.residual, self.weight, self.eps)
+
+
+def as_tensor(x: Tensor | Normed) -> Tensor:
+    """x, computed if it is yet to be."""
+    return x.tensor() if isinstance(x, Normed) else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

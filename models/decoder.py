@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from penstock.kernels.attention_inputs import attention_inputs
 from penstock.kernels.embedding import embed
 from penstock.kernels.launch import use_triton
 from penstock.kernels.linear import Linear, make_linear
 from penstock.kernels.paged_attention import paged_attention
 from penstock.kernels.paged_batch import PagedBatch
-from penstock.kernels.rms_norm import add_rms_norm, rms_norm
+from penstock.kernels.rms_norm import Normed
 from penstock.kernels.rotary import rotary_factors
-from penstock.kernels.rotary_store import rotary_store
 from penstock.kernels.small_linear import LinearWorkspace
 from penstock.models.spec import ModelSpec
 from penstock.models.weights import Parameter
@@ -82,16 +82,17 @@ class CausalLM:
                 the last layer computes nothing of the others but their K/V: 3 % of a long prompt's work for llama8b.
         """
         spec = self.spec
-        residual = embed(token_ids, self._embedding)
         frequencies = self._frequencies
         if spec.rope.kind == "dynamic":
             frequencies = spec.rope.frequencies_at(batch.positions, spec.head_dim)
-        factors = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, residual.dtype)
+        # Embedding comes last: it lets the first layer start, and has then waited for the factors (kernels/launch.py).
+        factors = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, self._embedding.dtype)
+        residual = embed(token_ids, self._embedding)
         delta: Tensor | None = None
         for layer, (k_pages, v_pages) in zip(self._layers[:-1], kv[:-1], strict=True):
             residual, delta = layer(delta, residual, factors, batch, k_pages, v_pages)
         residual, delta = self._layers[-1](delta, residual, factors, batch, *kv[-1], last_tokens)
-        return _norm(delta, residual, self._norm, spec.rms_eps)
+        return Normed(residual, self._norm, spec.rms_eps, delta).tensor()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [N, vocab], in the model's type, of the tokens that may follow hidden states [N, hidden]."""
@@ -145,9 +146,9 @@ class _Layer:
 
         `residual` is changed in place.
         """
-        x = _norm(delta, residual, self._attention_norm, self._eps)
-        q = rotary_store(
-            self._qkv(x),
+        q = attention_inputs(
+            self._qkv,
+            Normed(residual, self._attention_norm, self._eps, delta),
             factors,
             k_pages,
             v_pages,
@@ -165,13 +166,8 @@ class _Layer:
             q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window, backend=self._backend
         )
         delta = self._output.add_to(residual, out.view(len(out), -1))
-        x = _norm(delta, residual, self._mlp_norm, self._eps)
+        x = Normed(residual, self._mlp_norm, self._eps, delta)
         return residual, self._down.add_to(residual, self._gate_up.gated(x))
-
-
-def _norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The normalised residual, to which `delta` is added first, in place."""
-    return rms_norm(residual, weight, eps) if delta is None else add_rms_norm(delta, residual, weight, eps)
 
 
 def _linear(

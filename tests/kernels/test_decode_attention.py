@@ -103,7 +103,7 @@ class Case:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short contexts have several tiles and splits, also in the interpreter."""
-    monkeypatch.setattr(module, "_SHORT_TILE", 16)
+    monkeypatch.setattr(module, "_TILE", 16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -143,7 +143,7 @@ def test_half_precision_is_accumulated_in_float32(device: str, dtype: torch.dtyp
 
 
 def test_splits_fill_the_card_and_are_never_shorter_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._splits(8, 32768, 132) == (64, 32)  # batch 1: 64 splits of 8 heads
-    assert module._splits(8, 40, 132) == (2, 32)
-    assert module._splits(128, 32768, 132) == (4, 16)
-    assert module._splits(2048, 32768, 132) == (1, 16)
+    assert module._splits(8, 32768, 132) == 64  # batch 1: 64 splits of 8 heads
+    assert module._splits(8, 40, 132) == 3
+    assert module._splits(128, 32768, 132) == 4
+    assert module._splits(2048, 32768, 132) == 1

@@ -17,10 +17,12 @@ import torch
 
 from benchmarks import decode_step, step_breakdown, tune_linear
 from benchmarks.decode_step import Batch, DecodeStep, Form, compare, cut, make_model, measuring, page_memory
-from benchmarks.linear_cases import FEW_ROWS, PRODUCTS, Product, candidates, fits, parse_tiles
+from benchmarks.linear_cases import FEW_ROWS, PRODUCTS, Product, candidates, fits, parse_tiles, taken
 from benchmarks.shapes import SHAPES, Shape, floor, parse_work
 from penstock.engine import decode_graphs
-from penstock.kernels import decode_attention, linear
+from penstock.kernels import attention_inputs, decode_attention, linear
+from penstock.kernels.rms_norm import Normed
+from penstock.kernels.row_linear import RowTiles, row_tiles_for
 from penstock.kernels.small_linear import Tiles, small_linear, tiles_for
 from penstock.models import decoder
 from penstock.models.decoder import CausalLM
@@ -44,8 +46,8 @@ def model() -> Iterator[CausalLM]:
         yield make_model(SMALL, CPU)
 
 
-def make_step(model: CausalLM, page_size: int = 4, extra_bytes: int = 0) -> DecodeStep:
-    batch = Batch(2, 5)
+def make_step(model: CausalLM, page_size: int = 4, extra_bytes: int = 0, sequences: int = 2) -> DecodeStep:
+    batch = Batch(sequences, 5)
     return DecodeStep(model, SMALL, batch, page_size, page_memory(SMALL, batch, [page_size], extra_bytes, CPU))
 
 
@@ -90,7 +92,7 @@ def test_batches_and_layers_are_read(capsys: pytest.CaptureFixture[str]) -> None
     for arguments in wrong:
         with pytest.raises(SystemExit):
             step_breakdown.parse(arguments)
-    for arguments in (["--rows", "65"], ["--tiles", "16,64"]):
+    for arguments in (["--rows", "65"], ["--tiles", "16,64,2"]):
         with pytest.raises(SystemExit):
             tune_linear.parse(arguments)
     assert "--rows: 1 to 64" in capsys.readouterr().err
@@ -122,41 +124,58 @@ def count_calls(ran: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, counted)
 
     count(linear, "small_linear")
+    count(linear, "row_linear")
     count(decode_graphs, "sample")
-    for name in ("paged_attention", "_norm", "rotary_store"):
-        count(decoder, name)
+    count(decoder, "paged_attention")
+    count(Normed, "tensor")
+    count(attention_inputs, "rotary_store")
+    count(attention_inputs, "row_rotary_store")
 
 
 @interpreted
-@pytest.mark.parametrize("stage", step_breakdown.STAGES)
-def test_a_stage_is_left_out_and_put_back(model: CausalLM, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sequences", "stage"),
+    [(sequences, stage) for sequences in (1, 2) for stage in step_breakdown.stages_of(Batch(sequences, 5))],
+)
+def test_a_stage_is_left_out_and_put_back(
+    model: CausalLM, sequences: int, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran = Counter[str]()
     count_calls(ran, monkeypatch)
-    originals = [dict(vars(owner)) for owner in (model, model._layers[0], decoder, decode_graphs)]
-    make_step(model).form(lambda: step_breakdown.left_out(stage, model, SMALL, 2)).mean_us()
+    owners = (model, model._layers[0], decoder, decode_graphs, attention_inputs, Normed)
+    originals = [dict(vars(owner)) for owner in owners]
+    step = make_step(model, sequences=sequences)
+    step.form(lambda: step_breakdown.left_out(stage, model, SMALL, sequences)).mean_us()
+    product = "row_linear" if sequences == 1 else "small_linear"
     # To know whether it adds to the residual itself, the product that is left out was asked once before.
-    asked = Counter({"small_linear": int(stage in ("o", "down"))})
-    name, times = LEFT_OUT.get(stage, ("small_linear", 1))
-    assert ran == WHOLE - Counter({name: times}) + asked
-    assert [dict(vars(owner)) for owner in (model, model._layers[0], decoder, decode_graphs)] == originals
+    asked = Counter({product: int(stage in ("o", "down"))})
+    name, times = LEFT_OUT[sequences].get(stage, (product, 1))
+    assert ran == WHOLE[sequences] - Counter({name: times}) + asked
+    assert [dict(vars(owner)) for owner in owners] == originals
 
 
-WHOLE = Counter(small_linear=5, paged_attention=1, _norm=3, rotary_store=1, sample=1)  # calls of a step of one layer
+# Calls of a step of one layer, by its sequences; and which of them are a stage.
+WHOLE = {
+    1: Counter(row_linear=4, row_rotary_store=1, paged_attention=1, tensor=1, sample=1),
+    2: Counter(small_linear=5, paged_attention=1, tensor=3, rotary_store=1, sample=1),
+}
 LEFT_OUT = {
-    "attention": ("paged_attention", 1),
-    "norms": ("_norm", 3),
-    "rotary_store": ("rotary_store", 1),
-    "sampling": ("sample", 1),
+    sequences: {"attention": ("paged_attention", 1), "sampling": ("sample", 1)} | others
+    for sequences, others in {
+        1: {"norms": ("tensor", 1), "qkv": ("row_rotary_store", 1)},
+        2: {"norms": ("tensor", 3), "rotary_store": ("rotary_store", 1)},
+    }.items()
 }
 
 
 @interpreted
-def test_a_whole_step_is_compared_with(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_whole_step_is_compared_with(model: CausalLM, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above subtracts from."""
     ran = Counter[str]()
     count_calls(ran, monkeypatch)
-    make_step(model).base.mean_us()
-    assert ran == WHOLE
+    make_step(model, sequences=sequences).base.mean_us()
+    assert ran == WHOLE[sequences]
 
 
 @interpreted
@@ -171,17 +190,24 @@ def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str
         pass
 
 
-def test_a_product_that_the_step_does_not_have_is_said() -> None:
-    product = Product.of(SHAPES["llama8b"], "qkv", 1)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_product_that_the_step_does_not_have_is_said(rows: int) -> None:
+    product = Product.of(SHAPES["llama8b"], "qkv", rows)
     rules = vars(linear)
     with (
-        pytest.raises(RuntimeError, match="no product of the step is a qkv 1x4096x6144"),
+        pytest.raises(RuntimeError, match=f"no product of the step is a qkv {rows}x4096x6144"),
         tune_linear.taking(None, product),
     ):
-        assert rules["tiles_for"](1, 4096, 4096, False) == tiles_for(1, 4096, 4096, False)
-    with tune_linear.taking(None, product):
-        assert rules["tiles_for"](1, 6144, 4096, False) is None
-    assert rules["tiles_for"] is tiles_for
+        assert rules["tiles_for"](rows, 4096, 4096, False) == tiles_for(rows, 4096, 4096, False)
+        assert rules["row_tiles_for"](4096, 4096) == row_tiles_for(4096, 4096)
+        assert rules["row_tiles_for"](6144, 4096) == row_tiles_for(6144, 4096), "not rotated: another product"
+    with tune_linear.taking(RowTiles(2, 4), product):
+        assert rules["tiles_for"](rows, 6144, 4096, False) is None
+        assert rules["row_tiles_for"](6144, 4096, rotated=True) == RowTiles(2, 4)
+    with tune_linear.taking(Tiles(16, 64, 2, 2, 1, 0), product):
+        assert rules["tiles_for"](rows, 6144, 4096, False) == Tiles(16, 64, 2, 2, 1, 0)
+        assert rules["row_tiles_for"](6144, 4096, rotated=True) is None
+    assert rules["tiles_for"] is tiles_for and rules["row_tiles_for"] is row_tiles_for
 
 
 @pytest.mark.parametrize("key", ["decode_b1_c1024_ms", "decode_b64_c1024_ms", "decode_b256_c1024_ms"])
@@ -207,8 +233,9 @@ def test_candidates_fit_and_so_does_what_is_taken_today(name: str, rows: int) ->
     for product in (Product.of(SHAPES[name], part, rows) for part in PRODUCTS):
         tried = candidates(product)
         assert len(tried) >= 4 and len(set(tried)) == len(tried), product
-        assert all(tiles.strips == 1 or tiles.parts == 1 for tiles in tried)
-        today = tiles_for(rows, product.outputs, product.columns, product.gated)
+        assert all(isinstance(tiles, RowTiles) == (rows == 1) for tiles in tried)
+        assert all(tiles.strips == 1 or tiles.parts == 1 for tiles in tried if isinstance(tiles, Tiles))
+        today = taken(product)
         assert today is None or fits(today, product), product
 
 
