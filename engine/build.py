@@ -20,6 +20,7 @@ from penstock.common.config import ATTENTION_BACKENDS, EngineConfig
 from penstock.common.errors import ConfigError
 from penstock.common.grammar import Grammars
 from penstock.common.tokenizer import Tokenizer
+from penstock.engine.compile import compile_steps
 from penstock.engine.constraints import Constraints
 from penstock.engine.core import Engine
 from penstock.engine.decode_graphs import batch_sizes
@@ -68,7 +69,7 @@ def build_engine(
     """Load the model and make an engine around it. `name` ends in the pool's memfd name, for peers to check.
 
     `tokenizer` is called for the first output that has to take a form; without, the model's own is loaded then.
-    `progress` is told (stage, done, in all) while weights are loaded and decode steps are captured.
+    `progress` is told (stage, done, in all) while weights are loaded, kernels compiled and steps captured.
 
     Raises:
         ModelError: the checkpoint is unsupported, broken, or cannot be had.
@@ -103,6 +104,9 @@ def build_engine(
         max_model_len=config.max_model_len or spec.max_position,
         mixed_chunk_tokens=policy.prefill_budget(step_tokens, 1),
     )
+    if device.type == "cuda":
+        told = progress and partial(progress, "compiling kernels")
+        compile_steps(model, layout, limits, device, largest_only=config.enforce_eager, progress=told)
     num_pages = pool_size_bytes(config, model, layout, limits, device, memory_share) // layout.page_bytes
     max_model_len = _context(config, spec, num_pages, page_size)
     checkpoint = checkpoint_digest(path, config.load_format)

@@ -86,6 +86,11 @@ class DecodeGraphs:
     def num_sizes(self) -> int:
         return len(self._sizes)
 
+    def run_empty(self) -> None:
+        """A step of every size, op by op; rows must be padding."""
+        for size in self._sizes:
+            self._step(size)
+
     def capture(self, pool: Any, captured: Callable[[], None]) -> None:
         """Capture all sizes into the memory pool, largest first, so that the smaller ones find their memory there.
 

@@ -203,6 +203,13 @@ class DeviceRunner:
         self.pool.close()
 
     @torch.inference_mode()
+    def run_empty(self) -> None:
+        """Every step that `capture` captures, op by op; before the first sequence."""
+        with torch.cuda.stream(self._stream):
+            self._mixed_steps.run_empty()
+            self._decode_steps.run_empty()
+
+    @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile the steps of common shapes and capture them as graphs; `progress` gets (done, in all)."""
         if self._stream is None:

@@ -51,15 +51,20 @@ def pool_size_bytes(
     try:
         needed = _measure(config, model, layout, limits, device, alone=memory_share == 1.0)
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"{device} has no room for weights and the largest step: lower max_num_batched_tokens or max_num_seqs"
-        ) from error
+        raise no_room(device) from error
     if budget - needed < layout.page_bytes:
         raise ConfigError(
             f"no memory is left for KV pages: the budget is {budget / 2**30:.1f} GiB, weights and the largest step "
             f"take {needed / 2**30:.1f} GiB; raise gpu_memory_utilization or lower max_num_batched_tokens"
         )
     return budget - needed
+
+
+def no_room(device: torch.device) -> ConfigError:
+    """For a step that ran out of memory before there was a pool."""
+    return ConfigError(
+        f"{device} has no room for weights and the largest step: lower max_num_batched_tokens or max_num_seqs"
+    )
 
 
 def _measure(

@@ -203,6 +203,12 @@ class MixedSteps:
         logits = self._end(inputs, hidden.index_select(0, inputs.last_tokens), samples)
         return logits, [number for number, chunk in enumerate(chunks) if chunk.samples], scored
 
+    def run_empty(self) -> None:
+        """Every shape that is captured, op by op, with nothing but padding; and the crowds."""
+        for shape in (*self._crowds, *self._shapes):
+            _, inputs, batch = self._empty(shape)
+            self._step(inputs, batch, True)
+
     def capture(self, pool: Any, captured: Callable[[], None]) -> None:
         """Capture all shapes into the memory pool, largest first; `captured` is called after each.
 

@@ -16,6 +16,9 @@ such a one and comes last of the step's beginning: whatever starts after it find
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -38,6 +41,28 @@ def pdl_options(x: Tensor) -> dict[str, Any]:
     if x.is_cuda and _capability(x.device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+@contextmanager
+def compiling(threads: int, progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
+    """While this is in force nothing is launched: kernels are compiled for what they are called with, several at once.
+
+    `progress` gets (done, in all) when the calls are over. Raises what the compiler raises, on leaving.
+    """
+    launch = triton.JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        return launch(kernel, *arguments, grid=grid, warmup=True, **named)
+
+    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor) as mode:
+        triton.JITFunction.run = compile_only  # every kernel[grid](...) ends there, whatever op calls it
+        try:
+            yield
+        finally:
+            triton.JITFunction.run = launch
+        for done, _ in enumerate(as_completed(mode.raw_futures), 1):
+            if progress is not None:
+                progress(done, len(mode.raw_futures))
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -7,7 +7,8 @@ Weights come as a dictionary that `models.weights` filled after the plan of `Cau
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -66,6 +67,16 @@ class CausalLM:
         yield Parameter("norm.weight", ("model.norm.weight",), (hidden,))
         if not spec.tie_word_embeddings:
             yield Parameter("head.weight", ("lm_head.weight",), (spec.vocab_size,), hidden)
+
+    def one_of_each_layer(self) -> CausalLM:
+        """The same weights, but only the first layer of each kind, and the last: their kernels are those of all."""
+        windows = self.spec.sliding_windows
+        last = len(windows) - 1
+        kept = sorted({windows.index(window) for window in windows[:last]} | {last})
+        few = copy(self)
+        few._layers = [self._layers[index] for index in kept]
+        few.spec = replace(self.spec, num_layers=len(kept), sliding_windows=tuple(windows[index] for index in kept))
+        return few
 
     def forward(
         self,

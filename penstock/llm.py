@@ -45,6 +45,8 @@ _NOT_THERE = {  # methods of vLLM's
     "get_metrics": "see /metrics of `penstock serve`",
 }
 
+UNITS = {"loading weights": "B", "compiling kernels": "kernel", "capturing steps": "step"}
+
 
 class LLM:
     """A model in this process; with `prefill_workers` or `decode_workers`, in a fleet of worker processes behind it.
@@ -104,7 +106,7 @@ class LLM:
 
             def show(stage: str, done: int, total: int) -> None:
                 if getattr(bar, "desc", None) != stage:  # a silent bar has none
-                    bar.desc, bar.unit, bar.n = stage, "B" if stage == "loading weights" else "step", 0
+                    bar.desc, bar.unit, bar.n = stage, UNITS[stage], 0
                 bar.total = total
                 bar.update(done - bar.n)
 

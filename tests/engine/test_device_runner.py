@@ -6,6 +6,8 @@ Without a GPU one small run goes through Triton's interpreter: the same code but
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
 import subprocess
 import sys
@@ -265,6 +267,46 @@ def test_a_step_is_waited_for_on_its_own_device(monkeypatch: pytest.MonkeyPatch)
     Event(torch.device("cuda", 1)).wait()
     Event(torch.device("cpu")).wait()
     assert (waited, current) == ([1], [0])
+
+
+COMPILES_FIRST = """
+import json, sys
+import triton
+from tests.engine.engines import make_engine, request, run
+from penstock.engine import build
+
+compiled, first = [], []
+original, compile_steps = triton.JITFunction._do_compile, build.compile_steps
+
+def counted(kernel, *arguments, **named):
+    compiled.append(kernel.fn.__name__)
+    return original(kernel, *arguments, **named)
+
+def noted(*arguments, **named):
+    seen = []
+    compile_steps(*arguments, **{**named, "progress": lambda *counts: seen.append(counts)})
+    first.extend([len(compiled), seen[-1]])
+
+triton.JITFunction._do_compile = counted
+build.compile_steps = noted
+built = make_engine(sys.argv[1], device="cuda", dtype="bfloat16")
+run(built, [(0, request("a", [1, 2, 3])), (2, request("b", [4] * 9))])
+built.engine.close()
+print(json.dumps({"first": first, "later": compiled[first[0]:]}))
+"""
+
+
+@pytest.mark.gpu
+@gpu
+def test_nothing_is_left_to_compile_when_the_first_step_runs(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own, which has compiled nothing."""
+    command = [sys.executable, "-c", COMPILES_FIRST, str(checkpoints["qwen2"])]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(command, check=True, timeout=240, env=environment, stdout=subprocess.PIPE, text=True)
+    record = json.loads(found.stdout.splitlines()[-1])
+    compiled, (done, total) = record["first"]
+    assert compiled >= total > 20 and done == total
+    assert record["later"] == []
 
 
 WAITS_ON_THE_SECOND = """

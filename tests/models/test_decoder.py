@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,16 @@ def test_bfloat16_follows_float32(checkpoints: dict[str, Path]) -> None:
     loop.kv = [(k.bfloat16(), v.bfloat16()) for k, v in loop.kv]
     rounded = loop.step(prompts, [0], [[]])
     assert torch.corrcoef(torch.cat((exact, rounded)))[0, 1] > 0.99
+
+
+def test_one_of_each_layer_has_every_window_as_a_layer_and_as_the_last_one(tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path, num_hidden_layers=4)
+    model = load(path)
+    plain = model.one_of_each_layer()
+    assert (plain.spec.num_layers, plain.spec.sliding_windows) == (2, (None, None))
+    assert plain._layers == [model._layers[0], model._layers[3]]
+    model.spec = replace(model.spec, sliding_windows=(None, 8, None, 16))
+    few = model.one_of_each_layer()
+    assert few.spec.sliding_windows == (None, 8, 16)
+    assert few._layers == [model._layers[index] for index in (0, 1, 3)]
+    assert (model.spec.num_layers, len(model._layers)) == (4, 4)
