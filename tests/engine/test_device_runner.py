@@ -271,6 +271,7 @@ def test_a_step_is_waited_for_on_its_own_device(monkeypatch: pytest.MonkeyPatch)
 
 COMPILES_FIRST = """
 import json, sys
+from pathlib import Path
 import triton
 from tests.engine.engines import make_engine, request, run
 from penstock.engine import build
@@ -289,7 +290,7 @@ def noted(*arguments, **named):
 
 triton.JITFunction._do_compile = counted
 build.compile_steps = noted
-built = make_engine(sys.argv[1], device="cuda", dtype="bfloat16")
+built = make_engine(Path(sys.argv[1]), device="cuda", dtype="bfloat16")
 run(built, [(0, request("a", [1, 2, 3])), (2, request("b", [4] * 9))])
 built.engine.close()
 print(json.dumps({"first": first, "later": compiled[first[0]:]}))
