@@ -16,6 +16,7 @@ such a one and comes last of the step's beginning: whatever starts after it find
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -43,23 +44,28 @@ def pdl_options(x: Tensor) -> dict[str, Any]:
     return {"PDL": False}
 
 
+_COMPILING = threading.Lock()  # one at a time in a process
+_LAUNCH = triton.JITFunction.run
+
+
 @contextmanager
 def compiling(threads: int, progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """While this is in force nothing is launched: kernels are compiled for what they are called with, several at once.
+    """While this is in force this thread launches nothing: kernels are compiled for what they are called with, several
+    at once. Other threads, of another engine say, go on as ever.
 
     `progress` gets (done, in all) when the calls are over. Raises what the compiler raises, on leaving.
     """
-    launch = triton.JITFunction.run
+    owner = threading.get_ident()
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        return launch(kernel, *arguments, grid=grid, warmup=True, **named)
+        return _LAUNCH(kernel, *arguments, grid=grid, warmup=warmup or threading.get_ident() == owner, **named)
 
-    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor) as mode:
+    with _COMPILING, ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor) as mode:
         triton.JITFunction.run = compile_only  # every kernel[grid](...) ends there, whatever op calls it
         try:
             yield
         finally:
-            triton.JITFunction.run = launch
+            triton.JITFunction.run = _LAUNCH
         for done, _ in enumerate(as_completed(mode.raw_futures), 1):
             if progress is not None:
                 progress(done, len(mode.raw_futures))
