@@ -26,12 +26,14 @@ log = logging.getLogger("penstock.paced_worker")
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a step takes, in milliseconds: so much, and for each token of prompts, sequence and token of context."""
+    """How long a step takes, in milliseconds: so much, and for each token of prompts, sequence and token of context;
+    and for each token that a token of a prompt attends to."""
 
     step_ms: float
     prompt_token_ms: float
     sequence_ms: float
     context_token_ms: float
+    attended_ms: float = 0.0
 
     def slower(self, times: float) -> Pace:
         """So many times as slow."""
@@ -40,7 +42,10 @@ class Pace:
     def seconds(self, plan: StepPlan) -> float:
         tokens, sequences = sum(work.num_tokens for work in plan.work), len(plan.work)
         context = sum(work.start + work.num_tokens for work in plan.work)
-        of_prompts = (tokens - sequences) * self.prompt_token_ms
+        attended = sum(
+            work.num_tokens * (work.start + work.num_tokens / 2) for work in plan.work if work.num_tokens > 1
+        )
+        of_prompts = (tokens - sequences) * self.prompt_token_ms + attended * self.attended_ms
         return (self.step_ms + of_prompts + sequences * self.sequence_ms + context * self.context_token_ms) / 1e3
 
 

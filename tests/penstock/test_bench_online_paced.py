@@ -27,6 +27,13 @@ def test_a_step_is_done_when_its_time_is_over() -> None:
     assert time.monotonic() - begins >= 0.055 and step.done()
 
 
+def test_a_prompt_s_tokens_take_longer_behind_others() -> None:
+    pace = Pace(0.0, 0.0, 0.0, 0.0, attended_ms=2.0)
+    chunk, decode = SequenceWork("a", 100, 10, (), False), SequenceWork("b", 100, 1, (), True)
+    assert pace.seconds(StepPlan(1, (), (), (decode, chunk))) == pytest.approx(2e-3 * 10 * 105)
+    assert pace.slower(3.0).attended_ms == 6.0
+
+
 def test_times_are_those_of_a_fleet_that_is_not_slowed_down() -> None:
     span: dict[str, Any] = {"name": "transfer", "ms": 10.0, "exposed_ms": 5.0, "bytes": 7}
     record = RequestRecord(3, 8.0, 2.0, 4.0, [1.0, 1.0], 3, timeline=[span])
