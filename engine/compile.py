@@ -37,14 +37,15 @@ def compile_steps(
     """
     few = model.one_of_each_layer()
     pages = -(-limits.max_num_batched_tokens // layout.page_size) + limits.max_num_seqs
-    pool = KVPool(replace(layout, num_layers=few.spec.num_layers), pages, device)
-    runner = DeviceRunner(few, pool, **asdict(limits))
     try:
-        with compiling(len(os.sched_getaffinity(0)), progress):
-            if not largest_only:
-                runner.run_empty()
-            runner.submit(largest_step(limits, layout.page_size)).result()
+        pool = KVPool(replace(layout, num_layers=few.spec.num_layers), pages, device)
+        runner = DeviceRunner(few, pool, **asdict(limits))
+        try:
+            with compiling(len(os.sched_getaffinity(0)), progress):
+                if not largest_only:
+                    runner.run_empty()
+                runner.submit(largest_step(limits, layout.page_size)).result()
+        finally:
+            runner.close()
     except torch.OutOfMemoryError as error:
         raise no_room(device) from error
-    finally:
-        runner.close()

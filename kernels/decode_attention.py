@@ -59,7 +59,7 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> int:
 _TILE = (
     64  # tokens that a program takes in one go: enough to reach the memory's rate, and few for one sequence's latency
 )
-_MERGED_AT_ONCE = 8  # splits whose results are under way together
+_MERGED_AT_ONCE = 8 * 16 * 128  # numbers of splits' results that are under way together: 128 registers of a thread
 
 
 def decode_attention(
@@ -93,6 +93,8 @@ def decode_attention(
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // num_kv_heads
     query_len = tokens // batch
+    block_rows = max(16, 1 << (query_len * group - 1).bit_length())
+    block_dim = max(16, 1 << (head_dim - 1).bit_length())
     # Splits come last: programs go to multiprocessors in turn, and those of the last splits have less or nothing to do.
     _decode_kernel[(num_kv_heads, batch, workspace.splits)](
         q,
@@ -121,10 +123,10 @@ def decode_attention(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         MERGE=workspace.splits > 1,
-        BLOCK_R=max(16, 1 << (query_len * group - 1).bit_length()),
+        BLOCK_R=block_rows,
         BLOCK_N=_TILE,
-        MERGED=_MERGED_AT_ONCE,
-        BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
+        MERGED=max(1, min(8, _MERGED_AT_ONCE // (block_rows * block_dim))),
+        BLOCK_D=block_dim,
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,

@@ -5,13 +5,13 @@ An op dispatches with `use_triton(x)`: Triton on CUDA, its plain PyTorch referen
 
 Programmatic dependent launch (CUDA C++ Programming Guide): a kernel started with `**pdl_options(x)` may begin while its
 predecessor still runs. The rule for every such kernel, with `PDL: tl.constexpr`: before its `gdc_wait` it reads weights
-only, nothing that an earlier kernel of the layer writes, and writes nothing. After the wait everything before it is
-complete, its predecessors' predecessors included.
+and what is as old as the step, nothing that an earlier kernel of the layer writes, and writes nothing. After the wait
+everything before it is complete, its predecessors' predecessors included.
 
-What the step wrote at its beginning (lengths, page tables, slots, rotary factors) may be read before the wait, too. A
-kernel starts when the one ahead lets it: products (small_linear.py, row_linear.py) do so at once, so that several in a
-row have their weights under way, all others after their own wait, when all before them is complete. The embedding is
-such a one and comes last of the step's beginning: whatever starts after it finds the rest of the beginning complete.
+As old as the step is what it wrote at its beginning: lengths, page tables, slots, rotary factors. A kernel starts when
+the one ahead lets it: products (small_linear.py, row_linear.py) do so at once, so that several in a row have their
+weights under way, all others after their own wait, when all before them is complete. The embedding is such a one and
+comes last of the step's beginning: whatever starts after it finds the rest of the beginning complete.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _LAUNCH = triton.JITFunction.run
 @contextmanager
 def compiling(threads: int, progress: Callable[[int, int], None] | None = None) -> Iterator[None]:
     """While this is in force this thread launches nothing: kernels are compiled for what they are called with, several
-    at once. Other threads, of another engine say, go on as ever.
+    at once. Other threads, of another engine say, go on as ever; who compiles, too, waits. Not to be nested.
 
     `progress` gets (done, in all) when the calls are over. Raises what the compiler raises, on leaving.
     """

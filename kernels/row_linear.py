@@ -38,7 +38,7 @@ class RowProduct(NamedTuple):
     eps: float = 0.0  # the norm's
 
 
-_MAX_COLUMNS = 1 << 15  # more would not fit the registers
+_MOST_HELD = 160  # registers of a thread for weights of 2 bytes; twice as many with float32, where speed matters less
 
 
 @cache
@@ -47,18 +47,19 @@ def row_tiles_for(outputs: int, columns: int, *, gated: bool = False, rotated: b
 
     outputs: columns of the result, so half of the weight's rows if `gated`. rotated: for `row_rotary_store`.
     """
-    if columns > _MAX_COLUMNS:
-        return None
     warps = 2 if columns <= 2048 else 4 if columns <= 8192 else 8
     if rotated:
-        return RowTiles(2, 1 if columns <= 2048 else warps)
-    if outputs >= 1 << 16:  # a head: there are programs enough
-        return RowTiles(8 if columns <= 2048 else 4, warps)
-    return RowTiles(4 if warps == 4 and not gated else 2, warps)
+        tiles = RowTiles(2, 1 if columns <= 2048 else warps)
+    elif outputs >= 1 << 16:  # a head: there are programs enough
+        tiles = RowTiles(8 if columns <= 2048 else 4, warps)
+    else:
+        tiles = RowTiles(4 if warps == 4 and not gated else 2, warps)
+    held = tiles.outputs * (2 if gated or rotated else 1) * -(-columns // (256 * tiles.warps)) * 4
+    return tiles if held <= _MOST_HELD else None
 
 
 def row_linear(product: RowProduct, *, gated: bool = False, residual: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, accumulated in float32 -> [1, N].
+    """x @ weight.T + bias, accumulated in float32 -> [1, N]; rows of x and weight have no gaps.
 
     gated: the first half of the columns is the gate, the result is silu(gate) * up, [1, N / 2]. residual [1, N]: the
     product is added to it in place, and it is returned.
