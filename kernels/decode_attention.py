@@ -56,9 +56,7 @@ def _splits(heads: int, max_context: int, multiprocessors: int) -> int:
     return max(1, min(wanted, _MOST_SPLITS, -(-max_context // _TILE)))
 
 
-_TILE = (
-    64  # tokens that a program takes in one go: enough to reach the memory's rate, and few for one sequence's latency
-)
+_TILE = 64  # tokens that a program takes in one go: enough for the memory's rate, few enough for one sequence's latency
 _MERGED_AT_ONCE = 8 * 16 * 128  # numbers of splits' results that are under way together: 128 registers of a thread
 
 
@@ -257,9 +255,9 @@ def _decode_kernel(
                 where = flat.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
                 there_2d = there[:, None] & dim_used[None, :]
                 highest = tl.load(maxima_ptr + flat, mask=there, other=float("-inf"), cache_modifier=".cg")
-                weight = tl.load(sums_ptr + flat, mask=there, other=0.0, cache_modifier=".cg")
+                part_sum = tl.load(sums_ptr + flat, mask=there, other=0.0, cache_modifier=".cg")
                 part = tl.load(partial_ptr + where, mask=there_2d, other=0.0, cache_modifier=".cg")
-                theirs += ((highest, weight, part),)  # type: ignore[assignment]  # compiled: a longer tuple
+                theirs += ((highest, part_sum, part),)  # type: ignore[assignment]  # compiled: a longer tuple
             for i in tl.static_range(MERGED):
                 highest = tl.maximum(maximum, theirs[i][0])
                 base = tl.where(highest == float("-inf"), 0.0, highest)

@@ -23,7 +23,7 @@ from penstock.kernels.small_linear import small_linear_reference
 class RowTiles(NamedTuple):
     """How a product of one row is cut up."""
 
-    outputs: int  # of a program, a power of 2; as many gates and as many that are multiplied, or halves of heads
+    outputs: int  # of a program, a power of 2; with a gate, or rotated, it computes as many pairs
     warps: int  # that share the depth, 256 columns each in turn
 
 
