@@ -1,13 +1,13 @@
 """What the router costs: streamed requests per second of its CPU time, and the latency it adds, over instant workers.
 
     python benchmarks/router_overhead.py [--requests 2000] [--streams 64] [--step-ms 10] [--router-procs 1 2 4]
-        [--only KEY ...]
+        [--only KEY ...] [--out FILE]
 
 Redis, the router as `penstock router` starts it, workers that speak the bus protocol but compute nothing (one token of
 every running request a step), and the load generator (router_load.py); only the router's CPU time
 is counted. About five minutes. Each key of the result is a method of `Bench`; those with long prompts have two workers,
 so that the router hashes what it has tokenised and looks it up.
-Writes benchmarks/results/router_overhead-<commit>.json, unless --only names some of the keys.
+Writes benchmarks/results/router_overhead-<commit>.json; where --only names some of the keys, nothing but --out.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def main() -> None:
         "--router-procs", type=int, nargs="+", help="default: 1, 2, 4, ... one for four cores, at least 2"
     )
     parser.add_argument("--only", nargs="+", choices=[measure.__name__ for measure in MEASURES], metavar="KEY")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/, with --only nowhere")
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     options.router_procs = options.router_procs or [1, 2, *(n for n in (4, 8, 16) if 4 * n <= cores)]
@@ -262,8 +263,10 @@ def main() -> None:
         "tokens": TOKENS,
         **found,
     }
-    if options.only is None:
-        (RESULTS / file_name("router_overhead", at_commit)).write_text(json.dumps(result, indent=2) + "\n")
+    if options.out is None and options.only is None:
+        options.out = RESULTS / file_name("router_overhead", at_commit)
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
