@@ -31,7 +31,6 @@ from penstock.kernels.small_linear import LinearWorkspace
 
 Call = Callable[[], object]
 MAX_POOL_BYTES = 40 << 30
-MAX_CONTEXT = 32768  # what a captured decode step allows for, whatever the contexts are
 MAX_DECODES = 256  # more tokens are one prompt
 MIN_LAYERS = 4  # of a pool: pages are not contiguous for one layer
 
@@ -126,7 +125,7 @@ def _decode(
     layers = max(1, min(max(copies, MIN_LAYERS), MAX_POOL_BYTES // kv_bytes))
     tables, pages = page_tables([context] * sequences, page_size)
     workspace = DecodeWorkspace.allocate(
-        sequences, shape.heads // shape.kv_heads, shape.kv_heads, shape.head_dim, MAX_CONTEXT, place.device
+        sequences, shape.heads // shape.kv_heads, shape.kv_heads, shape.head_dim, place.device
     )
     q = place.noise(sequences, shape.heads, shape.head_dim)
     told = place.integers(tables), place.integers(list(range(sequences))), place.integers([context] * sequences)

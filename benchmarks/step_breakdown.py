@@ -2,7 +2,7 @@
 
     python benchmarks/step_breakdown.py
     python benchmarks/step_breakdown.py --models llama8b --batches 32x8192 --layers all --page-size 16 32 64
-    python benchmarks/step_breakdown.py --batches 1x1024 --stages attention --splits 1x64 8x128 16x128
+    python benchmarks/step_breakdown.py --batches 1x1024 --stages attention --tiles 64x4x3x3 32x2x7x4
 
 The step is the engine's own, captured as a CUDA graph, on the first layers of a model with random weights. A profile
 would mislead: under dependent launch a kernel's time there begins when it starts, though it then waits for the one
@@ -50,6 +50,7 @@ from benchmarks.record import RESULTS, commit, file_name, machine, merge
 from benchmarks.shapes import BYTES, H200, SHAPES, Shape
 from penstock.engine import decode_graphs
 from penstock.kernels import attention_inputs, decode_attention
+from penstock.kernels.decode_attention import Tiles
 from penstock.kernels.linear import Linear
 from penstock.kernels.rms_norm import Normed, as_tensor
 from penstock.models import decoder
@@ -141,17 +142,17 @@ def left_out(stage: str, model: CausalLM, shape: Shape, rows: int) -> Iterator[o
 
 
 @contextmanager
-def split_so(splits: int, tile: int) -> Iterator[None]:
-    """While this is in force, attention takes each sequence in so many splits, and these in tiles of so many tokens.
+def cut_so(tiles: Tiles) -> Iterator[None]:
+    """While this is in force, attention cuts its keys up so.
 
     Raises:
-        RuntimeError: on leaving, if nothing asked for the splits.
+        RuntimeError: on leaving, if nothing asked for the tiles.
     """
-    rule = StandIn(lambda *sizes: splits)
-    with patch.object(decode_attention, "_splits", rule), patch.object(decode_attention, "_TILE", tile):
+    rule = StandIn(lambda head_dim: tiles)
+    with patch.object(decode_attention, "tiles_for", rule):
         yield
     if not rule.used:
-        raise RuntimeError("the step's attention has no splits")
+        raise RuntimeError("the step's attention has no tiles")
 
 
 def _noise(model: CausalLM, rows: int, columns: int) -> Tensor:
@@ -252,8 +253,8 @@ def measure(
         stages = stages_of(batch, options.stages)
         changes = {name: partial(left_out, name, model, shape, batch.sequences) for name in stages}
         forms = {name: step.form(change) for name, change in changes.items()}
-        for splits, tile in options.splits:
-            forms[f"splits_{splits}x{tile}"] = step.form(partial(split_so, splits, tile))
+        for tiles in options.tiles:
+            forms["tiles_" + "x".join(map(str, tiles))] = step.form(partial(cut_so, tiles))
         record = figures(shape, batch, compare(bases[page_size], forms, options.rounds), stages)
         show(f"{shape.name} {batch}, pages of {page_size}", record)
         take(f"b{batch.sequences}_c{batch.context}_l{shape.layers}_p{page_size}", record)
@@ -268,12 +269,12 @@ def measure(
         take(f"b{batch.sequences}_c{batch.context}_l{shape.layers}_page_sizes", record)
 
 
-def _splits(text: str) -> tuple[int, int]:
-    """SPLITSxTILE. Raises ValueError for anything else, or a tile that is no power of 2."""
-    splits, _, tile = text.partition("x")
-    if int(splits) < 1 or int(tile) < 16 or int(tile) & (int(tile) - 1):
-        raise ValueError(f"{text}: at least one split, of tiles of 16, 32, 64 or so tokens")
-    return int(splits), int(tile)
+def _tiles(text: str) -> Tiles:
+    """TOKENSxWARPSxSTAGESxPROGRAMS. Raises ValueError for anything else, or tokens that are no power of 2."""
+    numbers = [int(part) for part in text.split("x")]
+    if len(numbers) != 4 or min(numbers) < 1 or numbers[0] < 16 or numbers[0] & (numbers[0] - 1):
+        raise ValueError(f"{text}: 16, 32, 64 or so tokens, warps, stages and programs of a multiprocessor")
+    return Tiles(*numbers)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -286,7 +287,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batches", nargs="+", type=Batch.parse, default=batches, metavar="BxC", help="sequences and their context")
     add("--layers", type=layers, default=8, metavar="N", help='of the model, or "all"')
     add("--stages", nargs="*", default=list(STAGES), choices=STAGES, metavar="NAME", help="to leave out, one by one")
-    add("--splits", nargs="+", type=_splits, default=[], metavar="SxT", help="attention in S splits, tiles of T tokens")
+    add("--tiles", nargs="+", type=_tiles, default=[], metavar="TxWxSxP", help="of attention: see decode_attention.py")
     add("--page-size", nargs="+", type=int, default=[16], metavar="TOKENS", help="several are compared")
     add("--pool-gib", type=float, default=0.0, metavar="GIB", help="of the pool, if the batch needs less")
     add("--rounds", type=int, default=3, help="comparisons of each form, of which the median counts")

@@ -59,7 +59,7 @@ def paged_attention(
         workspace = batch.plans.get("decode")
         if workspace is None:
             workspace = batch.plans["decode"] = DecodeWorkspace.allocate(
-                decodes, num_heads // num_kv_heads, num_kv_heads, head_dim, batch.max_context, q.device
+                decodes, num_heads // num_kv_heads, num_kv_heads, head_dim, q.device
             )
         whole = decodes == sequences
         decode_attention(

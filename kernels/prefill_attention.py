@@ -137,13 +137,11 @@ def uses_cudnn(q: Tensor, page_size: int, new_tokens: int, backend: str) -> bool
 def kernel_for(q: Tensor, k_pages: Tensor, new_tokens: int, max_query_len: int, backend: str) -> Callable[..., None]:
     """Which kernel takes the sequences that do not go to cuDNN.
 
-    The Hopper kernel needs rows for both of its groups, and does not split contexts: it is left alone where it would
-    have fewer programs than half the multiprocessors of its card.
+    The Hopper kernel needs rows for both of its groups.
     """
     if not use_triton(q):
         return prefill_attention_reference
-    num_heads = q.shape[1]
-    fills = max_query_len * (num_heads // k_pages.shape[1]) >= BLOCK_M and new_tokens * num_heads >= 66 * BLOCK_M
+    fills = max_query_len * (q.shape[1] // k_pages.shape[1]) >= BLOCK_M
     if backend in ("AUTO", "HOPPER") and fills and supports_hopper(q, k_pages.shape[2]):
         return prefill_attention_hopper
     return prefill_attention_triton

@@ -22,7 +22,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from penstock.kernels.launch import pdl_options
+from penstock.kernels.launch import num_multiprocessors, pdl_options
+from penstock.kernels.prefill_splits import NOTHING, Parts, splits_for
 
 LOG2_E = 1.4426950408889634
 BLOCK_M, BLOCK_N, STAGES = 128, 128, 2
@@ -55,7 +56,15 @@ def shared_layout(head_dim: int) -> gl.NVMMASharedLayout:
 
 @cache
 def kernel_constants(
-    group: int, page_size: int, window: bool, soft_cap: bool, sinks: bool, num_sequences: int, head_dim: int
+    group: int,
+    page_size: int,
+    window: bool,
+    soft_cap: bool,
+    sinks: bool,
+    num_sequences: int,
+    num_heads: int,
+    head_dim: int,
+    splits: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     return {
@@ -64,6 +73,8 @@ def kernel_constants(
         "WINDOW": window,
         "SOFT_CAP": soft_cap,
         "SINKS": sinks,
+        "NUM_HEADS": num_heads,
+        "SPLITS": splits,
         "BLOCK_S": max(128, triton.next_power_of_2(num_sequences)),
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
@@ -89,10 +100,7 @@ def prefill_attention_hopper(
     max_context: int,
     out: Tensor,
 ) -> None:
-    """`prefill_attention_triton` for what `supports_hopper` allows; v_pages must lie right behind k_pages.
-
-    The bounds are not needed.
-    """
+    """`prefill_attention_triton` for what `supports_hopper` allows; v_pages must lie right behind k_pages."""
     num_tokens, num_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, _ = k_pages.shape
     num_sequences = table_rows.shape[0]
@@ -103,21 +111,28 @@ def prefill_attention_hopper(
     page_rows, head_rows = k_pages.stride(0) // head_dim, k_pages.stride(1) // head_dim
     rows = (num_pages - 1) * page_rows + (num_kv_heads - 1) * head_rows + 2 * page_size
     block = [min(page_size, BLOCK_N), head_dim]
-    _hopper_kernel[(num_kv_heads, num_tokens * group // BLOCK_M + num_sequences)](
+    programs = num_kv_heads * triton.cdiv(num_tokens * group, BLOCK_M)
+    splits = splits_for(programs, num_multiprocessors(q.device), max_context, BLOCK_N)
+    parts = Parts.allocate(splits, q) if splits > 1 else None
+    target = out if parts is None else parts.means
+    _hopper_kernel[(num_kv_heads * splits, num_tokens * group // BLOCK_M + num_sequences)](
         TensorDescriptor(k_pages, [rows, head_dim], [head_dim, 1], block, shared_layout(head_dim)),
         q,
-        out,
+        target,
+        None if parts is None else parts.masses,
         sinks,
         page_tables,
         table_rows,
         query_starts,
         contexts,
         num_sequences,
+        num_tokens,
+        splits,
         page_tables.stride(0),
         q.stride(0),
         q.stride(1),
-        out.stride(0),
-        out.stride(1),
+        target.stride(-3),
+        target.stride(-2),
         page_rows,
         head_rows,
         scale * LOG2_E if soft_cap is None else scale,
@@ -130,12 +145,16 @@ def prefill_attention_hopper(
             soft_cap is not None,
             sinks is not None,
             num_sequences,
+            num_heads,
             head_dim,
+            parts is not None,
         ),
         num_warps=4,
         maxnreg=MAX_REGISTERS,
         **pdl_options(q),
     )
+    if parts is not None:
+        parts.join(sinks, query_starts, contexts, out)
 
 
 @triton_gluon.jit
@@ -200,17 +219,17 @@ def _step(
 
 @triton_gluon.jit
 def _compute(
-    q_ptr, out_ptr, sinks_ptr, q_smem, ring, part, place, strides, factors, GROUP: gl.constexpr, WINDOW: gl.constexpr,
-    SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_ptr, out_ptr, masses_ptr, sinks_ptr, q_smem, ring, part, place, strides, factors, GROUP: gl.constexpr,
+    WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, NUM_HEADS: gl.constexpr, SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps' 64 rows."""
+    """Four warps' 64 rows, over all their keys or a split of them."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     PIECE: gl.constexpr = BLOCK_N // 4
     k_smem, v_smem, k_ready, k_free, v_ready, _v_free = ring
-    kv_head, first_token, num_queries, past, block, last_block, num_blocks = place
+    kv_head, split_token, first_token, num_queries, past, block, last_block, num_blocks = place
     q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
     if num_blocks > 0:
         first_row = block * BLOCK_M + part * 64
@@ -283,16 +302,35 @@ def _compute(
 
         top = gl.convert_layout(top, gl.SliceLayout(1, OUT))
         total = gl.convert_layout(total, gl.SliceLayout(1, OUT))
-        if SINKS:
+        if SPLITS:  # straight from registers: four lanes write 32 bytes in a row
             out_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-            sink = gl.load(sinks_ptr + kv_head * GROUP + out_rows % GROUP).to(gl.float32) * 1.4426950408889634
-            new_top = gl.maximum(top, sink)
-            fade = gl.exp2(top - new_top)
-            total = total * fade + gl.exp2(sink - new_top)
-            acc = acc * fade[:, None]
-        result = gl.convert_layout((acc / total[:, None]).to(out_ptr.dtype.element_ty), LOAD)
-        where = (tokens * out_token_stride + heads * out_head_stride)[:, None] + column[None, :]
-        gl.store(out_ptr + where, result, mask=(rows < num_queries * GROUP)[:, None])
+            own = out_rows < num_queries * GROUP
+            row = (split_token + out_rows // GROUP) * NUM_HEADS + kv_head * GROUP + out_rows % GROUP
+            gl.store(masses_ptr + row, top + gl.log2(total), mask=own)
+            where = row.to(gl.int64)[:, None] * BLOCK_D + gl.arange(0, BLOCK_D, gl.SliceLayout(0, OUT))[None, :]
+            gl.store(out_ptr + where, acc / total[:, None], mask=own[:, None])
+        else:
+            if SINKS:
+                out_rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+                sink = gl.load(sinks_ptr + kv_head * GROUP + out_rows % GROUP).to(gl.float32) * 1.4426950408889634
+                new_top = gl.maximum(top, sink)
+                fade = gl.exp2(top - new_top)
+                total = total * fade + gl.exp2(sink - new_top)
+                acc = acc * fade[:, None]
+            result = gl.convert_layout((acc / total[:, None]).to(out_ptr.dtype.element_ty), LOAD)
+            where = (tokens * out_token_stride + heads * out_head_stride)[:, None] + column[None, :]
+            gl.store(out_ptr + where, result, mask=(rows < num_queries * GROUP)[:, None])
+    elif SPLITS:
+        _saw_nothing(masses_ptr, block * BLOCK_M + part * 64, split_token, num_queries, kv_head, GROUP, NUM_HEADS)
+
+
+@triton_gluon.jit
+def _saw_nothing(
+    masses_ptr, first_row, split_token, num_queries, kv_head, GROUP: gl.constexpr, NUM_HEADS: gl.constexpr
+):  # fmt: skip
+    rows = first_row + gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
+    where = (split_token + rows // GROUP) * NUM_HEADS + kv_head * GROUP + rows % GROUP
+    gl.store(masses_ptr + where, rows * 0.0 + NOTHING, mask=(rows >= 0) & (rows < num_queries * GROUP))
 
 
 @triton_gluon.jit
@@ -331,20 +369,24 @@ def _fetch(
 
 
 @triton_gluon.jit(
-    do_not_specialize=["num_sequences"],
+    do_not_specialize=["num_sequences", "num_tokens", "splits"],
     do_not_specialize_on_alignment=["table_rows_ptr", "query_starts_ptr", "contexts_ptr"],
 )
 def _hopper_kernel(
-    kv_desc, q_ptr, out_ptr, sinks_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, num_sequences,
+    kv_desc, q_ptr,
+    out_ptr,  # [T, heads, dim], or the splits' means
+    masses_ptr,  # the splits'
+    sinks_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, num_sequences, num_tokens, splits,
     table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, page_rows, head_rows, scale,
     soft_cap, window, GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    SINKS: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    SINKS: gl.constexpr, NUM_HEADS: gl.constexpr, SPLITS: gl.constexpr, BLOCK_S: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     kv_head = gl.program_id(0)
+    split = 0
+    if SPLITS:
+        split = kv_head % splits
+        kv_head = kv_head // splits
     block = gl.program_id(1)
 
     # Sequence s has the blocks from starts[s] * GROUP // BLOCK_M + s on: room for all its rows, whatever they are.
@@ -365,6 +407,15 @@ def _hopper_kernel(
     if WINDOW:
         lowest_block = gl.maximum(low - window + 1, 0) // BLOCK_N
     num_blocks = gl.where((block >= 0) & (context > 0), last_block - lowest_block + 1, 0)
+    if SPLITS:
+        share = gl.cdiv(num_blocks, splits)
+        last_block -= split * share
+        num_blocks = gl.maximum(gl.minimum(share, num_blocks - split * share), 0)
+    split_token = split * num_tokens + first_token
+    # Lengths are as old as the step (launch.py): so far the kernel ahead could still run.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
     SHARED: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_D * 2), 16, 2)
@@ -384,19 +435,19 @@ def _hopper_kernel(
     hopper.fence_async_shared()
 
     ring = (k_smem, v_smem, k_ready, k_free, v_ready, v_free)
-    place = (kv_head, first_token, num_queries, past, block, last_block, num_blocks)
+    place = (kv_head, split_token, first_token, num_queries, past, block, last_block, num_blocks)
     strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
     factors = (scale, soft_cap, window)
     num_pages = gl.cdiv(context, PAGE_SIZE)
     gl.warp_specialize(
         [
             (_compute, (
-                q_ptr, out_ptr, sinks_ptr, q_smem.index(0), ring, 0, place, strides, factors, GROUP, WINDOW, SOFT_CAP,
-                SINKS, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+                q_ptr, out_ptr, masses_ptr, sinks_ptr, q_smem.index(0), ring, 0, place, strides, factors, GROUP, WINDOW,
+                SOFT_CAP, SINKS, NUM_HEADS, SPLITS, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
             )),
             (_compute, (
-                q_ptr, out_ptr, sinks_ptr, q_smem.index(1), ring, 1, place, strides, factors, GROUP, WINDOW, SOFT_CAP,
-                SINKS, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+                q_ptr, out_ptr, masses_ptr, sinks_ptr, q_smem.index(1), ring, 1, place, strides, factors, GROUP, WINDOW,
+                SOFT_CAP, SINKS, NUM_HEADS, SPLITS, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
             )),
             (_fetch, (
                 kv_desc, tables_ptr, table_rows_ptr, table_stride, ring, sequence, kv_head, num_pages, last_block,

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.launch import INTERPRETED, num_multiprocessors, pdl_options
+from penstock.kernels.prefill_splits import NOTHING, Parts, splits_for
 
 LOG2_E = math.log2(math.e)
 
@@ -59,9 +59,7 @@ def choose_tiles(
         rows, keys, num_warps, num_stages = 16, 64, 4, 3
     programs = num_kv_heads * max(1, -(-num_tokens * group // rows))
     resident = num_multiprocessors * (1 if rows > 64 else 2)  # shared memory holds one large program, or two small
-    # A split shall have at least four blocks of keys, or joining costs more than it saves.
-    splits = min(resident // programs, max_context // (4 * keys))
-    return Tiles(rows, keys, num_warps, num_stages, max(1, splits))
+    return Tiles(rows, keys, num_warps, num_stages, splits_for(programs, resident, max_context, keys))
 
 
 def prefill_attention_triton(
@@ -96,10 +94,8 @@ def prefill_attention_triton(
             group, block_dim, q.element_size(), num_tokens, num_kv_heads, max_query_len, max_context, multiprocessors
         )  # fmt: skip
     splits = tiles.splits
-    partial, masses = out, out
-    if splits > 1:
-        partial = torch.empty((splits, num_tokens, num_heads, head_dim), dtype=torch.float32, device=q.device)
-        masses = torch.empty((splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
+    parts = Parts.allocate(splits, q) if splits > 1 else None
+    target = out if parts is None else parts.means
     _prefill_kernel[(num_kv_heads * splits, num_tokens * group // tiles.rows + num_sequences)](
         q,
         k_pages,
@@ -109,8 +105,8 @@ def prefill_attention_triton(
         query_starts,
         contexts,
         sinks,
-        partial,
-        masses,
+        target,
+        None if parts is None else parts.masses,
         num_sequences,
         num_tokens,
         page_tables.stride(0),
@@ -118,8 +114,8 @@ def prefill_attention_triton(
         q.stride(1),
         k_pages.stride(0),
         k_pages.stride(1),
-        partial.stride(-3),
-        partial.stride(-2),
+        target.stride(-3),
+        target.stride(-2),
         scale if soft_cap is not None else scale * LOG2_E,
         soft_cap or 0.0,
         sliding_window or 0,
@@ -128,7 +124,7 @@ def prefill_attention_triton(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         NUM_HEADS=num_heads,
-        MERGE=splits > 1,
+        MERGE=parts is not None,
         WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
@@ -141,37 +137,8 @@ def prefill_attention_triton(
         num_stages=tiles.num_stages,
         **pdl_options(q),
     )
-    if splits > 1:
-        _join(partial, masses, sinks, query_starts, contexts, out)
-
-
-def _join(
-    partial: Tensor, masses: Tensor, sinks: Tensor | None, query_starts: Tensor, contexts: Tensor, out: Tensor
-) -> None:
-    """The splits' results, [splits, T, num_heads, head_dim], weighted into out [T, num_heads, head_dim]."""
-    splits, num_tokens, num_heads, head_dim = partial.shape
-    num_sequences = contexts.shape[0]
-    _join_kernel[(num_tokens, num_heads)](
-        partial,
-        masses,
-        sinks,
-        query_starts,
-        contexts,
-        out,
-        num_sequences,
-        num_tokens,
-        out.stride(0),
-        out.stride(1),
-        splits,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        SINKS=sinks is not None,
-        BLOCK_S=max(128, triton.next_power_of_2(num_sequences)),
-        BLOCK_SPLITS=max(64, triton.next_power_of_2(splits)),
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=2,
-        **pdl_options(out),
-    )
+    if parts is not None:
+        parts.join(sinks, query_starts, contexts, out)
 
 
 @triton.jit
@@ -251,7 +218,7 @@ _SLICES = ["table_rows_ptr", "query_starts_ptr", "contexts_ptr"]
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, contexts_ptr, sinks_ptr,
     out_ptr,  # [T, heads, dim], or partial results [splits, T, heads, dim]
-    weights_ptr,  # [splits, T, heads] log2 of a split's sum of weights
+    masses_ptr,  # [splits, T, heads] log2 of a split's sum of weights
     num_sequences, num_tokens, table_stride, q_token_stride, q_head_stride, page_stride, kv_head_stride,
     out_token_stride, out_head_stride, scale, soft_cap, window, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, MERGE: tl.constexpr, WINDOW: tl.constexpr,
@@ -333,8 +300,8 @@ def _prefill_kernel(
         out_rows += split.to(tl.int64) * num_tokens * out_token_stride
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
-        mass = tl.where(empty, -1e30, top + tl.log2(total))
-        tl.store(weights_ptr + (split * num_tokens + tokens) * NUM_HEADS + heads, mass, mask=own)
+        mass = tl.where(empty, NOTHING, top + tl.log2(total))
+        tl.store(masses_ptr + (split * num_tokens + tokens) * NUM_HEADS + heads, mass, mask=own)
     elif SINKS:
         sink = tl.load(sinks_ptr + heads).to(tl.float32) * 1.4426950408889634
         new_top = tl.maximum(top, sink)
@@ -343,43 +310,3 @@ def _prefill_kernel(
         acc = acc * fade[:, None]
     acc = acc / total[:, None]
     tl.store(out_ptr + out_rows[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_SLICES)
-def _join_kernel(
-    partial_ptr,  # [splits, T, heads, dim] float32
-    weights_ptr,  # [splits, T, heads] float32
-    sinks_ptr, query_starts_ptr, contexts_ptr, out_ptr, num_sequences, num_tokens, out_token_stride, out_head_stride,
-    splits, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Weighted mean of the splits' results, one row a program."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0)
-    head = tl.program_id(1)
-    index = tl.arange(0, BLOCK_S)
-    starts = tl.load(query_starts_ptr + index, mask=index < num_sequences, other=num_tokens)
-    sequence = tl.maximum(tl.sum((starts <= token).to(tl.int32), 0) - 1, 0)
-    begun = token >= tl.load(query_starts_ptr)
-    ended = token >= tl.load(query_starts_ptr + num_sequences)
-    if ended | (tl.load(contexts_ptr + sequence) == 0) | (begun == 0):
-        return
-    split = tl.arange(0, BLOCK_SPLITS)
-    column = tl.arange(0, BLOCK_D)
-    row = (split * num_tokens + token).to(tl.int64) * NUM_HEADS + head
-    mass = tl.load(weights_ptr + row, mask=split < splits, other=-1e30)
-    top = tl.max(mass, 0)
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, sink)
-    weights = tl.exp2(mass - top)
-    total = tl.sum(weights, 0)
-    if SINKS:
-        total += tl.exp2(sink - top)
-    valid = (split < splits)[:, None] & (column < HEAD_DIM)[None, :]
-    parts = tl.load(partial_ptr + row[:, None] * HEAD_DIM + column[None, :], mask=valid, other=0.0)
-    result = tl.sum(parts * weights[:, None], 0) / total
-    where = token.to(tl.int64) * out_token_stride + head * out_head_stride + column
-    tl.store(out_ptr + where, result.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)

@@ -8,10 +8,12 @@ import random
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.kernels import decode_attention as module
-from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention, decode_attention_reference
+from penstock.kernels.decode_attention import DecodeWorkspace, Tiles, decode_attention, decode_attention_reference
 
 _GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 _CPU = [pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")]
@@ -60,7 +62,7 @@ class Case:
             self.contexts,
         )
         self.workspace = DecodeWorkspace.allocate(
-            len(contexts), query_len * heads // kv_heads, kv_heads, dim, max([*contexts, 1]), self.contexts.device
+            len(contexts), query_len * heads // kv_heads, kv_heads, dim, self.contexts.device
         )
 
     def run(self, **options: object) -> Tensor:
@@ -100,10 +102,11 @@ class Case:
         return out.float()
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short contexts have several tiles and splits, also in the interpreter."""
-    monkeypatch.setattr(module, "_TILE", 16)
+@pytest.fixture(autouse=True, params=[2, 40], ids=["some_programs", "a_program_a_piece"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short contexts have several tiles; programs that take several pieces of the row, or one each."""
+    monkeypatch.setattr(module, "tiles_for", lambda head_dim: Tiles(16, 4, 3, request.param))
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,8 +145,10 @@ def test_half_precision_is_accumulated_in_float32(device: str, dtype: torch.dtyp
     torch.testing.assert_close(case.run(), case.reference(), rtol=2e-2, atol=1e-2)
 
 
-def test_splits_fill_the_card_and_are_never_shorter_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._splits(8, 32768, 132) == 64  # batch 1: 64 splits of 8 heads
-    assert module._splits(8, 40, 132) == 3
-    assert module._splits(128, 32768, 132) == 4
-    assert module._splits(2048, 32768, 132) == 1
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contexts=st.lists(st.sampled_from([0, 1, 15, 16, 17, 90, 250]), min_size=1, max_size=9))
+def test_sequences_of_any_lengths_share_the_programs(device: str, contexts: list[int]) -> None:
+    case = Case(contexts, heads=2, kv_heads=1, page_size=16, device=device)
+    torch.testing.assert_close(case.run(), case.reference(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.run(), case.reference(), rtol=1e-4, atol=1e-5)  # with what the first has left

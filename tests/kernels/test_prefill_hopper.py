@@ -24,16 +24,19 @@ on_hopper = [
 ]
 
 COMPILE = """
+import sys
+
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from penstock.kernels.prefill_hopper import _hopper_kernel as kernel, kernel_constants, shared_layout
 
-constants = kernel_constants(4, 16, True, True, True, 1, 128) | {"PDL": True}
+constants = kernel_constants(4, 16, True, True, True, 1, 32, 128, bool(int(sys.argv[1]))) | {"PDL": True}
 types = dict.fromkeys(kernel.arg_names, "i32")
 types |= dict.fromkeys(constants, "constexpr")
-types |= dict.fromkeys(("q_ptr", "out_ptr", "sinks_ptr"), "*bf16")
+types |= dict.fromkeys(("q_ptr", "sinks_ptr"), "*bf16")
+types |= {"masses_ptr": "*fp32", "out_ptr": "*fp32" if constants["SPLITS"] else "*bf16"}
 types |= dict.fromkeys(("tables_ptr", "table_rows_ptr", "query_starts_ptr", "contexts_ptr"), "*i32")
 types |= {"scale": "fp32", "soft_cap": "fp32", "kv_desc": f"tensordesc<bf16[16, 128],{shared_layout(128)!r}>"}
 source = GluonASTSource(kernel, types, constexprs=constants)
@@ -44,9 +47,10 @@ assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
 """
 
 
-def test_compiles_for_hopper() -> None:
+@pytest.mark.parametrize("splits", [False, True])
+def test_compiles_for_hopper(splits: bool) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", COMPILE, str(int(splits))], check=True, env=environment)
 
 
 def test_what_it_supports_is_never_a_cpu_tensor() -> None:

@@ -85,10 +85,10 @@ def test_batches_and_layers_are_read(capsys: pytest.CaptureFixture[str]) -> None
     llama = SHAPES["llama8b"]
     assert cut(llama, decode_step.layers("all")).layers == 32
     assert cut(llama, decode_step.layers("8")).layers == 8 and cut(SMALL, 8).layers == 1
-    options = step_breakdown.parse(["--splits", "8x128", "--layers", "all", "--page-size", "16", "64"])
-    assert (options.splits, options.layers, options.page_size) == ([(8, 128)], None, [16, 64])
+    options = step_breakdown.parse(["--tiles", "32x2x5x3", "--layers", "all", "--page-size", "16", "64"])
+    assert (options.tiles, options.layers, options.page_size) == ([(32, 2, 5, 3)], None, [16, 64])
     wrong: tuple[list[str], ...]
-    wrong = (["--batches", "32"], ["--batches", "0x8"], ["--splits", "2x48"], ["--layers", "0"], ["--stages", "mlp"])
+    wrong = (["--batches", "32"], ["--batches", "0x8"], ["--tiles", "48x2x5x3"], ["--layers", "0"], ["--stages", "mlp"])
     for arguments in wrong:
         with pytest.raises(SystemExit):
             step_breakdown.parse(arguments)
@@ -186,7 +186,7 @@ def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str
         step_breakdown.left_out(stage, model, SMALL, 2),
     ):
         pass
-    with pytest.raises(RuntimeError, match="no splits"), step_breakdown.split_so(2, 16):
+    with pytest.raises(RuntimeError, match="no tiles"), step_breakdown.cut_so(Tiles(16, 4, 3, 2)):
         pass
 
 
@@ -285,17 +285,17 @@ def shape(monkeypatch: pytest.MonkeyPatch) -> Shape:
 def test_a_step_is_taken_apart(device: str, shape: Shape, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     stages = ["--stages", "attention", "down"] if device == "cpu" else []
-    command = ["--models", "tiny", "--batches", "2x5", "--page-size", "4", "8", "--rounds", "1", "--splits", "2x16"]
-    before = decode_attention._splits
+    command = ["--models", "tiny", "--batches", "2x5", "--page-size", "4", "8", "--rounds", "1", "--tiles", "16x4x3x2"]
+    before = decode_attention.tiles_for
     assert step_breakdown.main([*command, *stages, "--device", device, "--out", str(path)]) == 0
-    assert decode_attention._splits is before
+    assert decode_attention.tiles_for is before
     found = json.loads(path.read_text())["tiny"]
     assert found.keys() == {"b2_c5_l1_p4", "b2_c5_l1_p8", "b2_c5_l1_page_sizes"}
     for page_size in (4, 8):
         taken = found[f"b2_c5_l1_p{page_size}"]
         assert taken["layers"] == 1 and taken["step_us"] > 0
         assert taken["down_us"].keys() == {"saved", "plus_minus", "floor"}
-        assert {"attention_us", "splits_2x16_us"} <= taken.keys()
+        assert {"attention_us", "tiles_16x4x3x2_us"} <= taken.keys()
         assert ("rest_us" in taken) == (device != "cpu"), "only where all stages were left out"
     assert found["b2_c5_l1_page_sizes"].keys() == {"p4_step_us", "p8_step_us", "spread_us"}
     out = capsys.readouterr().out
