@@ -186,7 +186,7 @@ def test_a_stage_that_the_step_does_not_have_is_said(model: CausalLM, stage: str
         step_breakdown.left_out(stage, model, SMALL, 2),
     ):
         pass
-    with pytest.raises(RuntimeError, match="no tiles"), step_breakdown.cut_so(Tiles(16, 4, 3, 2)):
+    with pytest.raises(RuntimeError, match="no tiles"), step_breakdown.cut_so(decode_attention.Tiles(16, 4, 3, 2)):
         pass
 
 
