@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.shapes import Shape
-from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention
+from penstock.kernels.decode_attention import DecodePlan, decode_attention
 from penstock.kernels.gated_activation import silu_mul
 from penstock.kernels.linear import make_linear
 from penstock.kernels.paged_batch import PagedBatch
@@ -124,14 +124,14 @@ def _decode(
 ) -> list[Call]:
     layers = max(1, min(max(copies, MIN_LAYERS), MAX_POOL_BYTES // kv_bytes))
     tables, pages = page_tables([context] * sequences, page_size)
-    workspace = DecodeWorkspace.allocate(
-        sequences, shape.heads // shape.kv_heads, shape.kv_heads, shape.head_dim, place.device
-    )
+    group = shape.heads // shape.kv_heads
+    plan = DecodePlan.allocate(sequences, 1, group, shape.kv_heads, shape.head_dim, None, place.device)
+    plan.lay_out(place.integers(list(range(sequences))), place.integers([context] * sequences))
     q = place.noise(sequences, shape.heads, shape.head_dim)
-    told = place.integers(tables), place.integers(list(range(sequences))), place.integers([context] * sequences)
-    options = {"scale": shape.head_dim**-0.5, "workspace": workspace, "out": torch.empty_like(q)}
+    told = place.integers(tables)
+    options = {"scale": shape.head_dim**-0.5, "plan": plan, "out": torch.empty_like(q)}
     return [
-        partial(decode_attention, q, k, v, *told, **options) for k, v in pool(shape, pages, page_size, layers, place)
+        partial(decode_attention, q, k, v, told, **options) for k, v in pool(shape, pages, page_size, layers, place)
     ]
 
 

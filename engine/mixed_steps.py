@@ -23,7 +23,7 @@ from penstock.kernels.step_state import begin_mixed
 from penstock.models.decoder import CausalLM
 
 MAX_PROMPTS = 16  # of a captured shape that also decodes
-_CHUNKS = 4  # of one for the usual chunk: mostly there is one, or one that ends and one that begins
+CHUNK_PROMPTS = 4  # of one for the usual chunk: mostly there is one, or one that ends and one that begins
 _PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
 
 
@@ -89,7 +89,7 @@ def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_
         shapes += [Shape(decodes, count, MAX_PROMPTS) for count in _PROMPT_TOKENS[1:]]
     if 0 < mixed_chunk_tokens <= _PROMPT_TOKENS[-1]:
         rooms = sorted({min(count, max_num_seqs) for count in SEQUENCES})
-        chunks = [Shape(room, chunk_beside(mixed_chunk_tokens, room), _CHUNKS) for room in rooms]
+        chunks = [Shape(room, chunk_beside(mixed_chunk_tokens, room), CHUNK_PROMPTS) for room in rooms]
         shapes += [shape for shape in chunks if shape not in shapes]
     return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]
 

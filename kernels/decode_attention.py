@@ -1,10 +1,10 @@
 """Attention of one or a few new tokens a sequence over the paged cache: memory-bound, shared out evenly.
 
 The heads of a group share one read of their keys and values, as rows of one small matrix product; so do the query
-tokens of a sequence (several in speculative decoding). The tiles of all sequences of a step, whatever their lengths,
-lie in one row, and each program takes as many of them as the others (as Stream-K does with a product's, Osama et al.
-2023). Where a sequence is cut, its parts are merged (Milakov and Gimelshein 2018) by the program that ends last, which
-saves a launch a layer.
+tokens of a sequence (several in speculative decoding). Sequences are cut into splits (Flash-Decoding, Dao et al. 2023),
+each by its own length: `lay_out` decides on the device, once a step, for all layers, so that programs of a captured
+step are shared out by what its sequences are and not by what they might be. The program of a sequence that ends last
+merges its splits (Milakov and Gimelshein 2018), which saves a launch a layer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from penstock.kernels.launch import num_multiprocessors, pdl_options
 
 LOG2_E = 1.4426950408889634
-_MERGED_NUMBERS = 128 * 32  # of parts' results that a warp has under way together: 128 registers of a thread
-_MOST_MERGED = 16  # parts, where their results are small
+_MERGED_NUMBERS = 64 * 32  # of splits' results that a warp has under way together: 64 registers of a thread
+_MOST_MERGED = 16  # splits, where their results are small
+_RECORD = tl.constexpr(8)  # int32 of a split; see `_lay_out_kernel`
 
 
 class Tiles(NamedTuple):
@@ -30,48 +31,76 @@ class Tiles(NamedTuple):
     tokens: int  # that a program takes in one go, a power of 2
     warps: int
     stages: int
-    programs: int  # a multiprocessor: as many as are there at a time, so that none has to wait for another
+    programs: int  # a multiprocessor: as many as are there at a time
 
 
 def tiles_for(head_dim: int) -> Tiles:
-    """Measured on an H200: two tiles of 32 KiB under way for each program, and three programs a multiprocessor.
-
-    Of five stages the ids of pages take every other one: keys and values can be asked for only when they are known.
-    """
-    return Tiles(64 if head_dim <= 128 else 32, 2, 5, 3)
+    """Measured on an H200."""
+    return Tiles(64 if head_dim <= 128 else 32, 4, 3, 4)
 
 
 @dataclass(frozen=True)
-class DecodeWorkspace:
-    """Where the parts of a step's sequences meet; the same for all its layers. `arrived` is zero between launches."""
+class DecodePlan:
+    """Who computes what of a step's sequences, and where their splits meet; the same for all layers with a window."""
 
     tiles: Tiles
     resident: int  # programs of a key-value head that are there at a time
-    arrived: Tensor  # int32 [B * num_kv_heads]
-    partial: Tensor  # float32 [num_kv_heads * (resident + B), rows, head_dim]
-    maxima: Tensor  # float32 [num_kv_heads * (resident + B), rows], of scores times log2(e)
+    query_len: int  # new tokens of each sequence
+    sliding_window: int | None
+    splits: Tensor  # int32 [programs of a head, _RECORD]
+    arrived: Tensor  # int32 [B * num_kv_heads], zero between launches
+    partial: Tensor  # float32 [num_kv_heads * programs, rows, head_dim]
+    maxima: Tensor  # float32 [num_kv_heads * programs, rows], of scores times log2(e)
     sums: Tensor  # the same
 
     @classmethod
     def allocate(
         cls,
         batch: int,
-        rows: int,
+        query_len: int,
+        group: int,
         num_kv_heads: int,
         head_dim: int,
+        sliding_window: int | None,
         device: torch.device,
-    ) -> DecodeWorkspace:
-        """For `batch` sequences, `rows` query rows a key-value head (query tokens times group)."""
+    ) -> DecodePlan:
+        """For `batch` sequences with `query_len` new tokens; `group`: query heads a key-value head."""
         tiles = tiles_for(head_dim)
         resident = max(1, tiles.programs * num_multiprocessors(device) // num_kv_heads)
-        parts = num_kv_heads * (resident + batch)
+        programs = max(resident, resident // 2 + batch)  # see _lay_out_kernel
+        parts, rows = num_kv_heads * programs, query_len * group
         return cls(
             tiles,
             resident,
+            query_len,
+            sliding_window,
+            torch.zeros(programs, _RECORD.value, dtype=torch.int32, device=device),
             torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=device),
             torch.empty(parts, rows, head_dim, dtype=torch.float32, device=device),
             torch.empty(parts, rows, dtype=torch.float32, device=device),
             torch.empty(parts, rows, dtype=torch.float32, device=device),
+        )
+
+    def lay_out(self, table_rows: Tensor, contexts: Tensor) -> None:
+        """Share out a step. `table_rows`, `contexts`: int32 [B], as in `decode_attention`.
+
+        To be launched at the step's beginning, before its embedding (launch.py): layers read the plan without waiting.
+        """
+        batch = contexts.shape[0]
+        _lay_out_kernel[(1,)](
+            table_rows,
+            contexts,
+            self.splits,
+            batch,
+            self.resident,
+            self.splits.shape[0],
+            self.sliding_window or 0,
+            QUERY_LEN=self.query_len,
+            WINDOW=self.sliding_window is not None,
+            TILE=self.tiles.tokens,
+            BLOCK_B=max(16, triton.next_power_of_2(batch)),
+            num_warps=4,
+            **pdl_options(contexts),
         )
 
 
@@ -80,14 +109,11 @@ def decode_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     page_tables: Tensor,
-    table_rows: Tensor,
-    contexts: Tensor,
     *,
     scale: float,
-    sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-    workspace: DecodeWorkspace,
+    plan: DecodePlan,
     out: Tensor,
 ) -> None:
     """Causal attention of the last Q tokens of each of B sequences, into `out`; sequences of context 0 are skipped.
@@ -95,58 +121,48 @@ def decode_attention(
     Args:
         q: `[B * Q, num_heads, head_dim]`, sequence after sequence; `out` likewise, contiguous.
         k_pages, v_pages: `[num_pages, num_kv_heads, page_size, head_dim]`, one head's page contiguous, equal strides.
-        page_tables: int32 `[N, W]`; `table_rows` int32 `[B]` names the row of each sequence.
-        contexts: int32 `[B]`, tokens in the cache, the Q new ones included.
-        sliding_window: a token sees itself and this many less one before it.
+        page_tables: int32 `[N, W]`.
+        plan: laid out for this step, and for Q; its table_rows name the row of each sequence in page_tables, its
+            contexts are tokens in the cache, the Q new ones included. With a sliding window a token sees itself and
+            this many less one before it.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
         sinks: float32 `[num_heads]`, a score that takes part in the denominator only (gpt-oss).
     """
-    batch = contexts.shape[0]
-    tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
-    group = num_heads // num_kv_heads
-    query_len = tokens // batch
-    block_parts = triton.next_power_of_2(query_len * group)
-    block_rows = max(16, block_parts)  # of a product
+    group, tiles = num_heads // num_kv_heads, plan.tiles
+    block_rows = triton.next_power_of_2(plan.query_len * group)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    tiles = workspace.tiles
-    # Few sequences are cut at their ends as well, which costs each of them a piece more, but no program two pieces.
-    each = batch * 6 <= workspace.resident
-    _decode_kernel[(num_kv_heads, workspace.resident + (batch if each else 0))](
+    _decode_kernel[(num_kv_heads, plan.splits.shape[0])](
         q,
         k_pages,
         v_pages,
         page_tables,
-        table_rows,
-        contexts,
+        plan.splits,
         out,
-        workspace.partial,
-        workspace.maxima,
-        workspace.sums,
-        workspace.arrived,
+        plan.partial,
+        plan.maxima,
+        plan.sums,
+        plan.arrived,
         sinks,
         scale * LOG2_E,
         soft_cap or 0.0,
-        sliding_window or 0,
+        plan.sliding_window or 0,
         q.stride(0),
         q.stride(1),
         k_pages.stride(0),
         k_pages.stride(1),
         page_tables.stride(0),
-        batch,
-        workspace.resident,
         GROUP=group,
-        QUERY_LEN=query_len,
+        QUERY_LEN=plan.query_len,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
-        EACH=each,
-        BLOCK_B=triton.next_power_of_2(batch),
-        BLOCK_R=block_rows,
-        BLOCK_P=block_parts,
+        BLOCK_R=max(16, block_rows),  # of a product
+        BLOCK_M=block_rows,
         BLOCK_N=tiles.tokens,
-        MERGED=max(1, min(_MOST_MERGED, _MERGED_NUMBERS * tiles.warps // (block_parts * block_dim))),
+        MERGED=max(1, min(_MOST_MERGED, _MERGED_NUMBERS * tiles.warps // (block_rows * block_dim))),
         BLOCK_D=block_dim,
-        WINDOW=sliding_window is not None,
+        WINDOW=plan.sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
         SINKS=sinks is not None,
         num_warps=tiles.warps,
@@ -155,103 +171,103 @@ def decode_attention(
     )
 
 
-@triton.jit(do_not_specialize=["table_stride", "batch", "resident"])
-def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, rows_ptr, contexts_ptr, out_ptr, partial_ptr, maxima_ptr, sums_ptr, arrived_ptr,
-    sinks_ptr,
-    scale,  # times log2(e): exponentials are powers of two
-    soft_cap, window, q_token_stride, q_head_stride, page_stride, head_stride, table_stride, batch,
-    resident,  # programs of a head that are there at a time
-    GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    EACH: tl.constexpr,  # a program takes one piece; else what it comes to of the row
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MERGED: tl.constexpr,
-    BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "resident", "programs"])
+def _lay_out_kernel(
+    rows_ptr, contexts_ptr, splits_ptr, batch, resident, programs, window, QUERY_LEN: tl.constexpr,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(1)
-    # Lengths and page tables are as old as the step: they are read while the kernel ahead still runs (launch.py).
-    index = tl.arange(0, BLOCK_B)
-    contexts = tl.load(contexts_ptr + index, mask=index < batch, other=0)
-    tiles = _tiles(contexts, _first_seen(contexts, window, QUERY_LEN, BLOCK_N, WINDOW), BLOCK_N)
-    ends = tl.cumsum(tiles, 0)  # of the sequences, in the row of all tiles
-    begins = ends - tiles
-    total = tl.sum(tiles, 0)
-    shares = resident
-    if EACH:
-        shares = tl.maximum(resident - tl.sum((tiles > 0).to(tl.int32), 0), 1)
-    share = tl.maximum(tl.cdiv(total, shares), 1)
-    # Along the row, from one piece to the next, either the share or the sequence is another: their sum numbers pieces.
-    sequence = 0
-    if EACH:
-        sequence = tl.sum(((begins // share + index <= unit) & (index < batch)).to(tl.int32), 0) - 1
-    low = (unit - sequence) * share
-    high = tl.minimum(low + share, total)
-    if EACH:
-        low = tl.maximum(low, tl.sum(tl.where(index == sequence, begins, 0), 0))
-        high = tl.minimum(high, tl.sum(tl.where(index == sequence, ends, 0), 0))
+    """Cut B sequences into splits, the longest first.
+
+    Best is the least length of a split with which all of them are there at once, since one that is left over makes
+    the card wait for it. Where that leaves too little to share, because few are much longer than the others, splits of
+    twice an even share will do: the long ones begin first, and the short ones fill the gaps.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    s = tl.arange(0, BLOCK_B)
+    contexts = tl.load(contexts_ptr + s, mask=s < batch, other=0)
+    tiles = _tiles(contexts, window, QUERY_LEN, WINDOW, TILE)
+    even = tl.maximum(tl.cdiv(tl.sum(tiles, 0), resident), 1)
+    most = even
+    while (tl.sum(tl.cdiv(tiles, most), 0) > resident) & (most < 2 * even):
+        most += tl.maximum(most // 16, 1)
+    counts = tl.cdiv(tiles, most)
+    lengths = tl.cdiv(tiles, tl.maximum(counts, 1))
+    first = tl.zeros([BLOCK_B], tl.int32)  # of a sequence's splits: all those of sequences with longer ones come before
+    for start in range(0, batch, 16):
+        other = start + tl.arange(0, 16)
+        other_tiles = _tiles(
+            tl.load(contexts_ptr + other, mask=other < batch, other=0), window, QUERY_LEN, WINDOW, TILE
+        )
+        other_counts = tl.cdiv(other_tiles, most)
+        other_lengths = tl.cdiv(other_tiles, tl.maximum(other_counts, 1))
+        longer = other_lengths[None, :] > lengths[:, None]
+        before = longer | ((other_lengths[None, :] == lengths[:, None]) & (other[None, :] < s[:, None]))
+        first += tl.sum(tl.where(before, other_counts[None, :], 0), 1)
+
+    index = tl.arange(0, 512)
+    for start in range(tl.sum(counts, 0), programs, 512):  # those that have nothing to do
+        unused = start + index
+        tl.store(splits_ptr + unused * _RECORD, -1, mask=unused < programs)
+    row = tl.load(rows_ptr + s, mask=s < batch, other=0)
+    origin = contexts - contexts  # the first token that is looked at
+    if WINDOW:
+        origin = _first_seen(contexts, window, QUERY_LEN, TILE)
+    for start in range(0, tl.max(counts, 0), 16):
+        split = start + tl.arange(0, 16)
+        there = split[None, :] < counts[:, None]
+        record = splits_ptr + (first[:, None] + split[None, :]) * _RECORD
+        begin = origin[:, None] + split[None, :] * lengths[:, None] * TILE
+        tl.store(record, s[:, None] + 0 * split[None, :], mask=there)
+        tl.store(record + 1, row[:, None] + 0 * split[None, :], mask=there)
+        tl.store(record + 2, contexts[:, None] + 0 * split[None, :], mask=there)
+        tl.store(record + 3, begin, mask=there)
+        tl.store(record + 4, tl.minimum(begin + lengths[:, None] * TILE, contexts[:, None]), mask=there)
+        tl.store(record + 5, first[:, None] + 0 * split[None, :], mask=there)
+        tl.store(record + 6, tl.cdiv(tiles, tl.maximum(lengths, 1))[:, None] + 0 * split[None, :], mask=there)
+
+
+@triton.jit
+def _first_seen(contexts, window, QUERY_LEN: tl.constexpr, TILE: tl.constexpr):
+    """The tile, as its first token, of the first token that any query token of a sequence sees."""
+    return tl.maximum(contexts - QUERY_LEN + 1 - window, 0) // TILE * TILE
+
+
+@triton.jit
+def _tiles(contexts, window, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """How many a sequence has."""
+    if WINDOW:
+        return tl.cdiv(contexts - _first_seen(contexts, window, QUERY_LEN, TILE), TILE)
+    return tl.cdiv(contexts, TILE)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, tables_ptr, splits_ptr, out_ptr, partial_ptr, maxima_ptr, sums_ptr, arrived_ptr, sinks_ptr,
+    scale,  # times log2(e): exponentials are powers of two
+    soft_cap, window, q_token_stride, q_head_stride, page_stride, head_stride, table_stride, GROUP: tl.constexpr,
+    QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    ROWS: tl.constexpr = QUERY_LEN * GROUP
+    head, split = tl.program_id(0), tl.program_id(1)
+    # The plan and page tables are as old as the step: they are read while the kernel ahead still runs (launch.py).
+    record = splits_ptr + split * _RECORD
+    sequence = tl.load(record)
+    table_ptr = tables_ptr + tl.load(record + 1).to(tl.int64) * table_stride
+    context = tl.load(record + 2)
+    begin, end = tl.multiple_of(tl.load(record + 3), BLOCK_N), tl.load(record + 4)
+    first_split, splits = tl.load(record + 5), tl.load(record + 6)
+    k_ptr += head.to(tl.int64) * head_stride
+    v_ptr += head.to(tl.int64) * head_stride
     if PDL:
         tl.extra.cuda.gdc_wait()  # in every program, or a kernel of padding only would end before the one ahead
         tl.extra.cuda.gdc_launch_dependents()
-    if low >= high:
+    if sequence < 0:
         return
-    pointers = (q_ptr, k_ptr, v_ptr, tables_ptr, rows_ptr, contexts_ptr, out_ptr, sinks_ptr)
-    parts = (partial_ptr, maxima_ptr, sums_ptr, arrived_ptr)
-    strides = (q_token_stride, q_head_stride, page_stride, head_stride, table_stride)
-    factors = (scale, soft_cap, window)
-    if EACH:
-        _attend(
-            low, high, sequence, index, begins, ends, share, resident + batch, pointers, parts, strides, factors, GROUP,
-            QUERY_LEN, HEAD_DIM, PAGE_SIZE, BLOCK_R, BLOCK_P, BLOCK_N, MERGED, BLOCK_D, WINDOW, SOFT_CAP, SINKS,
-        )  # fmt: skip
-    else:
-        while low < high:
-            sequence = tl.sum((ends <= low).to(tl.int32), 0)
-            low = _attend(
-                low, high, sequence, index, begins, ends, share, resident + batch, pointers, parts, strides, factors,
-                GROUP, QUERY_LEN, HEAD_DIM, PAGE_SIZE, BLOCK_R, BLOCK_P, BLOCK_N, MERGED, BLOCK_D, WINDOW, SOFT_CAP,
-                SINKS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _first_seen(contexts, window, QUERY_LEN: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """Where the tiles of a sequence begin: at the first token that any of its query tokens sees, or a little before."""
-    if WINDOW:
-        return tl.maximum(contexts - QUERY_LEN + 1 - window, 0) // BLOCK_N * BLOCK_N
-    return 0
-
-
-@triton.jit
-def _tiles(contexts, firsts, BLOCK_N: tl.constexpr):
-    return tl.cdiv(contexts - firsts, BLOCK_N)
-
-
-@triton.jit
-def _attend(
-    low, high,  # where in the row of tiles a program begins, and where it ends
-    sequence,  # that low is in
-    index, begins, ends, share, places, pointers, parts, strides, factors, GROUP: tl.constexpr,
-    QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """A sequence's tiles from low on, up to high: its result, if these are all; or a part. Returns where it ended."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    ROWS: tl.constexpr = QUERY_LEN * GROUP
-    q_ptr, k_ptr, v_ptr, tables_ptr, rows_ptr, contexts_ptr, out_ptr, sinks_ptr = pointers
-    partial_ptr, maxima_ptr, sums_ptr, arrived_ptr = parts
-    q_token_stride, q_head_stride, page_stride, head_stride, table_stride = strides
-    scale, soft_cap, window = factors
-    head, heads = tl.program_id(0), tl.num_programs(0)
-    its_begin = tl.sum(tl.where(index == sequence, begins, 0), 0)
-    its_end = tl.sum(tl.where(index == sequence, ends, 0), 0)
-    until = tl.minimum(high, its_end)
-    context = tl.load(contexts_ptr + sequence)
-    first = _first_seen(context, window, QUERY_LEN, BLOCK_N, WINDOW)
-    begin = first + (low - its_begin) * BLOCK_N
-    end = tl.minimum(first + (until - its_begin) * BLOCK_N, context)
-    table_ptr = tables_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * table_stride
-    k_ptr += head.to(tl.int64) * head_stride
-    v_ptr += head.to(tl.int64) * head_stride
 
     row = tl.arange(0, BLOCK_R)
     token, member = row // GROUP, row % GROUP
@@ -292,47 +308,43 @@ def _attend(
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         maximum = highest
 
-    if until - low == its_end - its_begin:
+    if splits == 1:
         _write(
-            acc, mass, maximum, sinks_ptr, out_ptr, sequence, head, heads, GROUP, QUERY_LEN, HEAD_DIM, SINKS, BLOCK_R,
-            BLOCK_D,
+            acc, mass, maximum, sinks_ptr, out_ptr, sequence, head, GROUP, QUERY_LEN, HEAD_DIM, SINKS, BLOCK_R, BLOCK_D
+        )
+        return
+    part = head * tl.num_programs(1) + split
+    flat = part * ROWS + row
+    tl.store(maxima_ptr + flat, maximum, mask=row_used)
+    tl.store(sums_ptr + flat, mass, mask=row_used)
+    tl.store(partial_ptr + flat[:, None] * HEAD_DIM + dim[None, :], acc, mask=row_used[:, None] & dim_used[None, :])
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    counter = arrived_ptr + sequence * tl.num_programs(0) + head
+    if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+        tl.store(counter, 0)  # for the next layer
+        _merge(
+            partial_ptr, maxima_ptr, sums_ptr, head * tl.num_programs(1) + first_split, splits, sinks_ptr, out_ptr,
+            sequence, head, GROUP, QUERY_LEN, HEAD_DIM, SINKS, MERGED, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    else:
-        place = head * places + low // share + sequence
-        flat = place * ROWS + row
-        tl.store(maxima_ptr + flat, maximum, mask=row_used)
-        tl.store(sums_ptr + flat, mass, mask=row_used)
-        tl.store(partial_ptr + flat[:, None] * HEAD_DIM + dim[None, :], acc, mask=row_used[:, None] & dim_used[None, :])
-        tl.debug_barrier()  # every thread's stores come before the one thread's release
-        first_share = its_begin // share
-        count = (its_end - 1) // share - first_share + 1
-        counter = arrived_ptr + sequence * heads + head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-            tl.store(counter, 0)  # for the next layer
-            _merge(
-                partial_ptr, maxima_ptr, sums_ptr, head * places + first_share + sequence, count, sinks_ptr, out_ptr,
-                sequence, head, heads, GROUP, QUERY_LEN, HEAD_DIM, SINKS, MERGED, BLOCK_P, BLOCK_D,
-            )  # fmt: skip
-    return until
 
 
 @triton.jit
 def _merge(
-    partial_ptr, maxima_ptr, sums_ptr, first_place, count, sinks_ptr, out_ptr, sequence, head, heads,
-    GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, MERGED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial_ptr, maxima_ptr, sums_ptr, first, splits, sinks_ptr, out_ptr, sequence, head, GROUP: tl.constexpr,
+    QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, MERGED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The result of a sequence that several programs computed, in the order of its parts."""
-    row, dim = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    """The result of a sequence that several programs computed, in the order of its splits."""
+    row, dim = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     ROWS: tl.constexpr = QUERY_LEN * GROUP
-    acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    mass = tl.zeros([BLOCK_P], tl.float32)
-    maximum = tl.full([BLOCK_P], float("-inf"), tl.float32)
-    for group in range(0, count, MERGED):
+    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+    for group in range(0, splits, MERGED):
         theirs = ()  # all loads are under way before the first is used
         for i in tl.static_range(MERGED):
-            flat = (first_place + group + i) * ROWS + row
-            there = (row < ROWS) & (group + i < count)
+            flat = (first + group + i) * ROWS + row
+            there = (row < ROWS) & (group + i < splits)
             there_2d = there[:, None] & (dim < HEAD_DIM)[None, :]
             highest = tl.load(maxima_ptr + flat, mask=there, other=float("-inf"), cache_modifier=".cg")
             part_mass = tl.load(sums_ptr + flat, mask=there, other=0.0, cache_modifier=".cg")
@@ -347,15 +359,12 @@ def _merge(
             mass = mass * own + theirs[i][1] * its
             acc = acc * own[:, None] + theirs[i][2] * its[:, None]
             maximum = highest
-    _write(
-        acc, mass, maximum, sinks_ptr, out_ptr, sequence, head, heads, GROUP, QUERY_LEN, HEAD_DIM, SINKS, BLOCK_P,
-        BLOCK_D,
-    )  # fmt: skip
+    _write(acc, mass, maximum, sinks_ptr, out_ptr, sequence, head, GROUP, QUERY_LEN, HEAD_DIM, SINKS, BLOCK, BLOCK_D)
 
 
 @triton.jit
 def _write(
-    acc, mass, maximum, sinks_ptr, out_ptr, sequence, head, heads, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr,
+    acc, mass, maximum, sinks_ptr, out_ptr, sequence, head, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr,
     HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of a sequence, of which acc [BLOCK, BLOCK_D] is the weighted sum and mass [BLOCK] the sum of weights."""
@@ -369,7 +378,7 @@ def _write(
         mass = mass * shrink + tl.exp2(sink - highest)
         acc = acc * shrink[:, None]
     result = acc / tl.where(used, mass, 1.0)[:, None]
-    where = (q_tokens[:, None] * heads * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
+    where = (q_tokens[:, None] * tl.num_programs(0) * GROUP + q_heads[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + where, result.to(out_ptr.dtype.element_ty), mask=used[:, None] & (dim < HEAD_DIM)[None, :])
 
 

@@ -10,14 +10,14 @@ contiguous and the first two dimensions can be flattened without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.kernels.decode_attention import DecodeWorkspace, decode_attention
+from penstock.kernels.decode_attention import DecodePlan, decode_attention
 from penstock.kernels.launch import use_triton
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.prefill_attention import prefill_attention
@@ -56,24 +56,18 @@ def paged_attention(
     num_kv_heads = k_pages.shape[1]
     decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
     if decodes:
-        workspace = batch.plans.get("decode")
-        if workspace is None:
-            workspace = batch.plans["decode"] = DecodeWorkspace.allocate(
-                decodes, num_heads // num_kv_heads, num_kv_heads, head_dim, q.device
-            )
-        whole = decodes == sequences
+        plan = batch.plans.get(("decode", sliding_window))
+        if plan is None:
+            plan = _lay_out(batch, sliding_window, num_heads // num_kv_heads, num_kv_heads, head_dim)
         decode_attention(
-            q if whole else q[:decodes],
+            q if decodes == sequences else q[:decodes],
             k_pages,
             v_pages,
             batch.page_tables,
-            batch.table_rows if whole else batch.table_rows[:decodes],
-            batch.contexts if whole else batch.contexts[:decodes],
             scale=scale,
-            sliding_window=sliding_window,
             soft_cap=soft_cap,
             sinks=sinks,
-            workspace=workspace,
+            plan=plan,
             out=out,
         )
     if decodes < sequences:
@@ -91,6 +85,32 @@ def paged_attention(
             out=out,
         )
     return out
+
+
+def begin_attention(
+    batch: PagedBatch, windows: Iterable[int | None], num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Share out a step's decodes for layers with these sliding windows; nothing on CPU.
+
+    For every step anew, also where the batch is the same (a captured step's, replayed with other lengths), and before
+    its embedding (launch.py). A step of which this was never called is shared out when its first layer asks.
+    """
+    if batch.num_decodes and use_triton(batch.contexts):
+        for window in dict.fromkeys(windows):
+            _lay_out(batch, window, num_heads // num_kv_heads, num_kv_heads, head_dim)
+
+
+def _lay_out(batch: PagedBatch, window: int | None, group: int, num_kv_heads: int, head_dim: int) -> DecodePlan:
+    decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
+    plan: DecodePlan | None = batch.plans.get(("decode", window))
+    if plan is None:
+        plan = DecodePlan.allocate(decodes, 1, group, num_kv_heads, head_dim, window, batch.contexts.device)
+        batch.plans["decode", window] = plan
+    if decodes == sequences:
+        plan.lay_out(batch.table_rows, batch.contexts)
+    else:
+        plan.lay_out(batch.table_rows[:decodes], batch.contexts[:decodes])
+    return plan
 
 
 def paged_attention_reference(

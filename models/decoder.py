@@ -16,7 +16,7 @@ from penstock.kernels.attention_inputs import attention_inputs
 from penstock.kernels.embedding import embed
 from penstock.kernels.launch import use_triton
 from penstock.kernels.linear import Linear, make_linear
-from penstock.kernels.paged_attention import paged_attention
+from penstock.kernels.paged_attention import begin_attention, paged_attention
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import Normed
 from penstock.kernels.rotary import rotary_factors
@@ -96,13 +96,18 @@ class CausalLM:
         frequencies = self._frequencies
         if spec.rope.kind == "dynamic":
             frequencies = spec.rope.frequencies_at(batch.positions, spec.head_dim)
-        # Embedding comes last: it lets the first layer start, and has then waited for the factors (kernels/launch.py).
+        # Embedding comes last: it lets the first layer start, and has then waited for all of these (kernels/launch.py).
         factors = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, self._embedding.dtype)
+        begin_attention(batch, spec.sliding_windows, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        ends = None
+        if last_tokens is not None:
+            ends = last_tokens, batch.at_ends(last_tokens)
+            begin_attention(ends[1], spec.sliding_windows[-1:], spec.num_heads, spec.num_kv_heads, spec.head_dim)
         residual = embed(token_ids, self._embedding)
         delta: Tensor | None = None
         for layer, (k_pages, v_pages) in zip(self._layers[:-1], kv[:-1], strict=True):
             residual, delta = layer(delta, residual, factors, batch, k_pages, v_pages)
-        residual, delta = self._layers[-1](delta, residual, factors, batch, *kv[-1], last_tokens)
+        residual, delta = self._layers[-1](delta, residual, factors, batch, *kv[-1], ends)
         return Normed(residual, self._norm, spec.rms_eps, delta).tensor()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -151,11 +156,11 @@ class _Layer:
         batch: PagedBatch,
         k_pages: Tensor,
         v_pages: Tensor,
-        last_tokens: Tensor | None = None,
+        ends: tuple[Tensor, PagedBatch] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Adds `delta`, which the layer before left, and its own results to `residual`; returns it and what is left.
 
-        `residual` is changed in place.
+        `residual` is changed in place. `ends`: the tokens that go on after K/V have been stored, and the step of these.
         """
         q = attention_inputs(
             self._qkv,
@@ -170,9 +175,9 @@ class _Layer:
             k_norm=self._k_norm,
             eps=self._eps,
         )
-        if last_tokens is not None:
+        if ends is not None:
+            last_tokens, batch = ends
             q, residual = q.index_select(0, last_tokens), residual.index_select(0, last_tokens)
-            batch = batch.at_ends(last_tokens)
         out = paged_attention(
             q, k_pages, v_pages, batch, scale=self._scale, sliding_window=self._window, backend=self._backend
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.kernels import decode_attention as module
-from penstock.kernels.decode_attention import DecodeWorkspace, Tiles, decode_attention, decode_attention_reference
+from penstock.kernels.decode_attention import DecodePlan, Tiles, decode_attention, decode_attention_reference
 
 _GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 _CPU = [pytest.mark.skipif(torch.cuda.is_available(), reason="compiled, not interpreted")]
@@ -58,18 +58,25 @@ class Case:
             pool[:, :, 1, 0],
             pool[:, :, 1, 1],
             tables.to(device),
-            torch.tensor(rows, dtype=torch.int32, device=device),
-            self.contexts,
         )
-        self.workspace = DecodeWorkspace.allocate(
-            len(contexts), query_len * heads // kv_heads, kv_heads, dim, self.contexts.device
-        )
+        self.rows = torch.tensor(rows, dtype=torch.int32, device=device)
+        self.query_len, self.heads, self.kv_heads, self.dim = query_len, heads, kv_heads, dim
+        self.plans: dict[int | None, DecodePlan] = {}
 
-    def run(self, **options: object) -> Tensor:
-        q = self.args[0]
+    def plan(self, window: int | None) -> DecodePlan:
+        if window not in self.plans:
+            self.plans[window] = DecodePlan.allocate(
+                len(self.contexts), self.query_len, self.heads // self.kv_heads, self.kv_heads, self.dim, window,
+                self.contexts.device,
+            )  # fmt: skip
+        return self.plans[window]
+
+    def run(self, sliding_window: int | None = None, **options: object) -> Tensor:
+        q, plan = self.args[0], self.plan(sliding_window)
         out = torch.full_like(q, 7.0)
-        decode_attention(*self.args, scale=0.3, workspace=self.workspace, out=out, **options)  # type: ignore[arg-type]
-        assert not self.workspace.arrived.any(), "the next layer would count wrongly"
+        plan.lay_out(self.rows, self.contexts)
+        decode_attention(*self.args, scale=0.3, plan=plan, out=out, **options)  # type: ignore[arg-type]
+        assert not plan.arrived.any(), "the next layer would count wrongly"
         per_sequence = out.view(len(self.contexts), -1)
         skipped = self.contexts == 0
         assert (per_sequence[skipped] == 7.0).all()
@@ -77,10 +84,11 @@ class Case:
         return out.float().cpu()
 
     def reference(self, **options: object) -> Tensor:
-        return decode_attention_reference(*self.args, scale=0.3, **options).cpu()  # type: ignore[arg-type]
+        return decode_attention_reference(*self.args, self.rows, self.contexts, scale=0.3, **options).cpu()  # type: ignore[arg-type]
 
     def plain_loop(self, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
-        q, k_pages, v_pages, tables, rows, contexts = (tensor.cpu() for tensor in self.args)
+        q, k_pages, v_pages, tables = (tensor.cpu() for tensor in self.args)
+        rows, contexts = self.rows.cpu(), self.contexts.cpu()
         query_len, heads = len(q) // len(contexts), q.shape[1]
         out = torch.zeros(q.shape, dtype=torch.float64)
         for token in range(len(q)):
@@ -102,11 +110,11 @@ class Case:
         return out.float()
 
 
-@pytest.fixture(autouse=True, params=[2, 40], ids=["some_programs", "a_program_a_piece"])
-def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short contexts have several tiles; programs that take several pieces of the row, or one each."""
-    monkeypatch.setattr(module, "tiles_for", lambda head_dim: Tiles(16, 4, 3, request.param))
-    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 4)
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short contexts have several tiles and splits."""
+    monkeypatch.setattr(module, "tiles_for", lambda head_dim: Tiles(16, 4, 3, 2))
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 8)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,3 +160,39 @@ def test_sequences_of_any_lengths_share_the_programs(device: str, contexts: list
     case = Case(contexts, heads=2, kv_heads=1, page_size=16, device=device)
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(case.run(), case.reference(), rtol=1e-4, atol=1e-5)  # with what the first has left
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_plan_holds_every_tile_once_and_the_longest_splits_first(device: str, data: st.DataObject) -> None:
+    window = data.draw(st.sampled_from([None, 1, 40, 1000]))
+    lengths = st.one_of(st.integers(0, 40), st.integers(0, 3000))
+    contexts = data.draw(st.lists(lengths, min_size=1, max_size=40))
+    rows = data.draw(st.permutations(range(len(contexts))))
+    plan = DecodePlan.allocate(len(contexts), 1, 2, 1, 16, window, torch.device(device))
+    plan.splits.fill_(99)  # of a step before
+    numbers = (torch.tensor(values, dtype=torch.int32, device=device) for values in (rows, contexts))
+    plan.lay_out(*numbers)
+    used = [split for split in plan.splits.tolist() if split[0] >= 0]
+    assert all(split[0] == -1 for split in plan.splits.tolist()[len(used) :])
+
+    tile = plan.tiles.tokens
+    firsts = [0 if window is None else max(0, context - window) // tile * tile for context in contexts]
+    tiles = [-(-(context - first) // tile) for context, first in zip(contexts, firsts, strict=True)]
+    for sequence, context in enumerate(contexts):
+        its = [(index, split) for index, split in enumerate(used) if split[0] == sequence]
+        assert [split[3] for _, split in its] == [firsts[sequence], *(split[4] for _, split in its[:-1])][: len(its)]
+        assert not its or its[-1][1][4] == context
+        for index, (_, row, its_context, begin, end, first, count, _) in its:
+            assert (row, its_context, first, count) == (rows[sequence], context, its[0][0], len(its))
+            assert begin < end and index - first < count
+        assert bool(its) == (context > 0)
+    sizes = [-(-(split[4] - split[3]) // tile) for split in used]
+    longest = {
+        split[0]: max(size for size, other in zip(sizes, used, strict=True) if other[0] == split[0]) for split in used
+    }
+    assert [longest[split[0]] for split in used] == sorted((longest[split[0]] for split in used), reverse=True)
+    even = -(-sum(tiles) // plan.resident)
+    assert max(sizes, default=0) <= max(1, 2 * even + even // 8)
+    assert len(used) <= plan.resident or max(sizes) > even, "all could be there at once"
