@@ -67,7 +67,8 @@ class DecodePlan:
         """For `batch` sequences with `query_len` new tokens; `group`: query heads a key-value head."""
         tiles = tiles_for(head_dim)
         resident = max(1, tiles.programs * num_multiprocessors(device) // num_kv_heads)
-        programs = max(resident, resident // 2 + batch)  # see _lay_out_kernel
+        # Few sequences are cut into what is there at a time; with many, several rounds may be shorter than one.
+        programs = resident if batch * 6 <= resident else 2 * resident + batch
         parts, rows = num_kv_heads * programs, query_len * group
         return cls(
             tiles,
@@ -87,6 +88,7 @@ class DecodePlan:
         To be launched at the step's beginning, before its embedding (launch.py): layers read the plan without waiting.
         """
         batch = contexts.shape[0]
+        block = max(16, triton.next_power_of_2(batch))
         _lay_out_kernel[(1,)](
             table_rows,
             contexts,
@@ -98,8 +100,8 @@ class DecodePlan:
             QUERY_LEN=self.query_len,
             WINDOW=self.sliding_window is not None,
             TILE=self.tiles.tokens,
-            BLOCK_B=max(16, triton.next_power_of_2(batch)),
-            num_warps=4,
+            BLOCK_B=block,
+            num_warps=min(16, max(4, block // 64)),
             **pdl_options(contexts),
         )
 
@@ -176,39 +178,36 @@ def _lay_out_kernel(
     rows_ptr, contexts_ptr, splits_ptr, batch, resident, programs, window, QUERY_LEN: tl.constexpr,
     WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cut B sequences into splits, the longest first.
+    """Cut B sequences into splits, and put the longest first: the short ones then fill the gaps that these leave.
 
-    Best is the least length of a split with which all of them are there at once, since one that is left over makes
-    the card wait for it. Where that leaves too little to share, because few are much longer than the others, splits of
-    twice an even share will do: the long ones begin first, and the short ones fill the gaps.
+    Splits of at most so many tiles take as many rounds of the card as they fill, each as long as the longest and what a
+    program costs besides, about one and a half tiles. The best of 32 lengths, up to twice an even share, is taken.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     s = tl.arange(0, BLOCK_B)
+    tiles = _tiles(tl.load(contexts_ptr + s, mask=s < batch, other=0), window, QUERY_LEN, WINDOW, TILE)
+    even = tl.maximum(tl.cdiv(tl.sum(tiles, 0), resident), 1)
+    choice = tl.arange(0, 32)
+    lengths = tl.cdiv(even * (choice + 1), 16)
+    counts = tl.cdiv(tiles[:, None], lengths[None, :])
+    splits = tl.sum(counts, 0)
+    longest = tl.max(tl.cdiv(tiles[:, None], tl.maximum(counts, 1)), 0)
+    # With the last all fit into the plan: half of what is there at a time, and one more a sequence.
+    cost = tl.where((splits <= programs) | (choice == 31), tl.cdiv(splits, resident) * (2 * longest + 3), 1 << 30)
+    most = tl.sum(tl.where(choice == tl.argmin(cost, 0), lengths, 0), 0)
+
+    lengths = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, most), 1))
+    s = tl.sort(lengths * BLOCK_B + s, descending=True) % BLOCK_B
     contexts = tl.load(contexts_ptr + s, mask=s < batch, other=0)
     tiles = _tiles(contexts, window, QUERY_LEN, WINDOW, TILE)
-    even = tl.maximum(tl.cdiv(tl.sum(tiles, 0), resident), 1)
-    most = even
-    while (tl.sum(tl.cdiv(tiles, most), 0) > resident) & (most < 2 * even):
-        most += tl.maximum(most // 16, 1)
     counts = tl.cdiv(tiles, most)
     lengths = tl.cdiv(tiles, tl.maximum(counts, 1))
-    first = tl.zeros([BLOCK_B], tl.int32)  # of a sequence's splits: all those of sequences with longer ones come before
-    for start in range(0, batch, 16):
-        other = start + tl.arange(0, 16)
-        other_tiles = _tiles(
-            tl.load(contexts_ptr + other, mask=other < batch, other=0), window, QUERY_LEN, WINDOW, TILE
-        )
-        other_counts = tl.cdiv(other_tiles, most)
-        other_lengths = tl.cdiv(other_tiles, tl.maximum(other_counts, 1))
-        longer = other_lengths[None, :] > lengths[:, None]
-        before = longer | ((other_lengths[None, :] == lengths[:, None]) & (other[None, :] < s[:, None]))
-        first += tl.sum(tl.where(before, other_counts[None, :], 0), 1)
-
-    index = tl.arange(0, 512)
+    counts = tl.cdiv(tiles, tl.maximum(lengths, 1))  # fewer, where the last ones would have had nothing
+    first = tl.cumsum(counts, 0) - counts  # of a sequence's splits
     for start in range(tl.sum(counts, 0), programs, 512):  # those that have nothing to do
-        unused = start + index
+        unused = start + tl.arange(0, 512)
         tl.store(splits_ptr + unused * _RECORD, -1, mask=unused < programs)
     row = tl.load(rows_ptr + s, mask=s < batch, other=0)
     origin = contexts - contexts  # the first token that is looked at
@@ -225,7 +224,7 @@ def _lay_out_kernel(
         tl.store(record + 3, begin, mask=there)
         tl.store(record + 4, tl.minimum(begin + lengths[:, None] * TILE, contexts[:, None]), mask=there)
         tl.store(record + 5, first[:, None] + 0 * split[None, :], mask=there)
-        tl.store(record + 6, tl.cdiv(tiles, tl.maximum(lengths, 1))[:, None] + 0 * split[None, :], mask=there)
+        tl.store(record + 6, counts[:, None] + 0 * split[None, :], mask=there)
 
 
 @triton.jit
