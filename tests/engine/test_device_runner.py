@@ -189,7 +189,7 @@ def test_captured_shapes_are_within_the_limits() -> None:
     assert Shape(64, 256, 16).holds(Shape(3, 200, 16))
     assert not Shape(64, 256, 16).holds(Shape(3, 20, 17))
     chunks = set(captured_shapes(24, 8192, 152)) - set(captured_shapes(24, 8192, 0))
-    assert chunks == {Shape(4, 152, 16), Shape(8, 152, 16), Shape(16, 176, 16), Shape(24, 200, 16)}
+    assert chunks == {Shape(4, 152, 4), Shape(8, 152, 4), Shape(16, 176, 4), Shape(24, 200, 4)}
     for seqs in (256, 257, 512):
         twice = captured_shapes(seqs, 8192, 128)
         assert len(twice) == len(set(twice)) and Shape(64, 128, 16) in shapes
