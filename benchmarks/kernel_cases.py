@@ -55,6 +55,7 @@ class Sizes:
     """Which shapes are timed."""
 
     decodes: tuple[tuple[int, int], ...]  # (sequences, context)
+    mixtures: dict[str, tuple[int, ...]]  # contexts of sequences that are not alike; 0: room that is not used
     prompts: tuple[tuple[int, int, int], ...]  # (sequences, cached tokens, new tokens)
     rows: tuple[int, ...]  # of matrix products
     tokens: tuple[int, ...]  # of elementwise kernels
@@ -64,6 +65,11 @@ class Sizes:
 
 FULL = Sizes(
     decodes=tuple(product((1, 64, 256), (1024, 4096, 8192))),
+    mixtures={
+        "b4/16 c8320": (8320,) * 4 + (0,) * 12,
+        "b64 60 of c500, 4 of c8000": ((500,) * 15 + (8000,)) * 4,
+        "b40 c317 to c8101": tuple(197 * i % 8000 + 317 for i in range(40)),
+    },
     prompts=((1, 0, 2048), (1, 0, 8192), (8, 0, 1024), (1, 8176, 16), (1, 8192, 8192), (1, 0, 31744)),
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 8192),
     tokens=(1, 64, 256, 8192),
@@ -111,22 +117,22 @@ def page_tables(contexts: list[int], page_size: int) -> tuple[list[list[int]], i
 
 def decode_cases(shape: Shape, sizes: Sizes, place: Place) -> Iterator[Case]:
     """Paged decode attention, one new token a sequence; copies are layers of one pool."""
-    for sequences, context in sizes.decodes:
-        kv_bytes = 2 * sequences * context * shape.kv_heads * shape.head_dim * place.dtype.itemsize
-        q_bytes = 2 * sequences * shape.heads * shape.head_dim * place.dtype.itemsize
-        flops = 4.0 * sequences * context * shape.heads * shape.head_dim
-        build = partial(_decode, shape, sizes.page_size, place, sequences, context, kv_bytes)
-        yield Case("decode_attention", f"{heads_of(shape)} b{sequences} c{context}", kv_bytes + q_bytes, flops, build)
+    alike = {f"b{sequences} c{context}": (context,) * sequences for sequences, context in sizes.decodes}
+    for name, contexts in (alike | sizes.mixtures).items():
+        kv_bytes = 2 * sum(contexts) * shape.kv_heads * shape.head_dim * place.dtype.itemsize
+        q_bytes = 2 * sum(map(bool, contexts)) * shape.heads * shape.head_dim * place.dtype.itemsize
+        flops = 4.0 * sum(contexts) * shape.heads * shape.head_dim
+        build = partial(_decode, shape, sizes.page_size, place, list(contexts), kv_bytes)
+        yield Case("decode_attention", f"{heads_of(shape)} {name}", kv_bytes + q_bytes, flops, build)
 
 
-def _decode(
-    shape: Shape, page_size: int, place: Place, sequences: int, context: int, kv_bytes: int, copies: int
-) -> list[Call]:
+def _decode(shape: Shape, page_size: int, place: Place, contexts: list[int], kv_bytes: int, copies: int) -> list[Call]:
     layers = max(1, min(max(copies, MIN_LAYERS), MAX_POOL_BYTES // kv_bytes))
-    tables, pages = page_tables([context] * sequences, page_size)
+    tables, pages = page_tables(contexts, page_size)
+    sequences = len(contexts)
     group = shape.heads // shape.kv_heads
     plan = DecodePlan.allocate(sequences, 1, group, shape.kv_heads, shape.head_dim, None, place.device)
-    plan.lay_out(place.integers(list(range(sequences))), place.integers([context] * sequences))
+    plan.lay_out(place.integers(list(range(sequences))), place.integers(contexts))
     q = place.noise(sequences, shape.heads, shape.head_dim)
     told = place.integers(tables)
     options = {"scale": shape.head_dim**-0.5, "plan": plan, "out": torch.empty_like(q)}

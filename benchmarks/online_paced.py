@@ -44,7 +44,7 @@ from tests.workers.worker_processes import workers
 
 # Of llama8b on an H200: whole steps of prompts (2048 tokens in 47 ms, 8192 in 203, or 212 in four steps), and steps
 # with a chunk beside sequences (docs/performance.md).
-PACES = {"prefill": Pace(3.0, 0.0205, 0.011, 0.0, 9.5e-7), "decode": Pace(4.4, 0.0165, 0.011, 3.2e-5, 9.5e-7)}
+PACES = {"prefill": Pace(3.0, 0.0205, 0.011, 0.0, 9.5e-7), "decode": Pace(4.2, 0.0135, 0.011, 2.6e-5, 9.5e-7)}
 STEP_TOKENS = {"prefill": 2048, "decode": 8192}  # as on a GPU
 PAGE, NUM_PAGES = 64, 8000
 SHAPE = replace(SHAPES["tiny"], max_position=16_384)

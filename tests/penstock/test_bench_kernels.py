@@ -15,7 +15,15 @@ from benchmarks.kernels import chosen, copies_of, line, main, row, time_us
 from benchmarks.shapes import H200, SHAPES, Card
 from penstock.kernels import launch
 
-TINY = Sizes(decodes=((2, 9),), prompts=((1, 0, 5), (2, 6, 3)), rows=(1, 3), tokens=(2, 5), batches=(2,), page_size=4)
+TINY = Sizes(
+    decodes=((2, 9),),
+    mixtures={"b2/3": (3, 0, 9)},
+    prompts=((1, 0, 5), (2, 6, 3)),
+    rows=(1, 3),
+    tokens=(2, 5),
+    batches=(2,),
+    page_size=4,
+)
 BF16 = Place(torch.device("cpu"), torch.bfloat16)
 
 
