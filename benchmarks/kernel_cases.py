@@ -130,8 +130,7 @@ def _decode(shape: Shape, page_size: int, place: Place, contexts: list[int], kv_
     layers = max(1, min(max(copies, MIN_LAYERS), MAX_POOL_BYTES // kv_bytes))
     tables, pages = page_tables(contexts, page_size)
     sequences = len(contexts)
-    group = shape.heads // shape.kv_heads
-    plan = DecodePlan.allocate(sequences, 1, group, shape.kv_heads, shape.head_dim, None, place.device)
+    plan = DecodePlan.allocate(sequences, 1, shape.kv_heads, shape.head_dim, None, place.device)
     plan.lay_out(place.integers(list(range(sequences))), place.integers(contexts))
     q = place.noise(sequences, shape.heads, shape.head_dim)
     told = place.integers(tables)

@@ -8,7 +8,7 @@ The step is the engine's own, captured as a CUDA graph, on the first layers of a
 would mislead: under dependent launch a kernel's time there begins when it starts, though it then waits for the one
 before it. So one stage at a time is replaced by a result that lies there already, and the difference of replays counts,
 the whole step before and after each other one. Stages that hide each other's latency save less than they take, so that
-"the rest" (embedding, laying the step out, gaps) is only what the differences leave over.
+"the rest" (embedding, laying the step and its attention out, gaps) is only what the differences leave over.
 
 --layers all makes pages as large as they are in the engine (a page holds all layers: 2 MiB for llama8b at 16 tokens),
 which address translation may notice; --pool-gib scatters them over a pool as large as the engine's.

@@ -23,7 +23,7 @@ from penstock.kernels.step_state import begin_mixed
 from penstock.models.decoder import CausalLM
 
 MAX_PROMPTS = 16  # of a captured shape that also decodes
-CHUNK_PROMPTS = 4  # of one for the usual chunk: mostly there is one, or one that ends and one that begins
+CHUNK_PROMPTS = 4  # of those for the usual chunk, mostly one, or one that ends and one that begins; more fit the others
 _PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
 
 
@@ -173,7 +173,7 @@ class MixedSteps:
         exact = Shape(len(decodes), sum(len(chunk.tokens) for chunk in prompts), len(prompts))
         fitting = [shape for shape in self._captured if shape.holds(exact)]
         if fitting:
-            shape = min(fitting, key=lambda shape: shape.tokens)
+            shape = min(fitting, key=lambda shape: (shape.tokens, shape.prompts))
             captured = self._captured[shape]
             staging.send(lay_out(chunks, shape), into=captured.inputs)
             captured.graph.replay()

@@ -22,7 +22,9 @@ from penstock.kernels.launch import num_multiprocessors, pdl_options
 LOG2_E = 1.4426950408889634
 _MERGED_NUMBERS = 64 * 32  # of splits' results that a warp has under way together: 64 registers of a thread
 _MOST_MERGED = 16  # splits, where their results are small
-_RECORD = tl.constexpr(8)  # int32 of a split; see `_lay_out_kernel`
+# What a plan says of a split, int32: sequence (-1: nothing to do), row of its page table, its context, where the split
+# begins and ends, the sequence's first split and how many it has. The eighth fills the record up to 32 bytes.
+_RECORD = tl.constexpr(8)
 
 
 class Tiles(NamedTuple):
@@ -41,51 +43,44 @@ def tiles_for(head_dim: int) -> Tiles:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Who computes what of a step's sequences, and where their splits meet; the same for all layers with a window."""
+    """Who computes what of a step's sequences; the same for all layers with a window."""
 
     tiles: Tiles
     resident: int  # programs of a key-value head that are there at a time
     query_len: int  # new tokens of each sequence
     sliding_window: int | None
     splits: Tensor  # int32 [programs of a head, _RECORD]
-    arrived: Tensor  # int32 [B * num_kv_heads], zero between launches
-    partial: Tensor  # float32 [num_kv_heads * programs, rows, head_dim]
-    maxima: Tensor  # float32 [num_kv_heads * programs, rows], of scores times log2(e)
-    sums: Tensor  # the same
+    arrived: Tensor  # int32 [B * num_kv_heads], zero between launches: how many of a sequence's splits are done
 
     @classmethod
     def allocate(
         cls,
         batch: int,
         query_len: int,
-        group: int,
         num_kv_heads: int,
         head_dim: int,
         sliding_window: int | None,
         device: torch.device,
     ) -> DecodePlan:
-        """For `batch` sequences with `query_len` new tokens; `group`: query heads a key-value head."""
+        """For `batch` sequences with `query_len` new tokens."""
         tiles = tiles_for(head_dim)
         resident = max(1, tiles.programs * num_multiprocessors(device) // num_kv_heads)
         # Few sequences are cut into what is there at a time; with many, several rounds may be shorter than one.
         programs = resident if batch * 6 <= resident else 2 * resident + batch
-        parts, rows = num_kv_heads * programs, query_len * group
         return cls(
             tiles,
             resident,
             query_len,
             sliding_window,
-            torch.zeros(programs, _RECORD.value, dtype=torch.int32, device=device),
+            torch.empty(programs, _RECORD.value, dtype=torch.int32, device=device),
             torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=device),
-            torch.empty(parts, rows, head_dim, dtype=torch.float32, device=device),
-            torch.empty(parts, rows, dtype=torch.float32, device=device),
-            torch.empty(parts, rows, dtype=torch.float32, device=device),
         )
 
     def lay_out(self, table_rows: Tensor, contexts: Tensor) -> None:
         """Share out a step. `table_rows`, `contexts`: int32 [B], as in `decode_attention`.
 
-        To be launched at the step's beginning, before its embedding (launch.py): layers read the plan without waiting.
+        Belongs to the step's beginning (launch.py): layers read the plan while the kernel ahead of them still runs, so
+        that a launch which waits for this one must lie between.
         """
         batch = contexts.shape[0]
         block = max(16, triton.next_power_of_2(batch))
@@ -135,16 +130,22 @@ def decode_attention(
     group, tiles = num_heads // num_kv_heads, plan.tiles
     block_rows = triton.next_power_of_2(plan.query_len * group)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    _decode_kernel[(num_kv_heads, plan.splits.shape[0])](
+    programs = plan.splits.shape[0]
+    # Where the splits of a sequence meet; nothing of it outlives the launch.
+    partial = torch.empty(
+        num_kv_heads * programs, plan.query_len * group, head_dim, dtype=torch.float32, device=q.device
+    )
+    maxima, sums = (torch.empty(partial.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2))
+    _decode_kernel[(num_kv_heads, programs)](
         q,
         k_pages,
         v_pages,
         page_tables,
         plan.splits,
         out,
-        plan.partial,
-        plan.maxima,
-        plan.sums,
+        partial,
+        maxima,
+        sums,
         plan.arrived,
         sinks,
         scale * LOG2_E,
@@ -173,7 +174,9 @@ def decode_attention(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "resident", "programs"])
+@triton.jit(
+    do_not_specialize=["batch", "resident", "programs"], do_not_specialize_on_alignment=["rows_ptr", "contexts_ptr"]
+)
 def _lay_out_kernel(
     rows_ptr, contexts_ptr, splits_ptr, batch, resident, programs, window, QUERY_LEN: tl.constexpr,
     WINDOW: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
@@ -243,7 +246,11 @@ def _tiles(contexts, window, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, splits_ptr, out_ptr, partial_ptr, maxima_ptr, sums_ptr, arrived_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, splits_ptr, out_ptr,
+    partial_ptr,  # [heads, splits, rows, dim] values weighted by the splits
+    maxima_ptr,  # [heads, splits, rows] of scores times log2(e)
+    sums_ptr,  # [heads, splits, rows] of weights
+    arrived_ptr, sinks_ptr,
     scale,  # times log2(e): exponentials are powers of two
     soft_cap, window, q_token_stride, q_head_stride, page_stride, head_stride, table_stride, GROUP: tl.constexpr,
     QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -339,11 +346,11 @@ def _merge(
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
-    for group in range(0, splits, MERGED):
+    for start in range(0, splits, MERGED):
         theirs = ()  # all loads are under way before the first is used
         for i in tl.static_range(MERGED):
-            flat = (first + group + i) * ROWS + row
-            there = (row < ROWS) & (group + i < splits)
+            flat = (first + start + i) * ROWS + row
+            there = (row < ROWS) & (start + i < splits)
             there_2d = there[:, None] & (dim < HEAD_DIM)[None, :]
             highest = tl.load(maxima_ptr + flat, mask=there, other=float("-inf"), cache_modifier=".cg")
             part_mass = tl.load(sums_ptr + flat, mask=there, other=0.0, cache_modifier=".cg")

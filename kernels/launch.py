@@ -8,10 +8,10 @@ predecessor still runs. The rule for every such kernel, with `PDL: tl.constexpr`
 and what is as old as the step, nothing that an earlier kernel of the layer writes, and writes nothing. After the wait
 everything before it is complete, its predecessors' predecessors included.
 
-As old as the step is what it wrote at its beginning: lengths, page tables, slots, rotary factors. A kernel starts when
-the one ahead lets it: products (small_linear.py, row_linear.py) do so at once, so that several in a row have their
-weights under way, all others after their own wait, when all before them is complete. The embedding is such a one and
-comes last of the step's beginning: whatever starts after it finds the rest of the beginning complete.
+As old as the step is what it wrote at its beginning: lengths, page tables, slots, rotary factors, attention's plan. A
+kernel starts when the one ahead lets it: products (small_linear.py, row_linear.py) do so at once, so that several in a
+row have their weights under way, all others after their own wait, when all before them is complete. The embedding is
+such a one and comes last of the step's beginning: whatever starts after it finds the rest of the beginning complete.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention over a paged KV cache: prompts (whole or in chunks) and decode rows in one call, any page table.
 
-Models call `paged_attention` once a layer with the step's `PagedBatch`; what is the same for every layer (indices,
-masks, workspaces) is worked out once and kept on it. On CUDA sequences with one new token go to decode_attention.py,
-the others to prefill_attention.py; the plain PyTorch form for CPU is here.
+Models call `begin_attention` once a step and `paged_attention` once a layer with the step's `PagedBatch`; what is the
+same for every layer (indices, masks, who computes what) is worked out once and kept on it. On CUDA sequences with one
+new token go to decode_attention.py, the others to prefill_attention.py; the plain PyTorch form for CPU is here.
 
 A page cache is a view [num_pages, num_kv_heads, page_size, head_dim] with any strides in which one head's page is
 contiguous and the first two dimensions can be flattened without a copy.
@@ -46,19 +46,19 @@ def paged_attention(
 
     Raises:
         ValueError: soft_cap or sinks on CPU.
+        RuntimeError: on CUDA, where `begin_attention` has not been called for this step and window.
     """
     if not use_triton(q):
         if soft_cap is not None or sinks is not None:
             raise ValueError("soft caps and sinks are not supported on CPU")
         return paged_attention_reference(q, k_pages, v_pages, batch, scale=scale, sliding_window=sliding_window)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = k_pages.shape[1]
+    num_kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
     if decodes:
-        plan = batch.plans.get(("decode", sliding_window))
+        plan = batch.plans.get(("decode", sliding_window, num_kv_heads, head_dim))
         if plan is None:
-            plan = _lay_out(batch, sliding_window, num_heads // num_kv_heads, num_kv_heads, head_dim)
+            raise RuntimeError("begin_attention was not called for this step")
         decode_attention(
             q if decodes == sequences else q[:decodes],
             k_pages,
@@ -87,30 +87,23 @@ def paged_attention(
     return out
 
 
-def begin_attention(
-    batch: PagedBatch, windows: Iterable[int | None], num_heads: int, num_kv_heads: int, head_dim: int
-) -> None:
+def begin_attention(batch: PagedBatch, windows: Iterable[int | None], num_kv_heads: int, head_dim: int) -> None:
     """Share out a step's decodes for layers with these sliding windows; nothing on CPU.
 
     For every step anew, also where the batch is the same (a captured step's, replayed with other lengths), and before
-    its embedding (launch.py). A step of which this was never called is shared out when its first layer asks.
+    its embedding (launch.py).
     """
-    if batch.num_decodes and use_triton(batch.contexts):
-        for window in dict.fromkeys(windows):
-            _lay_out(batch, window, num_heads // num_kv_heads, num_kv_heads, head_dim)
-
-
-def _lay_out(batch: PagedBatch, window: int | None, group: int, num_kv_heads: int, head_dim: int) -> DecodePlan:
     decodes, sequences = batch.num_decodes, batch.contexts.shape[0]
-    plan: DecodePlan | None = batch.plans.get(("decode", window))
-    if plan is None:
-        plan = DecodePlan.allocate(decodes, 1, group, num_kv_heads, head_dim, window, batch.contexts.device)
-        batch.plans["decode", window] = plan
-    if decodes == sequences:
-        plan.lay_out(batch.table_rows, batch.contexts)
-    else:
-        plan.lay_out(batch.table_rows[:decodes], batch.contexts[:decodes])
-    return plan
+    if not decodes or not use_triton(batch.contexts):
+        return
+    rows, contexts = batch.table_rows, batch.contexts
+    if decodes < sequences:
+        rows, contexts = rows[:decodes], contexts[:decodes]
+    for window in dict.fromkeys(windows):
+        key = ("decode", window, num_kv_heads, head_dim)
+        if key not in batch.plans:
+            batch.plans[key] = DecodePlan.allocate(decodes, 1, num_kv_heads, head_dim, window, contexts.device)
+        batch.plans[key].lay_out(rows, contexts)
 
 
 def paged_attention_reference(

@@ -36,7 +36,7 @@ class PagedBatch:
     num_decodes: int  # the first so many sequences bring one token each
     max_context: int  # no context is longer
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What ops worked out for this batch on their first use: the same for every layer."""
+    """What ops worked out for this batch, the same for every layer: by `begin_attention`, or on their first use."""
 
     @classmethod
     def build(

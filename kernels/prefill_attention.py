@@ -93,7 +93,7 @@ def _plan(q: Tensor, k_pages: Tensor, batch: PagedBatch, first: int, plain: bool
     query_starts = batch.query_starts[first:]
     if not batch.context_lens:  # captured: the host knows bounds only
         tokens = q.shape[0] - first
-        kernel = kernel_for(q, k_pages, tokens, tokens, backend)
+        kernel = kernel_for(q, k_pages, tokens, backend)
         return _Plan((), kernel, table_rows, query_starts, contexts, tokens, batch.max_context)
     long: dict[int, LongPrompt] = {}
     scratch = Scratch(q, k_pages.shape[1])
@@ -114,7 +114,7 @@ def _plan(q: Tensor, k_pages: Tensor, batch: PagedBatch, first: int, plain: bool
     longest = max(batch.query_lens[i] for i in others)
     return _Plan(
         tuple(long.values()),
-        kernel_for(q, k_pages, sum(batch.query_lens[i] for i in others), longest, backend),
+        kernel_for(q, k_pages, longest, backend),
         table_rows,
         query_starts,
         contexts,
@@ -134,7 +134,7 @@ def uses_cudnn(q: Tensor, page_size: int, new_tokens: int, backend: str) -> bool
     return able and backend == "CUDNN"
 
 
-def kernel_for(q: Tensor, k_pages: Tensor, new_tokens: int, max_query_len: int, backend: str) -> Callable[..., None]:
+def kernel_for(q: Tensor, k_pages: Tensor, max_query_len: int, backend: str) -> Callable[..., None]:
     """Which kernel takes the sequences that do not go to cuDNN.
 
     The Hopper kernel needs rows for both of its groups.

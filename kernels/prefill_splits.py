@@ -1,7 +1,8 @@
 """Prefill attention whose rows' contexts are shared by several programs, the splits: how many, and joining their parts.
 
 A kernel that splits writes, for every split of a row, the weighted mean of the values it saw and the logarithm of the
-weights' sum; `Parts` holds them, `join` makes the result of them. Splits of a row that saw nothing have no mean.
+weights' sum; `Parts` holds them, `join` makes the result of them. The mass of a split that saw nothing says so; its
+mean is not read.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Parts:
 def splits_for(programs: int, resident: int, max_context: int, keys: int) -> int:
     """Splits of each of `programs` programs, of which `resident` are there at a time and go through blocks of `keys`.
 
-    A split shall have at least four blocks of keys, or joining costs more than it saves.
+    The longest context there may be shall have at least four blocks of keys a split: joining has a cost.
     """
     return max(1, min(resident // max(1, programs), max_context // (4 * keys)))
 

@@ -98,11 +98,12 @@ class CausalLM:
             frequencies = spec.rope.frequencies_at(batch.positions, spec.head_dim)
         # Embedding comes last: it lets the first layer start, and has then waited for all of these (kernels/launch.py).
         factors = rotary_factors(batch.positions, frequencies, spec.rope.amplitude, self._embedding.dtype)
-        begin_attention(batch, spec.sliding_windows, spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        ends = None
+        ends, windows = None, spec.sliding_windows
         if last_tokens is not None:
             ends = last_tokens, batch.at_ends(last_tokens)
-            begin_attention(ends[1], spec.sliding_windows[-1:], spec.num_heads, spec.num_kv_heads, spec.head_dim)
+            begin_attention(ends[1], windows[-1:], spec.num_kv_heads, spec.head_dim)
+            windows = windows[:-1]
+        begin_attention(batch, windows, spec.num_kv_heads, spec.head_dim)
         residual = embed(token_ids, self._embedding)
         delta: Tensor | None = None
         for layer, (k_pages, v_pages) in zip(self._layers[:-1], kv[:-1], strict=True):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from penstock.kernels.paged_attention import paged_attention
+from penstock.kernels.paged_attention import begin_attention, paged_attention
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rotary_store import store_kv
 
@@ -46,6 +46,7 @@ class Case:
         batch = self._store(
             everyone, [past for past, _ in self.sequences], [past + new for past, new in self.sequences]
         )
+        begin_attention(batch, [window], self.k_pages.shape[1], self.k_pages.shape[3])
         q = torch.cat(self.queries).to(self.device)
         return paged_attention(q, self.k_pages, self.v_pages, batch, scale=0.3, sliding_window=window).cpu()
 

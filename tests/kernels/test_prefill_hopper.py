@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from penstock.kernels import prefill_hopper
 from penstock.kernels.prefill_attention import prefill_attention_reference
 from penstock.kernels.prefill_hopper import prefill_attention_hopper, supports_hopper
 from tests.kernels.test_prefill_attention import Case, Sequences, close
@@ -57,6 +58,12 @@ def test_what_it_supports_is_never_a_cpu_tensor() -> None:
     assert not supports_hopper(torch.empty(1, 4, 128, dtype=torch.bfloat16), 16)
 
 
+@pytest.fixture(params=[1, 2, 7])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every row's context."""
+    monkeypatch.setattr(prefill_hopper, "splits_for", lambda *sizes: request.param)
+
+
 def both(case: Case, **options: object) -> None:
     expected = case.run(prefill_attention_reference, "cuda", **options)  # type: ignore[arg-type]
     got = case.run(prefill_attention_hopper, "cuda", **options)  # type: ignore[arg-type]
@@ -66,6 +73,7 @@ def both(case: Case, **options: object) -> None:
 MIXTURE: Sequences = [(0, 300), (1000, 130), (77, 1), (0, 0), (3, 640), (513, 5)]
 
 
+@pytest.mark.usefixtures("splits")
 class TestOnAGPU:
     pytestmark = on_hopper
 
