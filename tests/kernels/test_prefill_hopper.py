@@ -31,7 +31,8 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from penstock.kernels.prefill_hopper import _hopper_kernel as kernel, kernel_constants, shared_layout
+from penstock.kernels.prefill_hopper import kernel_constants, shared_layout
+from penstock.kernels.prefill_hopper_kernel import hopper_kernel as kernel
 
 constants = kernel_constants(4, 16, True, True, True, 1, 32, 128, bool(int(sys.argv[1]))) | {"PDL": True}
 types = dict.fromkeys(kernel.arg_names, "i32")
