@@ -97,7 +97,7 @@ class DecodeGraphs:
         `captured` is called after each. Must be called in a stream of its own, with no row in use.
         """
         for size in reversed(self._sizes):
-            self._step(size)  # compiles, and allocates what outlives the step
+            self._step(size)  # allocates what outlives the step
             graph = torch.cuda.CUDAGraph()
             torch.cuda.current_stream().synchronize()
             graph.capture_begin(pool=pool)

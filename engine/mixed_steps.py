@@ -220,7 +220,7 @@ class MixedSteps:
             self._step(inputs, batch, True)
         for shape in sorted(self._shapes, key=lambda shape: -shape.tokens):
             buffer, inputs, batch = self._empty(shape)
-            self._step(inputs, batch, True)  # compiles
+            self._step(inputs, batch, True)  # allocates what outlives the step
             graph = torch.cuda.CUDAGraph()
             torch.cuda.current_stream().synchronize()
             graph.capture_begin(pool=pool)
