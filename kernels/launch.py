@@ -60,15 +60,19 @@ def compiling(threads: int, progress: Callable[[int, int], None] | None = None) 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         return _LAUNCH(kernel, *arguments, grid=grid, warmup=warmup or threading.get_ident() == owner, **named)
 
-    with _COMPILING, ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor) as mode:
-        triton.JITFunction.run = compile_only  # every kernel[grid](...) ends there, whatever op calls it
-        try:
-            yield
-        finally:
-            triton.JITFunction.run = _LAUNCH
-        for done, _ in enumerate(as_completed(mode.raw_futures), 1):
-            if progress is not None:
-                progress(done, len(mode.raw_futures))
+    with _COMPILING, ThreadPoolExecutor(threads) as executor:
+        # The first error is raised here and not by the mode, which would then stay in force for good.
+        with triton.AsyncCompileMode(executor, ignore_errors=True) as mode:
+            triton.JITFunction.run = compile_only  # every kernel[grid](...) ends there, whatever op calls it
+            try:
+                yield
+            finally:
+                triton.JITFunction.run = _LAUNCH
+            for done, _ in enumerate(as_completed(mode.raw_futures), 1):
+                if progress is not None:
+                    progress(done, len(mode.raw_futures))
+        for future in mode.raw_futures:
+            future.result()
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import triton
+from triton.runtime._async_compile import active_mode
 
 from penstock.kernels import launch
 from penstock.kernels.launch import compiling
@@ -62,3 +63,23 @@ def test_two_engines_that_start_at_once_take_turns(launched: list[tuple[str, boo
         waiting.result()
     call("after")
     assert launched == [("first", True), ("second", True), ("after", False)]
+
+
+def test_a_kernel_that_does_not_compile_is_said_and_does_not_stop_the_next_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[str] = []
+
+    def run(kernel: str, *arguments: object, grid: object, warmup: bool) -> None:
+        mode = active_mode.get()
+        assert mode is not None and warmup
+        mode.submit(kernel, lambda: int(kernel), lambda result: compiled.append(str(result)))
+
+    monkeypatch.setattr(launch, "_LAUNCH", run)
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    with pytest.raises(ValueError, match="invalid literal"), compiling(2):
+        call("1")
+        call("no number")
+    with compiling(2):
+        call("2")
+    assert compiled == ["1", "2"]
