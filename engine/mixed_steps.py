@@ -23,7 +23,7 @@ from penstock.kernels.step_state import begin_mixed
 from penstock.models.decoder import CausalLM
 
 MAX_PROMPTS = 16  # of a captured shape that also decodes
-CHUNK_PROMPTS = 4  # of those for the usual chunk, mostly one, or one that ends and one that begins; more fit the others
+CHUNK_PROMPTS = 4  # of those for the usual chunk: mostly one prompt, or one that ends and one that begins
 _PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
 
 

@@ -197,8 +197,8 @@ def _lay_out_kernel(
     counts = tl.cdiv(tiles[:, None], lengths[None, :])
     splits = tl.sum(counts, 0)
     longest = tl.max(tl.cdiv(tiles[:, None], tl.maximum(counts, 1)), 0)
-    # With the last all fit into the plan: half of what is there at a time, and one more a sequence.
-    cost = tl.where((splits <= programs) | (choice == 31), tl.cdiv(splits, resident) * (2 * longest + 3), 1 << 30)
+    # With the last choice they always fit into the plan: they fill half of the card, and are one more a sequence.
+    cost = tl.where(splits <= programs, tl.cdiv(splits, resident) * (2 * longest + 3), 1 << 30)
     most = tl.sum(tl.where(choice == tl.argmin(cost, 0), lengths, 0), 0)
 
     lengths = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, most), 1))
