@@ -45,7 +45,7 @@ from tests.workers.worker_processes import workers
 # Of llama8b on an H200: whole steps of prompts (2048 tokens in 47 ms, 8192 in 203, or 212 in four steps), and steps
 # with a chunk beside sequences (docs/performance.md).
 PACES = {"prefill": Pace(3.0, 0.0205, 0.011, 0.0, 9.5e-7), "decode": Pace(4.2, 0.0135, 0.011, 2.6e-5, 9.5e-7)}
-STEP_TOKENS = {"prefill": 2048, "decode": 8192}  # as on a GPU
+STEP_TOKENS = 8192  # as on a GPU
 PAGE, NUM_PAGES = 64, 8000
 SHAPE = replace(SHAPES["tiny"], max_position=16_384)
 TOKEN_BYTES = SHAPE.layers * 2 * SHAPE.kv_heads * SHAPE.head_dim * 4
@@ -92,7 +92,7 @@ def fleet(folder: Path, mixed_chunk_tokens: int, slower: float) -> Iterator[str]
     model = make_shape_folder(SHAPE, folder)
     common = {"dtype": "float32", "load_format": "dummy", "served_model_name": NAME, "lease_s": LEASE_S}
     common |= {"block_size": PAGE, "kv_cache_memory_bytes": NUM_PAGES * PAGE * TOKEN_BYTES}
-    common |= {"mixed_chunk_tokens": mixed_chunk_tokens}
+    common |= {"mixed_chunk_tokens": mixed_chunk_tokens, "max_num_batched_tokens": STEP_TOKENS}
     with contextlib.ExitStack() as stack:
         redis = RedisServer(folder)
         redis.start()
@@ -100,8 +100,7 @@ def fleet(folder: Path, mixed_chunk_tokens: int, slower: float) -> Iterator[str]
         before = os.environ.get(PACE_ENV)
         for role, pace in PACES.items():
             os.environ[PACE_ENV] = json.dumps(asdict(pace.slower(slower)))
-            own = {"max_num_batched_tokens": STEP_TOKENS[role]}
-            started = workers(redis.url, model, {f"{role}-0": role}, module="benchmarks.paced_worker", **common, **own)
+            started = workers(redis.url, model, {f"{role}-0": role}, module="benchmarks.paced_worker", **common)
             stack.enter_context(started)
         if before is None:
             del os.environ[PACE_ENV]

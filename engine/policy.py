@@ -28,16 +28,29 @@ class BatchPolicy(Protocol):
         """Prompt tokens that may be computed in a step that also computes `decode_tokens` for sequences that decode."""
         ...
 
+    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int) -> int:
+        """Tokens of a prompt that lacks `left` for a step without anything before it, whose budget is `budget`."""
+        ...
+
 
 @dataclass(frozen=True)
 class PrefillPolicy:
-    """A prefill worker: whole steps of prompt tokens."""
+    """A prefill worker: short steps, and long ones where nobody would gain from short ones.
+
+    `step_tokens` keep a GPU nearly as busy as four times as many, but prompts that come together end one after the
+    other, not all at the last one's end, and all pages of a prompt but those of its last step move while it is being
+    computed. Before its last step a long prompt has the worker to itself: who came later waits for its end anyway.
+    """
 
     prefill_only: bool = True
     gather_share: float = 0.0
+    step_tokens: int = 2048
 
     def prefill_budget(self, max_num_batched_tokens: int, decode_tokens: int) -> int:
-        return max_num_batched_tokens - decode_tokens
+        return min(self.step_tokens, max_num_batched_tokens) - decode_tokens
+
+    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int) -> int:
+        return min(left, max(budget, min(left - self.step_tokens, max_num_batched_tokens)))
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,9 @@ class DecodePolicy:
             return max_num_batched_tokens if chunk is None else min(_ALONE * chunk, max_num_batched_tokens)
         chunk = chunk_beside(chunk or max(1, max_num_batched_tokens // _ALONE), decode_tokens)
         return min(chunk, max(0, max_num_batched_tokens - decode_tokens))
+
+    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int) -> int:
+        return min(left, budget)
 
 
 THROUGHPUT = DecodePolicy(mixed_chunk_tokens=sys.maxsize, gather_share=1 / 16)

@@ -134,7 +134,7 @@ class Scheduler:
         gathered = prompts or not draft.work or self._gathered(len(draft.work))
         budget = draft.num_tokens + self.policy.prefill_budget(budget, draft.num_tokens)
         for request in prompts:
-            num_tokens = min(budget - draft.num_tokens, request.num_to_compute)
+            num_tokens = self._chunk(request, budget, draft)
             if num_tokens > 0:  # its pages were allocated when it started
                 self.counters.prompt_tokens += num_tokens
                 draft.go_on(request, num_tokens)
@@ -228,10 +228,17 @@ class Scheduler:
             if (blocked and not request.has_claim) or not self._start(request, now):
                 blocked = True
                 continue
-            num_tokens = min(budget - draft.num_tokens, request.num_to_compute)
+            num_tokens = self._chunk(request, budget, draft)
             if not request.is_decoding:
                 self.counters.prompt_tokens += num_tokens
             draft.begin(request, num_tokens, tuple(self.pages.table(request.key)))
+
+    def _chunk(self, request: Request, budget: int, draft: StepDraft) -> int:
+        """How many of its tokens a step computes that has `draft` so far; not above 0 if that is full."""
+        left = request.num_to_compute
+        if draft.work:
+            return min(budget - draft.num_tokens, left)
+        return self.policy.lone_chunk(self.max_num_batched_tokens, budget, left)
 
     def _start(self, request: Request, now: float) -> bool:
         """Move a waiting request into the batch, with pages for everything known of it; False without room."""

@@ -248,7 +248,8 @@ class Simulator:
         decoder, shape = self._workers[job.decode], self._shape
         missing = max(0, job.request.prompt_tokens - job.decode_held * shape.page_tokens)
         all_ms = self._moved([decoder], job.started_ms, missing * shape.token_bytes)
-        last_ms = now_ms + shape.rates.move_ms(min(missing, shape.max_num_batched_tokens) * shape.token_bytes)
+        last = shape.batch_policy(worker.number).prefill_budget(shape.max_num_batched_tokens, 0)
+        last_ms = now_ms + shape.rates.move_ms(min(missing, last) * shape.token_bytes)
         self._enter(max(all_ms, last_ms), job.decode, job)
 
     def _joins(self, worker: VirtualWorker, job: Job, now_ms: float) -> None:

@@ -179,10 +179,19 @@ class VirtualWorker:
 
     def _cut(self, tokens: float) -> None:
         """Into chunks: so many tokens are left of the current prompt."""
-        most = self._policy.prefill_budget(self._step_tokens, len(self.running))
-        self._chunks_left = float(max(1, math.ceil(tokens / most)))
+        self._chunks_left = float(self._num_chunks(max(1, math.ceil(tokens))))
         self._chunk_tokens = tokens / self._chunks_left
         self._chunk_ms = self.rates.prefill_ms(self._chunk_tokens)
+
+    def _num_chunks(self, left: int) -> int:
+        budget = self._policy.prefill_budget(self._step_tokens, len(self.running))
+        if self.running:
+            return math.ceil(left / budget)
+        chunks = 0
+        while left > 0:
+            left -= self._policy.lone_chunk(self._step_tokens, budget, left)
+            chunks += 1
+        return chunks
 
     def computed(self) -> Job | None:
         """The current prompt, if it is complete now; it is the current one no longer."""

@@ -11,7 +11,7 @@ from penstock.engine.pages import PageManager
 from penstock.engine.policy import THROUGHPUT, DecodePolicy, PrefillPolicy, enough_gathered
 from penstock.engine.request import Request
 from penstock.engine.scheduler import Scheduler
-from tests.engine.test_scheduler import FakeExecutor, joined, make_request, oracle
+from tests.engine.test_scheduler import FakeExecutor, joined, make_request, make_scheduler, oracle
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,47 @@ from tests.engine.test_scheduler import FakeExecutor, joined, make_request, orac
 )
 def test_prompt_tokens_in_a_step(policy: DecodePolicy | PrefillPolicy, decode_tokens: int, expected: int) -> None:
     assert policy.prefill_budget(64, decode_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        (1, [1]),
+        (32, [32]),
+        (33, [32, 1]),
+        (64, [32, 32]),
+        (65, [33, 32]),
+        (256, [224, 32]),
+        (288, [256, 32]),
+        (400, [256, 112, 32]),
+    ],
+)
+def test_a_prefill_worker_computes_the_beginning_of_a_long_prompt_in_few_steps(left: int, expected: list[int]) -> None:
+    policy, chunks = PrefillPolicy(step_tokens=32), []
+    while left:
+        chunks.append(policy.lone_chunk(256, policy.prefill_budget(256, 0), left))
+        left -= chunks[-1]
+    assert chunks == expected
+
+
+def test_prompts_behind_a_long_one_start_when_only_its_last_step_is_left() -> None:
+    scheduler = make_scheduler(budget=64, policy=PrefillPolicy(step_tokens=8), caching=False)
+    executor = FakeExecutor(64)
+    for name, length in (("long", 42), ("short", 5), ("next", 30)):
+        scheduler.add(Request(make_request(name, [1] * length), 0.0))
+    steps = []
+    while scheduler.has_work():
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        steps.append([(work.key.partition(":")[0], work.num_tokens) for work in plan.work])
+        scheduler.update(executor.run(plan), 0.0)
+    assert steps == [
+        [("long", 34)],
+        [("long", 8)],
+        [("short", 5), ("next", 3)],
+        [("next", 19)],
+        [("next", 8)],
+    ]
 
 
 @pytest.mark.parametrize(
