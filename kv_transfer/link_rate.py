@@ -1,8 +1,9 @@
 """How fast one process reads, or writes, another's scattered pages: two real processes, one of them the lender.
 
 `measure` is for `penstock doctor` and benchmarks/transfer.py. It starts a reader process, which starts a lender: a
-transport that crashes or hangs takes neither the caller nor the next measurement with it. Every pass is timed on the
-host from the post of the copy to its completion; afterwards the bytes at both ends of every page are compared.
+transport that crashes or hangs takes neither the caller nor the next measurement with it. Once the link is warm, every
+pass is timed on the host from the post of the copy to its completion; afterwards the bytes at both ends of every page
+are compared.
 
     python -m penstock.kv_transfer.link_rate '{"transport": "nixl", ...}'    # prints what `measure` returns
 """
@@ -36,6 +37,7 @@ from penstock.kv_transfer.select import OPENERS
 _MODULE = "penstock.kv_transfer.link_rate"
 _LENDER_POLL_S = 0.0002
 _ARRIVAL_S = 20.0  # the most one pass may take
+_WARM_UP_S = 0.3  # idle GPUs and links are a tenth slower at first
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,10 @@ def _read(spec: LinkSpec) -> list[PassTime]:
         pages = make_pages(spec.reader_device, spec.page_bytes, spec.num_pages, first=spec.num_pages)
         transport = OPENERS[spec.transport](pages.region, f"reader-{os.getpid()}")
         transport.connect("lender", description)
+        warm = list(range(max(spec.passes)))
+        warm_at = time.monotonic() + _WARM_UP_S
+        while time.monotonic() < warm_at:
+            _pass(transport, spec.push, warm, warm)
         times = [_measure_pass(spec, number, transport, pages, lender) for number in spec.passes]
         transport.close()
         pages.close()
