@@ -7,12 +7,14 @@
 Open-loop Poisson loads (workloads/online.json): streamed completions of random token ids at their times, greedy, to the
 full length. Figures go into benchmarks/results/online-COMMIT.json as they come: `loads` are those of 1 + 1, `one_phase`
 those of the two one-phase workers. A later run at the same commit adds to the file. The keys: benchmarks/README.md.
+--requests adds a line of JSON for each request to a file of its own: when it was sent, its first token, gaps, timeline.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -58,6 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hand-off", action="store_true", help="also requests that are alone, 2k to 32k tokens long")
     parser.add_argument("--model", default="llama8b", choices=sorted(SHAPES))
     parser.add_argument("--serve-option", nargs="+", default=[], metavar="NAME=VALUE", help="options of penstock serve")
+    parser.add_argument("--requests", type=Path, metavar="FILE", help="what became of each request, a line for each")
     parser.add_argument("--out", "--append", type=Path, help="result file (benchmarks/results/online-COMMIT.json)")
     parser.add_argument("--cpu", action="store_true", help="a tiny model, few and short requests")
     options = parser.parse_args(arguments)
@@ -126,6 +129,8 @@ async def measure(
         await warm_up(client, fields, loads, shape)
         for load in loads:
             records, duration = await run(client, fields, load.questions(shape.vocab), load.arrivals_s)
+            if options.requests:
+                write_requests(options.requests, f"{group} {load.name}", records)
             take(group, load.name, figures(load, records, duration), [r.error for r in records if r.error])
         if options.hand_off and group == "loads":
             shrink = 32 if options.cpu else 1
@@ -137,6 +142,20 @@ async def measure(
                 done = [record for record in records if not record.error]
                 errors = [record.error for record in records if record.error]
                 take("hand_off", str(tokens // shrink), hand_off_figures(done) if done else {"n": 0}, errors)
+
+
+def write_requests(path: Path, load: str, records: Sequence[RequestRecord]) -> None:
+    """Add a line for each; milliseconds, `sent_ms` since the first was sent."""
+    first = min(record.start for record in records)
+    with path.open("a") as file:
+        for record in records:
+            line: dict[str, Any] = {"load": load, "sent_ms": ms(record.start - first), "ttft_ms": ms(record.ttft)}
+            line |= {"e2e_ms": ms(record.latency), "itl_ms": [ms(gap) for gap in record.itl], "error": record.error}
+            file.write(json.dumps(line | {"timeline": record.timeline}) + "\n")
+
+
+def ms(seconds: float) -> float:
+    return round(seconds * 1e3, 2)
 
 
 async def warm_up(client: Client, fields: dict[str, Any], loads: Sequence[Load], shape: Shape) -> None:

@@ -85,14 +85,19 @@ def test_every_token_of_a_shape_is_text(tmp_path: Path) -> None:
 
 @pytest.mark.system
 def test_the_whole_of_it_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "out.json"
+    path, lines = tmp_path / "out.json", tmp_path / "requests.jsonl"
     flags = ["--cpu", "--loads", "W1@24", "--fleets", "1+1", "--hand-off", "--append", str(path)]
+    flags += ["--requests", str(lines)]
     assert online.main([*flags, "--serve-option", "routing_policy=round-robin"]) == 0
     found = json.loads(path.read_text())
     assert found.keys() == {"commit", "machine", "loads", "hand_off"}
     load = found["loads"]["W1@24"]
     assert (load["n"], load["ok"], load["handed_off"]) == (12, 12, 1.0)
     assert load["ttft_p50"] > 0 and load["out_tok_s"] > 0
+    requests = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(requests) == 12 and requests[0]["sent_ms"] == 0.0
+    assert all(r["load"] == "loads W1@24" and r["ttft_ms"] + sum(r["itl_ms"]) <= r["e2e_ms"] + 1 for r in requests)
+    assert all(any(entry["name"] == "transfer" for entry in r["timeline"]) for r in requests)
     assert found["hand_off"].keys() == {"64", "256", "1000"}
     assert all(alone["handed_off"] == 1.0 and alone["transfer_ms"] > 0 for alone in found["hand_off"].values())
     assert "W1@24  1 + 1" in capsys.readouterr().out
