@@ -97,12 +97,13 @@ def build_engine(
     )
     page_size = config.block_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, page_size, dtype)
-    step_tokens = config.max_num_batched_tokens or _step_tokens(policy, device)
+    step_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=step_tokens,
         max_model_len=config.max_model_len or spec.max_position,
         mixed_chunk_tokens=policy.prefill_budget(step_tokens, 1),
+        prompt_step_tokens=policy.prefill_budget(step_tokens, 0),
     )
     if device.type == "cuda":
         told = progress and partial(progress, "compiling kernels")
@@ -128,16 +129,6 @@ def build_engine(
     engine = Engine(scheduler, executor, constraints=Constraints(grammars))
     wait_for([vocabulary])  # else the first steps would stand still; who demands a form is told what it raised
     return BuiltEngine(engine, spec, pool, max_model_len, hash_scope, fingerprint)
-
-
-def _step_tokens(policy: BatchPolicy, device: torch.device) -> int:
-    """Most tokens in one step, unless told.
-
-    A prefill worker's steps are short: 2048 tokens keep a GPU as busy as 8192 (llama8b on an H200: 23 us a token, 25),
-    but prompts that come together end one after the other, not all at the last one's end, and all pages of a long
-    prompt but those of its last step move while it is still being computed.
-    """
-    return 8192 if device.type == "cuda" and not policy.prefill_only else 2048
 
 
 def _pool(layout: KVLayout, num_pages: int, device: torch.device, name: str) -> KVPool:

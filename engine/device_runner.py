@@ -157,8 +157,10 @@ class DeviceRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         mixed_chunk_tokens: int = 0,
+        prompt_step_tokens: int = 0,
     ) -> None:
-        """mixed_chunk_tokens: prompt tokens that a step usually has beside few sequences that decode; 0: any number."""
+        """mixed_chunk_tokens, prompt_step_tokens: of prompts, that a step usually has beside few sequences that decode,
+        and that a full one without any has; 0: any number."""
         self.model = model
         self.pool = pool
         device = pool.device
@@ -182,7 +184,8 @@ class DeviceRunner:
         self._num_with_logprobs = 0
         shared = (model, pool.layers(), self._state, workspace, self._tokens_out, self._page_size, max_num_seqs)
         self._decode_steps = DecodeGraphs(*shared, max_model_len)
-        self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len, mixed_chunk_tokens)
+        usual = (mixed_chunk_tokens, prompt_step_tokens)
+        self._mixed_steps = MixedSteps(*shared, max_num_batched_tokens, max_model_len, *usual)
         if self._stream is not None:  # weights, pages and state are still being filled in another stream
             self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -28,6 +28,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     mixed_chunk_tokens: int = 0  # of prompts, in a step that also decodes few; 0: as many as in any other
+    prompt_step_tokens: int = 0  # in a full step that decodes nothing; 0: as many as in any other
 
 
 def pool_size_bytes(

@@ -1,8 +1,9 @@
 """Steps with prompts in them on the device: decoding sequences first, then the chunks of prompts.
 
 A step is laid out for a shape: so many decode rows, prompt tokens and prompts. Small shapes are captured as CUDA
-graphs, since launching a model op by op takes longer than computing a short prompt; a step runs in the smallest
-captured shape that holds it, the rest is padding. Larger steps are launched op by op in a shape that is exactly theirs.
+graphs, since launching a model op by op takes longer than computing a short prompt, and keeps a worker's loop from
+whatever else happens; a step runs in the smallest captured shape that holds it, the rest is padding. Larger steps are
+launched op by op in a shape that is exactly theirs, but for those of the usual size.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from penstock.models.decoder import CausalLM
 MAX_PROMPTS = 16  # of a captured shape that also decodes
 CHUNK_PROMPTS = 4  # of those for the usual chunk: mostly one prompt, or one that ends and one that begins
 _PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
+_MOST_TOKENS = 2048  # of prompts in a captured shape: larger ones take memory, and launching is little beside computing
+_LEAST_USED = 7 / 8  # of a shape beyond _PROMPT_TOKENS
 
 
 class Chunk(NamedTuple):
@@ -54,6 +57,11 @@ class Shape(NamedTuple):
     def holds(self, other: Shape) -> bool:
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
+    def suits(self, other: Shape) -> bool:
+        """Holds it, and computing the padding takes less than launching op by op."""
+        wasteful = self.prompt_tokens > _PROMPT_TOKENS[-1] and other.prompt_tokens < _LEAST_USED * self.prompt_tokens
+        return self.holds(other) and not wasteful
+
 
 class _Inputs(NamedTuple):
     """A laid-out step; int32, T tokens, S sequences. What is not used says so: owner, row and sample slot -1."""
@@ -78,10 +86,13 @@ class _Captured:
     logits: Tensor
 
 
-def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_tokens: int) -> list[Shape]:
-    """A prompt alone, prompts beside few or many decodes; and with little padding what is usual beside how many.
+def captured_shapes(
+    max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_tokens: int, prompt_step_tokens: int
+) -> list[Shape]:
+    """A prompt alone, prompts beside few or many decodes; and with little padding what is usual: beside how many, and
+    in a full step of prompts.
 
-    mixed_chunk_tokens: beside few; 0: nothing is usual. Padding costs: products compute its rows, and attention's
+    mixed_chunk_tokens: beside few. 0: nothing is usual. Padding costs: products compute its rows, and attention's
     programs without work have to start and end.
     """
     shapes = [Shape(0, count, 1) for count in _PROMPT_TOKENS]
@@ -91,6 +102,9 @@ def captured_shapes(max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_
         rooms = sorted({min(count, max_num_seqs) for count in SEQUENCES})
         chunks = [Shape(room, chunk_beside(mixed_chunk_tokens, room), CHUNK_PROMPTS) for room in rooms]
         shapes += [shape for shape in chunks if shape not in shapes]
+    if 0 < prompt_step_tokens <= _MOST_TOKENS:
+        full = Shape(0, prompt_step_tokens, min(MAX_PROMPTS, max_num_seqs))
+        shapes += [full] if full not in shapes else []
     return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]
 
 
@@ -154,12 +168,15 @@ class MixedSteps:
         max_num_batched_tokens: int,
         max_model_len: int,
         mixed_chunk_tokens: int,
+        prompt_step_tokens: int,
     ) -> None:
         """tokens_out: as that of `DecodeGraphs`."""
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
         self._tokens_out = tokens_out
         self._page_size, self._max_model_len = page_size, max_model_len
-        self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens, mixed_chunk_tokens)
+        self._shapes = captured_shapes(
+            max_num_seqs, max_num_batched_tokens, mixed_chunk_tokens, prompt_step_tokens
+        )
         self._crowds = crowds(max_num_seqs, max_num_batched_tokens)
         self._captured: dict[Shape, _Captured] = {}
 
@@ -171,7 +188,7 @@ class MixedSteps:
         """Compute the step: logits [S, vocab] until the next one, and which of the rows were sampled, in order."""
         decodes, prompts = split(chunks)
         exact = Shape(len(decodes), sum(len(chunk.tokens) for chunk in prompts), len(prompts))
-        fitting = [shape for shape in self._captured if shape.holds(exact)]
+        fitting = [shape for shape in self._captured if shape.suits(exact)]
         if fitting:
             shape = min(fitting, key=lambda shape: (shape.tokens, shape.prompts))
             captured = self._captured[shape]

@@ -182,18 +182,27 @@ def test_layout_of_a_step_with_room_to_spare() -> None:
 
 
 def test_captured_shapes_are_within_the_limits() -> None:
-    shapes = captured_shapes(256, 8192, 0)
+    shapes = captured_shapes(256, 8192, 0, 0)
     assert Shape(0, 16, 1) in shapes
     assert Shape(256, 1024, MAX_PROMPTS) in shapes
-    assert all(shape.tokens <= 40 for shape in captured_shapes(8, 32, 16))
+    assert all(shape.tokens <= 40 for shape in captured_shapes(8, 32, 16, 32))
     assert Shape(64, 256, 16).holds(Shape(3, 200, 16))
     assert not Shape(64, 256, 16).holds(Shape(3, 20, 17))
-    chunks = set(captured_shapes(24, 8192, 152)) - set(captured_shapes(24, 8192, 0))
+    chunks = set(captured_shapes(24, 8192, 152, 0)) - set(captured_shapes(24, 8192, 0, 0))
     assert chunks == {Shape(4, 152, 4), Shape(8, 152, 4), Shape(16, 176, 4), Shape(24, 200, 4)}
     for seqs in (256, 257, 512):
-        twice = captured_shapes(seqs, 8192, 128)
+        twice = captured_shapes(seqs, 8192, 128, 1024)
         assert len(twice) == len(set(twice)) and Shape(64, 128, 16) in shapes
-    assert captured_shapes(256, 8192, 2048) == shapes, "long chunks are launched op by op"
+    assert captured_shapes(256, 8192, 2048, 8192) == shapes, "long steps are launched op by op"
+    assert captured_shapes(256, 8192, 0, 2048) == [*shapes, Shape(0, 2048, 16)]
+    assert captured_shapes(1, 8192, 0, 1024) == captured_shapes(1, 8192, 0, 0)
+
+
+def test_a_large_shape_is_for_steps_that_nearly_fill_it() -> None:
+    full = Shape(0, 2048, 16)
+    assert full.suits(Shape(0, 2048, 1)) and full.suits(Shape(0, 1792, 16))
+    assert not full.suits(Shape(0, 1791, 1)) and not full.suits(Shape(0, 2048, 17))
+    assert Shape(64, 1024, 16).suits(Shape(1, 2, 1))
 
 
 def test_crowds_are_one_for_each_block_of_prompts() -> None:

@@ -193,8 +193,8 @@ class Run:
         model: Any = PageReader()
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_tokens, "max_model_len": CONTEXT}
         policy = pick.choice((DecodePolicy(), DecodePolicy(mixed_chunk_tokens=2), THROUGHPUT))
-        chunk = policy.prefill_budget(max_tokens, 1)
-        runner = DeviceRunner(model, self.pool, **limits, mixed_chunk_tokens=chunk)
+        chunk, full = policy.prefill_budget(max_tokens, 1), policy.prefill_budget(max_tokens, 0)
+        runner = DeviceRunner(model, self.pool, **limits, mixed_chunk_tokens=chunk, prompt_step_tokens=full)
         if captured:
             capture(runner)
         forms: Any = FakeConstraints(VOCAB, pick)
