@@ -2,11 +2,13 @@
 
     python benchmarks/online_simulated.py                       # every load, in seconds; no GPU
     python benchmarks/online_simulated.py --mixed-chunk-tokens 512 --beside 2 --out scratch.json
+    python benchmarks/online_simulated.py --draws 40 --beside 1.1 --out scratch.json   # a minute
 
 Each load is played twice: `balanced` as the cost policy places prompts, `handed_off` with every prompt computed by the
 prefill worker. Rates are those that h200.py recorded, a line through two lengths of prompt: a step with a chunk,
 and the load's whole prompts, as the simulator knows no prompts that are slower for their length. The link is NVLink as
-transfer.py recorded it. Keys as in online.py.
+transfer.py recorded it. Keys as in online.py. With --draws, arrivals are drawn anew at the same rates so many times and
+figures are means over them: a weight that suits one load's bursts may not suit others.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, installed or not
@@ -64,6 +69,24 @@ def simulate(load: Load, chunk_tokens: int, weights: CostWeights) -> PolicyResul
     return Simulator(shape, CostPolicy(weights=weights)).run(requests, slo)
 
 
+def draws(load: Load, number: int) -> list[Load]:
+    """As many loads with its rate and other arrivals; itself if `number` is 0."""
+    rate = float(load.name.partition("@")[2])
+    found = []
+    for seed in range(number):
+        chooser, at_s, arrivals = random.Random(seed), 0.0, []
+        for _ in load.arrivals_s:
+            at_s += chooser.expovariate(rate)
+            arrivals.append(at_s)
+        found.append(replace(load, arrivals_s=tuple(arrivals)))
+    return found or [load]
+
+
+def means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of figures with the same keys."""
+    return {key: round(statistics.mean(one[key] for one in found), 3) for key in found[0]}
+
+
 def figures(result: PolicyResult) -> dict[str, float]:
     """A load's result by the keys of online.py."""
     return {
@@ -82,11 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixed-chunk-tokens", type=int, default=TWO_PHASE_MIXED_CHUNK_TOKENS)
     parser.add_argument("--beside", type=float, default=DEFAULT_WEIGHTS.beside, help="weight of the cost policy")
+    parser.add_argument("--draws", type=int, default=0, metavar="N", help="mean of N loads with other arrivals")
     parser.add_argument("--out", type=Path, help="result file (benchmarks/results/online_simulated-COMMIT.json)")
     flags = parser.parse_args(arguments)
-    loads = read_loads()
+    loads = {name: draws(load, flags.draws) for name, load in read_loads().items()}
+    chunk_tokens = flags.mixed_chunk_tokens
     found = {
-        group: {name: figures(simulate(loads[name], flags.mixed_chunk_tokens, weights)) for name in TABLE}
+        group: {name: means([figures(simulate(load, chunk_tokens, weights)) for load in loads[name]]) for name in TABLE}
         for group, weights in (
             ("handed_off", CostWeights(beside=math.inf)),
             ("balanced", CostWeights(beside=flags.beside)),

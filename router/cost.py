@@ -44,7 +44,7 @@ class CostWeights:
     decode: float = 0.05  # a millisecond between tokens, times expected tokens, against one before the first token
     evict: float = 8.0  # how often a page is asked for again, against the share of tokens that hit now
     share: float = 0.1  # a millisecond of work that a worker was given more than others
-    beside: float = 1.1  # a millisecond of computing a prompt beside sequences that decode, whose gaps it stretches
+    beside: float = 1.05  # a millisecond of computing a prompt beside sequences that decode, whose gaps it stretches
 
 
 DEFAULT_WEIGHTS = CostWeights()
