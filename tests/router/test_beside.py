@@ -68,7 +68,7 @@ def test_a_report_of_a_queue_that_may_be_gone_is_not_enough():
 
 
 def test_what_it_holds_counts():
-    queue = place("p", "prefill", queued=30)
+    queue = place("p", "prefill", queued=20)
     assert not local(100, [place("d", "decode", running=4), queue])
     assert local(100, [place("d", "decode", running=4, held=40), queue])
     assert not local(100, [place("d", "decode", running=4, held=40), place("p", "prefill", queued=50, held=80)])

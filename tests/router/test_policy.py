@@ -93,9 +93,9 @@ def test_only_pairs_of_one_fingerprint():
 
 def test_the_prefill_worker_with_prefix_and_without_queue():
     p1, p2 = candidate("p1", "prefill"), candidate("p2", "prefill", held=600, queued_tokens=500)
-    assert names(choose(FACTS, [candidate("d"), p1, p2])) == ("d", "p2")
+    assert names(choose(FACTS, [but(candidate("d"), prompt_tokens=100), p1, p2])) == ("d", "p2")
     p2 = candidate("p2", "prefill", held=600, queued_tokens=700)
-    assert names(choose(FACTS, [candidate("d"), p1, p2])) == ("d", "p1")
+    assert names(choose(FACTS, [but(candidate("d"), prompt_tokens=100), p1, p2])) == ("d", "p1")
 
 
 def test_a_retry_avoids_who_failed_it_if_there_is_another():
