@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from penstock.common.config import ATTENTION_BACKENDS, EngineConfig
+from penstock.common.cores import available_cores
 from penstock.common.errors import ConfigError
 from penstock.common.grammar import Grammars
 from penstock.common.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def build_engine(
     device = resolve_device(config.device)
     dtype = DTYPES[spec.dtype if config.dtype == "auto" else config.dtype]
     if device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+        torch.set_num_threads(config.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores())
     load_tokenizer = tokenizer or partial(Tokenizer.load, config.model)
     grammars = Grammars(load_tokenizer, spec.vocab_size, spec.eos_token_ids)
     vocabulary = grammars.prepare()  # beside the weights

@@ -6,12 +6,12 @@ for llama8b. So all steps are gone through once without launching anything, with
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
 
+from penstock.common.cores import available_cores
 from penstock.engine.device_runner import DeviceRunner
 from penstock.engine.kv_pool import KVLayout, KVPool
 from penstock.engine.memory import Limits, largest_step, no_room
@@ -41,7 +41,7 @@ def compile_steps(
         pool = KVPool(replace(layout, num_layers=few.spec.num_layers), pages, device)
         runner = DeviceRunner(few, pool, **asdict(limits))
         try:
-            with compiling(len(os.sched_getaffinity(0)), progress):
+            with compiling(available_cores(), progress):
                 if not largest_only:
                     runner.run_empty()
                 runner.submit(largest_step(limits, layout.page_size)).result()

@@ -12,7 +12,6 @@ tokens; slow ones are not, and have threads of their own, which also compile.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from concurrent.futures import wait as wait_for
 
 from llguidance import LLMatcher
 
+from penstock.common.cores import available_cores
 from penstock.common.grammar import MAX_MASK_S, GrammarError, Grammars
 from penstock.common.messages import Finish, GenerateRequest
 
@@ -114,7 +114,7 @@ class Constraints:
 
     def __init__(self, grammars: Grammars) -> None:
         self.grammars = grammars
-        self._num_quick = max(1, min(4, (os.cpu_count() or 1) // 2))
+        self._num_quick = max(1, min(4, available_cores() // 2))
         self._quick = ThreadPoolExecutor(self._num_quick, thread_name_prefix="masks")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow-masks")
 

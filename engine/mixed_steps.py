@@ -174,9 +174,7 @@ class MixedSteps:
         self._model, self._kv, self._state, self._workspace = model, kv, state, workspace
         self._tokens_out = tokens_out
         self._page_size, self._max_model_len = page_size, max_model_len
-        self._shapes = captured_shapes(
-            max_num_seqs, max_num_batched_tokens, mixed_chunk_tokens, prompt_step_tokens
-        )
+        self._shapes = captured_shapes(max_num_seqs, max_num_batched_tokens, mixed_chunk_tokens, prompt_step_tokens)
         self._crowds = crowds(max_num_seqs, max_num_batched_tokens)
         self._captured: dict[Shape, _Captured] = {}
 

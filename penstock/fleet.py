@@ -17,11 +17,12 @@ from types import TracebackType
 
 from penstock.child_process import ProcessSpec
 from penstock.common.config import FleetConfig, ServeConfig
+from penstock.common.cores import available_cores
 from penstock.common.errors import ConfigError
 from penstock.common.messages import WorkerInfo
 from penstock.console import Console
 from penstock.own_process import own_process
-from penstock.placement import Placement, available_cores, place_workers, visible_gpus
+from penstock.placement import Placement, place_workers, visible_gpus
 from penstock.private_redis import PrivateRedis, free_port, port_is_free
 from penstock.process_group import ProcessGroup
 from penstock.router_specs import SHUTDOWN_GRACE_S, reachable_host, router_specs

@@ -1,10 +1,9 @@
-"""Decides where the workers of `penstock serve` run: device, share of its memory, CPU threads. Pure, but for two looks
-at the machine (`visible_gpus`, `available_cores`), neither of which imports torch.
+"""Decides where the workers of `penstock serve` run: device, share of its memory, CPU threads. Pure, but for one look
+at the machine (`visible_gpus`), which does not import torch.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,18 +61,6 @@ def visible_gpus(environ: Mapping[str, str], device_folder: Path = Path("/dev"))
     listed = [entry.strip() for entry in chosen.split(",")]
     valid = next((i for i, entry in enumerate(listed) if entry in ("", "-1")), len(listed))  # CUDA stops at these
     return min(present, valid)
-
-
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may use: its affinity, and the quota of its container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cgroup.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here: the affinity has to do
-    return cores
 
 
 def _device(devices: Sequence[str], index: int) -> str:

