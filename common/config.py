@@ -46,8 +46,8 @@ class EngineConfig:
     max_num_seqs: int = option(256, "most requests in one batch")
     max_num_batched_tokens: int | None = option(
         None,
-        "most tokens in one step: longer prompts are computed in chunks; default: 8192 on a GPU, 2048 on CPU. Of these a "
-        "prefill worker uses more than 2048 only for the beginning of a prompt of more than 4096",
+        "most tokens in one step: longer prompts are computed in chunks; default: 8192 on a GPU, 2048 on CPU. "
+        "Of these a prefill worker uses more than 2048 only for the beginning of a prompt of more than 4096",
     )
     block_size: int | None = option(None, "tokens in a KV page; default: 64 on a GPU, 16 on CPU")
     gpu_memory_utilization: float = option(
