@@ -25,7 +25,7 @@ from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.prefill_attention import prefill_attention
 from penstock.kernels.rms_norm import add_rms_norm
 from penstock.kernels.rotary import rotary_factors
-from penstock.kernels.rotary_store import rotary_store
+from penstock.kernels.rotary_store import Heads, rotary_store
 from penstock.kernels.sample import SampleWorkspace, SamplingColumns, sample
 from penstock.kernels.small_linear import LinearWorkspace
 
@@ -217,7 +217,7 @@ def _rotary(shape: Shape, page_size: int, place: Place, tokens: int, copies: int
     factors = rotary_factors(batch.positions, frequencies, 1.0, place.dtype)
     layers = pool(shape, pages, page_size, MIN_LAYERS, place)
     width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    store = partial(rotary_store, num_heads=shape.heads, num_kv_heads=shape.kv_heads)
+    store = partial(rotary_store, heads=Heads(shape.heads, shape.kv_heads))
     return [
         partial(store, place.noise(tokens, width), factors, *layers[copy % MIN_LAYERS], batch) for copy in range(copies)
     ]

@@ -53,6 +53,7 @@ from penstock.kernels import attention_inputs, decode_attention
 from penstock.kernels.decode_attention import Tiles
 from penstock.kernels.linear import Linear
 from penstock.kernels.rms_norm import Normed, as_tensor
+from penstock.kernels.rotary_store import Heads
 from penstock.models import decoder
 from penstock.models.decoder import CausalLM
 
@@ -176,8 +177,9 @@ def _functions(model: CausalLM, rows: int, shape: Shape) -> dict[str, Callable[.
     def inputs(*rest: Any, **named: Any) -> Tensor:
         return queries
 
-    def rotary_store(qkv: Tensor, *rest: Any, num_heads: int, num_kv_heads: int, **named: Any) -> Tensor:
-        return qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)[:, :num_heads]
+    def rotary_store(qkv: Tensor, *rest: Any) -> Tensor:
+        heads: Heads = rest[-1]
+        return qkv.view(len(qkv), heads.in_a_row, -1)[:, : heads.num_heads]
 
     def sample(logits: Tensor, *rest: Any, out: Tensor, **named: Any) -> Tensor:
         # Once, before the step is captured: with equal tokens in all rows the products would have equal rows, too.

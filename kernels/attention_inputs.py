@@ -10,7 +10,7 @@ from torch import Tensor
 from penstock.kernels.linear import Linear
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import Normed
-from penstock.kernels.rotary_store import rotary_store
+from penstock.kernels.rotary_store import Heads, rotary_store
 from penstock.kernels.row_linear import row_rotary_store
 
 
@@ -21,28 +21,10 @@ def attention_inputs(
     k_pages: Tensor,
     v_pages: Tensor,
     batch: PagedBatch,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
+    heads: Heads,
 ) -> Tensor:
     """What `rotary_store` does with projection(x), x [T, hidden]."""
-    row = projection.row(x, rotated=True) if q_norm is None else None
+    row = projection.row(x, rotated=True) if heads.q_norm is None else None
     if row is not None:
-        return row_rotary_store(
-            row, factors, k_pages, v_pages, batch.slots, num_heads=num_heads, num_kv_heads=num_kv_heads
-        )
-    return rotary_store(
-        projection(x),
-        factors,
-        k_pages,
-        v_pages,
-        batch,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-    )
+        return row_rotary_store(row, factors, k_pages, v_pages, batch.slots, heads)
+    return rotary_store(projection(x), factors, k_pages, v_pages, batch, heads)

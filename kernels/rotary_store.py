@@ -6,6 +6,8 @@ Queries and keys are normalised per head where the model does that (Qwen3), then
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,45 +19,49 @@ from penstock.kernels.rms_norm import rms_norm_reference
 from penstock.kernels.rotary import rotary
 
 
+@dataclass(frozen=True)
+class Heads:
+    """How a row of the joined projection is cut: queries, keys, values, heads of one size; and what normalises them.
+
+    q_norm, k_norm: weights `[head_dim]` of RMSNorms with `eps`, of each query head and each key head; both or none.
+
+    Raises:
+        ValueError: only one of the norms is given.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.q_norm is None) != (self.k_norm is None):
+            raise ValueError("queries and keys are normalised both or not at all")
+
+    @property
+    def in_a_row(self) -> int:
+        """All heads of a row."""
+        return self.num_heads + 2 * self.num_kv_heads
+
+
 def rotary_store(
     qkv: Tensor,
     factors: tuple[Tensor, Tensor],
     k_pages: Tensor,
     v_pages: Tensor,
     batch: PagedBatch,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
+    heads: Heads,
 ) -> Tensor:
     """The rotated queries [T, num_heads, head_dim]; the rotated keys and the values are stored in the batch's slots.
 
     Args:
-        qkv: `[T, (num_heads + 2 * num_kv_heads) * head_dim]`, queries, keys, values.
+        qkv: `[T, heads.in_a_row * head_dim]`.
         factors: what `rotary_factors` gives for the batch's positions.
         k_pages, v_pages: `[num_pages, num_kv_heads, page_size, head_dim]`, any strides but the last.
-        q_norm, k_norm: weights `[head_dim]` of RMSNorms with `eps`; both or none.
-
-    Raises:
-        ValueError: only one of the norms is given.
     """
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("queries and keys are normalised both or not at all")
     op = rotary_store_triton if use_triton(qkv) else rotary_store_reference
-    return op(
-        qkv,
-        factors,
-        k_pages,
-        v_pages,
-        batch,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-    )
+    return op(qkv, factors, k_pages, v_pages, batch, heads)
 
 
 def rotary_store_reference(
@@ -64,23 +70,19 @@ def rotary_store_reference(
     k_pages: Tensor,
     v_pages: Tensor,
     batch: PagedBatch,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
+    heads: Heads,
 ) -> Tensor:
     """`rotary_store` in plain PyTorch, for a batch without padding; the queries are a view with gaps.
 
     factors: those of `rotary_factors_reference`.
     """
-    heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
-    turning, v = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 1)
-    if q_norm is not None and k_norm is not None:
-        q, k = turning.split_with_sizes((num_heads, num_kv_heads), 1)
-        turning = torch.cat((rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)), 1)
-    q, k = rotary(turning, *factors).split_with_sizes((num_heads, num_kv_heads), 1)
+    sizes = heads.num_heads, heads.num_kv_heads
+    turning, v = qkv.view(len(qkv), heads.in_a_row, -1).split_with_sizes((sum(sizes), heads.num_kv_heads), 1)
+    if heads.q_norm is not None and heads.k_norm is not None:
+        q, k = turning.split_with_sizes(sizes, 1)
+        q, k = rms_norm_reference(q, heads.q_norm, heads.eps), rms_norm_reference(k, heads.k_norm, heads.eps)
+        turning = torch.cat((q, k), 1)
+    q, k = rotary(turning, *factors).split_with_sizes(sizes, 1)
     store_kv(k, v, k_pages, v_pages, batch)
     return q
 
@@ -97,12 +99,7 @@ def rotary_store_triton(
     k_pages: Tensor,
     v_pages: Tensor,
     batch: PagedBatch,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
+    heads: Heads,
 ) -> Tensor:
     """`rotary_store` in one launch, rounded once at the end; the queries are contiguous.
 
@@ -114,7 +111,8 @@ def rotary_store_triton(
         ValueError: rows of qkv or slots of the pages have gaps, or k_pages and v_pages differ in their strides.
     """
     tokens, width = qkv.shape
-    head_dim = width // (num_heads + 2 * num_kv_heads)
+    num_heads, num_kv_heads, q_norm, k_norm = heads.num_heads, heads.num_kv_heads, heads.q_norm, heads.k_norm
+    head_dim = width // heads.in_a_row
     strides = k_pages.stride()
     if qkv.stride(1) != 1 or strides[3] != 1 or v_pages.stride() != strides:
         raise ValueError(f"cannot store rows of strides {qkv.stride()} in pages of {strides} and {v_pages.stride()}")
@@ -135,7 +133,7 @@ def rotary_store_triton(
         strides[0],
         strides[1],
         strides[2],
-        eps,
+        heads.eps,
         PAGE_SIZE=batch.page_size,
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.launch import pdl_options
+from penstock.kernels.rotary_store import Heads
 from penstock.kernels.small_linear import small_linear_reference
 
 
@@ -94,13 +95,11 @@ def row_rotary_store(
     k_pages: Tensor,
     v_pages: Tensor,
     slots: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
+    heads: Heads,
 ) -> Tensor:
-    """The product, queries, keys, values; then what `rotary_store_triton` does: rotated queries [1, heads, head_dim].
+    """The product, then what `rotary_store_triton` does: rotated queries [1, num_heads, head_dim].
 
-    slots: int64 [1], where the token's keys and values go; -1: nowhere.
+    slots: int64 [1], where the token's keys and values go; -1: nowhere. heads: without norms.
 
     Raises:
         ValueError: slots of the pages have gaps, or k_pages and v_pages differ in their strides.
@@ -109,7 +108,8 @@ def row_rotary_store(
     strides, page_size = k_pages.stride(), k_pages.shape[2]
     if strides[3] != 1 or v_pages.stride() != strides:
         raise ValueError(f"cannot store rows in pages of {strides} and {v_pages.stride()}")
-    half = weight.shape[0] // (num_heads + 2 * num_kv_heads) // 2
+    num_heads, num_kv_heads = heads.num_heads, heads.num_kv_heads
+    half = weight.shape[0] // heads.in_a_row // 2
     block = min(tiles.outputs, half & -half)  # a program's outputs are of one head
     cos, sin = factors
     q = x.new_empty(1, num_heads, 2 * half)

@@ -20,6 +20,7 @@ from penstock.kernels.paged_attention import begin_attention, paged_attention
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import Normed
 from penstock.kernels.rotary import rotary_factors
+from penstock.kernels.rotary_store import Heads
 from penstock.kernels.small_linear import LinearWorkspace
 from penstock.models.spec import ModelSpec
 from penstock.models.weights import Parameter
@@ -138,7 +139,6 @@ class _Layer:
             return weights.pop(f"layers.{index}.{name}.weight")
 
         spec = shared.spec
-        self._num_heads, self._num_kv_heads = spec.num_heads, spec.num_kv_heads
         self._scale = spec.head_dim**-0.5
         self._eps = spec.rms_eps
         self._window = spec.sliding_windows[index]
@@ -146,8 +146,8 @@ class _Layer:
         self._qkv, self._output = linear("qkv"), linear("output")
         self._gate_up, self._down = linear("gate_up"), linear("down")
         self._attention_norm, self._mlp_norm = norm("attention_norm"), norm("mlp_norm")
-        self._q_norm = norm("q_norm") if spec.qk_norm else None
-        self._k_norm = norm("k_norm") if spec.qk_norm else None
+        q_norm, k_norm = (norm("q_norm"), norm("k_norm")) if spec.qk_norm else (None, None)
+        self._heads = Heads(spec.num_heads, spec.num_kv_heads, q_norm, k_norm, spec.rms_eps)
 
     def __call__(
         self,
@@ -170,11 +170,7 @@ class _Layer:
             k_pages,
             v_pages,
             batch,
-            num_heads=self._num_heads,
-            num_kv_heads=self._num_kv_heads,
-            q_norm=self._q_norm,
-            k_norm=self._k_norm,
-            eps=self._eps,
+            self._heads,
         )
         if ends is not None:
             last_tokens, batch = ends

@@ -15,7 +15,7 @@ from penstock.kernels import rotary_store as module
 from penstock.kernels.launch import INTERPRETED
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rotary import rotary_factors, rotary_factors_triton
-from penstock.kernels.rotary_store import rotary_store, rotary_store_reference, rotary_store_triton
+from penstock.kernels.rotary_store import Heads, rotary_store, rotary_store_reference, rotary_store_triton
 from tests.kernels.variants import variants
 
 VARIANTS = variants(rotary_store, rotary_store_triton)
@@ -79,11 +79,7 @@ class Case:
             pool[:, :, 1, 0],
             pool[:, :, 1, 1],
             batch,
-            num_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=EPS,
+            Heads(shape.heads, shape.kv_heads, q_norm, k_norm, EPS),
         )
         assert torch.equal(qkv.cpu().view(torch.uint8), self.qkv.view(torch.uint8))
         assert out.dtype == self.dtype
@@ -206,10 +202,10 @@ def test_what_it_cannot_do_is_refused() -> None:
     qkv, pages = torch.zeros(1, 24), torch.zeros(2, 1, 4, 8)
     factors = rotary_factors_triton(batch.positions, torch.ones(4), 1.0)
     with pytest.raises(ValueError, match="both or not at all"):
-        rotary_store(qkv, factors, pages, pages, batch, num_heads=1, num_kv_heads=1, q_norm=torch.ones(8))
+        Heads(1, 1, q_norm=torch.ones(8))
     for k_pages, v_pages in ((pages, torch.zeros(2, 1, 8, 8)[:, :, :4]), (pages.mT, pages.mT)):
         with pytest.raises(ValueError, match="cannot store rows of strides"):
-            rotary_store_triton(qkv, factors, k_pages, v_pages, batch, num_heads=1, num_kv_heads=1)
+            rotary_store_triton(qkv, factors, k_pages, v_pages, batch, Heads(1, 1))
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -238,6 +234,6 @@ def test_pages_further_than_32_bits_reach() -> None:
     batch = replace(PagedBatch.build([1], [1], [[0]], 4, "cuda"), slots=torch.tensor([11], device="cuda"))
     qkv = torch.randn(1, 40, device="cuda").half()
     factors = rotary_factors(torch.zeros(1, dtype=torch.int64, device="cuda"), torch.ones(4).cuda(), 1.0, torch.half)
-    rotary_store(qkv, factors, k_pages, v_pages, batch, num_heads=1, num_kv_heads=2)
+    rotary_store(qkv, factors, k_pages, v_pages, batch, Heads(1, 2))
     assert torch.equal(k_pages[2, :, 3].flatten(), qkv[0, 8:24])
     assert torch.equal(v_pages[2, :, 3].flatten(), qkv[0, 24:])

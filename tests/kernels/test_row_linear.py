@@ -12,7 +12,7 @@ from penstock.kernels.linear import CudaLinear
 from penstock.kernels.paged_batch import PagedBatch
 from penstock.kernels.rms_norm import Normed, rms_norm_reference
 from penstock.kernels.rotary import rotary_factors_triton
-from penstock.kernels.rotary_store import rotary_store_triton
+from penstock.kernels.rotary_store import Heads, rotary_store_triton
 from penstock.kernels.row_linear import (
     RowProduct,
     RowTiles,
@@ -94,22 +94,22 @@ def test_rotates_and_stores(device: str, heads: int, kv_heads: int, dim: int, ou
     batch = PagedBatch.build([1], [10], [[0, 3, 1]], page_size, device)
     factors = rotary_factors_triton(batch.positions, torch.rand(dim // 2, device=device), 1.25)
     pools = [torch.full((5, kv_heads, 3, 2, page_size, dim), 7.0, device=device) for _ in range(2)]
+    shape = Heads(heads, kv_heads)
     expected = rotary_store_triton(
-        row_linear_reference(one), factors, pools[0][:, :, 1, 0], pools[0][:, :, 1, 1], batch,
-        num_heads=heads, num_kv_heads=kv_heads,
-    )  # fmt: skip
+        row_linear_reference(one), factors, pools[0][:, :, 1, 0], pools[0][:, :, 1, 1], batch, shape
+    )
     pages = pools[1][:, :, 1, 0], pools[1][:, :, 1, 1]
-    q = row_rotary_store(one, factors, *pages, batch.slots, num_heads=heads, num_kv_heads=kv_heads)
+    q = row_rotary_store(one, factors, *pages, batch.slots, shape)
     torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pools[1], pools[0], rtol=1e-5, atol=1e-5)
     assert int((pools[1] != 7.0).sum()) == 2 * kv_heads * dim
 
     before = pools[1].clone()
     nowhere = torch.full_like(batch.slots, -1)
-    row_rotary_store(one, factors, *pages, nowhere, num_heads=heads, num_kv_heads=kv_heads)
+    row_rotary_store(one, factors, *pages, nowhere, shape)
     assert torch.equal(pools[1], before), "padding stores nothing"
     with pytest.raises(ValueError, match="cannot store"):
-        row_rotary_store(one, factors, pages[0], pages[1].mT, batch.slots, num_heads=heads, num_kv_heads=kv_heads)
+        row_rotary_store(one, factors, pages[0], pages[1].mT, batch.slots, shape)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -169,7 +169,7 @@ def test_heads_that_are_normalised_are_whole(monkeypatch: pytest.MonkeyPatch) ->
     for norm, expected in ((ones, [False]), (None, [True, False])):
         attention_inputs(
             layer, torch.randn(1, 16), (cos, sin), pool[:, :, 0], pool[:, :, 1], batch,
-            num_heads=2, num_kv_heads=1, q_norm=norm, k_norm=norm,
+            Heads(2, 1, norm, norm),
         )  # fmt: skip
         assert asked == expected
         asked.clear()
