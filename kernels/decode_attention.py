@@ -4,7 +4,7 @@ The heads of a group share one read of their keys and values, as rows of one sma
 tokens of a sequence (several in speculative decoding). Sequences are cut into splits (Flash-Decoding, Dao et al. 2023),
 each by its own length: `lay_out` decides on the device, once a step, for all layers, so that programs of a captured
 step are shared out by what its sequences are and not by what they might be. The program of a sequence that ends last
-merges its splits (Milakov and Gimelshein 2018), which saves a launch a layer.
+joins its splits (Milakov and Gimelshein 2018), which saves a launch a layer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from penstock.kernels.launch import num_multiprocessors, pdl_options
 
 LOG2_E = 1.4426950408889634
-_MERGED_NUMBERS = 64 * 32  # of splits' results that a warp has under way together: 64 registers of a thread
-_MOST_MERGED = 16  # splits, where their results are small
+_JOINED_NUMBERS = 64 * 32  # of splits' results that a warp has under way together: 64 registers of a thread
+_MOST_JOINED = 16  # splits, where their results are small
 # What a plan says of a split, int32: sequence (-1: nothing to do), row of its page table, its context, where the split
 # begins and ends, the sequence's first split and how many it has. The eighth fills the record up to 32 bytes.
 _RECORD = tl.constexpr(8)
@@ -163,7 +163,7 @@ def decode_attention(
         BLOCK_R=max(16, block_rows),  # of a product
         BLOCK_M=block_rows,
         BLOCK_N=tiles.tokens,
-        MERGED=max(1, min(_MOST_MERGED, _MERGED_NUMBERS * tiles.warps // (block_rows * block_dim))),
+        TOGETHER=max(1, min(_MOST_JOINED, _JOINED_NUMBERS * tiles.warps // (block_rows * block_dim))),
         BLOCK_D=block_dim,
         WINDOW=plan.sliding_window is not None,
         SOFT_CAP=soft_cap is not None,
@@ -254,7 +254,7 @@ def _decode_kernel(
     scale,  # times log2(e): exponentials are powers of two
     soft_cap, window, q_token_stride, q_head_stride, page_stride, head_stride, table_stride, GROUP: tl.constexpr,
     QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MERGED: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -328,16 +328,16 @@ def _decode_kernel(
     counter = arrived_ptr + sequence * tl.num_programs(0) + head
     if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
         tl.store(counter, 0)  # for the next layer
-        _merge(
+        _join(
             partial_ptr, maxima_ptr, sums_ptr, head * tl.num_programs(1) + first_split, splits, sinks_ptr, out_ptr,
-            sequence, head, GROUP, QUERY_LEN, HEAD_DIM, SINKS, MERGED, BLOCK_M, BLOCK_D,
+            sequence, head, GROUP, QUERY_LEN, HEAD_DIM, SINKS, TOGETHER, BLOCK_M, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
-def _merge(
+def _join(
     partial_ptr, maxima_ptr, sums_ptr, first, splits, sinks_ptr, out_ptr, sequence, head, GROUP: tl.constexpr,
-    QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, MERGED: tl.constexpr, BLOCK: tl.constexpr,
+    QUERY_LEN: tl.constexpr, HEAD_DIM: tl.constexpr, SINKS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The result of a sequence that several programs computed, in the order of its splits."""
@@ -346,9 +346,9 @@ def _merge(
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, splits, MERGED):
+    for start in range(0, splits, TOGETHER):
         theirs = ()  # all loads are under way before the first is used
-        for i in tl.static_range(MERGED):
+        for i in tl.static_range(TOGETHER):
             flat = (first + start + i) * ROWS + row
             there = (row < ROWS) & (start + i < splits)
             there_2d = there[:, None] & (dim < HEAD_DIM)[None, :]
@@ -358,7 +358,7 @@ def _merge(
                 partial_ptr + flat[:, None] * HEAD_DIM + dim[None, :], mask=there_2d, other=0.0, cache_modifier=".cg"
             )
             theirs += ((highest, part_mass, values),)  # type: ignore[assignment]  # compiled: a longer tuple
-        for i in tl.static_range(MERGED):
+        for i in tl.static_range(TOGETHER):
             highest = tl.maximum(maximum, theirs[i][0])
             base = tl.where(highest == float("-inf"), 0.0, highest)
             own, its = tl.exp2(maximum - base), tl.exp2(theirs[i][0] - base)
