@@ -237,6 +237,7 @@ class Prefill(Message, tag="prefill", frozen=True, kw_only=True):
     router_id: str  # peer_id of the router that gets the first token directly
     held_tokens: int = 0  # leading tokens (whole pages) the decode worker already has: do not offer these
     source: WorkerInfo | None = None  # fetch what it holds of the prompt, rather than compute it
+    link_bytes_per_s: float = 0.0  # at which its pages will be read, as measured so far; 0: not known
 
 
 # ---------------------------------------------------------------- hand-off: prefill <-> decode

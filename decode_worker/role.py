@@ -170,7 +170,11 @@ class DecodeRole:
             elif lender is entry.prefill:
                 router_id, _ = split_identity(entry.identity)
                 prefill = Prefill(
-                    request=entry.request, router_id=router_id, held_tokens=entry.held_tokens, source=entry.source
+                    request=entry.request,
+                    router_id=router_id,
+                    held_tokens=entry.held_tokens,
+                    source=entry.source,
+                    link_bytes_per_s=self._reader.rates.rates().link_bytes_per_s,
                 )
                 self._reader.hand_off(self._wanted(entry, entry.num_tokens), lender, prefill, now)
             else:

@@ -98,14 +98,7 @@ def build_engine(
     )
     page_size = config.block_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
     layout = KVLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, page_size, dtype)
-    step_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
-    limits = Limits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=step_tokens,
-        max_model_len=config.max_model_len or spec.max_position,
-        mixed_chunk_tokens=policy.prefill_budget(step_tokens, 1),
-        prompt_step_tokens=policy.prefill_budget(step_tokens, 0),
-    )
+    limits = limits_of(config, policy, spec.max_position, on_gpu=device.type == "cuda")
     if device.type == "cuda":
         told = progress and partial(progress, "compiling kernels")
         compile_steps(model, layout, limits, device, largest_only=config.enforce_eager, progress=told)
@@ -130,6 +123,18 @@ def build_engine(
     engine = Engine(scheduler, executor, constraints=Constraints(grammars))
     wait_for([vocabulary])  # else the first steps would stand still; who demands a form is told what it raised
     return BuiltEngine(engine, spec, pool, max_model_len, hash_scope, fingerprint)
+
+
+def limits_of(config: EngineConfig, policy: BatchPolicy, max_position: int, *, on_gpu: bool) -> Limits:
+    """What a step of an engine may hold, and usually holds; max_position: the model's longest context."""
+    step_tokens = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
+    return Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        max_model_len=config.max_model_len or max_position,
+        mixed_chunk_tokens=policy.prefill_budget(step_tokens, 1),
+        prompt_step_tokens=policy.prefill_budget(step_tokens, 0),
+    )
 
 
 def _pool(layout: KVLayout, num_pages: int, device: torch.device, name: str) -> KVPool:

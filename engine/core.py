@@ -54,13 +54,17 @@ class Engine:
     def pages(self) -> PageManager:
         return self.scheduler.pages
 
-    def add(self, source: GenerateRequest, *, arrived: float | None = None, computed: int = 0) -> str:
+    def add(
+        self, source: GenerateRequest, *, arrived: float | None = None, computed: int = 0, moved_per_token: float = 0.0
+    ) -> str:
         """Queue a request and return its key. The key may hold pages already, with the first `computed` tokens in them.
+
+        moved_per_token: as in `Request`.
 
         Raises:
             ValueError: it exists already, is too long for this engine, or wants an output that this engine cannot give.
         """
-        request = Request(source, self.clock() if arrived is None else arrived)
+        request = Request(source, self.clock() if arrived is None else arrived, moved_per_token=moved_per_token)
         if source.sampling.structured_outputs is not None and self.constraints is None:
             raise ValueError("structured_outputs needs a tokenizer, and this engine has none")
         self.scheduler.add(request, computed=computed)

@@ -159,8 +159,7 @@ class DeviceRunner:
         mixed_chunk_tokens: int = 0,
         prompt_step_tokens: int = 0,
     ) -> None:
-        """mixed_chunk_tokens, prompt_step_tokens: of prompts, that a step usually has beside few sequences that decode,
-        and that a full one without any has; 0: any number."""
+        """mixed_chunk_tokens, prompt_step_tokens: as in `captured_shapes`."""
         self.model = model
         self.pool = pool
         device = pool.device

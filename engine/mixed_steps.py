@@ -1,14 +1,14 @@
 """Steps with prompts in them on the device: decoding sequences first, then the chunks of prompts.
 
-A step is laid out for a shape: so many decode rows, prompt tokens and prompts. Small shapes are captured as CUDA
-graphs, since launching a model op by op takes longer than computing a short prompt, and keeps a worker's loop from
-whatever else happens; a step runs in the smallest captured shape that holds it, the rest is padding. Larger steps are
-launched op by op in a shape that is exactly theirs, but for those of the usual size.
+A step is laid out for a shape: so many decode rows, prompt tokens and prompts. Some shapes are captured as CUDA graphs:
+small ones, since launching a model op by op takes longer than computing a short prompt, and those of the usual full
+steps, since a worker's loop that launches does nothing else for 10 to 20 ms. A step runs in the captured shape with the
+least padding (`choose_shape`), or is launched op by op in a shape that is exactly its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ MAX_PROMPTS = 16  # of a captured shape that also decodes
 CHUNK_PROMPTS = 4  # of those for the usual chunk: mostly one prompt, or one that ends and one that begins
 _PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
 _MOST_TOKENS = 2048  # of prompts in a captured shape: larger ones take memory, and launching is little beside computing
-_LEAST_USED = 7 / 8  # of a shape beyond _PROMPT_TOKENS
+_EIGHTHS = (5, 6, 7, 8)  # of a full step beyond _PROMPT_TOKENS, in which others that are so large are captured, too
+_LEAST_USED = 4 / 5  # of a shape of those: padding that takes longer to compute than the step to launch is too much
 
 
 class Chunk(NamedTuple):
@@ -58,9 +59,9 @@ class Shape(NamedTuple):
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
     def suits(self, other: Shape) -> bool:
-        """Holds it, and computing the padding takes less than launching op by op."""
-        wasteful = self.prompt_tokens > _PROMPT_TOKENS[-1] and other.prompt_tokens < _LEAST_USED * self.prompt_tokens
-        return self.holds(other) and not wasteful
+        """Holds it; and if it is a large one for prompts alone, without much padding."""
+        large = self.decodes == 0 and self.prompt_tokens > _PROMPT_TOKENS[-1]
+        return self.holds(other) and (not large or other.prompt_tokens >= _LEAST_USED * self.prompt_tokens)
 
 
 class _Inputs(NamedTuple):
@@ -89,11 +90,14 @@ class _Captured:
 def captured_shapes(
     max_num_seqs: int, max_num_batched_tokens: int, mixed_chunk_tokens: int, prompt_step_tokens: int
 ) -> list[Shape]:
-    """A prompt alone, prompts beside few or many decodes; and with little padding what is usual: beside how many, and
-    in a full step of prompts.
+    """Shapes for a prompt alone and for prompts beside few or many sequences that decode, with up to three quarters of
+    padding; and, with little, for the steps that come most: chunks beside sequences, and full steps of prompts.
 
-    mixed_chunk_tokens: beside few. 0: nothing is usual. Padding costs: products compute its rows, and attention's
-    programs without work have to start and end.
+    Padding costs: products compute its rows, and attention's programs without work have to start and end.
+
+    Args:
+        mixed_chunk_tokens: of prompts, in a step that also decodes a few; 0 if that can be any number.
+        prompt_step_tokens: of prompts, in a full step that decodes nothing; 0 if that can be any number.
     """
     shapes = [Shape(0, count, 1) for count in _PROMPT_TOKENS]
     for decodes in sorted({min(64, max_num_seqs), min(256, max_num_seqs)}):
@@ -103,9 +107,16 @@ def captured_shapes(
         chunks = [Shape(room, chunk_beside(mixed_chunk_tokens, room), CHUNK_PROMPTS) for room in rooms]
         shapes += [shape for shape in chunks if shape not in shapes]
     if 0 < prompt_step_tokens <= _MOST_TOKENS:
-        full = Shape(0, prompt_step_tokens, min(MAX_PROMPTS, max_num_seqs))
-        shapes += [full] if full not in shapes else []
+        parts = _EIGHTHS if prompt_step_tokens > _PROMPT_TOKENS[-1] else _EIGHTHS[-1:]
+        full = [Shape(0, prompt_step_tokens * part // 8, min(MAX_PROMPTS, max_num_seqs)) for part in parts]
+        shapes += [shape for shape in full if shape not in shapes]
     return [shape for shape in shapes if shape.tokens <= max_num_batched_tokens + max_num_seqs]
+
+
+def choose_shape(captured: Iterable[Shape], exact: Shape) -> Shape | None:
+    """The one with the least padding that a step of this shape runs in; None: it is launched op by op."""
+    suiting = (shape for shape in captured if shape.suits(exact))
+    return min(suiting, key=lambda shape: (shape.tokens, shape.prompts), default=None)
 
 
 def crowds(max_num_seqs: int, max_num_batched_tokens: int) -> list[Shape]:
@@ -186,9 +197,8 @@ class MixedSteps:
         """Compute the step: logits [S, vocab] until the next one, and which of the rows were sampled, in order."""
         decodes, prompts = split(chunks)
         exact = Shape(len(decodes), sum(len(chunk.tokens) for chunk in prompts), len(prompts))
-        fitting = [shape for shape in self._captured if shape.suits(exact)]
-        if fitting:
-            shape = min(fitting, key=lambda shape: (shape.tokens, shape.prompts))
+        shape = choose_shape(self._captured, exact)
+        if shape is not None:
             captured = self._captured[shape]
             staging.send(lay_out(chunks, shape), into=captured.inputs)
             captured.graph.replay()

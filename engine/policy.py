@@ -28,18 +28,21 @@ class BatchPolicy(Protocol):
         """Prompt tokens that may be computed in a step that also computes `decode_tokens` for sequences that decode."""
         ...
 
-    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int) -> int:
-        """Tokens of a prompt that lacks `left` for a step without anything before it, whose budget is `budget`."""
+    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int, moved_per_token: float) -> int:
+        """How many tokens of a prompt, of which `left` are still to be computed, go into a step that has nothing before
+        it, and `budget` tokens if it goes on with others. moved_per_token: as in `Request`."""
         ...
 
 
 @dataclass(frozen=True)
 class PrefillPolicy:
-    """A prefill worker: short steps, and long ones where nobody would gain from short ones.
+    """A prefill worker: short steps, but for the beginnings of long prompts.
 
-    `step_tokens` keep a GPU nearly as busy as four times as many, but prompts that come together end one after the
-    other, not all at the last one's end, and all pages of a prompt but those of its last step move while it is being
-    computed. Before its last step a long prompt has the worker to itself: who came later waits for its end anyway.
+    Steps of `step_tokens` keep a GPU nearly as busy as longer ones (llama8b on an H200: 23 us a token), prompts that
+    come together end one after the other, not all at the last one's end, and all pages of a prompt but those of its
+    last step move while it is being computed. Before its last step a long prompt has the worker to itself, since who
+    came later waits for its end anyway: one long step is shorter than many (by 4 % for 8192 tokens). It is as long as
+    its pages take to move beside the last step at most; so there is none over a slow link, or one not measured yet.
     """
 
     prefill_only: bool = True
@@ -49,8 +52,9 @@ class PrefillPolicy:
     def prefill_budget(self, max_num_batched_tokens: int, decode_tokens: int) -> int:
         return min(self.step_tokens, max_num_batched_tokens) - decode_tokens
 
-    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int) -> int:
-        return min(left, max(budget, min(left - self.step_tokens, max_num_batched_tokens)))
+    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int, moved_per_token: float) -> int:
+        moved = int(min(max_num_batched_tokens, moved_per_token * self.step_tokens))
+        return min(left, max(budget, min(left - self.step_tokens, moved)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class DecodePolicy:
         chunk = chunk_beside(chunk or max(1, max_num_batched_tokens // _ALONE), decode_tokens)
         return min(chunk, max(0, max_num_batched_tokens - decode_tokens))
 
-    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int) -> int:
+    def lone_chunk(self, max_num_batched_tokens: int, budget: int, left: int, moved_per_token: float) -> int:
         return min(left, budget)
 
 

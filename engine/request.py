@@ -66,6 +66,7 @@ class Request:
     preemptions: int = 0
     finish: Finish | None = None
     constraint: Constraint | None = None  # the form its output must take
+    moved_per_token: float = 0.0  # of how many tokens its reader moves the pages while one is computed; 0: not known
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens from the second on
     key: str = field(init=False)
     tokens: list[int] = field(init=False)

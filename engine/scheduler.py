@@ -2,7 +2,8 @@
 
 `plan` may be called again before the results of earlier steps were given to `update`: what is still unread counts as
 pending. Continuous batching with chunked prefill: sequences that decode come first, with them hand-offs that have
-landed; then prompts under what is left of the token budget, by priority, then first come, first served.
+landed; then prompts under what is left of the token budget, by priority, then first come, first served (a prefill
+worker's policy gives a long prompt that comes first more than the budget).
 Without room for a decode's next page a sequence is
 preempted, of those with the least priority the newest: its pages are released and it waits at their front to be
 recomputed. Choices of one request share the full pages of their prompt: one computes them, the others wait for it.
@@ -238,7 +239,7 @@ class Scheduler:
         left = request.num_to_compute
         if draft.work:
             return min(budget - draft.num_tokens, left)
-        return self.policy.lone_chunk(self.max_num_batched_tokens, budget, left)
+        return self.policy.lone_chunk(self.max_num_batched_tokens, budget, left, request.moved_per_token)
 
     def _start(self, request: Request, now: float) -> bool:
         """Move a waiting request into the batch, with pages for everything known of it; False without room."""

@@ -49,6 +49,7 @@ class _HandOff:
     request: GenerateRequest
     router_id: str
     loan: Loan
+    link_bytes_per_s: float
     fetched: Spans | None = None  # the figures of its fetch, if it began with one
 
     @property
@@ -63,6 +64,7 @@ class HandOffOut:
         self._loop = loop
         self._engine = loop.engine
         self._pages = loop.engine.pages
+        self._page_bytes = loop.info.page_bytes
         self._exchange = exchange
         self._lender = exchange.lender
         self._reader = exchange.reader
@@ -102,7 +104,7 @@ class HandOffOut:
             return
         first_page = message.held_tokens // self._pages.page_size
         loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page, now)
-        handoff = self._open[key] = _HandOff(request, message.router_id, loan)
+        handoff = self._open[key] = _HandOff(request, message.router_id, loan, message.link_bytes_per_s)
         if message.source is not None and self._reader.reads_for(request.request_id):
             self._behind[key] = handoff
         elif message.source is None or not self._fetch(handoff, message.source, now):
@@ -141,10 +143,16 @@ class HandOffOut:
         """Queue the prompt, of which the first `computed` tokens are in its pages already: from now on it waits for
         room."""
         try:
-            self._engine.add(handoff.request, arrived=now, computed=computed)
+            moved = self._moved_per_token(handoff)
+            self._engine.add(handoff.request, arrived=now, computed=computed, moved_per_token=moved)
         except ValueError as error:
             self._drop(handoff)
             self._fail(handoff.loan.identity, handoff.request, "invalid_request", str(error))
+
+    def _moved_per_token(self, handoff: _HandOff) -> float:
+        """Of how many tokens the decode worker reads the pages while one is computed; 0 until both rates are known."""
+        rate, token_bytes = self._engine.rates.rates().prefill_tokens_per_s, self._page_bytes / self._pages.page_size
+        return handoff.link_bytes_per_s / (token_bytes * rate) if rate > 0 else 0.0
 
     def _end(self, identity: bytes, key: str) -> None:
         """The decode worker does not want this hand-off any more."""

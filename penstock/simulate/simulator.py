@@ -87,6 +87,7 @@ class Simulator:
                 self._times,
                 shape.batch_policy(number),
                 shape.max_num_batched_tokens,
+                shape.rates.link_bytes_per_s / (shape.token_bytes * shape.rates.prefill_tokens_per_s),
             )
             for number in range(shape.workers)
         ]

@@ -85,7 +85,9 @@ class VirtualWorker:
         times: StepTimes,
         policy: BatchPolicy,
         step_tokens: int = STEP_TOKENS,
+        moved_per_token: float = math.inf,
     ) -> None:
+        """moved_per_token: of how many tokens the pages move to a decode worker while one is computed."""
         self.number = number
         self.rates = rates
         self.cache = PageCache(num_pages)
@@ -99,7 +101,7 @@ class VirtualWorker:
         self.link_free_ms = 0.0
         self.version = 0  # of its next event: older ones are void
         self._max_num_seqs = max_num_seqs
-        self._policy, self._step_tokens = policy, step_tokens
+        self._policy, self._step_tokens, self._moved_per_token = policy, step_tokens, moved_per_token
         self._longest: list[tuple[float, float]] = []  # (end, step) in time, without those that a longer one followed
         self._times = times
         self._context_tokens = 0.0
@@ -189,7 +191,7 @@ class VirtualWorker:
             return math.ceil(left / budget)
         chunks = 0
         while left > 0:
-            left -= self._policy.lone_chunk(self._step_tokens, budget, left)
+            left -= self._policy.lone_chunk(self._step_tokens, budget, left, self._moved_per_token)
             chunks += 1
         return chunks
 

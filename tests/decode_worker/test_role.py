@@ -13,6 +13,7 @@ from penstock.common.messages import (
     GenerateRequest,
     Message,
     PagesReady,
+    Prefill,
     PrefillDone,
     Submit,
     TokenBatch,
@@ -31,7 +32,7 @@ from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader
 from tests.engine.test_scheduler import Submitting, make_scheduler, oracle
-from tests.kv_transfer.noting import NotingLinks, NotingMover, nixl_worker
+from tests.kv_transfer.noting import KnownRates, NotingLinks, NotingMover, nixl_worker
 
 ROUTER = b"router/1"
 PREFILL = nixl_worker("prefill-0", "p1")
@@ -124,6 +125,16 @@ def test_a_handed_off_prompt_goes_on_behind_its_first_token() -> None:
     case.hear(PrefillDone(request_id="r", attempt=0, token_ids=[first]))
     case.finish()
     assert case.tokens("r") == more
+
+
+def test_who_computes_is_told_how_fast_the_pages_will_be_read() -> None:
+    case = Case()
+    case.role._reader.rates = KnownRates(link_bytes_per_s=7e9)
+    case.submit("r", PROMPT, remote=True)
+    (prefill,) = [message for message in case.links.sent if isinstance(message, Prefill)]
+    assert prefill.link_bytes_per_s == 7e9
+    case.role.handle(ROUTER, Abort(request_id="r", attempt=0), 0.0)
+    case.finish()
 
 
 def test_a_prompt_that_landed_without_its_first_token_shares_no_page_that_is_written_again() -> None:

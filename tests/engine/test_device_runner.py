@@ -26,7 +26,7 @@ from penstock.engine.build import BuiltEngine, attention_backend
 from penstock.engine.decode_graphs import batch_sizes
 from penstock.engine.device_runner import DeviceRunner, Event
 from penstock.engine.memory import Limits, largest_step
-from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, Shape, captured_shapes, crowds, lay_out
+from penstock.engine.mixed_steps import MAX_PROMPTS, Chunk, Shape, captured_shapes, choose_shape, crowds, lay_out
 from penstock.engine.plan import SequenceStart
 from penstock.kernels import launch
 from penstock.kernels.sample import ENDS, IN_PROMPT
@@ -194,15 +194,31 @@ def test_captured_shapes_are_within_the_limits() -> None:
         twice = captured_shapes(seqs, 8192, 128, 1024)
         assert len(twice) == len(set(twice)) and Shape(64, 128, 16) in shapes
     assert captured_shapes(256, 8192, 2048, 8192) == shapes, "long steps are launched op by op"
-    assert captured_shapes(256, 8192, 0, 2048) == [*shapes, Shape(0, 2048, 16)]
+    full = [Shape(0, tokens, 16) for tokens in (1280, 1536, 1792, 2048)]
+    assert captured_shapes(256, 8192, 0, 2048) == [*shapes, *full]
+    assert Shape(0, 608, 16) in captured_shapes(256, 8192, 152, 608) and Shape(0, 608, 3) in captured_shapes(
+        3, 700, 152, 608
+    )
     assert captured_shapes(1, 8192, 0, 1024) == captured_shapes(1, 8192, 0, 0)
 
 
-def test_a_large_shape_is_for_steps_that_nearly_fill_it() -> None:
-    full = Shape(0, 2048, 16)
-    assert full.suits(Shape(0, 2048, 1)) and full.suits(Shape(0, 1792, 16))
-    assert not full.suits(Shape(0, 1791, 1)) and not full.suits(Shape(0, 2048, 17))
-    assert Shape(64, 1024, 16).suits(Shape(1, 2, 1))
+def test_a_step_runs_in_the_shape_with_the_least_padding() -> None:
+    captured = captured_shapes(256, 8192, 152, 2048)
+    for exact, expected in (
+        (Shape(0, 5, 1), Shape(0, 16, 1)),
+        (Shape(0, 5, 2), Shape(64, 64, 16)),
+        (Shape(5, 150, 2), Shape(8, 152, 4)),
+        (Shape(0, 1024, 1), Shape(0, 1024, 1)),
+        (Shape(0, 1025, 1), Shape(0, 1280, 16)),
+        (Shape(0, 1793, 16), Shape(0, 2048, 16)),
+        (Shape(0, 2048, 17), None),
+        (Shape(0, 2049, 1), None),
+        (Shape(1, 1025, 1), None),
+    ):
+        assert choose_shape(captured, exact) == expected, exact
+    large = [Shape(0, 2000, 16)]
+    assert choose_shape(large, Shape(0, 1600, 1)) == large[0]
+    assert choose_shape(large, Shape(0, 1599, 1)) is None, "padding takes longer than launching"
 
 
 def test_crowds_are_one_for_each_block_of_prompts() -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from penstock.common.config import EngineConfig
+from penstock.engine.build import limits_of
 from penstock.engine.pages import PageManager
 from penstock.engine.policy import THROUGHPUT, DecodePolicy, PrefillPolicy, enough_gathered
 from penstock.engine.request import Request
@@ -37,22 +39,27 @@ def test_prompt_tokens_in_a_step(policy: DecodePolicy | PrefillPolicy, decode_to
 
 
 @pytest.mark.parametrize(
-    ("left", "expected"),
+    ("left", "moved_per_token", "expected"),
     [
-        (1, [1]),
-        (32, [32]),
-        (33, [32, 1]),
-        (64, [32, 32]),
-        (65, [33, 32]),
-        (256, [224, 32]),
-        (288, [256, 32]),
-        (400, [256, 112, 32]),
+        (1, 9.0, [1]),
+        (32, 9.0, [32]),
+        (33, 9.0, [32, 1]),
+        (64, 9.0, [32, 32]),
+        (65, 9.0, [33, 32]),
+        (256, 9.0, [224, 32]),
+        (288, 9.0, [256, 32]),
+        (400, 9.0, [256, 112, 32]),
+        (256, 2.5, [80, 80, 64, 32]),  # the pages of 80 move while 32 tokens are computed
+        (100, 0.5, [32, 32, 32, 4]),
+        (100, 0.0, [32, 32, 32, 4]),
     ],
 )
-def test_a_prefill_worker_computes_the_beginning_of_a_long_prompt_in_few_steps(left: int, expected: list[int]) -> None:
+def test_a_prefill_worker_computes_the_beginning_of_a_long_prompt_in_few_steps(
+    left: int, moved_per_token: float, expected: list[int]
+) -> None:
     policy, chunks = PrefillPolicy(step_tokens=32), []
     while left:
-        chunks.append(policy.lone_chunk(256, policy.prefill_budget(256, 0), left))
+        chunks.append(policy.lone_chunk(256, policy.prefill_budget(256, 0), left, moved_per_token))
         left -= chunks[-1]
     assert chunks == expected
 
@@ -61,7 +68,7 @@ def test_prompts_behind_a_long_one_start_when_only_its_last_step_is_left() -> No
     scheduler = make_scheduler(budget=64, policy=PrefillPolicy(step_tokens=8), caching=False)
     executor = FakeExecutor(64)
     for name, length in (("long", 42), ("short", 5), ("next", 30)):
-        scheduler.add(Request(make_request(name, [1] * length), 0.0))
+        scheduler.add(Request(make_request(name, [1] * length), 0.0, moved_per_token=100.0))
     steps = []
     while scheduler.has_work():
         plan = scheduler.plan(0.0)
@@ -75,6 +82,24 @@ def test_prompts_behind_a_long_one_start_when_only_its_last_step_is_left() -> No
         [("next", 19)],
         [("next", 8)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "on_gpu", "expected"),
+    [
+        (PrefillPolicy(), True, (8192, 2047, 2048)),
+        (PrefillPolicy(), False, (2048, 2047, 2048)),
+        (DecodePolicy(mixed_chunk_tokens=152), True, (8192, 152, 608)),
+        (DecodePolicy(), True, (8192, 2048, 8192)),
+    ],
+)
+def test_steps_that_are_usual_under_a_policy(
+    policy: DecodePolicy | PrefillPolicy, on_gpu: bool, expected: tuple[int, int, int]
+) -> None:
+    limits = limits_of(EngineConfig(model="m"), policy, 4096, on_gpu=on_gpu)
+    assert (limits.max_num_batched_tokens, limits.mixed_chunk_tokens, limits.prompt_step_tokens) == expected
+    asked = limits_of(EngineConfig(model="m", max_num_batched_tokens=64), policy, 4096, on_gpu=on_gpu)
+    assert asked.max_num_batched_tokens == 64 >= asked.prompt_step_tokens
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""A mover and links that only take notes, and a worker to speak to."""
+"""A mover and links that only take notes, a worker to speak to, and rates that are known."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from penstock.common.messages import Message, WorkerInfo
+from penstock.common.messages import MeasuredRates, Message, WorkerInfo
+from penstock.common.rate_estimator import RateEstimator
 from penstock.kv_transfer.jobs import Completion, ReadJob, SealJob
 from penstock.kv_transfer.peer_links import LinkEvent
 from tests.worker_info import worker_info
@@ -78,3 +79,14 @@ class NotingLinks:
     def poll(self, now: float) -> list[tuple[str, LinkEvent]]:
         events, self.events = self.events, []
         return events
+
+
+class KnownRates(RateEstimator):
+    """Says what it is told to, whatever happens."""
+
+    def __init__(self, **rates: float) -> None:
+        super().__init__()
+        self._known = MeasuredRates(**rates)
+
+    def rates(self) -> MeasuredRates:
+        return self._known

@@ -41,7 +41,7 @@ class Case:
         self.engine = Engine(scheduler, self.executor, lambda: self.now)
         peers = SimpleNamespace(draining=False, identity_of=lambda name: router)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
-        info = SimpleNamespace(worker_id="prefill-0")
+        info = SimpleNamespace(worker_id="prefill-0", page_bytes=16 << 20)
         self.loop: Any = SimpleNamespace(info=info, engine=self.engine, peers=peers, bus=bus, replies=Replies(bus.send))
         self.mover = NotingMover()
         self.links = NotingLinks()
@@ -58,11 +58,18 @@ class Case:
         name: str = "r",
         source: WorkerInfo | None = None,
         choice: int = 0,
+        link_bytes_per_s: float = 0.0,
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**{"max_tokens": 5, **sampling})
         request = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=PROMPT, sampling=params)
-        message = Prefill(request=request, router_id="router", held_tokens=held_tokens, source=source)
+        message = Prefill(
+            request=request,
+            router_id="router",
+            held_tokens=held_tokens,
+            source=source,
+            link_bytes_per_s=link_bytes_per_s,
+        )
         self.role.handle(DECODE, message, self.now)
 
     def step(self) -> None:

@@ -13,6 +13,7 @@ from penstock.common.messages import (
 )
 from penstock.kv_transfer.mover import Sealed
 from tests.engine.test_scheduler import oracle
+from tests.kv_transfer.noting import KnownRates
 from tests.prefill_worker.cases import DECODE, PROMPT, Case
 
 
@@ -37,6 +38,17 @@ def test_a_ticket_for_each_chunk_the_token_to_the_router_and_the_end_behind_the_
     assert case.role.load()["lent_pages"] == 3
     case.land()
     case.finish()
+
+
+def test_how_much_moves_while_a_token_is_computed_is_known_where_both_rates_are() -> None:
+    for link, computed, moved in ((0.0, 100.0, 0.0), (8e9, 0.0, 0.0), (8e9, 100.0, 8e9 / (4 << 20) / 100.0)):
+        case = Case()
+        case.engine.rates = KnownRates(prefill_tokens_per_s=computed)
+        case.prefill(link_bytes_per_s=link)
+        request = case.engine.scheduler.get("r:0:0")
+        assert request is not None and request.moved_per_token == moved
+        case.role.handle(DECODE, Abort(request_id="r", attempt=0), case.now)
+        case.finish()
 
 
 def test_pages_the_reader_holds_are_not_offered() -> None:

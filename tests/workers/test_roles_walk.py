@@ -32,7 +32,7 @@ from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader
 from penstock.prefill_worker.handoff import HandOffOut
 from tests.engine.test_scheduler import PAGE, Submitting, make_scheduler, oracle
-from tests.kv_transfer.noting import NotingMover, nixl_worker
+from tests.kv_transfer.noting import KnownRates, NotingMover, nixl_worker
 
 ROUTER = b"router/1"
 PAGES = 12
@@ -87,8 +87,12 @@ class Node:
         self.executor = Submitting(PAGES, run_ahead)
         prefill = name.startswith("prefill")
         self.engine = Engine(
-            make_scheduler(PAGES, 8, policy=PrefillPolicy() if prefill else None), self.executor, lambda: world.now
+            make_scheduler(PAGES, 8, policy=PrefillPolicy(step_tokens=2) if prefill else None),
+            self.executor,
+            lambda: world.now,
         )
+        # Links so fast that prompts begin with long steps.
+        self.engine.rates = KnownRates(prefill_tokens_per_s=1.0, link_bytes_per_s=1e9)
         bus = SimpleNamespace(send=lambda identity, message: world.sent(self, identity, message))
         peers = SimpleNamespace(draining=False, lease_s=10.0, identity_of=lambda name: ROUTER)
         loop: Any = SimpleNamespace(info=self.info, engine=self.engine, peers=peers, bus=bus, replies=Replies(bus.send))
@@ -98,7 +102,7 @@ class Node:
         links: Any = self.links
         pages = self.engine.pages
         lender = Lender(pages, mover, bus.send, page_bytes=16 << 20, checksum="off")
-        reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"))
+        reader = Reader(pages, mover, links, Landings(), PeerTransports(["nixl"], "auto"), self.engine.rates)
         exchange = PageExchange(lender, reader, mover, links)
         self.role: Any = HandOffOut(loop, exchange, lambda: world.now) if prefill else DecodeRole(loop, exchange)
         self.copied: set[str] = set()
