@@ -74,6 +74,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a request got no answer."""
     options = parse(arguments)
+    if options.requests:
+        options.requests.touch()  # here and not after the first load it is told that this cannot be
     shape = SHAPES["tiny" if options.cpu else options.model]
     loads = [load.shrunk() if options.cpu else load for name, load in read_loads().items() if name in options.loads]
     at_commit, found_on = commit(), machine()
@@ -129,9 +131,9 @@ async def measure(
         await warm_up(client, fields, loads, shape)
         for load in loads:
             records, duration = await run(client, fields, load.questions(shape.vocab), load.arrivals_s)
+            take(group, load.name, figures(load, records, duration), [r.error for r in records if r.error])
             if options.requests:
                 write_requests(options.requests, f"{group} {load.name}", records)
-            take(group, load.name, figures(load, records, duration), [r.error for r in records if r.error])
         if options.hand_off and group == "loads":
             shrink = 32 if options.cpu else 1
             for tokens in HAND_OFF_TOKENS:

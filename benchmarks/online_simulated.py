@@ -2,7 +2,7 @@
 
     python benchmarks/online_simulated.py                       # every load, in seconds; no GPU
     python benchmarks/online_simulated.py --mixed-chunk-tokens 512 --beside 2 --out scratch.json
-    python benchmarks/online_simulated.py --draws 40 --beside 1.1 --out scratch.json   # a minute
+    python benchmarks/online_simulated.py --draws 40 --beside 1.1 --out scratch.json
 
 Each load is played twice: `balanced` as the cost policy places prompts, `handed_off` with every prompt computed by the
 prefill worker. Rates are those that h200.py recorded, a line through two lengths of prompt: a step with a chunk,
@@ -70,8 +70,8 @@ def simulate(load: Load, chunk_tokens: int, weights: CostWeights) -> PolicyResul
 
 
 def draws(load: Load, number: int) -> list[Load]:
-    """As many loads with its rate and other arrivals; itself if `number` is 0."""
-    rate = float(load.name.partition("@")[2])
+    """As many Poisson loads with the mean gap of its arrivals; itself if `number` is 0."""
+    rate = len(load.arrivals_s) / load.arrivals_s[-1]
     found = []
     for seed in range(number):
         chooser, at_s, arrivals = random.Random(seed), 0.0, []

@@ -37,7 +37,7 @@ from penstock.kv_transfer.select import OPENERS
 _MODULE = "penstock.kv_transfer.link_rate"
 _LENDER_POLL_S = 0.0002
 _ARRIVAL_S = 20.0  # the most one pass may take
-_WARM_UP_S = 0.3  # idle GPUs and links are a tenth slower at first
+_WARM_UP_S = 0.3  # the first copies of a process are slower, for about a tenth of a second
 
 
 @dataclass(frozen=True)
