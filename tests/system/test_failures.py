@@ -385,11 +385,21 @@ async def _cut_under_load(
         assert await asyncio.gather(*asked) == expected * (len(asked) // len(expected))
 
 
+async def _to_the_end(stream: AsyncIterator[object]) -> None:
+    async for _ in stream:
+        pass
+
+
 async def _the_last_worker_dies(url: str, decode: WorkerProcess, prompts: list[list[int]]) -> None:
     """All requests get a typed 503 in a bounded time; a stream that has begun gets it as an event."""
     async with open_client(url) as client:
-        asked = [
-            asyncio.create_task(complete(client, prompts[index], FOREVER, stream=index == 0)) for index in range(2)
+        begun = await client.completions.create(
+            model="tiny", prompt=prompts[0], max_tokens=FOREVER, stream=True, extra_body={"ignore_eos": True}
+        )
+        await anext(begun)
+        asked: list[asyncio.Task[object]] = [
+            asyncio.create_task(_to_the_end(begun)),
+            asyncio.create_task(complete(client, prompts[1], FOREVER)),
         ]
         while decode.ledger()["running"] < 2:
             await asyncio.sleep(0.01)
