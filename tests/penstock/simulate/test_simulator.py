@@ -111,6 +111,21 @@ def test_two_phases_hand_off():
     assert again.span_s == pytest.approx(1.0 + 0.001 + 2 * 0.011), "what the decode worker holds it computes alone"
 
 
+def test_only_the_last_steps_pages_move_when_the_prompt_is_computed():
+    """5000 tokens in 5 s; their pages take 0.5 s, those of the last step of 2048 tokens 0.2 s."""
+    result = Simulator(shape(2, prefill=1, pages=1000), make_policy("cost")).run([ask(0.0, tokens=5000)], Slo())
+    assert result.ttft_mean_ms == pytest.approx(5000.0)
+    assert result.span_s == pytest.approx(5.0 + 0.2048 + 2 * 0.011)
+
+
+@pytest.mark.parametrize(("link_bytes_per_s", "steps"), [(1e6, 2), (1e4, 3)])
+def test_a_long_beginning_is_one_step_where_its_pages_move_in_time(link_bytes_per_s: float, steps: int):
+    rates = dataclasses.replace(RATES, link_bytes_per_s=link_bytes_per_s, prefill_step_ms=1.0)
+    fleet = dataclasses.replace(shape(2, prefill=1, pages=1000), rates=rates)
+    result = Simulator(fleet, make_policy("cost")).run([ask(0.0, tokens=5000)], Slo())
+    assert result.ttft_mean_ms == pytest.approx(5000.0 + steps)
+
+
 def test_an_output_counts_as_expected_as_twice_as_long_and_at_last_as_it_was():
     seen: list[float] = []
 
