@@ -13,7 +13,7 @@ from benchmarks.record import ROOT
 from penstock.bench.questions import Question
 from penstock.bench.serving_metrics import RequestRecord, percentile
 
-LOADS = ROOT / "benchmarks" / "workloads" / "online.json"
+LOADS = [ROOT / "benchmarks" / "workloads" / name for name in ("online.json", "online_mixed.json")]
 PEERS = ROOT / "benchmarks" / "peers"
 TOKEN_IDS = (10, 100000)  # prompts are drawn from these
 # What a request must keep to count for goodput, beside its load's time to first token.
@@ -31,24 +31,24 @@ _COLUMNS = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "itl_max", "out_tok_s"
 
 @dataclass(frozen=True)
 class Load:
-    """Requests of equal length at given times (seconds), whatever becomes of those before."""
+    """Requests at given times (seconds), whatever becomes of those before: of equal length, or of one of `mix` each."""
 
     name: str
-    input_tokens: int
+    input_tokens: int  # of the longest prompt
     output_tokens: int
     prompt_seed: int
     slo_ttft_ms: float
     arrivals_s: tuple[float, ...]
+    mix: tuple[int, ...] = ()
 
     def questions(self, vocab_size: int) -> list[Question]:
         """Its prompts: `prompt_seed` says which, one token after another."""
         chooser, (low, high) = random.Random(self.prompt_seed), TOKEN_IDS
         high = min(high, vocab_size)
+        lengths = [chooser.choice(self.mix) if self.mix else self.input_tokens for _ in self.arrivals_s]
         return [
-            Question(
-                [chooser.randrange(low, high) for _ in range(self.input_tokens)], self.input_tokens, self.output_tokens
-            )
-            for _ in self.arrivals_s
+            Question([chooser.randrange(low, high) for _ in range(length)], length, self.output_tokens)
+            for length in lengths
         ]
 
     def shrunk(self) -> Load:
@@ -56,18 +56,21 @@ class Load:
         lengths = {
             "input_tokens": self.input_tokens // SHRUNK_BY,
             "output_tokens": max(2, self.output_tokens // SHRUNK_BY),
+            "mix": tuple(length // SHRUNK_BY for length in self.mix),
         }
         return replace(self, **lengths, arrivals_s=self.arrivals_s[:SHRUNK_REQUESTS])
 
 
 def read_loads() -> dict[str, Load]:
     """Every load, by its name: W1@8."""
-    found = json.loads(LOADS.read_text())
-    names = ("input_tokens", "output_tokens", "prompt_seed", "slo_ttft_ms")
-    return {
-        name: Load(name, **{key: values[key] for key in names}, arrivals_s=tuple(values["arrivals_s"]))
-        for name, values in found.items()
-    }
+    return {name: _load(name, values) for path in LOADS for name, values in json.loads(path.read_text()).items()}
+
+
+def _load(name: str, values: dict[str, Any]) -> Load:
+    lengths, times = values["input_tokens"], tuple(values["arrivals_s"])
+    mix = tuple(lengths) if isinstance(lengths, list) else ()
+    same = {key: values[key] for key in ("output_tokens", "prompt_seed", "slo_ttft_ms")}
+    return Load(name, max(mix) if mix else lengths, **same, arrivals_s=times, mix=mix)
 
 
 def figures(load: Load, records: Sequence[RequestRecord], duration: float) -> dict[str, float]:

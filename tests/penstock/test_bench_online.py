@@ -29,14 +29,25 @@ def record(ttft: float, gaps: list[float], exposed_ms: float | None = None, erro
 def test_loads_are_those_that_the_peer_got() -> None:
     loads = read_loads()
     peers = json.loads((online.RESULTS.parent / "peers" / "vllm-0.22.1-2xh200-online.json").read_text())
-    assert set(online.TABLE) < loads.keys() == {name for name in peers["A"] if "low" not in name}
-    assert all(len(load.arrivals_s) == peers["A"][name]["n"] for name, load in loads.items())
+    theirs = {name: load for name, load in loads.items() if not load.mix}
+    assert set(online.TABLE) < theirs.keys() == {name for name in peers["A"] if "low" not in name}
+    assert all(len(load.arrivals_s) == peers["A"][name]["n"] for name, load in theirs.items())
     chooser = random.Random(108007)
     expected = [[chooser.randrange(10, 100000) for _ in range(2048)] for _ in range(2)]
     assert [question.prompt for question in loads["W1@8"].questions(128256)[:2]] == expected
     small = loads["W2@4"].shrunk()
     assert (small.input_tokens, small.output_tokens, len(small.arrivals_s)) == (256, 8, 12)
     assert max(max(question.prompt) for question in small.questions(400)) < 400
+
+
+def test_a_load_of_mixed_lengths() -> None:
+    load = read_loads()["M@10"]
+    questions = load.questions(128256)
+    lengths = [question.prompt_len for question in questions]
+    assert {*lengths} == {*load.mix} and max(load.mix) == load.input_tokens and len(lengths) == len(load.arrivals_s)
+    assert all(len(question.prompt) == question.prompt_len for question in questions)
+    assert lengths == [question.prompt_len for question in load.questions(400)], "whatever the vocabulary"
+    assert max(question.prompt_len for question in load.shrunk().questions(400)) <= load.input_tokens // 32
 
 
 def test_figures_and_what_counts_as_good() -> None:
