@@ -119,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     at_commit = commit()
     path = flags.out or RESULTS / file_name("online_simulated", at_commit)
-    merge(path, machine(), at_commit, found)
+    if flags.out or not flags.draws:  # what was drawn is not the record of the loads
+        merge(path, machine(), at_commit, found)
     print("\n".join(table(found, with_peers=True)))
     print(
         "handed off: " + ", ".join(f"{name} {values['handed_off']:.2f}" for name, values in found["balanced"].items())

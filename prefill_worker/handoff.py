@@ -64,7 +64,6 @@ class HandOffOut:
         self._loop = loop
         self._engine = loop.engine
         self._pages = loop.engine.pages
-        self._page_bytes = loop.info.page_bytes
         self._exchange = exchange
         self._lender = exchange.lender
         self._reader = exchange.reader
@@ -151,7 +150,8 @@ class HandOffOut:
 
     def _moved_per_token(self, handoff: _HandOff) -> float:
         """Of how many tokens the decode worker reads the pages while one is computed; 0 until both rates are known."""
-        rate, token_bytes = self._engine.rates.rates().prefill_tokens_per_s, self._page_bytes / self._pages.page_size
+        rate = self._engine.rates.rates().prefill_tokens_per_s
+        token_bytes = self._loop.info.page_bytes / self._pages.page_size
         return handoff.link_bytes_per_s / (token_bytes * rate) if rate > 0 else 0.0
 
     def _end(self, identity: bytes, key: str) -> None:

@@ -186,6 +186,7 @@ class VirtualWorker:
         self._chunk_ms = self.rates.prefill_ms(self._chunk_tokens)
 
     def _num_chunks(self, left: int) -> int:
+        """In how many steps so many tokens of a prompt are computed."""
         budget = self._policy.prefill_budget(self._step_tokens, len(self.running))
         if self.running:
             return math.ceil(left / budget)
