@@ -141,15 +141,19 @@ class Dispatcher:
                 self._check_gap(choice, now)
 
     def _worker_leaving(self, event: WorkerLeaving, now: float) -> None:
-        """Where it would wait for room its stream would stand still: until there is some it goes on where it is."""
+        """Where it would wait for room its stream would stand still: until there is some it goes on where it is.
+
+        All routers hear of the same room at once: each fills its share, or moves one request that needs more.
+        """
         on_the_way = self._where(lambda c: c.moves_now)
-        tokens = event.room_tokens - sum(choice.context_tokens for choice in on_the_way)
-        sequences = event.room_sequences - len(on_the_way)
+        sequences, tokens = len(on_the_way), sum(choice.context_tokens for choice in on_the_way)
         for choice in self._where(lambda c: c.state is State.RUNNING and not c.moving):
             if choice.placement is None or choice.placement.decode.incarnation != event.incarnation:
                 continue
-            if sequences > 0 and choice.context_tokens < tokens:
-                sequences, tokens = sequences - 1, tokens - choice.context_tokens
+            routers = event.routers if sequences else 1
+            room = sequences < event.room_sequences // routers
+            if room and tokens + choice.context_tokens < event.room_tokens // routers:
+                sequences, tokens = sequences + 1, tokens + choice.context_tokens
                 choice.moving = True
                 request_id, number = choice.key
                 move = Move(request_id=request_id, choice=number, attempt=choice.attempt)

@@ -71,6 +71,7 @@ class WorkerLeaving(msgspec.Struct, frozen=True):
     incarnation: str
     room_tokens: int  # of context, at all others together
     room_sequences: int
+    routers: int = 1  # that share the room
 
 
 class WorkerAtWork(msgspec.Struct, frozen=True):

@@ -205,8 +205,9 @@ class Fleet:
         queries = sum(member.load.prefix_queries for member in self._members.values())
         return sum(member.load.prefix_hits for member in self._members.values()) / queries if queries else 0.0
 
-    def leaving(self, address: str, now: float) -> list[WorkerLeaving]:
-        """Decode workers that drain, whenever one that takes requests has told how much room it has."""
+    def leaving(self, address: str, now: float, routers: int = 1) -> list[WorkerLeaving]:
+        """Decode workers that drain, whenever one that takes requests has told how much room it has, to so many
+        routers."""
         teller = self._members.get(address)
         if teller is None or teller.worker.role != "decode" or teller.load.draining:
             return []
@@ -218,7 +219,7 @@ class Fleet:
         takers = [m for m in decoders if self.health.usable(m.worker.incarnation, now)]
         tokens = sum(m.load.free_pages * m.worker.page_size for m in takers)
         sequences = sum(max(0, m.worker.max_num_seqs - m.load.running - m.load.waiting) for m in takers)
-        return [WorkerLeaving(incarnation, tokens, sequences) for incarnation in leaving]
+        return [WorkerLeaving(incarnation, tokens, sequences, routers) for incarnation in leaving]
 
     @property
     def reservations(self) -> Mapping[str, int]:

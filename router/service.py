@@ -367,7 +367,7 @@ class RouterService:
             at_work = self._fleet.report(address, item.load, time.monotonic())
             if at_work is not None:
                 self._handle(WorkerAtWork(at_work))
-            for leaving in self._fleet.leaving(address, time.monotonic()):
+            for leaving in self._fleet.leaving(address, time.monotonic(), 1 + self._reader.other_routers):
                 self._handle(leaving)
         elif isinstance(item, Connected):
             self._on_connected(address, item.worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 
@@ -215,19 +216,29 @@ def test_a_finish_before_what_was_delivered_diverges():
     the(Place, h.tokens(delta(1, 6, finish=STOP)))
 
 
-def leaving(incarnation: str, tokens: int = 1000, sequences: int = 8) -> WorkerLeaving:
-    return WorkerLeaving(incarnation, tokens, sequences)
+def leaving(incarnation: str, tokens: int = 1000, sequences: int = 8, routers: int = 1) -> WorkerLeaving:
+    return WorkerLeaving(incarnation, tokens, sequences, routers)
+
+
+def run_at(h: Harness, *names: str, decode: str = "d1") -> None:
+    """Requests of three tokens each."""
+    for name in names:
+        h.do(Submitted(request(name), name), Placed(name, 0, 0, placement(decode)))
+
+
+def moves(commands: list[Any]) -> list[str]:
+    return [command.message.request_id for command in commands if isinstance(command, SendMove)]
 
 
 def test_what_runs_at_a_leaving_worker_stays_there_until_others_have_room():
     h = Harness()
     h.do(WorkerUp("d1"), WorkerUp("d2"))
-    for name, of in (("a", "d1"), ("b", "d1"), ("c", "d1"), ("d", "d2")):  # three tokens each
-        h.do(Submitted(request(name), name), Placed(name, 0, 0, placement(of)))
+    run_at(h, "a", "b", "c")
+    run_at(h, "d", decode="d2")
     h.tokens(delta(0, 5, 6, 7, of="b"))
 
     def asked(*events: WorkerLeaving) -> list[str]:
-        return [command.message.request_id for command in h.do(*events) if isinstance(command, SendMove)]
+        return moves(h.do(*events))
 
     assert asked(leaving("d1", tokens=3), leaving("d1", sequences=0)) == []
     assert asked(leaving("d1", tokens=5)) == ["a"]
@@ -239,6 +250,28 @@ def test_what_runs_at_a_leaving_worker_stays_there_until_others_have_room():
     assert asked(leaving("d1", tokens=7)) == ["b"]
     assert asked(leaving("d1", tokens=100, sequences=1)) == []
     assert asked(leaving("d1", tokens=100, sequences=2)) == ["c"]
+
+
+def test_of_several_routers_each_fills_its_share_of_the_room():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"))
+    run_at(h, *"abcdefg")
+    assert moves(h.do(leaving("d1", sequences=6, routers=3))) == ["a", "b"]
+    assert moves(h.do(leaving("d1", sequences=8, routers=3))) == [], "two are on their way"
+    assert moves(h.do(leaving("d1", tokens=31, sequences=99, routers=3))) == ["c"], "three times three tokens, of ten"
+
+
+def test_a_request_that_needs_more_than_a_share_goes_alone():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"))
+    run_at(h, "a", "b")
+    h.tokens(delta(0, *range(20), of="b"))
+    assert moves(h.do(leaving("d1", tokens=40, sequences=1, routers=4))) == ["a"], "the whole room, but for one"
+    h.tokens(delta(0, finish=Finish(reason="moved")))
+    h.do(Placed("a", 0, 1, placement("d2")))
+    h.tokens(delta(0, 9, attempt=1))
+    assert moves(h.do(leaving("d1", tokens=23, routers=4))) == []
+    assert moves(h.do(leaving("d1", tokens=24, routers=4))) == ["b"]
 
 
 def test_a_leaving_worker_gives_its_choices_up():

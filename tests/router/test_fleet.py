@@ -211,6 +211,7 @@ def test_who_takes_requests_tells_how_much_room_there_is_for_those_of_who_leaves
     assert fleet.leaving(TWO.address, 1.0) == fleet.leaving(three.address, 1.0) == [told]
     for silent in (ONE, prefill):
         assert fleet.leaving(silent.address, 1.0) == []
+    assert [one.routers for one in fleet.leaving(TWO.address, 1.0, routers=3)] == [3]
     crowded = WorkerLoad(running=TWO.max_num_seqs, waiting=50)
     fleet.report(TWO.address, crowded, 1.0)
     assert fleet.leaving(TWO.address, 1.0) == [WorkerLeaving("1", 7 * three.page_size, three.max_num_seqs)]
