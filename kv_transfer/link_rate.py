@@ -3,7 +3,7 @@
 `measure` is for `penstock doctor` and benchmarks/transfer.py. It starts a reader process, which starts a lender: a
 transport that crashes or hangs takes neither the caller nor the next measurement with it. Once the link is warm, every
 pass is timed on the host from the post of the copy to its completion; afterwards the bytes at both ends of every page
-are compared.
+are compared. What fills and compares leaves the link idle, so that every pass warms it up again.
 
     python -m penstock.kv_transfer.link_rate '{"transport": "nixl", ...}'    # prints what `measure` returns
 """
@@ -37,7 +37,8 @@ from penstock.kv_transfer.select import OPENERS
 _MODULE = "penstock.kv_transfer.link_rate"
 _LENDER_POLL_S = 0.0002
 _ARRIVAL_S = 20.0  # the most one pass may take
-_WARM_UP_S = 0.3  # the first copies of a process are slower, for about a tenth of a second
+_FIRST_WARM_UP_S = 0.3  # the first copies of a process are slower, for about a tenth of a second
+_WARM_UP_S = 0.03  # and so are, for less long, the first after a pause
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LinkSpec:
 
 @dataclass(frozen=True)
 class PassTime:
-    """One pass: the fastest and the median of its repeats, after one that warms up."""
+    """One pass: the fastest and the median of its repeats."""
 
     pages: int
     best_s: float
@@ -265,10 +266,8 @@ def _read(spec: LinkSpec) -> list[PassTime]:
         pages = make_pages(spec.reader_device, spec.page_bytes, spec.num_pages, first=spec.num_pages)
         transport = OPENERS[spec.transport](pages.region, f"reader-{os.getpid()}")
         transport.connect("lender", description)
-        warm = list(range(max(spec.passes)))
-        warm_at = time.monotonic() + _WARM_UP_S
-        while time.monotonic() < warm_at:
-            _pass(transport, spec.push, warm, warm)
+        every = list(range(max(spec.passes)))
+        _warm_up(_FIRST_WARM_UP_S, transport, spec.push, every, every)
         times = [_measure_pass(spec, number, transport, pages, lender) for number in spec.passes]
         transport.close()
         pages.close()
@@ -282,12 +281,22 @@ def _measure_pass(spec: LinkSpec, number: int, transport: Transport, pages: Page
     ours = scattered(number, spec.num_pages, seed=2 * number + 1)
     pages.fill()
     lender.fill()
-    seconds = sorted([_pass(transport, spec.push, theirs, ours) for _ in range(spec.repeats + 1)][1:])
+    _warm_up(_WARM_UP_S, transport, spec.push, theirs, ours)
+    seconds = sorted(_pass(transport, spec.push, theirs, ours) for _ in range(spec.repeats))
     arrived = lender.ends()[theirs] if spec.push else pages.ends()[ours]
     sent = np.array(ours) + spec.num_pages if spec.push else np.array(theirs)
     if not np.array_equal(arrived, np.stack([sent, sent], axis=1)):
         raise TransportError("what arrived is not what was sent")
     return PassTime(number, seconds[0], statistics.median(seconds))
+
+
+def _warm_up(seconds: float, transport: Transport, push: bool, theirs: Sequence[int], ours: Sequence[int]) -> None:
+    """Passes for as long as that, and one at least."""
+    warm_at = time.monotonic() + seconds
+    while True:
+        _pass(transport, push, theirs, ours)
+        if time.monotonic() >= warm_at:
+            return
 
 
 def _pass(transport: Transport, push: bool, theirs: Sequence[int], ours: Sequence[int]) -> float:
