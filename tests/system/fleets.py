@@ -84,8 +84,10 @@ def assert_idle(running: Fleet, seconds: float = IDLE_S) -> None:
             worker_id: {name: ledger.get(name, 0) for name in EMPTY + EMPTY_IF_THERE if ledger.get(name, 0)}
             for worker_id, ledger in state.items()
         }
-        reserved = reservations(running)
-        if len(state) == len(running.placements) and not any(rest.values()) and not reserved:
+        reserved = None  # Redis is being started again
+        with contextlib.suppress(redis.ConnectionError):
+            reserved = reservations(running)
+        if len(state) == len(running.placements) and not any(rest.values()) and reserved == {}:
             assert all(name in ledger for ledger in state.values() for name in EMPTY)
             return
         assert time.monotonic() < deadline, f"not idle: {rest}, reserved {reserved}, workers {sorted(state)}"
