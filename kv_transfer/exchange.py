@@ -24,6 +24,8 @@ from penstock.kv_transfer.peer_links import PeerLinks
 from penstock.kv_transfer.peer_transports import PeerTransports
 from penstock.kv_transfer.reader import Reader, ReadPages
 
+_REMIND_S = 1.0  # how often the mover hears that readers are at work here: within its _QUICK_S
+
 
 class Pages(LentPages, ReadPages, Protocol):
     """The page ledger (engine/pages.py)."""
@@ -37,6 +39,7 @@ class PageExchange:
         self.reader = reader
         self._mover = mover
         self._links = links
+        self._remind_at = 0.0
 
     def poll(self, now: float) -> None:
         """Once per turn of the loop: take what links and mover have, and let time pass."""
@@ -48,6 +51,9 @@ class PageExchange:
             else:
                 self.reader.completed(completion, now)
         self.reader.expire(now)
+        if now >= self._remind_at and self.lender.lent_pages:  # a reader takes as long as its link needs
+            self._mover.expect_readers()
+            self._remind_at = now + _REMIND_S
 
     def handle(self, identity: bytes, message: AnyMessage, now: float) -> bool:
         """A message of a peer; False: it is not about lent pages."""

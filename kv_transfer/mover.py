@@ -125,7 +125,7 @@ class PageMover:
         self._commands.put(lambda: self._turns.start(job.tag, Seal(job, self._seal_pages, self._checksum)))
 
     def expect_readers(self) -> None:
-        """Peers are about to read from us: be quick to serve them. `seal` has this effect, too."""
+        """Peers read from us, or are about to: be quick to serve them for _QUICK_S. `seal` has this effect, too."""
         self._commands.put(lambda: None)
 
     def poll_done(self) -> list[Completion]:

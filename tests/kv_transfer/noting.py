@@ -25,6 +25,7 @@ class NotingMover:
     cancelled: list[str] = field(default_factory=list)
     done: list[Completion] = field(default_factory=list)
     moved_bytes: int = 0
+    readers_expected: int = 0
 
     def connect(self, peer: str, transport: str, description: bytes) -> None: ...
 
@@ -39,7 +40,8 @@ class NotingMover:
     def seal(self, job: SealJob) -> None:
         self.seals.append(job)
 
-    def expect_readers(self) -> None: ...
+    def expect_readers(self) -> None:
+        self.readers_expected += 1
 
     def poll_done(self) -> list[Completion]:
         done, self.done = self.done, []

@@ -197,6 +197,24 @@ def test_loans_last_as_long_as_their_session() -> None:
     case.finish()
 
 
+def test_while_pages_are_lent_the_mover_stays_quick() -> None:
+    case = Case(checksum="off")
+    case.prefill()
+    for _ in range(3):
+        case.step()
+    before = case.mover.readers_expected
+    for _ in range(100):
+        case.now += 0.1
+        case.role.tick(case.now)
+    assert 9 <= case.mover.readers_expected - before <= 11, "once a second, however slow the link"
+    case.land()
+    before = case.mover.readers_expected
+    case.now += 5.0
+    case.role.tick(case.now)
+    assert case.mover.readers_expected == before
+    case.finish()
+
+
 def test_refusals_have_a_reason() -> None:
     case = Case()
     case.loop.peers.draining = True
