@@ -59,7 +59,7 @@ from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 MAX_WAITING = 1000
 SHUTTING_DOWN = "this router is shutting down"
 TOO_MANY_WAIT = "no worker is up, and too many requests wait for one"
-MAX_PROMPT_TIMEOUTS = 30  # times `progress_timeout_s`: what a prompt may take, whatever its workers compute and read
+MAX_PROMPT_TIMEOUTS = 30  # times `progress_timeout_s`: what an attempt's prompt may take, however busy its workers are
 
 
 class InvalidTransition(RuntimeError):
@@ -166,7 +166,7 @@ class Dispatcher:
             prefill = choice.placement.prefill
             if event.incarnation in (choice.placement.decode.incarnation, prefill and prefill.incarnation):
                 # Not for ever: it might be the one that a busy worker has forgotten.
-                latest = choice.since + MAX_PROMPT_TIMEOUTS * self._progress_timeout_s
+                latest = choice.placed_at + MAX_PROMPT_TIMEOUTS * self._progress_timeout_s
                 choice.deadline = max(choice.deadline, min(now + self._progress_timeout_s, latest))
 
     def _worker_stalled(self, event: WorkerStalled, now: float) -> None:
@@ -237,6 +237,7 @@ class Dispatcher:
             self._wait(choice, now)
             return
         choice.state = State.RUNNING
+        choice.placed_at = now
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
         self._commands += choice.run_at(placement)
         submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill, source=placement.source)

@@ -62,6 +62,7 @@ class Choice:
     state: State = State.PLACING
     tenant: str = ""
     since: float = 0.0  # when it came
+    placed_at: float = 0.0  # when this attempt began
     attempt: int = 0
     moves: int = 0  # attempts that were not lost, but moved to another worker, or got on until their worker left
     moving: bool = False  # this attempt's worker was asked to give it up

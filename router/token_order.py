@@ -45,7 +45,9 @@ class TokenOrder:
             delta = self.early.pop(0)
             overlap = len(self.delivered) - delta.index
             known = self.delivered[delta.index : delta.index + len(delta.token_ids)]
-            ended_before = delta.finish is not None and overlap > len(delta.token_ids)
+            # One that moves may do so before it says the first token, which the prefill worker has said.
+            ends = delta.finish is not None and delta.finish.reason != "moved"
+            ended_before = ends and overlap > len(delta.token_ids)
             if known != delta.token_ids[:overlap] or ended_before:
                 raise Diverged
             yield _without(delta, overlap)

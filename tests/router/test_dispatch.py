@@ -216,6 +216,17 @@ def test_a_finish_before_what_was_delivered_diverges():
     the(Place, h.tokens(delta(1, 6, finish=STOP)))
 
 
+def test_what_moves_before_its_worker_said_the_first_token_has_not_diverged():
+    """The prefill worker has said it, and its hand-off failed: the decode worker knows nothing of it."""
+    h = Harness(max_attempts=1)
+    h.run(prefill="p1")
+    h.do(WorkerUp("d2"))
+    h.tokens(delta(0, 5))
+    h.do(leaving("d1"))
+    place = the(Place, h.tokens(delta(0, finish=Finish(reason="moved"))))
+    assert place.source == worker("d1") and place.request.output_token_ids == [5] and h.core.divergences == 0
+
+
 def leaving(incarnation: str, tokens: int = 1000, sequences: int = 8, routers: int = 1) -> WorkerLeaving:
     return WorkerLeaving(incarnation, tokens, sequences, routers)
 

@@ -108,6 +108,20 @@ def test_a_long_prompt_is_not_late_while_its_worker_computes(computing: str):
     assert type(the(Fail, h.do(WorkerAtWork("p2"), Tick())).error) is Timeout
 
 
+def test_a_later_attempt_may_take_as_long():
+    h = Harness()
+    h.run(prefill="p1", max_tokens=2000)
+    h.do(WorkerUp("d2"))
+    for index in range(1000):  # more than five hours
+        h.now += 20.0
+        h.tokens(delta(index, 5))
+    the(Place, h.do(WorkerDown("d1")))
+    h.do(Placed("a", 0, 1, placement("d2")))
+    for _ in range(20):
+        h.now += 25.0
+        assert h.do(WorkerAtWork("d2"), Tick()) == []
+
+
 def test_a_request_that_a_busy_worker_has_forgotten_ends_at_last():
     h = Harness()
     h.run(prefill="p1")
