@@ -324,7 +324,8 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why a request ended. `reason`: "stop", "length", "abort", "error", or "moved": it is to go on elsewhere (Move).
 
     `stop_reason` is the stop token id that matched; `code` and `message` are set for "error" (see errors.py);
-    `retryable` says that another worker may succeed.
+    `retryable` says that another worker may succeed; `kept_tokens` of one that "moved" are those, from the first, whose
+    pages its worker keeps for the next attempt.
     """
 
     reason: str
@@ -332,6 +333,7 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: str = ""
     message: str = ""
     retryable: bool = False
+    kept_tokens: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -24,8 +24,9 @@ class MovedPages:
         """For whom pages are held here."""
         return set(self._until)
 
-    def keep(self, request_id: str, choice: int, pages: Sequence[int], now: float) -> None:
-        """These pages are not to be evicted for now, as far as they have not been promised to others."""
+    def keep(self, request_id: str, choice: int, pages: Sequence[int], now: float) -> int:
+        """These pages are not to be evicted for now, as far as they have not been promised to others: returns how many,
+        from the first."""
         self.total += 1
         pages = self._pages.with_room(pages)
         if pages:
@@ -33,6 +34,7 @@ class MovedPages:
             self._pages.release(holder)  # if it comes from here a second time
             self._pages.hold(holder, pages)
             self._until[holder] = now + self._keep_s
+        return len(pages)
 
     def release(self, request_id: str, choice: int) -> None:
         """Somebody else holds them now; unknown requests are fine."""

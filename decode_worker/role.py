@@ -136,18 +136,17 @@ class DecodeRole:
 
     def _move(self, now: float) -> None:
         """End what is to go on elsewhere: at once if it waits for room; if it reads pages, when it has them."""
-        finish = Finish(reason="moved")
         for key in list(self._to_move):
             waiting = self._admission.cancel(key)
             entry = self._entries.get(key)
             request = self._engine.scheduler.get(key)
             if waiting is not None:
-                self._loop.replies.end(waiting.identity, waiting.request, finish)
+                self._loop.replies.end(waiting.identity, waiting.request, Finish(reason="moved"))
             elif entry is not None and request is not None:
-                scheduler = self._engine.scheduler
-                hashes = request.extend_hashes(scheduler.hash_scope, self._pages.page_size, request.num_known - 1)
-                self._moved.keep(entry.request.request_id, entry.request.choice, self._pages.match(hashes), now)
-                index = request.num_output
+                scope, size = self._engine.scheduler.hash_scope, self._pages.page_size
+                pages = self._pages.match(request.extend_hashes(scope, size, request.num_known - 1))
+                kept = self._moved.keep(entry.request.request_id, entry.request.choice, pages, now)
+                finish, index = Finish(reason="moved", kept_tokens=kept * size), request.num_output
                 self._abort(key)
                 self._loop.replies.end(entry.identity, entry.request, finish, index=index)
             elif entry is not None:
@@ -230,6 +229,12 @@ class DecodeRole:
         request = entry.request
         if first is not None:
             request = msgspec.structs.replace(request, output_token_ids=[*request.output_token_ids, *first.token_ids])
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if known >= self._engine.scheduler.max_model_len:  # its first token has filled the context
+            del self._entries[entry.key]
+            self._pages.release(entry.key)
+            self._loop.replies.end(entry.identity, request, Finish(reason="length"))
+            return
         # Without its first token the request still needs the logits of its last one.
         computed = read.computed if first is not None else min(read.computed, entry.num_tokens - 1)
         if first is None and request.wants_prompt_logprobs:  # the scores of what has landed are lost

@@ -19,6 +19,7 @@ What steps in flight cost:
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 from penstock.common.messages import Finish, Spans
@@ -52,6 +53,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        # What is handed off ends in the decode worker's context, which may be another.
+        self._longest = sys.maxsize if policy.prefill_only else max_model_len
         self.hash_scope = hash_scope
         self.counters = SchedulerCounters()
         self.waiting = WaitingQueue()
@@ -370,7 +373,7 @@ class Scheduler:
         for token in token_ids:
             tokens.append(token)
             if len(tokens) >= request.limit or token in request.end_ids:
-                finish = request.finish_after(token, self.max_model_len)
+                finish = request.finish_after(token, self._longest)
                 if finish is not None:
                     break
         spans: Spans | None = None

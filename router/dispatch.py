@@ -54,6 +54,7 @@ from penstock.router.dispatch_events import (
     WorkerUp,
 )
 from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State, not_begun
+from penstock.router.policy import Moving
 from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 
 MAX_WAITING = 1000
@@ -145,16 +146,18 @@ class Dispatcher:
 
         All routers hear of the same room at once: each fills its share, or moves one request that needs more.
         """
-        on_the_way = self._where(lambda c: c.moves_now)
+        on_the_way = self._where(lambda c: c.heads_for == event.destination)
         sequences, tokens = len(on_the_way), sum(choice.context_tokens for choice in on_the_way)
-        for choice in self._where(lambda c: c.state is State.RUNNING and not c.moving):
+        for choice in self._where(lambda c: c.state is State.RUNNING and not c.destination):
             if choice.placement is None or choice.placement.decode.incarnation != event.incarnation:
+                continue
+            if event.destination in choice.failed or choice.most_tokens > event.context:
                 continue
             routers = event.routers if sequences else 1
             room = sequences < event.room_sequences // routers
             if room and tokens + choice.context_tokens < event.room_tokens // routers:
                 sequences, tokens = sequences + 1, tokens + choice.context_tokens
-                choice.moving = True
+                choice.destination = event.destination
                 request_id, number = choice.key
                 move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
                 self._commands.append(SendMove(event.incarnation, move))
@@ -229,7 +232,7 @@ class Dispatcher:
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
         request, avoid = choice.as_it_stands(), frozenset(choice.failed)
         why = (lost.reason, lost.leaves) if lost is not None else ("", False)
-        self._commands.append(Place(request, avoid, choice.source, choice.tenant, choice.since, *why))
+        self._commands.append(Place(request, avoid, choice.moving, choice.tenant, choice.since, *why))
 
     def _placed(self, choice: Choice, event: Placed, now: float) -> None:
         placement = event.placement
@@ -273,7 +276,7 @@ class Dispatcher:
         if not event.blameless:
             choice.failed.add(choice.placement.decode.incarnation)
         choice.moves += event.leaves and len(choice.order.delivered) > choice.begun_at
-        choice.source = None
+        choice.moving = None
         self._commands += choice.let_go()
         limit = choice.request.sampling.max_tokens
         if limit is not None and len(choice.order.delivered) >= limit:  # all tokens came, only the finish was lost
@@ -290,7 +293,7 @@ class Dispatcher:
 
     def _move(self, choice: Choice, event: Moved, now: float) -> None:
         assert choice.placement is not None
-        choice.source = choice.placement.decode
+        choice.moving = Moving(choice.placement.decode, event.kept_tokens, choice.destination)
         self._commands += choice.let_go()
         self.moves += 1
         choice.moves += 1
@@ -346,7 +349,7 @@ class Dispatcher:
             self.stale_deltas += 1
             return False
         if delta.finish is not None and delta.finish.reason == "moved":
-            self._apply(choice, Moved(), now)
+            self._apply(choice, Moved(delta.finish.kept_tokens), now)
             return True
         choice.deadline = now + self._progress_timeout_s
         choice.order.delivered += delta.token_ids

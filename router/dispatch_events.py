@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import PenstockError
-from penstock.common.messages import Abort, GenerateRequest, Move, Submit, TokenDelta, WorkerInfo
-from penstock.router.policy import Placement
+from penstock.common.messages import Abort, GenerateRequest, Move, Submit, TokenDelta
+from penstock.router.policy import Moving, Placement
 
 # ---------------------------------------------------------------- events
 
@@ -66,11 +66,13 @@ class WorkerDown(msgspec.Struct, frozen=True):
 
 
 class WorkerLeaving(msgspec.Struct, frozen=True):
-    """A decode worker drains: what runs there is to move, as far as those that take requests have room now."""
+    """A decode worker drains: what runs there is to move, as far as another one, which has just told, has room."""
 
     incarnation: str
-    room_tokens: int  # of context, at all others together
+    destination: str
+    room_tokens: int  # of context
     room_sequences: int
+    context: int  # the longest request it takes
     routers: int = 1  # that share the room
 
 
@@ -115,7 +117,7 @@ class Place(msgspec.Struct, frozen=True):
 
     request: GenerateRequest
     avoid: frozenset[str]
-    source: WorkerInfo | None = None  # it comes from there, with its pages
+    moving: Moving | None = None  # it was given up by a worker that drains
     tenant: str = ""
     since: float = 0.0  # when the request came
     lost: str = ""  # why it needs workers again

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from penstock.common.errors import PenstockError
-from penstock.common.messages import GenerateRequest, WorkerInfo
+from penstock.common.messages import GenerateRequest
 from penstock.router.dispatch_events import Give, Release, Reserve
-from penstock.router.policy import EXPECTED_OUTPUT_TOKENS, Placement
+from penstock.router.policy import EXPECTED_OUTPUT_TOKENS, Moving, Placement
 from penstock.router.token_order import TokenOrder
 
 Key = tuple[str, int]  # request id and choice
@@ -43,7 +43,9 @@ class Lost:
 
 @dataclass(frozen=True)
 class Moved:
-    """Its worker is leaving, and keeps the pages of this attempt for the next one."""
+    """Its worker is leaving, and keeps the pages of so many tokens for the next attempt."""
+
+    kept_tokens: int
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Choice:
     placed_at: float = 0.0  # when this attempt began
     attempt: int = 0
     moves: int = 0  # attempts that were not lost, but moved to another worker, or got on until their worker left
-    moving: bool = False  # this attempt's worker was asked to give it up
-    source: WorkerInfo | None = None  # whom the next attempt comes from
+    destination: str = ""  # this attempt's worker was asked to give it up, since that one has room
+    moving: Moving | None = None  # that has happened: the next attempt, or this one, comes from there
     placement: Placement | None = None
     begun_at: int = 0  # tokens that were delivered before this attempt
     outgrown_at: int = sys.maxsize  # with more tokens than that it is longer than this attempt was expected to get
@@ -94,14 +96,23 @@ class Choice:
         return len(self.order.delivered) - self.begun_at <= (self.placement.prefill is not None)
 
     @property
-    def moves_now(self) -> bool:
-        """It is to move, or has not been heard of at its new worker yet."""
-        return self.moving or (self.source is not None and (self.placement is None or self.awaits_prompt))
+    def heads_for(self) -> str:
+        """The worker that it is to move to, until it is heard of there; "": it does not move."""
+        if self.destination or self.moving is None:
+            return self.destination
+        if self.placement is None:
+            return self.moving.destination
+        return self.placement.decode.incarnation if self.awaits_prompt else ""
 
     @property
     def context_tokens(self) -> int:
         """What a worker has, or needs, pages for."""
         return len(self.request.prompt_token_ids) + len(self.order.delivered)
+
+    @property
+    def most_tokens(self) -> int:
+        """What it may come to, as far as that is limited."""
+        return most_tokens(self.request)
 
     def as_it_stands(self) -> GenerateRequest:
         """The request for this attempt: it goes on behind what the client has."""
@@ -148,7 +159,7 @@ class Choice:
         self.reserved = self.placement = None
         self.outgrown_at = sys.maxsize
         self.order.begin_attempt()
-        self.moving = self.prefill_cut = False
+        self.destination, self.prefill_cut = "", False
         return over
 
     def story(self) -> str:
@@ -169,6 +180,11 @@ def not_begun(placement: Placement) -> list[Give]:
         Give(computing.incarnation, -placement.prefill_ms),
         Give(placement.decode.incarnation, -placement.decode_ms),
     ]
+
+
+def most_tokens(request: GenerateRequest) -> int:
+    """A request's prompt with its longest output, if that is limited."""
+    return len(request.prompt_token_ids) + (request.sampling.max_tokens or 0)
 
 
 def patience(queue_timeout_s: float) -> float:

@@ -206,20 +206,28 @@ class Fleet:
         return sum(member.load.prefix_hits for member in self._members.values()) / queries if queries else 0.0
 
     def leaving(self, address: str, now: float, routers: int = 1) -> list[WorkerLeaving]:
-        """Decode workers that drain, whenever one that takes requests has told how much room it has, to so many
-        routers."""
+        """Decode workers that drain, whenever one that takes requests has told so many routers how much room it has.
+
+        Its own room only: what others told is older, and has not in it what has come to them since.
+        """
         teller = self._members.get(address)
         if teller is None or teller.worker.role != "decode" or teller.load.draining:
             return []
-        draining = [member for member in self._members.values() if member.load.draining]
-        if not draining:  # nearly always, and every worker tells twice a second
+        draining = [m.worker for m in self._members.values() if m.load.draining]
+        worker, load = teller.worker, teller.load
+        if not draining or not self.health.usable(worker.incarnation, now):  # the former nearly always
             return []
-        leaving = [member.worker.incarnation for member in draining if member.worker.role == "decode"]
-        decoders = [m for m in self._members.values() if m.worker.role == "decode" and not m.load.draining]
-        takers = [m for m in decoders if self.health.usable(m.worker.incarnation, now)]
-        tokens = sum(m.load.free_pages * m.worker.page_size for m in takers)
-        sequences = sum(max(0, m.worker.max_num_seqs - m.load.running - m.load.waiting) for m in takers)
-        return [WorkerLeaving(incarnation, tokens, sequences, routers) for incarnation in leaving]
+        tokens = load.free_pages * worker.page_size
+        sequences = max(0, worker.max_num_seqs - load.running - load.waiting)
+        return [
+            WorkerLeaving(one.incarnation, worker.incarnation, tokens, sequences, worker.max_model_len, routers)
+            for one in draining
+            if one.role == "decode"
+        ]
+
+    def context(self) -> int:
+        """Tokens of a request that every decode worker has room for; 0 without any."""
+        return min((worker.max_model_len for worker in self.live("decode")), default=0)
 
     @property
     def reservations(self) -> Mapping[str, int]:

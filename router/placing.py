@@ -11,15 +11,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from penstock.common.messages import GenerateRequest, WorkerInfo
+from penstock.common.messages import GenerateRequest
 from penstock.common.page_hash import page_hashes, root_hash
 from penstock.common.redis_state import FleetReader, Lookup
 from penstock.common.reservations import Reservations
 from penstock.router.admission import Limits, refusal
+from penstock.router.dispatch_state import most_tokens
 from penstock.router.expected import Expected, of_placement, quickest
 from penstock.router.fleet import Fleet
 from penstock.router.off_loop import OffLoop
-from penstock.router.policy import Placement, Policy, RequestFacts, moved
+from penstock.router.policy import Moving, Placement, Policy, RequestFacts, moved, only
 
 MAX_CLAIMS = 4  # how often a placement is reconsidered because other routers chose the same worker
 HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
@@ -55,17 +56,17 @@ class Placing:
         self._limits = limits
 
     async def place(
-        self, request: GenerateRequest, avoid: frozenset[str], since: float, source: WorkerInfo | None = None
+        self, request: GenerateRequest, avoid: frozenset[str], since: float, moving: Moving | None = None
     ) -> Found:
-        """Workers for a request that came at `since`; if `source` is given it moves from there, with its pages.
+        """Workers for a request that came at `since`.
 
         What they are to be given is not reserved yet: do it before the next `await`.
         """
         lookups = await self._look_up(request) if self._fleet.has_choice() else {}
         tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         bad_pairs = self._fleet.health.bad_pairs(time.monotonic())
-        facts = RequestFacts(tokens, avoid, self._fleet.hit_share(), bad_pairs)
-        placement, found = self._choose(facts, lookups, since, source)
+        facts = RequestFacts(tokens, avoid, self._fleet.hit_share(), bad_pairs, most_tokens(request))
+        placement, found = self._choose(facts, lookups, since, moving)
         for _ in range(MAX_CLAIMS):
             if placement is None or not lookups or not self._reader.other_routers:
                 break
@@ -76,7 +77,7 @@ class Placing:
             if others is not None:
                 lookups = {i: replace(one, reserved_tokens=others.get(i, 0)) for i, one in lookups.items()}
             before = placement
-            placement, found = self._choose(facts, lookups, since, source)
+            placement, found = self._choose(facts, lookups, since, moving)
             if alive and placement is not None and placement.load == before.load:  # still the best, and claimed already
                 break
         return Found(placement, found, lookups)
@@ -94,16 +95,18 @@ class Placing:
         self._reservations.publish(incarnation, self._fleet.release(incarnation, tokens, prompt=prompt))
 
     def _choose(
-        self, facts: RequestFacts, lookups: Mapping[str, Lookup], since: float, source: WorkerInfo | None
+        self, facts: RequestFacts, lookups: Mapping[str, Lookup], since: float, moving: Moving | None
     ) -> tuple[Placement | None, Expected | None]:
         """The policy's choice, unless that would be too late for the client and another one would not."""
         now = time.monotonic()
         candidates = self._fleet.candidates(lookups, now)
+        if moving is not None:
+            candidates = only(moving.destination, candidates)
         chosen = self._policy.choose(facts, candidates, self._minimum)
         if chosen is None:
             return None, None
-        if source is not None:
-            return moved(chosen, source, facts.num_tokens), None
+        if moving is not None:
+            return moved(chosen, moving, facts.num_tokens), None
         found, waited_ms = of_placement(facts, chosen, candidates), (now - since) * 1e3
         if refusal(self._limits, found, waited_ms) is not None:
             other = quickest(facts, candidates, self._minimum)

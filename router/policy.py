@@ -27,13 +27,23 @@ class RequestFacts:
     """What matters of a request: its length, and the incarnations that have just failed it.
 
     `hit_share` is of the fleet: of the prompt tokens that its workers looked up, those they found. Between the workers
-    of `avoid_pairs` (prefill, decode) hand-offs fail.
+    of `avoid_pairs` (prefill, decode) hand-offs fail. `most_tokens` is what it may come to with its whole output.
     """
 
     num_tokens: int
     avoid: frozenset[str] = frozenset()
     hit_share: float = 0.0
     avoid_pairs: frozenset[tuple[str, str]] = frozenset()
+    most_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Where a request comes from that a draining worker has given up, and who has room for it."""
+
+    source: WorkerInfo
+    kept_tokens: int  # from the first: the source keeps their pages
+    destination: str  # incarnation
 
 
 @dataclass(frozen=True)
@@ -133,12 +143,20 @@ class PickingPolicy(Policy):
 
 
 def by_role(facts: RequestFacts, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-    """(decode workers, prefill workers) that take new requests, without those to avoid unless nobody else is left."""
+    """(decode workers, prefill workers) that take new requests, and in whose context this one fits; without those to
+    avoid. Unless no other decode worker is left: then it may say itself what is wrong."""
     decoders: list[Candidate] = []
     prefillers: list[Candidate] = []
+    short: list[Candidate] = []
     for candidate in candidates:
-        if not candidate.load.draining:
-            (decoders if candidate.worker.role == "decode" else prefillers).append(candidate)
+        worker = candidate.worker
+        if candidate.load.draining:
+            continue
+        if worker.role == "decode":
+            (decoders if facts.most_tokens <= worker.max_model_len else short).append(candidate)
+        elif facts.num_tokens < worker.max_model_len:
+            prefillers.append(candidate)
+    decoders = decoders or short
     if facts.avoid:
         decoders = [c for c in decoders if c.worker.incarnation not in facts.avoid] or decoders
         prefillers = [c for c in prefillers if c.worker.incarnation not in facts.avoid] or prefillers
@@ -180,9 +198,31 @@ def placement(
     )
 
 
-def moved(placement: Placement, source: WorkerInfo, num_tokens: int) -> Placement:
-    """The choice for a request that has `num_tokens` tokens at `source`, which is leaving: their pages go with it."""
-    if source.fingerprint != placement.decode.fingerprint or source.incarnation == placement.decode.incarnation:
+def moved(placement: Placement, moving: Moving, num_tokens: int) -> Placement:
+    """The choice for a request of `num_tokens` tokens that moves: what its worker has kept of their pages goes with it.
+
+    A prefill worker is left out for less than a page; what is longer it computes behind the pages that it reads.
+    """
+    source = moving.source
+    held = min(moving.kept_tokens, (num_tokens - 1) // source.page_size * source.page_size)
+    lacking = num_tokens - held
+    if source.fingerprint != placement.decode.fingerprint or placement.prefill_tokens <= lacking:
         return placement
-    held = (num_tokens - 1) // source.page_size * source.page_size
-    return replace(placement, prefill=None, prefill_tokens=num_tokens - held, source=source, source_tokens=held)
+    prefill = placement.prefill if lacking > source.page_size else None
+    prefill_ms = placement.prefill_ms * lacking / placement.prefill_tokens
+    if prefill is not placement.prefill:
+        prefill_ms = placement.rates.prefill_ms(lacking)
+    return replace(
+        placement,
+        prefill=prefill,
+        prefill_tokens=lacking,
+        source=source,
+        source_tokens=held,
+        prefill_ms=prefill_ms,
+    )
+
+
+def only(destination: str, candidates: list[Candidate]) -> list[Candidate]:
+    """Of the decode workers this one alone, if it is there."""
+    there = [c for c in candidates if c.worker.role != "decode" or c.worker.incarnation == destination]
+    return there if any(c.worker.role == "decode" for c in there) else candidates

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import zmq
@@ -392,9 +392,10 @@ class RouterService:
             log.warning("worker %s (%s) at %s: %s", worker.worker_id, worker.role, address, warning)
         self._addresses[worker.incarnation] = address
         if worker.role == "decode":
-            self._model = ModelInfo(
-                worker.max_model_len, worker.vocab_size, tuple(worker.eos_token_ids), worker.page_size
-            )
+            context = self._fleet.context()
+            self._model = ModelInfo(context, worker.vocab_size, tuple(worker.eos_token_ids), worker.page_size)
+            if any(other.max_model_len != context for other in self._fleet.live("decode")):
+                log.warning("decode workers differ in their context: requests may have %d tokens, the least", context)
             self.first_worker.has_come()
             self._handle(WorkerUp(worker.incarnation))
 
@@ -410,4 +411,6 @@ class RouterService:
             self._counters["workers_lost"] += 1
         if self._addresses.get(worker.incarnation) == address:
             del self._addresses[worker.incarnation]
+        if self._model is not None and (context := self._fleet.context()):
+            self._model = replace(self._model, max_model_len=context)
         self._handle(WorkerDown(worker.incarnation))

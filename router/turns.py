@@ -104,7 +104,7 @@ class Turns:
         """Workers for it; None: that failed, and was answered."""
         request = command.request
         try:
-            return await self._placing.place(request, command.avoid, command.since, command.source)
+            return await self._placing.place(request, command.avoid, command.since, command.moving)
         except Exception:  # a bug, but one that must not leave the client waiting
             log.exception("a request could not be placed", extra=about(request))
             self._emit(PlaceFailed(request.request_id, request.choice, request.attempt))

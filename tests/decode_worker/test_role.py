@@ -12,11 +12,13 @@ from penstock.common.messages import (
     Finish,
     GenerateRequest,
     Message,
+    Move,
     PagesReady,
     Prefill,
     PrefillDone,
     Submit,
     TokenBatch,
+    TokenDelta,
     WorkerInfo,
 )
 from penstock.common.sampling import SamplingParams
@@ -100,9 +102,12 @@ class Case:
             self.role.stepped(self.engine.step(), 0.0)
         self.replies.flush()
 
-    def tokens(self, name: str) -> list[int]:
+    def deltas(self, name: str) -> list[TokenDelta]:
         batches = [message for _, message in self.sent if isinstance(message, TokenBatch)]
-        return [t for batch in batches for d in batch.deltas if d.request_id == name for t in d.token_ids]
+        return [delta for batch in batches for delta in batch.deltas if delta.request_id == name]
+
+    def tokens(self, name: str) -> list[int]:
+        return [token for delta in self.deltas(name) for token in delta.token_ids]
 
     def finish(self) -> None:
         for _ in range(30):
@@ -125,6 +130,56 @@ def test_a_handed_off_prompt_goes_on_behind_its_first_token() -> None:
     case.hear(PrefillDone(request_id="r", attempt=0, token_ids=[first]))
     case.finish()
     assert case.tokens("r") == more
+
+
+def test_a_first_token_that_fills_the_context_was_the_last() -> None:
+    """The router may not have known this worker's context, nor the prefill worker."""
+    case = Case()
+    case.engine.scheduler.max_model_len = len(PROMPT) + 1
+    _all_pages_here(case)
+    case.hear(PrefillDone(request_id="r", attempt=0, token_ids=[7]))
+    case.finish()
+    (delta,) = case.deltas("r")
+    assert (delta.index, delta.token_ids, delta.finish) == (1, [], Finish(reason="length"))
+
+
+def move(case: Case, name: str) -> TokenDelta:
+    """How a request ends that is to go on elsewhere."""
+    case.role.handle(ROUTER, Move(request_id=name, attempt=0), 0.0)
+    case.step()
+    return case.deltas(name)[-1]
+
+
+def test_what_moves_says_how_much_of_it_is_kept() -> None:
+    case = Case()
+    case.submit("r", [*PROMPT, 1, 2], max_tokens=20)
+    for _ in range(4):
+        case.step()
+    delta = move(case, "r")  # ten tokens and what came behind them
+    known = 10 + len(case.tokens("r"))
+    assert delta.finish == Finish(reason="moved", kept_tokens=(known - 1) // 4 * 4) and delta.index == known - 10
+    assert case.role.busy(), "kept for a lease"
+    case.role.tick(11.0)
+    case.finish()
+
+
+def test_of_what_waits_for_room_nothing_is_kept() -> None:
+    case = Case()
+    case.submit("first", [1, 2, 0] * 20, max_tokens=3)
+    case.submit("r", PROMPT, remote=True)
+    assert case.role.ledger()["admission"] == 1
+    assert move(case, "r").finish == Finish(reason="moved", kept_tokens=0)
+    case.finish()
+
+
+def test_without_a_prefix_cache_nothing_is_kept() -> None:
+    case = Case()
+    case.engine.pages.caching = False
+    case.submit("r", PROMPT, max_tokens=20)
+    case.step()
+    case.step()
+    assert move(case, "r").finish == Finish(reason="moved", kept_tokens=0)
+    case.finish()
 
 
 def test_who_computes_is_told_how_fast_the_pages_will_be_read() -> None:

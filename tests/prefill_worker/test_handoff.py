@@ -86,6 +86,18 @@ def test_a_first_token_that_ends_the_request_says_so() -> None:
     case.finish()
 
 
+def test_a_prompt_that_fills_this_workers_context_goes_on_in_the_decode_workers() -> None:
+    case = Case(checksum="off")
+    case.engine.scheduler.max_model_len = len(PROMPT) + 1
+    case.prefill()
+    for _ in range(3):
+        case.step()
+    (done,) = case.of(PrefillDone)
+    assert len(done.token_ids) == 1 and done.finish is None
+    case.land()
+    case.finish()
+
+
 def test_choices_that_come_together_have_their_prompt_computed_once() -> None:
     case = Case(checksum="off")
     for choice in range(3):

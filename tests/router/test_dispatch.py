@@ -32,7 +32,7 @@ from penstock.router.dispatch_events import (
     WorkerStalled,
     WorkerUp,
 )
-from penstock.router.policy import EXPECTED_OUTPUT_TOKENS, Placement
+from penstock.router.policy import EXPECTED_OUTPUT_TOKENS, Moving, Placement
 from penstock.router.rates import H200_LLAMA8B
 from tests.router.dispatching import STOP, Harness, delta, placement, request, the, worker
 
@@ -223,12 +223,20 @@ def test_what_moves_before_its_worker_said_the_first_token_has_not_diverged():
     h.do(WorkerUp("d2"))
     h.tokens(delta(0, 5))
     h.do(leaving("d1"))
-    place = the(Place, h.tokens(delta(0, finish=Finish(reason="moved"))))
-    assert place.source == worker("d1") and place.request.output_token_ids == [5] and h.core.divergences == 0
+    place = the(Place, h.tokens(delta(0, finish=Finish(reason="moved", kept_tokens=8))))
+    assert place.moving == Moving(worker("d1"), 8, "d2") and place.request.output_token_ids == [5]
+    assert h.core.divergences == 0
 
 
-def leaving(incarnation: str, tokens: int = 1000, sequences: int = 8, routers: int = 1) -> WorkerLeaving:
-    return WorkerLeaving(incarnation, tokens, sequences, routers)
+def leaving(
+    incarnation: str,
+    tokens: int = 1000,
+    sequences: int = 8,
+    routers: int = 1,
+    to: str = "d2",
+    context: int = 1000,
+) -> WorkerLeaving:
+    return WorkerLeaving(incarnation, to, tokens, sequences, context, routers)
 
 
 def run_at(h: Harness, *names: str, decode: str = "d1") -> None:
@@ -263,6 +271,29 @@ def test_what_runs_at_a_leaving_worker_stays_there_until_others_have_room():
     assert asked(leaving("d1", tokens=100, sequences=2)) == ["c"]
 
 
+def test_who_is_on_the_way_to_one_worker_takes_no_room_at_another():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"), WorkerUp("d3"))
+    run_at(h, *"abcd")
+    assert moves(h.do(leaving("d1", sequences=1), leaving("d1", sequences=1))) == ["a"]
+    assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == ["b"]
+    place = the(Place, h.tokens(delta(0, finish=Finish(reason="moved", kept_tokens=4), of="b")))
+    assert place.moving == Moving(worker("d1"), 4, "d3")
+    h.do(Placed("b", 0, 1, placement("d2")))  # d3 has gone meanwhile
+    assert moves(h.do(leaving("d1", sequences=2))) == [], "a and b"
+    assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == ["c"]
+
+
+def test_nothing_moves_to_where_it_does_not_fit_or_has_failed():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"))
+    h.run()  # three tokens and a hundred
+    assert moves(h.do(leaving("d1", context=102))) == []
+    h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2")), WorkerUp("d1"))
+    assert moves(h.do(leaving("d2", context=103, to="d1"))) == []
+    assert moves(h.do(leaving("d2", context=103, to="d3"))) == ["a"]
+
+
 def test_of_several_routers_each_fills_its_share_of_the_room():
     h = Harness()
     h.do(WorkerUp("d1"), WorkerUp("d2"))
@@ -290,16 +321,17 @@ def test_a_leaving_worker_gives_its_choices_up():
     h = Harness(max_attempts=1)
     h.run(prefill="p1")
     h.do(WorkerUp("d2"))
-    moved = Finish(reason="moved")
+    moved = Finish(reason="moved", kept_tokens=4)
     assert the(SendMove, h.do(leaving("d1"))).message == Move(request_id="a", attempt=0)
     assert h.do(leaving("d1"), leaving("d9")) == []  # asked already; nothing runs there
     assert h.tokens(delta(1, 6)) == []
     assert h.tokens(delta(2, finish=moved)) == []  # the first token is still on its way from the prefill worker
     place = the(Place, h.tokens(delta(0, 5)))
-    assert place.request.output_token_ids == [5, 6] and place.source == worker("d1") and place.avoid == frozenset()
+    assert place.request.output_token_ids == [5, 6] and place.avoid == frozenset()
+    assert place.moving == Moving(worker("d1"), 4, "d2")
     assert h.core.moves == 1 and h.core.retries == 0 and h.reserved() == {}
     h.do(Placed("a", 0, 1, placement("d2")))
-    assert the(SendMove, h.do(leaving("d2"))).message.attempt == 1  # and again
+    assert the(SendMove, h.do(leaving("d2", to="d1"))).message.attempt == 1  # and again
     h.tokens(delta(2, 7, attempt=1), delta(3, attempt=1, finish=moved))
     h.do(Placed("a", 0, 2, placement("d1")))
     h.tokens(delta(3, 8, attempt=2, finish=STOP))
@@ -310,7 +342,7 @@ def test_a_leaving_worker_gives_its_choices_up():
     h.tokens(delta(0, finish=moved))
     h.do(Placed("a", 0, 1, placement("d2")))
     again = the(Place, h.do(WorkerDown("d2")))
-    assert again.source is None and again.avoid == {"d2"}  # a lost attempt has no pages to come with
+    assert again.moving is None and again.avoid == {"d2"}  # a lost attempt has no pages to come with
 
 
 def test_errors_of_a_worker():

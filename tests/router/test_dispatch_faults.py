@@ -195,9 +195,15 @@ class Faults(RuleBasedStateMachine):
         finish = Finish(reason="error", code="timeout", message="", retryable=retryable)
         self.apply(self.core.tokens([TokenDelta(name, self.sent[name][1], 0, 0, [], finish)], self.now))
 
-    @rule(incarnation=st.sampled_from(WORKERS), room=st.integers(0, 40), routers=st.integers(1, 2))
-    def worker_leaving(self, incarnation: str, room: int, routers: int) -> None:
-        self.apply(self.core.handle(WorkerLeaving(incarnation, room, 3, routers), self.now))
+    @rule(
+        incarnation=st.sampled_from(WORKERS),
+        to=st.sampled_from(WORKERS),
+        room=st.integers(0, 40),
+        routers=st.integers(1, 2),
+    )
+    def worker_leaving(self, incarnation: str, to: str, room: int, routers: int) -> None:
+        if to != incarnation:
+            self.apply(self.core.handle(WorkerLeaving(incarnation, to, room, 3, 1000, routers), self.now))
 
     @precondition(lambda self: self.to_move)
     @rule(data=st.data())

@@ -207,17 +207,29 @@ def test_who_takes_requests_tells_how_much_room_there_is_for_those_of_who_leaves
     fleet.report(three.address, WorkerLoad(free_pages=7, promised_pages=3), 1.0)
     assert fleet.leaving(TWO.address, 1.0) == [], "nobody leaves"
     fleet.report(ONE.address, WorkerLoad(draining=True, free_pages=100), 1.0)
-    told = WorkerLeaving("1", 17 * TWO.page_size, 2 * TWO.max_num_seqs - 6)
-    assert fleet.leaving(TWO.address, 1.0) == fleet.leaving(three.address, 1.0) == [told]
+    context, slots = TWO.max_model_len, TWO.max_num_seqs
+    assert fleet.leaving(TWO.address, 1.0) == [WorkerLeaving("1", "2", 10 * TWO.page_size, slots - 6, context)]
+    assert fleet.leaving(three.address, 1.0) == [WorkerLeaving("1", "3", 7 * TWO.page_size, slots, context)]
     for silent in (ONE, prefill):
         assert fleet.leaving(silent.address, 1.0) == []
     assert [one.routers for one in fleet.leaving(TWO.address, 1.0, routers=3)] == [3]
-    crowded = WorkerLoad(running=TWO.max_num_seqs, waiting=50)
-    fleet.report(TWO.address, crowded, 1.0)
-    assert fleet.leaving(TWO.address, 1.0) == [WorkerLeaving("1", 7 * three.page_size, three.max_num_seqs)]
+    fleet.report(TWO.address, WorkerLoad(running=slots, waiting=50), 1.0)
+    assert fleet.leaving(TWO.address, 1.0) == [WorkerLeaving("1", "2", 0, 0, context)]
     fleet.report(TWO.address, WorkerLoad(draining=True), 2.0)
     fleet.report(three.address, WorkerLoad(draining=True), 2.0)
     assert fleet.leaving(three.address, 2.0) == [], "nobody is left"
+
+
+def test_the_context_of_a_fleet_is_that_of_its_shortest_decode_worker():
+    fleet = Fleet()
+    assert fleet.context() == 0
+    short = msgspec.structs.replace(TWO, max_model_len=ONE.max_model_len - 1)
+    prefill = msgspec.structs.replace(worker("p", "tcp://127.0.0.1:4", role="prefill"), max_model_len=5)
+    for one in (ONE, short, prefill):
+        fleet.connected(one.address, one, 0.0)
+    assert fleet.context() == short.max_model_len
+    fleet.disconnected(short.address, 1.0)
+    assert fleet.context() == ONE.max_model_len
 
 
 def test_how_long_a_step_may_take_depends_on_how_much_goes_into_it():

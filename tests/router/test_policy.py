@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,16 @@ from penstock.common.errors import ConfigError
 from penstock.common.messages import WorkerLoad
 from penstock.router.cost import CostPolicy
 from penstock.router.policies import POLICIES, make_policy
-from penstock.router.policy import DECODE_TOKENS, Candidate, Placement, Policy, RequestFacts
+from penstock.router.policy import (
+    DECODE_TOKENS,
+    Candidate,
+    Moving,
+    Placement,
+    Policy,
+    RequestFacts,
+    moved,
+    only,
+)
 from penstock.router.rates import WorkerRates
 from penstock.router.shares import MOST_OWED_MS, WorkShares
 from tests.worker_info import worker_info
@@ -23,7 +33,7 @@ from tests.worker_info import worker_info
 def candidate(
     name: str, role: str = "decode", held: int = 0, reserved: int = 0, fingerprint: str = "f", **load: Any
 ) -> Candidate:
-    worker = worker_info(name, f"{name}-1", role, fingerprint=fingerprint)
+    worker = worker_info(name, f"{name}-1", role, fingerprint=fingerprint, max_model_len=1 << 20)
     return Candidate(worker, WorkerLoad(**load), held, reserved)
 
 
@@ -195,6 +205,51 @@ def test_a_prefix_is_read_where_that_is_cheaper_than_computing_or_waiting():
     assert over_a_slow_link is not None and over_a_slow_link.source is None, "the slower end counts"
     elsewhere = CostPolicy(fetch=True).choose(FACTS, [candidate("a", "prefill", 800, fingerprint="x"), idle])
     assert elsewhere is not None and elsewhere.source is None, "another model's pages"
+
+
+def test_workers_get_what_fits_into_their_context():
+    long, short = candidate("long", queued_tokens=50_000), candidate("short")
+    prefill = candidate("prefill", "prefill")
+    long = but(long, worker=msgspec.structs.replace(long.worker, max_model_len=1100))
+    short = but(short, worker=msgspec.structs.replace(short.worker, max_model_len=1099))
+    prefill = but(prefill, worker=msgspec.structs.replace(prefill.worker, max_model_len=1001))
+    whole = RequestFacts(1000, most_tokens=1100)
+    assert names(choose(whole, [long, short, prefill])) == ("long", "prefill")
+    assert names(choose(RequestFacts(1000, most_tokens=1099), [long, short, prefill])) == ("short", "prefill")
+    assert names(choose(RequestFacts(1001, most_tokens=1099), [short, prefill])) == ("short", None)
+    assert names(choose(whole, [short])) == ("short", None), "there is no other, and it may still stop before"
+    avoiding = RequestFacts(1000, frozenset({"long-1"}), most_tokens=1100)
+    assert names(choose(avoiding, [long, short])) == ("long", None)
+
+
+def kept(tokens: int, num_tokens: int = 101, held: int = 0, minimum: int = 0) -> Placement:
+    """Where a request goes that moves from "old", which keeps the pages of so many tokens."""
+    there = choose(RequestFacts(num_tokens), [candidate("d"), candidate("p", "prefill", held=held)], minimum)
+    assert there is not None
+    return moved(there, Moving(candidate("old").worker, tokens, "d-1"), num_tokens)
+
+
+def test_what_a_draining_worker_keeps_goes_with_its_requests():
+    whole = kept(100)  # pages of four
+    assert names(whole) == ("d", None) and whole.source is not None and whole.source.worker_id == "old"
+    assert (whole.source_tokens, whole.prefill_tokens) == (100, 1)
+    assert whole.prefill_ms == whole.rates.prefill_ms(1)
+    half = kept(48)
+    assert names(half) == ("d", "p") and half.source is not None
+    assert (half.source_tokens, half.prefill_tokens) == (48, 53)
+    nothing = kept(0)
+    assert names(nothing) == ("d", "p") and nothing.source is None and nothing.prefill_tokens == 101
+    assert half.prefill_ms == pytest.approx(nothing.prefill_ms * 53 / 101)
+    there_already = kept(48, held=60)
+    assert there_already.source is None and there_already.prefill_tokens == 41, "more than was kept"
+    beside = kept(48, minimum=1000)
+    assert names(beside) == ("d", None) and (beside.source_tokens, beside.prefill_tokens) == (48, 53)
+
+
+def test_only_the_worker_with_room_is_looked_at_if_it_is_there():
+    fleet = [candidate("a"), candidate("b"), candidate("p", "prefill")]
+    assert [c.worker.worker_id for c in only("b-1", fleet)] == ["b", "p"]
+    assert only("gone", fleet) == fleet
 
 
 def test_each_term_decides_between_workers_that_are_alike_else():

@@ -152,6 +152,20 @@ def test_a_prefix_is_fetched_from_a_holder_that_is_busy(redis_server, start_work
     play(scenario())
 
 
+def test_requests_may_have_the_context_of_every_decode_worker(redis_server, start_worker, caplog):
+    start_worker("d1")
+    short = start_worker("d2", max_model_len=100)
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 2) as service:
+            assert service.model_info() == ModelInfo(100, 1000, (2,), 4)
+            assert "decode workers differ in their context: requests may have 100 tokens" in caplog.text
+            short.close()
+            await until(lambda: service.model_info() == ModelInfo(4096, 1000, (2,), 4))
+
+    play(scenario())
+
+
 def test_cancel_frees_the_worker(redis_server, start_worker):
     worker = start_worker("d1")
     worker.limit = 3
