@@ -26,7 +26,8 @@ CHUNK = 20
 def place(
     name: str, role: str, *, queued: int = 0, running: int = 0, held: int = 0, given_ms: float = 0.0
 ) -> Candidate:
-    info = worker_info(name, f"{name}-1", role, mixed_chunk_tokens=CHUNK, max_num_seqs=64, num_pages=100_000, max_model_len=1 << 20)
+    large = {"max_num_seqs": 64, "num_pages": 100_000, "max_model_len": 1 << 20}
+    info = worker_info(name, f"{name}-1", role, mixed_chunk_tokens=CHUNK, **large)
     load = WorkerLoad(running=running, num_pages=100_000, free_pages=100_000)
     return Candidate(info, load, held, queued, RATES, given_ms, queued)
 
