@@ -126,6 +126,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int = 0
     waiting: int = 0
     deferred: int = 0  # of those that wait: for pages from a prefill worker
+    held_up: int = 0  # of those that wait: for room
     queued_tokens: int = 0  # prompt tokens that are still to be computed
     num_pages: int = 0
     free_pages: int = 0  # neither held by nor promised to anybody (cached prefixes included)

@@ -209,6 +209,8 @@ class FleetReader:
             return None
         client, index = self._redis.client, f"{self._namespace}:workers"
         try:
+            # Where there is nothing to choose from, nothing is looked up: who shares the room there has to be known.
+            self.other_routers = max(0, await client.scard(f"{self._namespace}:routers") - 1)
             incarnations: list[Any] = sorted(await client.smembers(index))  # bytes, of a client that does not decode
             if not incarnations:
                 return []

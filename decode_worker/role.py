@@ -126,6 +126,7 @@ class DecodeRole:
                 reason="error",
                 code="queue_timeout",
                 message=f"no room within {entry.request.queue_timeout_s:.0f} s",
+                retryable=bool(entry.request.output_token_ids),  # a stream that has begun may find room elsewhere
             )
             self._loop.replies.end(entry.identity, entry.request, finish)
         for read in self._reader.take_ended():
@@ -143,20 +144,25 @@ class DecodeRole:
             if waiting is not None:
                 self._loop.replies.end(waiting.identity, waiting.request, Finish(reason="moved"))
             elif entry is not None and request is not None:
-                scope, size = self._engine.scheduler.hash_scope, self._pages.page_size
-                pages = self._pages.match(request.extend_hashes(scope, size, request.num_known - 1))
-                kept = self._moved.keep(entry.request.request_id, entry.request.choice, pages, now)
-                finish, index = Finish(reason="moved", kept_tokens=kept * size), request.num_output
+                kept = self._moved.keep(entry.request.request_id, entry.request.choice, self._of_use(request), now)
+                index = request.num_output
+                finish = Finish(reason="moved", kept_tokens=kept * self._pages.page_size)
                 self._abort(key)
                 self._loop.replies.end(entry.identity, entry.request, finish, index=index)
             elif entry is not None:
                 continue
             self._to_move.discard(key)
 
+    def _of_use(self, request: Request) -> list[int]:
+        """Pages with which a request can go on elsewhere; to score a prompt all of it is computed."""
+        if request.scores_prompt:
+            return []
+        hashes = request.extend_hashes(self._engine.scheduler.hash_scope, self._pages.page_size, request.num_known - 1)
+        return self._pages.match(hashes)
+
     def _admit(self, now: float) -> None:
-        # One that waits to be told what it may say next does not want room yet.
-        preempted = any(request.preemptions and request.may_go_on for request in self._engine.scheduler.waiting)
-        admitted = self._admission.admit(now, len(self._entries), preempted=preempted, waits=self._awaits_sibling)
+        preempted, waits = self._preempted() > 0, self._awaits_sibling
+        admitted = self._admission.admit(now, len(self._entries), preempted=preempted, waits=waits)
         for entry in admitted:
             self._entries[entry.key] = entry
             lender = self._lender_of(entry)
@@ -179,6 +185,10 @@ class DecodeRole:
             else:
                 full = (entry.num_tokens - 1) // self._pages.page_size * self._pages.page_size
                 self._reader.fetch(self._wanted(entry, full), lender, now)
+
+    def _preempted(self) -> int:
+        """Sequences that want room again; one that waits to be told what it may say next does not want it yet."""
+        return sum(bool(request.preemptions and request.may_go_on) for request in self._engine.scheduler.waiting)
 
     def _awaits_sibling(self, entry: Entry) -> bool:
         """Another choice of the request reads or computes pages of their prompt, which this one will find in the cache:
@@ -292,6 +302,7 @@ class DecodeRole:
             **self._exchange.load(),
             "waiting": len(self._admission) + len(self._reader),
             "deferred": len(self._reader),
+            "held_up": len(self._admission) + self._preempted(),
             "queued_tokens": self._admission.queued_tokens,
             "moved": self._moved.total,
             "prefix_queries": self._prefix_queries,

@@ -104,7 +104,8 @@ class HandOffOut:
         first_page = message.held_tokens // self._pages.page_size
         loan = self._lender.open(identity, key, request.request_id, request.attempt, request.choice, first_page, now)
         handoff = self._open[key] = _HandOff(request, message.router_id, loan, message.link_bytes_per_s)
-        if message.source is not None and self._reader.reads_for(request.request_id):
+        alike = not request.output_token_ids  # then its other choices bring the same pages
+        if message.source is not None and alike and self._reader.reads_for(request.request_id):
             self._behind[key] = handoff
         elif message.source is None or not self._fetch(handoff, message.source, now):
             self._compute(handoff, 0, now)

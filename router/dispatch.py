@@ -146,17 +146,20 @@ class Dispatcher:
 
         All routers hear of the same room at once: each fills its share, or moves one request that needs more.
         """
-        on_the_way = self._where(lambda c: c.heads_for == event.destination)
-        sequences, tokens = len(on_the_way), sum(choice.context_tokens for choice in on_the_way)
-        for choice in self._where(lambda c: c.state is State.RUNNING and not c.destination):
-            if choice.placement is None or choice.placement.decode.incarnation != event.incarnation:
+        room = event.room
+        here = [choice for choice in self.choices.values() if choice.runs_at(event.incarnation)]
+        if not here:
+            return
+        on_the_way = [choice for choice in self.choices.values() if choice.heads_for == event.destination]
+        sequences, pages = len(on_the_way), sum(room.pages_for(choice.context_tokens) for choice in on_the_way)
+        for choice in here:
+            failed_there = event.destination in choice.failed and event.others - choice.failed
+            if choice.destination or failed_there or choice.most_tokens > room.context:
                 continue
-            if event.destination in choice.failed or choice.most_tokens > event.context:
-                continue
-            routers = event.routers if sequences else 1
-            room = sequences < event.room_sequences // routers
-            if room and tokens + choice.context_tokens < event.room_tokens // routers:
-                sequences, tokens = sequences + 1, tokens + choice.context_tokens
+            routers = room.routers if sequences else 1
+            more = room.pages_for(choice.context_tokens)
+            if sequences < room.sequences // routers and pages + more <= room.pages // routers:
+                sequences, pages = sequences + 1, pages + more
                 choice.destination = event.destination
                 request_id, number = choice.key
                 move = Move(request_id=request_id, choice=number, attempt=choice.attempt)

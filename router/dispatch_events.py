@@ -65,15 +65,27 @@ class WorkerDown(msgspec.Struct, frozen=True):
     incarnation: str
 
 
+class Room(msgspec.Struct, frozen=True):
+    """What a decode worker can still take; `context`: tokens of the longest request."""
+
+    pages: int
+    page_size: int
+    sequences: int
+    context: int
+    routers: int = 1  # that share it
+
+    def pages_for(self, tokens: int) -> int:
+        """What a request with so many tokens, and the next one, takes."""
+        return tokens // self.page_size + 1
+
+
 class WorkerLeaving(msgspec.Struct, frozen=True):
     """A decode worker drains: what runs there is to move, as far as another one, which has just told, has room."""
 
     incarnation: str
     destination: str
-    room_tokens: int  # of context
-    room_sequences: int
-    context: int  # the longest request it takes
-    routers: int = 1  # that share the room
+    room: Room
+    others: frozenset[str] = frozenset()  # that might take requests, too
 
 
 class WorkerAtWork(msgspec.Struct, frozen=True):

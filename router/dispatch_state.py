@@ -95,6 +95,14 @@ class Choice:
             return False
         return len(self.order.delivered) - self.begun_at <= (self.placement.prefill is not None)
 
+    def runs_at(self, incarnation: str) -> bool:
+        """Its decode worker is this one."""
+        return (
+            self.state is State.RUNNING
+            and self.placement is not None
+            and (self.placement.decode.incarnation == incarnation)
+        )
+
     @property
     def heads_for(self) -> str:
         """The worker that it is to move to, until it is heard of there; "": it does not move."""

@@ -15,7 +15,7 @@ from pathlib import PurePath
 
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
-from penstock.router.dispatch_events import WorkerLeaving
+from penstock.router.dispatch_events import Room, WorkerLeaving
 from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
 from penstock.router.expected import computing_ms
 from penstock.router.health import Health
@@ -210,20 +210,20 @@ class Fleet:
 
         Its own room only: what others told is older, and has not in it what has come to them since.
         """
+        draining = [m.worker.incarnation for m in self._members.values() if m.load.draining and _decodes(m)]
         teller = self._members.get(address)
-        if teller is None or teller.worker.role != "decode" or teller.load.draining:
+        if not draining or teller is None or not _decodes(teller) or teller.load.draining:  # the first nearly always
             return []
-        draining = [m.worker for m in self._members.values() if m.load.draining]
         worker, load = teller.worker, teller.load
-        if not draining or not self.health.usable(worker.incarnation, now):  # the former nearly always
+        sequences = worker.max_num_seqs - load.running - load.waiting
+        well = self.health.state(worker.incarnation, now).state in ("up", "starting")
+        if not well or load.held_up or sequences <= 0 or not load.free_pages:
             return []
-        tokens = load.free_pages * worker.page_size
-        sequences = max(0, worker.max_num_seqs - load.running - load.waiting)
-        return [
-            WorkerLeaving(one.incarnation, worker.incarnation, tokens, sequences, worker.max_model_len, routers)
-            for one in draining
-            if one.role == "decode"
-        ]
+        others = frozenset(
+            one.worker.incarnation for one in self._members.values() if _takes(one) and one is not teller
+        )
+        room = Room(load.free_pages, worker.page_size, sequences, worker.max_model_len, routers)
+        return [WorkerLeaving(one, worker.incarnation, room, others) for one in draining]
 
     def context(self) -> int:
         """Tokens of a request that every decode worker has room for; 0 without any."""
@@ -252,14 +252,17 @@ class Fleet:
         wanted = {worker.incarnation for worker in (placement.decode, placement.prefill) if worker is not None}
         return wanted <= {member.worker.incarnation for member in self._members.values()}
 
-    def candidates(self, found: Mapping[str, Lookup], now: float) -> list[Candidate]:
+    def candidates(self, found: Mapping[str, Lookup], now: float, destination: str = "") -> list[Candidate]:
         """Workers for the policy, if any is usable only such; `found` is what Redis said of some of them (nothing while
-        it is away). Without a usable prefill worker decode workers compute prompts themselves."""
+        it is away). Without a usable prefill worker decode workers compute prompts themselves. `destination` is the
+        only decode worker, as long as it takes requests."""
         chosen: set[str] = set()
         for role in ("prefill", "decode"):
             # Draining workers take nothing: beside them nobody must be left out for being colder.
             members = [m for m in self._members.values() if m.worker.role == role and not m.load.draining]
             live = [member.worker.incarnation for member in members]
+            if role == "decode" and destination in live:
+                live = [destination]
             usable = [incarnation for incarnation in live if self.health.usable(incarnation, now)]
             chosen.update(self.health.choosable(usable, now) if usable else live if role == "decode" else ())
         return [
@@ -285,6 +288,14 @@ class Fleet:
             prompt_tokens=prompts,
             placed=placed,
         )
+
+
+def _decodes(member: Member) -> bool:
+    return member.worker.role == "decode"
+
+
+def _takes(member: Member) -> bool:
+    return _decodes(member) and not member.load.draining
 
 
 def _short(names: Iterable[str]) -> frozenset[str]:

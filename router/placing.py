@@ -20,7 +20,7 @@ from penstock.router.dispatch_state import most_tokens
 from penstock.router.expected import Expected, of_placement, quickest
 from penstock.router.fleet import Fleet
 from penstock.router.off_loop import OffLoop
-from penstock.router.policy import Moving, Placement, Policy, RequestFacts, moved, only
+from penstock.router.policy import Moving, Placement, Policy, RequestFacts, moved
 
 MAX_CLAIMS = 4  # how often a placement is reconsidered because other routers chose the same worker
 HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
@@ -99,9 +99,7 @@ class Placing:
     ) -> tuple[Placement | None, Expected | None]:
         """The policy's choice, unless that would be too late for the client and another one would not."""
         now = time.monotonic()
-        candidates = self._fleet.candidates(lookups, now)
-        if moving is not None:
-            candidates = only(moving.destination, candidates)
+        candidates = self._fleet.candidates(lookups, now, moving.destination if moving is not None else "")
         chosen = self._policy.choose(facts, candidates, self._minimum)
         if chosen is None:
             return None, None

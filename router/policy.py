@@ -220,9 +220,3 @@ def moved(placement: Placement, moving: Moving, num_tokens: int) -> Placement:
         source_tokens=held,
         prefill_ms=prefill_ms,
     )
-
-
-def only(destination: str, candidates: list[Candidate]) -> list[Candidate]:
-    """Of the decode workers this one alone, if it is there."""
-    there = [c for c in candidates if c.worker.role != "decode" or c.worker.incarnation == destination]
-    return there if any(c.worker.role == "decode" for c in there) else candidates

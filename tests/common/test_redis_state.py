@@ -208,6 +208,24 @@ def test_routers_see_each_others_reservations_but_not_their_own(redis_server):
         assert client.keys("*") == []
 
 
+def test_who_asks_for_the_workers_hears_how_many_routers_there_are(redis_server):
+    """Where there is one worker, nothing is ever looked up."""
+
+    async def scenario() -> None:
+        reader = FleetReader(redis_server.url, "ns", "r1")
+        loads = [Reservations(redis_server.url, "ns", name, 10.0) for name in ("r1", "r2", "r3")]
+        for load in loads:
+            load.start()
+            await load.claim()
+        assert await reader.workers() == [] and reader.other_routers == 2
+        for load in loads:
+            await load.close()
+        assert await reader.workers() == [] and reader.other_routers == 0
+        await reader.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_dead_routers_reservations_vanish(redis_server):
     async def scenario() -> None:
         load = Reservations(redis_server.url, "ns", "r1", 1.0)

@@ -172,6 +172,42 @@ def test_of_what_waits_for_room_nothing_is_kept() -> None:
     case.finish()
 
 
+def test_a_stream_that_has_begun_and_finds_no_room_may_try_elsewhere() -> None:
+    case = Case()
+    case.submit("first", [1, 2, 0] * 20, max_tokens=3)
+    for name, output in (("new", []), ("moved", [7])):
+        request = GenerateRequest(
+            request_id=name,
+            prompt_token_ids=PROMPT,
+            output_token_ids=output,
+            sampling=SamplingParams(max_tokens=5),
+            queue_timeout_s=9.0,
+        )
+        case.role.handle(ROUTER, Submit(request=request), 0.0)
+    case.role.tick(0.0)
+    assert case.role.load()["held_up"] == case.role.load()["waiting"] == 2
+    case.role.tick(9.1)
+    case.replies.flush()
+    ends = {name: case.deltas(name)[-1].finish for name in ("new", "moved")}
+    assert {name: (end.code, end.retryable) for name, end in ends.items() if end} == {
+        "new": ("queue_timeout", False),
+        "moved": ("queue_timeout", True),
+    }
+    case.finish()
+
+
+def test_what_is_scored_keeps_nothing() -> None:
+    case = Case()
+    params = SamplingParams(max_tokens=20, prompt_logprobs=1)
+    case.role.handle(
+        ROUTER, Submit(request=GenerateRequest(request_id="r", prompt_token_ids=[1] * 40, sampling=params)), 0.0
+    )
+    case.step()
+    assert case.engine.pages.num_held > 0 and not case.deltas("r")
+    assert move(case, "r").finish == Finish(reason="moved", kept_tokens=0)
+    case.finish()
+
+
 def test_without_a_prefix_cache_nothing_is_kept() -> None:
     case = Case()
     case.engine.pages.caching = False

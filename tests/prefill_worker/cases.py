@@ -59,10 +59,13 @@ class Case:
         source: WorkerInfo | None = None,
         choice: int = 0,
         link_bytes_per_s: float = 0.0,
+        output: tuple[int, ...] = (),
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**{"max_tokens": 5, **sampling})
-        request = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=PROMPT, sampling=params)
+        request = GenerateRequest(
+            request_id=name, choice=choice, prompt_token_ids=PROMPT, output_token_ids=list(output), sampling=params
+        )
         message = Prefill(
             request=request,
             router_id="router",

@@ -58,6 +58,19 @@ def test_a_prefix_is_fetched_lent_on_and_only_the_rest_computed() -> None:
     case.finish()
 
 
+def test_choices_that_have_gone_apart_fetch_each_their_own_pages() -> None:
+    """They come from a worker that drains, which keeps the pages of each until they are asked for."""
+    case = Case(checksum="off")
+    _fetching(case)
+    case.prefill(choice=1, source=SOURCE, output=(1, 2))
+    case.step()
+    assert [one.choice for one in case.links.sent if isinstance(one, Fetch)] == [0, 1]
+    for choice in (0, 1):
+        case.role.handle(DECODE, Abort(request_id="r", attempt=0, choice=choice), case.now)
+    case.step()
+    case.finish()
+
+
 @pytest.mark.parametrize("end", ["it comes", "its source is lost", "who fetches is aborted", "all are aborted"])
 def test_choices_that_come_together_have_their_prefix_fetched_once(end: str) -> None:
     case = Case(checksum="off")

@@ -21,6 +21,7 @@ from penstock.router.dispatch_events import (
     Placed,
     Release,
     Reserve,
+    Room,
     SendAbort,
     SendMove,
     SendSubmit,
@@ -230,13 +231,14 @@ def test_what_moves_before_its_worker_said_the_first_token_has_not_diverged():
 
 def leaving(
     incarnation: str,
-    tokens: int = 1000,
+    pages: int = 1000,
     sequences: int = 8,
     routers: int = 1,
     to: str = "d2",
     context: int = 1000,
+    others: tuple[str, ...] = (),
 ) -> WorkerLeaving:
-    return WorkerLeaving(incarnation, to, tokens, sequences, context, routers)
+    return WorkerLeaving(incarnation, to, Room(pages, 4, sequences, context, routers), frozenset(others))
 
 
 def run_at(h: Harness, *names: str, decode: str = "d1") -> None:
@@ -249,7 +251,7 @@ def moves(commands: list[Any]) -> list[str]:
     return [command.message.request_id for command in commands if isinstance(command, SendMove)]
 
 
-def test_what_runs_at_a_leaving_worker_stays_there_until_others_have_room():
+def test_what_runs_at_a_leaving_worker_stays_there_until_another_has_room():
     h = Harness()
     h.do(WorkerUp("d1"), WorkerUp("d2"))
     run_at(h, "a", "b", "c")
@@ -259,16 +261,16 @@ def test_what_runs_at_a_leaving_worker_stays_there_until_others_have_room():
     def asked(*events: WorkerLeaving) -> list[str]:
         return moves(h.do(*events))
 
-    assert asked(leaving("d1", tokens=3), leaving("d1", sequences=0)) == []
-    assert asked(leaving("d1", tokens=5)) == ["a"]
-    assert asked(leaving("d1", tokens=5)) == [], "what is on its way counts"
+    assert asked(leaving("d1", pages=0), leaving("d1", sequences=0)) == []
+    assert asked(leaving("d1", pages=1)) == ["a"]
+    assert asked(leaving("d1", pages=1)) == [], "what is on its way counts"
     h.tokens(delta(0, finish=Finish(reason="moved")))
     h.do(Placed("a", 0, 1, placement("d2")))
-    assert asked(leaving("d1", tokens=5)) == []
+    assert asked(leaving("d1", pages=1)) == []
     h.tokens(delta(0, 9, attempt=1))
-    assert asked(leaving("d1", tokens=7)) == ["b"]
-    assert asked(leaving("d1", tokens=100, sequences=1)) == []
-    assert asked(leaving("d1", tokens=100, sequences=2)) == ["c"]
+    assert asked(leaving("d1", pages=2)) == ["b"], "six tokens and the next one, in pages of four"
+    assert asked(leaving("d1", pages=100, sequences=1)) == []
+    assert asked(leaving("d1", pages=100, sequences=2)) == ["c"]
 
 
 def test_who_is_on_the_way_to_one_worker_takes_no_room_at_another():
@@ -284,14 +286,21 @@ def test_who_is_on_the_way_to_one_worker_takes_no_room_at_another():
     assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == ["c"]
 
 
-def test_nothing_moves_to_where_it_does_not_fit_or_has_failed():
+def test_nothing_moves_to_where_it_does_not_fit():
     h = Harness()
     h.do(WorkerUp("d1"), WorkerUp("d2"))
     h.run()  # three tokens and a hundred
     assert moves(h.do(leaving("d1", context=102))) == []
+    assert moves(h.do(leaving("d1", context=103))) == ["a"]
+
+
+def test_nothing_moves_to_where_it_has_failed_if_it_may_go_elsewhere():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"))
+    h.run()
     h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2")), WorkerUp("d1"))
-    assert moves(h.do(leaving("d2", context=103, to="d1"))) == []
-    assert moves(h.do(leaving("d2", context=103, to="d3"))) == ["a"]
+    assert moves(h.do(leaving("d2", to="d1", others=("d3",)))) == []
+    assert moves(h.do(leaving("d2", to="d1", others=("d1",)))) == ["a"]
 
 
 def test_of_several_routers_each_fills_its_share_of_the_room():
@@ -300,7 +309,7 @@ def test_of_several_routers_each_fills_its_share_of_the_room():
     run_at(h, *"abcdefg")
     assert moves(h.do(leaving("d1", sequences=6, routers=3))) == ["a", "b"]
     assert moves(h.do(leaving("d1", sequences=8, routers=3))) == [], "two are on their way"
-    assert moves(h.do(leaving("d1", tokens=31, sequences=99, routers=3))) == ["c"], "three times three tokens, of ten"
+    assert moves(h.do(leaving("d1", pages=11, sequences=99, routers=3))) == ["c"], "three pages of eleven"
 
 
 def test_a_request_that_needs_more_than_a_share_goes_alone():
@@ -308,12 +317,12 @@ def test_a_request_that_needs_more_than_a_share_goes_alone():
     h.do(WorkerUp("d1"), WorkerUp("d2"))
     run_at(h, "a", "b")
     h.tokens(delta(0, *range(20), of="b"))
-    assert moves(h.do(leaving("d1", tokens=40, sequences=1, routers=4))) == ["a"], "the whole room, but for one"
+    assert moves(h.do(leaving("d1", pages=40, sequences=1, routers=4))) == ["a"], "the whole room, but for one"
     h.tokens(delta(0, finish=Finish(reason="moved")))
     h.do(Placed("a", 0, 1, placement("d2")))
     h.tokens(delta(0, 9, attempt=1))
-    assert moves(h.do(leaving("d1", tokens=23, routers=4))) == []
-    assert moves(h.do(leaving("d1", tokens=24, routers=4))) == ["b"]
+    assert moves(h.do(leaving("d1", pages=5, routers=4))) == []
+    assert moves(h.do(leaving("d1", pages=6, routers=4))) == ["b"], "24 tokens with its next one"
 
 
 def test_a_leaving_worker_gives_its_choices_up():

@@ -26,6 +26,7 @@ from penstock.router.dispatch_events import (
     Refused,
     Release,
     Reserve,
+    Room,
     SendMove,
     SendSubmit,
     Submitted,
@@ -198,12 +199,12 @@ class Faults(RuleBasedStateMachine):
     @rule(
         incarnation=st.sampled_from(WORKERS),
         to=st.sampled_from(WORKERS),
-        room=st.integers(0, 40),
+        room=st.integers(0, 20),
         routers=st.integers(1, 2),
     )
     def worker_leaving(self, incarnation: str, to: str, room: int, routers: int) -> None:
         if to != incarnation:
-            self.apply(self.core.handle(WorkerLeaving(incarnation, to, room, 3, 1000, routers), self.now))
+            self.apply(self.core.handle(WorkerLeaving(incarnation, to, Room(room, 4, 3, 1000, routers)), self.now))
 
     @precondition(lambda self: self.to_move)
     @rule(data=st.data())

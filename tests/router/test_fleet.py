@@ -7,9 +7,9 @@ import pytest
 
 from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 from penstock.common.redis_state import Lookup
-from penstock.router.dispatch_events import WorkerLeaving
+from penstock.router.dispatch_events import Room, WorkerLeaving
 from penstock.router.fleet import FINGERPRINT_KEPT_S, Discovery, Fleet
-from penstock.router.health import Health
+from penstock.router.health import FAILURES, Health
 from penstock.router.policy import Placement
 from tests.worker_info import worker_info
 
@@ -198,7 +198,7 @@ def test_beside_a_draining_worker_a_cold_one_is_always_a_candidate():
 
 
 def test_who_takes_requests_tells_how_much_room_there_is_for_those_of_who_leaves():
-    fleet = Fleet()
+    fleet = Fleet(health=Health(slow_start_s=10.0))
     three = worker("3", "tcp://127.0.0.1:3")
     prefill = worker("p", "tcp://127.0.0.1:4", role="prefill")
     for one in (ONE, TWO, three, prefill):
@@ -207,17 +207,60 @@ def test_who_takes_requests_tells_how_much_room_there_is_for_those_of_who_leaves
     fleet.report(three.address, WorkerLoad(free_pages=7, promised_pages=3), 1.0)
     assert fleet.leaving(TWO.address, 1.0) == [], "nobody leaves"
     fleet.report(ONE.address, WorkerLoad(draining=True, free_pages=100), 1.0)
-    context, slots = TWO.max_model_len, TWO.max_num_seqs
-    assert fleet.leaving(TWO.address, 1.0) == [WorkerLeaving("1", "2", 10 * TWO.page_size, slots - 6, context)]
-    assert fleet.leaving(three.address, 1.0) == [WorkerLeaving("1", "3", 7 * TWO.page_size, slots, context)]
+    fleet.report(prefill.address, WorkerLoad(draining=True), 1.0)
+    size, context, slots = TWO.page_size, TWO.max_model_len, TWO.max_num_seqs
+    room = Room(10, size, slots - 6, context, routers=3)
+    assert fleet.leaving(TWO.address, 1.0, routers=3) == [WorkerLeaving("1", "2", room, frozenset({"3"}))]
+    room = Room(7, size, slots, context)
+    assert fleet.leaving(three.address, 1.0) == [WorkerLeaving("1", "3", room, frozenset({"2"}))]
     for silent in (ONE, prefill):
         assert fleet.leaving(silent.address, 1.0) == []
-    assert [one.routers for one in fleet.leaving(TWO.address, 1.0, routers=3)] == [3]
-    fleet.report(TWO.address, WorkerLoad(running=slots, waiting=50), 1.0)
-    assert fleet.leaving(TWO.address, 1.0) == [WorkerLeaving("1", "2", 0, 0, context)]
-    fleet.report(TWO.address, WorkerLoad(draining=True), 2.0)
+    fleet.report(TWO.address, WorkerLoad(draining=True, free_pages=9), 2.0)
+    told = fleet.leaving(three.address, 2.0)
+    assert [(one.incarnation, one.others) for one in told] == [("1", frozenset()), ("2", frozenset())]
     fleet.report(three.address, WorkerLoad(draining=True), 2.0)
     assert fleet.leaving(three.address, 2.0) == [], "nobody is left"
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        WorkerLoad(free_pages=9, running=TWO.max_num_seqs),
+        WorkerLoad(free_pages=9, running=1, waiting=TWO.max_num_seqs),
+        WorkerLoad(free_pages=0),
+        WorkerLoad(free_pages=9, waiting=1, held_up=1),
+    ],
+)
+def test_who_is_full_or_not_well_has_no_room(full: WorkerLoad):
+    fleet = Fleet()
+    for one in (ONE, TWO):
+        fleet.connected(one.address, one, 0.0)
+    fleet.report(ONE.address, WorkerLoad(draining=True), 1.0)
+    fleet.report(TWO.address, WorkerLoad(free_pages=9), 1.0)
+    assert len(fleet.leaving(TWO.address, 1.0)) == 1
+    fleet.report(TWO.address, full, 1.0)
+    assert fleet.leaving(TWO.address, 1.0) == []
+    fleet.report(TWO.address, WorkerLoad(free_pages=9), 1.0)
+    for _ in range(FAILURES):
+        fleet.health.failed("2", "a request failed", 1.0)
+    for now in (1.1, 100.0):  # broken, then probing: one request shows whether it is up, and no more
+        assert fleet.leaving(TWO.address, now) == []
+
+
+def test_what_moves_is_placed_where_it_was_told_to_go():
+    fleet = Fleet(health=Health(slow_start_s=10.0))
+    prefill = worker("p", "tcp://127.0.0.1:4", role="prefill")
+    fleet.connected(ONE.address, ONE, 0.0)
+    fleet.connected(prefill.address, prefill, 0.0)
+    fleet.connected(TWO.address, TWO, 100.0)  # a stranger, to which hardly anything is sent
+
+    def found(to: str) -> list[set[str]]:
+        return [{c.worker.incarnation for c in fleet.candidates({}, 100.1, to)} for _ in range(5)]
+
+    assert found("2") == [{"2", "p"}] * 5
+    assert {"1", "p"} in found("gone")
+    fleet.report(TWO.address, WorkerLoad(draining=True), 100.1)
+    assert found("2") == [{"1", "p"}] * 5
 
 
 def test_the_context_of_a_fleet_is_that_of_its_shortest_decode_worker():

@@ -23,7 +23,6 @@ from penstock.router.policy import (
     Policy,
     RequestFacts,
     moved,
-    only,
 )
 from penstock.router.rates import WorkerRates
 from penstock.router.shares import MOST_OWED_MS, WorkShares
@@ -244,12 +243,6 @@ def test_what_a_draining_worker_keeps_goes_with_its_requests():
     assert there_already.source is None and there_already.prefill_tokens == 41, "more than was kept"
     beside = kept(48, minimum=1000)
     assert names(beside) == ("d", None) and (beside.source_tokens, beside.prefill_tokens) == (48, 53)
-
-
-def test_only_the_worker_with_room_is_looked_at_if_it_is_there():
-    fleet = [candidate("a"), candidate("b"), candidate("p", "prefill")]
-    assert [c.worker.worker_id for c in only("b-1", fleet)] == ["b", "p"]
-    assert only("gone", fleet) == fleet
 
 
 def test_each_term_decides_between_workers_that_are_alike_else():
