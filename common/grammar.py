@@ -39,11 +39,19 @@ TEXT_MARK = "\x02"  # merges with nothing, so that a text behind it has tokens o
 # but spaces until its tokens are used up.
 JSON_WHITESPACE = r" |\r?\n[ \t]{0,64}"
 
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# A property that may be left out takes four items of a row, and all of a schema's may follow one another.
+_LIMITS = LLParserLimits(max_lexer_states=50_000, max_items_in_row=5 * MAX_PROPERTIES, verbose_errors=False)
 _MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMAS = (
     "items", "prefixItems", "additionalItems", "additionalProperties", "allOf", "anyOf", "oneOf", "not", "if", "then",
     "else", "contains", "propertyNames", "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+_FORMATS = frozenset(  # that JSON Schema 2020-12 defines; llguidance refuses those that it does not know
+    {
+        "date", "date-time", "duration", "email", "hostname", "idn-email", "idn-hostname", "ipv4", "ipv6", "iri",
+        "iri-reference", "json-pointer", "regex", "relative-json-pointer", "time", "uri", "uri-reference",
+        "uri-template", "uuid",
+    }
 )  # fmt: skip
 _Json = dict[str, Any]
 
@@ -120,13 +128,14 @@ class Grammars:
             self._prepared_vocabulary(), grammar_text(params, self._special), log_level=0, limits=_LIMITS
         )
         tried = matcher.deep_copy()  # what masks add to a matcher is not kept
-        if not matcher.is_error():
-            began = time.thread_time()
-            mask = tried.compute_bitmask()
-            if time.thread_time() - began > MAX_MASK_S:
-                raise GrammarError(f"{params.kind}: too complex, finding the first tokens takes too long")
+        if not tried.is_error():
+            mask = _timed_mask(tried, params.kind)
             if not tried.is_error() and not any(mask):
                 raise GrammarError(f"{params.kind}: nothing satisfies it")
+            token = _first_token(mask, self.end_token_ids)
+            if not tried.is_error() and token is not None:  # some forms are found to be too large behind a token
+                tried.consume_token(token)
+                _timed_mask(tried, params.kind)
         if tried.is_error():
             raise GrammarError(f"{params.kind}: {_reason(tried.get_error())}")
         return matcher
@@ -136,6 +145,23 @@ class Grammars:
             return self._load()
         except ConfigError as error:
             raise GrammarError(f"structured_outputs needs a tokenizer: {error}") from error
+
+
+def _timed_mask(matcher: LLMatcher, kind: str) -> bytes:
+    began = time.thread_time()
+    mask: bytes = matcher.compute_bitmask()
+    if time.thread_time() - began > MAX_MASK_S:
+        raise GrammarError(f"{kind}: too complex, finding the first tokens takes too long")
+    return mask
+
+
+def _first_token(mask: bytes, end_token_ids: Sequence[int]) -> int | None:
+    """The lowest token in a mask that is not an end."""
+    for place, byte in enumerate(mask):
+        for bit in range(8) if byte else ():
+            if byte >> bit & 1 and 8 * place + bit not in end_token_ids:
+                return 8 * place + bit
+    return None
 
 
 def make_vocabulary(
@@ -259,8 +285,10 @@ def _json_grammar(schema: _Json, params: StructuredOutputsParams) -> str:
 def _prepared(schema: _Json, params: StructuredOutputsParams) -> str:
     """A schema's text, checked, with the rules of whitespace in it."""
     _check_schema(schema)
-    if params.disable_additional_properties:
-        _close_objects(schema)
+    for part in _schemas(schema):
+        _leave_out_annotations(part)
+        if params.disable_additional_properties:
+            _close_object(part)
     options: _Json = {"whitespace_pattern": params.whitespace_pattern or JSON_WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}
@@ -302,19 +330,34 @@ def _objects(value: Any) -> Iterator[_Json]:
             yield from _objects(part)
 
 
-def _close_objects(schema: Any) -> None:
-    """Objects that list properties get no others, unless they say something about others."""
+def _schemas(schema: Any) -> Iterator[_Json]:
+    """A schema, and all that stand in it where schemas do; not what only looks like one, in a `const` say."""
     if isinstance(schema, list):
         for part in schema:
-            _close_objects(part)
+            yield from _schemas(part)
     if not isinstance(schema, dict):
         return
     for field in _MAPS_OF_SCHEMAS:
         found = schema.get(field)
         for part in found.values() if isinstance(found, dict) else ():
-            _close_objects(part)
+            yield from _schemas(part)
     for field in _SCHEMAS:
-        _close_objects(schema.get(field))
+        yield from _schemas(schema.get(field))
+    yield schema
+
+
+def _leave_out_annotations(schema: _Json) -> None:
+    """What demands nothing: a format that JSON Schema does not define ("password", as Pydantic writes it), and items
+    that need not be unique."""
+    kind = schema.get("format")
+    if isinstance(kind, str) and kind not in _FORMATS:
+        del schema["format"]
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+
+
+def _close_object(schema: _Json) -> None:
+    """An object that lists properties gets no others, unless it says something about others."""
     if "properties" in schema or "patternProperties" in schema:
         schema.setdefault("additionalProperties", False)
 

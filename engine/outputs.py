@@ -15,9 +15,9 @@ HANDED_OFF = Finish(reason="handoff")
 NOTHING_ALLOWED = Finish(
     reason="error",
     code="invalid_request",
-    message="structured_outputs: its form and the other rules for tokens leave none to go on with",
+    message="allowed_token_ids, bad_words, min_tokens and structured_outputs together leave no token to go on with",
 )
-"""End of a request whose bans, bias and form exclude every token."""
+"""End of a request whose rules and form exclude every token."""
 
 
 class Output(msgspec.Struct, frozen=True, gc=False):

@@ -75,6 +75,9 @@ class Request:
     stop_ids: frozenset[int] = field(init=False)
     eos_ids: frozenset[int] = field(init=False)
     end_ids: frozenset[int] = field(init=False)  # both
+    allowed: frozenset[int] | None = None  # the only tokens that may be drawn, if there are such
+    banned: frozenset[int] = frozenset()  # those that may not, wherever they stand
+    has_rules: bool = field(init=False)  # one or the other
 
     def __post_init__(self) -> None:
         self.key = request_key(self.source.request_id, self.source.choice, self.source.attempt)
@@ -83,6 +86,12 @@ class Request:
         self.stop_ids = frozenset(self.source.sampling.stop_token_ids)
         self.eos_ids = frozenset() if self.source.sampling.ignore_eos else frozenset(self.source.eos_token_ids)
         self.end_ids = self.stop_ids | self.eos_ids
+        sampling = self.source.sampling
+        if sampling.allowed_token_ids is not None:
+            self.allowed = frozenset(sampling.allowed_token_ids)
+        if sampling.bad_words_token_ids:
+            self.banned = frozenset(word[0] for word in sampling.bad_words_token_ids if len(word) == 1)
+        self.has_rules = self.allowed is not None or bool(self.banned)
         self.begin_prompt()
 
     def begin_prompt(self) -> None:
@@ -107,6 +116,15 @@ class Request:
     def may_go_on(self) -> bool:
         """What may come next is known, and is something. The engine ends it else; a thread may find out at any time."""
         return self.constraint is None or (self.constraint.ready and bool(self.constraint.mask))
+
+    def excludes(self, token: int) -> bool:
+        """Whether a token was drawn that must not come next: one always is, also where the form and the rules leave
+        none."""
+        if self.constraint is not None and not self.constraint.allows(token):
+            return True
+        if token in self.banned or (self.allowed is not None and token not in self.allowed):
+            return True
+        return self.has_rules and token in self.end_ids and self.num_output < self.source.sampling.min_tokens
 
     @property
     def num_to_compute(self) -> int:

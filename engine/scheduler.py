@@ -368,7 +368,7 @@ class Scheduler:
             return None
         token_ids, logprobs = sampled.token_ids, sampled.logprobs
         finish: Finish | None = None
-        if request.constraint is not None and not request.constraint.allows(token_ids[0]):
+        if (request.constraint is not None or request.has_rules) and request.excludes(token_ids[0]):
             token_ids, finish = (), NOTHING_ALLOWED
         for token in token_ids:
             tokens.append(token)
@@ -388,7 +388,8 @@ class Scheduler:
 
     def end(self, request: Request, finish: Finish, now: float) -> Output:
         """End a request that has nothing in flight, without a new token."""
-        scores = tuple(request.prompt_scores) if request.scores_prompt else None
+        scored = request.scores_prompt and len(request.prompt_scores) == request.prompt_len - 1
+        scores = tuple(request.prompt_scores) if scored else None  # it may end before its prompt was computed
         told, spans = self._report(request, finish, now)
         return Output(request.source, request.key, request.num_output, (), None, told, spans, scores)
 

@@ -39,11 +39,12 @@ class TokenRules:
         """
         if self._row is None or len(self._row) != vocab:
             row = torch.zeros(vocab) if self._allowed is None else torch.full((vocab,), NEVER)
-            row[[token for token in self._allowed or () if token < vocab]] = 0.0
-            for token, bias in self._bias.items():
-                if token < vocab:
-                    row[token] += bias
-            row[[token for token in self._banned if token < vocab]] = NEVER
+            row[_within(self._allowed or (), vocab)] = 0.0
+            if self._bias:  # as many as a vocabulary has: one by one would take a second
+                known = torch.tensor(list(self._bias)), torch.tensor(list(self._bias.values()))
+                ids, bias = (part[known[0] < vocab] for part in known)
+                row.index_add_(0, ids, bias)
+            row[_within(self._banned, vocab)] = NEVER
             self._row = row
         return self._row
 
@@ -55,3 +56,8 @@ class TokenRules:
             for word in self.words
             if output_len >= len(word) - 1 and tuple(tokens[len(tokens) - len(word) + 1 :]) == word[:-1]
         }
+
+
+def _within(tokens: Sequence[int], vocab: int) -> Tensor:
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    return ids[ids < vocab]

@@ -55,6 +55,8 @@ class Traits:
     head_dim: int | None = None  # where config.json gives none; None: hidden_size / num_attention_heads
 
 
+_MISTRALS_WINDOW = 4096  # where config.json does not say, as in transformers; null there is none
+
 TRAITS: dict[str, Traits] = {
     "LlamaForCausalLM": Traits(mlp_bias=True),
     "MistralForCausalLM": Traits(qkv_bias=False, windows="all"),
@@ -142,7 +144,7 @@ def _count(config: Mapping[str, Any], name: str) -> int:
 
 
 def _windows(config: Mapping[str, Any], rule: str, num_layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", _MISTRALS_WINDOW if rule == "all" else None)
     if rule == "none" or window is None or (rule == "upper" and not config.get("use_sliding_window", False)):
         return (None,) * num_layers
     if rule == "all":

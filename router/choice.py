@@ -73,7 +73,7 @@ class Choice:
         self.request, self.index, self.echo = request, index, echo
         self._spans: dict[str, Spans] = {}  # by worker: its newest
         self.token_ids: list[int] = []  # kept output tokens
-        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
+        self.prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt's tokens from the second on
         self._tokenizer = tokenizer
         self.reasoning_tokens = 0  # how many of the output's came before its reasoning had ended
         self.ended = False
@@ -164,7 +164,8 @@ class Choice:
             text = self._tokenizer.token_text(token_id)
             if token_id not in self._tokenizer.special_ids or self.echo.startswith(text, end):  # echo leaves out bos
                 end += len(text)
-        return list(map(ScoredToken, self.request.prompt_token_ids, [None, *self.prompt_logprobs], offsets))
+        scores = [None] * len(offsets) if self.prompt_logprobs is None else [None, *self.prompt_logprobs]
+        return list(map(ScoredToken, self.request.prompt_token_ids, scores, offsets))
 
     def _end(self, cancel: bool) -> None:
         if cancel:

@@ -77,8 +77,11 @@ class ChoicesFormat(AnswerFormat):
         """Fields of a whole answer beside its choices."""
         return {}
 
-    def scored_prompt(self, choice: Choice) -> list[dict[str, Any] | None]:
-        """vLLM's `prompt_logprobs`: for each prompt token, by id, its score and the top ones; None for the first."""
+    def scored_prompt(self, choice: Choice) -> list[dict[str, Any] | None] | None:
+        """vLLM's `prompt_logprobs`: for each prompt token, by id, its score and the top ones; None for the first. None
+        if the output ended before the prompt was computed: its form allows nothing."""
+        if choice.prompt_logprobs is None:
+            return None
         token_ids = choice.request.prompt_token_ids
         scored: list[dict[str, Any] | None] = [None]
         for token_id, scores in zip(token_ids[1:], choice.prompt_logprobs, strict=True):

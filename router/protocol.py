@@ -31,7 +31,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_SALT_LENGTH = 256  # characters
 MAX_CHOICES = 1024  # of one HTTP request: prompts times n
 MAX_BAD_WORD_LENGTH = 1024  # characters
-MAX_RULE_IDS = 1 << 20  # ids of logit_bias and allowed_token_ids, times choices: each choice has its own
+MAX_RULE_IDS = 1 << 18  # ids of logit_bias and allowed_token_ids, times choices: each choice has its own
 
 MAX_REQUEST_ID = 256  # characters: every event of a stream has it
 _AT_PATH = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)

@@ -136,6 +136,37 @@ def test_objects_are_closed_where_schemas_stand(grammars: Grammars) -> None:
     assert set(outputs(grammars, form)) == {'{"properties":{"x":1}}'}
 
 
+def test_what_demands_nothing_is_left_out(grammars: Grammars) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "secret": {"type": "string", "format": "password", "maxLength": 1},
+            "few": {"type": "array", "items": {"const": {"format": "x"}}, "uniqueItems": False, "maxItems": 1},
+        },
+        "required": ["secret", "few"],
+    }
+    found = outputs(grammars, Form(json=schema, disable_additional_properties=True, disable_any_whitespace=True), 30)
+    assert {str(json.loads(text)["few"]) for text in found} == {"[]", "[{'format': 'x'}]"}
+    known = {"type": "string", "format": "ipv4"}
+    assert all(re.fullmatch(r'"[0-9.]+"', text) for text in outputs(grammars, Form(json=known)))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_as_many_properties_as_are_promised(grammars: Grammars, required: bool) -> None:
+    names = [f"p{i}" for i in range(MAX_PROPERTIES)]
+    schema: dict[str, Any] = {"type": "object", "properties": {name: {"const": 1} for name in names}}
+    schema |= {"additionalProperties": False, "required": names if required else []}
+    matcher = grammars.compile(Form(json=schema, disable_any_whitespace=True)).result().deep_copy()
+    written = names if required else names[::100]
+    text = json.dumps(dict.fromkeys(written, 1), separators=(",", ":"))
+    assert matcher.consume_tokens(byte_level().encode(text, add_special_tokens=False)) and not matcher.is_error()
+    assert matcher.is_accepting()
+
+
+def test_what_proves_too_large_behind_its_first_token_is_refused(grammars: Grammars) -> None:
+    assert "regex" in refusal(grammars, regex="(((a{100}){100}){100})")
+
+
 TAG = {"begin": "<f=add>", "content": {"type": "json_schema", "json_schema": {"const": 7}}, "end": "</f>"}
 OLD = {"triggers": ["<f="], "structures": [{"begin": "<f=add>", "schema": {"const": 7}, "end": "</f>"}]}
 TRIGGERED = {"type": "triggered_tags", "triggers": ["<f="], "tags": [TAG]}
@@ -191,7 +222,7 @@ def test_structural_tags(grammars: Grammars, tag: dict[str, Any], right: list[st
         ({"json": "{"}, "JSON"),
         ({"json": "[1]"}, "JSON object"),
         ({"json": {"type": "strnig"}}, "strnig"),
-        ({"json": {"type": "string", "format": "nowhere"}}, "nowhere"),
+        ({"json": {"type": "string", "format": "iri"}}, "iri"),
         ({"json": {"$ref": "#/$defs/nowhere"}}, "nowhere"),
         ({"json": {"$ref": "#"}}, "json"),
         ({"json": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "Unsatisfiable"),

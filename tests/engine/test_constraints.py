@@ -26,6 +26,7 @@ from penstock.engine import build, constraints
 from penstock.engine.build import BuiltEngine, build_engine
 from penstock.engine.constraints import Constraint
 from penstock.engine.core import Engine
+from penstock.engine.outputs import NOTHING_ALLOWED
 from penstock.engine.policy import THROUGHPUT
 from tests.engine.engines import make_engine, request, run
 from tests.schemas import random_schema, validate
@@ -252,3 +253,38 @@ def test_aborted_while_its_form_is_compiled(engine: BuiltEngine) -> None:
         assert loop.step().outputs == ()
     loop.pages.check()
     assert loop.pages.num_held == 0
+
+
+def test_an_output_that_ends_before_its_prompt_was_computed_has_no_scores(path: Path) -> None:
+    built = make_engine(path)
+    empty = sampling(Form(regex=""), prompt_logprobs=2)
+    built.engine.add(request("empty", [3, 4, 5], empty, eos_token_ids=[END]))
+    found = []
+    while built.engine.has_work():
+        found += built.engine.step().outputs
+    (output,) = found
+    assert output.prompt_logprobs is None and output.finish == constraints.STOP
+    built.engine.close()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 2])
+@pytest.mark.parametrize(
+    ("rules", "tokens"),
+    [
+        ({"allowed_token_ids": [END], "min_tokens": 6}, []),
+        ({"allowed_token_ids": [7], "bad_words_token_ids": [[7]]}, []),
+        ({"allowed_token_ids": [7], "bad_words_token_ids": [[7, 7]]}, [7]),
+    ],
+)
+def test_where_rules_leave_no_token_the_output_ends_with_an_error(
+    path: Path, rules: dict[str, Any], tokens: list[int], run_ahead: int
+) -> None:
+    built = make_engine(path, run_ahead=run_ahead)
+    both = [
+        (0, request("none left", [3, 4], SamplingParams(max_tokens=9, **rules), eos_token_ids=[END])),
+        (0, request("beside", [3, 4], SamplingParams(max_tokens=9, allowed_token_ids=[7, END], min_tokens=6))),
+    ]
+    found, finishes = run(built, both)
+    assert found["none left"] == tokens and finishes["none left"] == NOTHING_ALLOWED
+    assert len(found["beside"]) == 9 and set(found["beside"]) <= {7, END}
+    built.engine.close()
