@@ -76,7 +76,7 @@ class Request:
     eos_ids: frozenset[int] = field(init=False)
     end_ids: frozenset[int] = field(init=False)  # both
     allowed: frozenset[int] | None = None  # the only tokens that may be drawn, if there are such
-    banned: frozenset[int] = frozenset()  # those that may not, wherever they stand
+    banned: dict[int, list[list[int]]] = field(default_factory=dict)  # a token: what it may not stand behind
     has_rules: bool = field(init=False)  # one or the other
 
     def __post_init__(self) -> None:
@@ -89,8 +89,8 @@ class Request:
         sampling = self.source.sampling
         if sampling.allowed_token_ids is not None:
             self.allowed = frozenset(sampling.allowed_token_ids)
-        if sampling.bad_words_token_ids:
-            self.banned = frozenset(word[0] for word in sampling.bad_words_token_ids if len(word) == 1)
+        for word in sampling.bad_words_token_ids:
+            self.banned.setdefault(word[-1], []).append(list(word[:-1]))
         self.has_rules = self.allowed is not None or bool(self.banned)
         self.begin_prompt()
 
@@ -122,7 +122,10 @@ class Request:
         none."""
         if self.constraint is not None and not self.constraint.allows(token):
             return True
-        if token in self.banned or (self.allowed is not None and token not in self.allowed):
+        if self.allowed is not None and token not in self.allowed:
+            return True
+        output = self.tokens[self.prompt_len :] if token in self.banned else []
+        if any(output[len(output) - len(before) :] == before for before in self.banned.get(token, ())):
             return True
         return self.has_rules and token in self.end_ids and self.num_output < self.source.sampling.min_tokens
 

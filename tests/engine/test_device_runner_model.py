@@ -118,6 +118,19 @@ def capture(runner: DeviceRunner) -> None:
     runner._state.set_turn(runner._turn)
 
 
+def drawable(row: SamplingRow, ending: set[int]) -> set[int]:
+    """Tokens that a request's rules leave."""
+    sampling, output = row.sampling, row.tokens[row.prompt_len :]
+    left = set(range(VOCAB) if sampling.allowed_token_ids is None else sampling.allowed_token_ids)
+    if len(output) < sampling.min_tokens:
+        left -= ending
+    return {
+        token
+        for token in left
+        if not any([*output, token][-len(word) :] == list(word) for word in sampling.bad_words_token_ids)
+    }
+
+
 def expected(source: GenerateRequest) -> tuple[list[int], list[TokenLogprobs | None]]:
     """All tokens of a request's output, and logprobs of those that are still to come."""
     sampling, tokens = source.sampling, [*source.prompt_token_ids, *source.output_token_ids]
@@ -133,6 +146,8 @@ def expected(source: GenerateRequest) -> tuple[list[int], list[TokenLogprobs | N
     logprobs: list[TokenLogprobs | None] = []
     while True:
         masks = {0: fake_mask(tokens[prompt_len:], VOCAB)} if sampling.structured_outputs else {}
+        if not masks and not drawable(row, ending):
+            return tokens[prompt_len:], logprobs
         (token,), (logprob,) = sample(scores(tokens)[None], [row], masks)
         tokens.append(token)
         logprobs.append(logprob)
@@ -263,7 +278,7 @@ class Run:
             assert got[0] == (tokens if key in self.ended else tokens[: len(got[0])]), (key, source)
             for mine, theirs in zip(got[1], logprobs, strict=False):
                 compare(mine, theirs)
-            if source.wants_prompt_logprobs and got[0]:
+            if source.wants_prompt_logprobs and (got[0] or key in self.prompt_scores):  # its rules may leave no token
                 compare_prompt(self.prompt_scores.pop(key), source)
         assert not self.prompt_scores, "scores that nobody asked for"
 
