@@ -67,13 +67,15 @@ class _BeamReply(Reply):
         )
         search = BeamSearch(params, request.eos_token_ids, max_tokens)
         step = 0
-        while search.running:
+        while search.running and not self._gone:
             beams = enumerate(search.running)
             sinks = [await self._score(request, step, choice, beam, search.candidates) for choice, beam in beams]
             scored = await asyncio.gather(*(sink.scores for sink in sinks))
             self._scoring = {key: sink for key, sink in self._scoring.items() if not sink.scores.done()}
             search.advance(scored)
             step += 1
+        if self._gone:  # heard between two steps there was nothing to cancel, and nothing else would end the search
+            return
         for index, found in zip(indices, search.finished, strict=True):
             beam, finish = found.beam, Finish(reason="stop" if found.ended else "length")
             wanted = request.sampling.logprobs
