@@ -33,6 +33,7 @@ _AS_GIVEN = (
     "cache_salt", "chat_template_kwargs", "structured_outputs", "truncate_prompt_tokens", "truncation_side", "timeline",
 )  # fmt: skip
 _LOGPROBS = "message.output_text.logprobs"
+_object = msgspec.json.Decoder(dict[str, Any])
 
 
 class Part(msgspec.Struct):
@@ -54,6 +55,9 @@ class Item(msgspec.Struct, omit_defaults=True):
     arguments: str | None = None
     output: str | list[Part] | None = None
     summary: list[Part] | None = None
+
+
+_items = msgspec.json.Decoder(list[Item])
 
 
 class Tool(msgspec.Struct):
@@ -218,6 +222,27 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             else:
                 fields["tool_choice"] = choice
         return chat_request(fields, NAMES)
+
+
+def earlier_items(turns: Iterable[bytes]) -> list[Item]:
+    """The items of stored turns.
+
+    Calls whose arguments are no JSON object, cut by `max_output_tokens` or as the model wrote them, have none: templates
+    want an object, and unlike its own input the client cannot correct what is stored.
+    """
+    items = [item for turn in turns for item in _items.decode(turn)]
+    for item in items:
+        if item.type == "function_call" and not _is_object(item.arguments or ""):
+            item.arguments = "{}"
+    return items
+
+
+def _is_object(text: str) -> bool:
+    try:
+        _object.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
 
 
 def chat_messages(items: Iterable[Item]) -> list[dict[str, Any]]:

@@ -29,12 +29,11 @@ from penstock.router.responses.answer import ResponseFormat
 from penstock.router.responses.asked import new_response
 from penstock.router.responses.background import TELL_S, BackgroundResponse
 from penstock.router.responses.following import StoredLog, any_of, follow
-from penstock.router.responses.request import NAMES, Item, ResponsesRequest
+from penstock.router.responses.request import NAMES, ResponsesRequest, earlier_items
 from penstock.router.responses.store import ResponseKey, ResponseStore, Stored, unknown
 from penstock.router.translate import in_words_of
 
 _create = msgspec.json.Decoder(ResponsesRequest)
-_items = msgspec.json.Decoder(list[Item])
 _json = msgspec.json.Encoder().encode
 _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{32}")
 Headers = list[tuple[bytes, bytes]]
@@ -77,7 +76,7 @@ class Responses:
                 "background needs a router that keeps responses (--response-store-mib)", param="background"
             )
         earlier = await self._earlier(head.tenant, request.previous_response_id)
-        chat = request.chat([item for turn in earlier for item in _items.decode(turn)])
+        chat = request.chat(earlier_items(earlier))
         response_id = f"resp_{head.request_id}"  # made up here, unlike other answers' ids: nobody can guess it
         key = head.tenant, response_id
         scores = functools.partial(scored_tokens, front.tokenizer)

@@ -12,7 +12,7 @@ import pytest
 from penstock.common.errors import Overloaded, WorkerLost
 from tests.conftest import RedisServer
 from tests.router.fake_router import ANSWER, CONTEXT, SPANS, Router, ids_of, running, say
-from tests.tiny_tokenizers import byte_level
+from tests.tiny_tokenizers import TEMPLATE, byte_level
 
 PROMPT = "<s><|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
 FINAL = ("response.completed", "response.incomplete", "response.failed")
@@ -323,6 +323,39 @@ def test_reasoning_and_a_call(redis_server: RedisServer, step: int) -> None:
         output = {"type": "function_call_output", "call_id": whole.output[2].call_id, "output": "wet"}
         create(router, previous_response_id=whole.id, input=[output], tools=tools)
         assert "Let me see." in prompt_of(router) and "wet<|im_end|>" in prompt_of(router)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finish", "status"),
+    [
+        ('{"place": "Be', "length", "incomplete"),
+        ('["Bergen"]}</tool_call>', "stop", "completed"),
+        ('{"place": Bergen}}</tool_call>', "stop", "completed"),
+    ],
+)
+def test_a_conversation_goes_on_after_a_call_with_broken_arguments(
+    redis_server: RedisServer, arguments: str, finish: str, status: str
+) -> None:
+    """The client sees them as the model wrote them; templates, which want an object, get an empty one."""
+    template = TEMPLATE.replace(
+        "<|im_end|>",
+        "{% for call in message.tool_calls or [] %}<{{ call.function | tojson }}>{% endfor %}<|im_end|>",
+        1,
+    )
+    tools: Any = [{"type": "function", "name": "rain", "parameters": {"type": "object"}, "strict": None}]
+    options: Any = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "redis_url": redis_server.url}
+    with running(template=template, **options) as router:
+        router.service.script = say('<tool_call>{"name": "rain", "arguments": ' + arguments, finish)
+        first = create(router, tools=tools)
+        [use] = first.output
+        assert (first.status, use.name, use.arguments) == (status, "rain", arguments.removesuffix("}</tool_call>"))
+        output = {"type": "function_call_output", "call_id": use.call_id, "output": "wet"}
+        answered = create(router, previous_response_id=first.id, input=[output], tools=tools)
+        assert '<{"name": "rain", "arguments": {}}>' in prompt_of(router) and "wet<|im_end|>" in prompt_of(router)
+        for response in (first, answered):
+            create(router, previous_response_id=response.id, input="And?", tools=tools)
+            assert "And?<|im_end|>" in prompt_of(router)
+        assert router.openai.responses.retrieve(first.id).output == first.output
 
 
 # ------------------------------------------------------------ whose
