@@ -57,14 +57,15 @@ def refusal(limits: Limits, found: Expected, waited_ms: float, ahead_ms: float =
         return SloUnattainable(text, retry_after_s=retry_after_s(found.room_ms))
     wait_ms = ahead_ms + found.wait_ms
     if ahead_ms and wait_ms > limits.queue_timeout_s * 1e3:
-        text = f"it would wait about {wait_ms / 1e3:.0f} s, {limits.queue_timeout_s:.0f} s are allowed"
+        about = f"about {wait_ms / 1e3:.0f} s" if math.isfinite(wait_ms) else "for nobody knows how long"
+        text = f"it would wait {about}, {limits.queue_timeout_s:.0f} s are allowed"
         return Overloaded(text, retry_after_s=retry_after_s(wait_ms - limits.queue_timeout_s * 1e3))
     return None
 
 
 def retry_after_s(excess_ms: float) -> float:
     """When what is too much now is worked off, in whole seconds: a fleet works off a millisecond in a millisecond."""
-    return float(min(RETRY_AT_MOST_S, max(1, math.ceil(excess_ms / 1e3))))
+    return float(math.ceil(min(RETRY_AT_MOST_S, max(1.0, excess_ms / 1e3))))
 
 
 def is_full(found: Expected) -> bool:

@@ -5,7 +5,7 @@ Templates know Hugging Face's conventions: text as a string or a list of parts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ from penstock.common.errors import BadRequest
 Message = dict[str, Any]
 _TEXT_OF_PART = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _arguments = msgspec.json.Decoder(dict[str, Any])
+MAX_MESSAGES = 16_384  # and parts of their contents: each is checked, and a client's turn keeps the others waiting
 
 
 class ContentForms(NamedTuple):
@@ -35,7 +36,15 @@ def template_messages(messages: Sequence[Message], forms: ContentForms) -> list[
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise BadRequest for what `template_messages` would refuse."""
+    check_count("messages", (message.get("content") for message in messages))
     template_messages(messages, ContentForms())
+
+
+def check_count(field: str, contents: Iterable[Any]) -> None:
+    """Raise BadRequest if there are too many messages, of these contents, with their parts."""
+    count = sum(1 + (len(content) if isinstance(content, list) else 0) for content in contents)
+    if count > MAX_MESSAGES:
+        raise BadRequest(f"{field}: at most {MAX_MESSAGES} messages and parts, got {count}", param=field)
 
 
 def _message(message: Message, where: str, forms: ContentForms) -> Message:

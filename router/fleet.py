@@ -155,8 +155,10 @@ class Fleet:
     def prefill_rate(self, now: float, *, beside: bool) -> float:
         """Prompt tokens a second that workers in use compute; `beside`: decode workers, too, as far as their sequences
         let them. Without prefill workers they do in any case."""
-        usable = [m for m in self._members.values() if not m.load.draining]
-        usable = [m for m in usable if self.health.usable(m.worker.incarnation, now)]
+        taking = [m for m in self._members.values() if not m.load.draining]
+        usable = [m for m in taking if self.health.usable(m.worker.incarnation, now)]
+        if not any(map(_decodes, usable)):  # then requests go to those that are not
+            usable += [m for m in taking if _decodes(m)]
         prefill = [m for m in usable if m.worker.role == "prefill"]
         return sum(
             1e3 * tokens / computing_ms(self._candidate(member, None), tokens)

@@ -7,7 +7,9 @@ worker to which another router has given load at the same moment is reconsidered
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,6 +26,7 @@ from penstock.router.policy import Moving, Placement, Policy, RequestFacts, move
 
 MAX_CLAIMS = 4  # how often a placement is reconsidered because other routers chose the same worker
 HASH_OFF_LOOP_TOKENS = 4096  # from here on hashing takes over 0.2 ms, the cost of a thread
+KEPT_HASHES = 16  # of long prompts: a request's choices come together
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Placing:
         self._off_loop = off_loop
         self._minimum = min_remote_prefill_tokens
         self._limits = limits
+        self._hashing: OrderedDict[tuple[str, int, str, int], asyncio.Task[list[bytes]]] = OrderedDict()
 
     async def place(
         self, request: GenerateRequest, avoid: frozenset[str], since: float, moving: Moving | None = None
@@ -137,7 +141,16 @@ class Placing:
     async def _hashes(self, request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
         if len(request.prompt_token_ids) < HASH_OFF_LOOP_TOKENS:
             return _page_hashes(request, scope, page_size)
-        return await self._off_loop.run(lambda: _page_hashes(request, scope, page_size))
+        if request.output_token_ids:  # nobody else has these
+            return await self._off_loop.run(lambda: _page_hashes(request, scope, page_size))
+        key = (request.request_id, len(request.prompt_token_ids), scope, page_size)
+        task = self._hashing.get(key)
+        if task is None:
+            work = self._off_loop.run(lambda: _page_hashes(request, scope, page_size))
+            task = self._hashing[key] = asyncio.ensure_future(work)
+            while len(self._hashing) > KEPT_HASHES:
+                self._hashing.popitem(last=False)
+        return await asyncio.shield(task)  # one choice that is cancelled takes nothing from the others
 
 
 def _grown(placement: Placement, lookups: Mapping[str, Lookup], others: Mapping[str, int]) -> bool:

@@ -17,7 +17,7 @@ from penstock.common.bad_words import bad_word_ids
 from penstock.common.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY
 from penstock.common.errors import BadRequest
 from penstock.common.generation_defaults import GenerationDefaults
-from penstock.common.sampling import SamplingParams
+from penstock.common.sampling import MAX_BAD_WORDS, SamplingParams
 from penstock.router.chat_messages import check_messages
 from penstock.router.known_fields import not_supported, refuse_unsupported
 from penstock.router.structured import FormFields
@@ -140,6 +140,8 @@ class GenerationRequest(FormFields, kw_only=True):
             raise BadRequest("prompt_logprobs does not go with stream=true", param="prompt_logprobs")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:
             raise BadRequest(f"priority must be a 32-bit integer, got {self.priority}", param="priority")
+        if len(self.bad_words or ()) > MAX_BAD_WORDS:  # before they are tokenised
+            raise BadRequest(f"bad_words: at most {MAX_BAD_WORDS}, got {len(self.bad_words or ())}", param="bad_words")
         if any(len(word) > MAX_BAD_WORD_LENGTH for word in self.bad_words or ()):
             raise BadRequest(f"bad_words must be of at most {MAX_BAD_WORD_LENGTH} characters", param="bad_words")
 

@@ -54,16 +54,23 @@ class Turns:
         found = await self._find(command)
         if found is None:
             return
-        if found.expected is not None and command.request.attempt == 0:
-            waits = len(self._admission) > 0
-            verdict = False if waits else self._admission.judge(found.expected, _waited_ms(command))
-            if verdict is False:
-                self._enqueue(command, found.expected)
-                return
-            if isinstance(verdict, PenstockError):
-                self._emit(Refused(*_key(command), verdict))
-                return
-        self._go(command, found)
+        try:
+            goes = command.request.attempt > 0 or found.expected is None or self._goes(command, found.expected)
+        except Exception:
+            self._failed(command)
+            return
+        if goes:
+            self._go(command, found)
+
+    def _goes(self, command: Place, expected: Expected) -> bool:
+        """Whether it is sent at once; else it is refused, or waits."""
+        waits = len(self._admission) > 0
+        verdict = False if waits else self._admission.judge(expected, _waited_ms(command))
+        if verdict is False:
+            self._enqueue(command, expected)
+        elif isinstance(verdict, PenstockError):
+            self._emit(Refused(*_key(command), verdict))
+        return verdict is True
 
     def take(self) -> None:
         """Something has changed: whoever waits may have room now."""
@@ -105,10 +112,15 @@ class Turns:
         request = command.request
         try:
             return await self._placing.place(request, command.avoid, command.since, command.moving)
-        except Exception:  # a bug, but one that must not leave the client waiting
-            log.exception("a request could not be placed", extra=about(request))
-            self._emit(PlaceFailed(request.request_id, request.choice, request.attempt))
+        except Exception:
+            self._failed(command)
             return None
+
+    def _failed(self, command: Place) -> None:
+        """By a bug, but one that must not leave the client waiting."""
+        request = command.request
+        log.exception("a request could not be placed", extra=about(request))
+        self._emit(PlaceFailed(request.request_id, request.choice, request.attempt))
 
     def _enqueue(self, command: Place, expected: Expected) -> None:
         request = command.request

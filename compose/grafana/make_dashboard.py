@@ -131,6 +131,8 @@ ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
             "short",
             [
                 (turned_away("overloaded"), "overloaded"),
+                (turned_away("queue_full"), "queue full"),
+                (turned_away("slo_unattainable"), "objective out of reach"),
                 (turned_away("queue_timeout"), "no room in time"),
                 (turned_away("unavailable"), "no worker"),
             ],

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.common.errors import BadRequest
+from penstock.router.chat_messages import check_count
 from penstock.router.known_fields import not_supported
 from penstock.router.protocol import ChatRequest
 from penstock.router.translate import chat_request
@@ -131,6 +132,7 @@ class PromptRequest(msgspec.Struct, kw_only=True):
         """Raise BadRequest for what the types alone cannot tell."""
         if not self.messages:
             raise BadRequest("messages must hold at least one message", param="messages")
+        check_count("messages", (message.content for message in self.messages))
         for at, message in enumerate(self.messages):
             _check_blocks(message, f"messages[{at}].content")
         for at, tool in enumerate(self.tools or ()):

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, QueueFull, SloUnattainable
-from penstock.router.admission import HOLD_MS, Admission, DrainRate, Limits, is_full, refusal, retry_after_s
+from penstock.router.admission import (
+    HOLD_MS,
+    RETRY_AT_MOST_S,
+    Admission,
+    DrainRate,
+    Limits,
+    is_full,
+    refusal,
+    retry_after_s,
+)
 from penstock.router.cost import CostPolicy
 from penstock.router.expected import Expected, expected, of_placement, quickest
 from penstock.router.policy import RequestFacts
@@ -157,3 +166,13 @@ def test_processes_that_share_a_port_share_its_limits():
     assert (new_admission(third).limits.max_queued, third.own_max_inflight) == (3, 34)
     crowd = dataclasses.replace(alone, group_ports=tuple(map(str, range(20))))
     assert new_admission(crowd).limits.max_queued == 1, "nobody is left without"
+
+
+def test_what_nobody_knows_is_told_to_be_tried_again_in_a_while():
+    assert (retry_after_s(math.inf), retry_after_s(1.0), retry_after_s(1500.0)) == (RETRY_AT_MOST_S, 1.0, 2.0)
+    admission: Admission[str] = Admission(Limits(queue_timeout_s=30.0))
+    full = Expected(wait_ms=1000.0, room_ms=0.0, prefill_ms=0.0, tpot_ms=0.0)
+    assert admission.enqueue("a", "", 0, 100.0, "a", full, 0.0, 1.0) == []
+    ((_, error),) = admission.enqueue("b", "", 0, 100.0, "b", full, 0.0, 1.0)
+    assert isinstance(error, Overloaded) and "for nobody knows how long" in error.message
+    assert error.retry_after_s == RETRY_AT_MOST_S

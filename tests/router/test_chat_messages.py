@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from penstock.router.chat_messages import ContentForms, template_messages
+from penstock.common.errors import BadRequest
+from penstock.router.chat_messages import MAX_MESSAGES, ContentForms, check_messages, template_messages
 from tests.router.fake_router import running
 from tests.tiny_tokenizers import byte_level
 
@@ -52,3 +53,14 @@ def test_messages_are_not_changed_in_place() -> None:
 def test_empty_calls_are_none() -> None:
     [made] = template_messages([{"role": "assistant", "content": "a", "tool_calls": []}], ContentForms())
     assert made == {"role": "assistant", "content": "a"}
+
+
+def test_messages_and_their_parts_are_counted() -> None:
+    part = {"type": "text", "text": ""}
+    check_messages([{"role": "user", "content": [part] * (MAX_MESSAGES - 1)}])
+    for many in (
+        [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1),
+        [{"role": "user", "content": [part] * MAX_MESSAGES}],
+    ):
+        with pytest.raises(BadRequest, match="at most"):
+            check_messages(many)

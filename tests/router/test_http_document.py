@@ -10,7 +10,7 @@ import pytest
 
 from penstock.common import bad_words, grammar, sampling
 from penstock.common.config import RouterConfig
-from penstock.router import endpoints, protocol
+from penstock.router import chat_messages, endpoints, protocol
 from penstock.router.anthropic.request import MessagesRequest
 from penstock.router.known_fields import _NOWHERE
 from penstock.router.openapi import OPERATIONS
@@ -64,6 +64,7 @@ def test_limits_are_told() -> None:
     limits: dict[str, tuple[float, ...]] = {
         "body": (endpoints.MAX_BODY_BYTES >> 20,),
         "prompts times `n`": (protocol.MAX_CHOICES,),
+        "messages of a chat with the parts of their contents": (chat_messages.MAX_MESSAGES,),
         "`stop` / `stop_token_ids` / `cache_salt`": (
             protocol.MAX_STOP_STRINGS,
             protocol.MAX_STOP_LENGTH,

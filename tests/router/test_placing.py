@@ -11,10 +11,11 @@ import pytest
 from penstock.common.messages import GenerateRequest
 from penstock.common.redis_state import Lookup
 from penstock.common.sampling import SamplingParams
+from penstock.router import placing as placing_module
 from penstock.router.admission import Limits
 from penstock.router.fleet import Fleet
 from penstock.router.off_loop import OffLoop
-from penstock.router.placing import Placing
+from penstock.router.placing import HASH_OFF_LOOP_TOKENS, KEPT_HASHES, Placing
 from penstock.router.simple_policies import LeastLoadPolicy
 from tests.router.test_fleet import worker
 
@@ -81,3 +82,40 @@ def test_nobody_holds_anything_of_a_prompt_that_is_to_be_scored():
     finally:
         off_loop.close()
     assert reader.asked == [3, 0, 3], "with its first token the client has the scores"
+
+
+def test_the_choices_of_a_request_hash_their_long_prompt_once(monkeypatch: pytest.MonkeyPatch):
+    hashed: list[str] = []
+    plain = placing_module._page_hashes
+
+    def counting(request: GenerateRequest, scope: str, page_size: int) -> list[bytes]:
+        hashed.append(request.request_id)
+        return plain(request, scope, page_size)
+
+    monkeypatch.setattr(placing_module, "_page_hashes", counting)
+    fleet, off_loop = Fleet(), OffLoop(1)
+    for one in WORKERS:
+        fleet.connected(one.address, one, 0.0)
+    placing = Placing(fleet, LeastLoadPolicy(), Reader(), Claims([], {}), off_loop, 0, Limits())  # type: ignore[arg-type]
+    prompt = [1] * HASH_OFF_LOOP_TOKENS
+
+    async def place(name: str, *, cancelled: bool = False) -> None:
+        request = GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=4))
+        task = asyncio.ensure_future(placing.place(request, frozenset(), 0.0))
+        await asyncio.sleep(0)
+        if cancelled:
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled() == cancelled
+
+    async def scenario() -> None:
+        await asyncio.gather(place("a", cancelled=True), *(place("a") for _ in range(20)))
+        for number in range(KEPT_HASHES + 1):
+            await place(f"r{number}")
+        assert len(placing._hashing) == KEPT_HASHES
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        off_loop.close()
+    assert hashed == ["a", *(f"r{number}" for number in range(KEPT_HASHES + 1))]

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
+from penstock.common.errors import Overloaded, QueueTimeout
 from penstock.common.messages import MeasuredRates, TokenDelta
 from tests.router.fake_worker import FakeWorker, oracle
 from tests.router.services import LEASE_S, Collector, ended, play, request, running, send, until
@@ -310,3 +313,22 @@ def test_nobody_notices_an_outage_of_redis(own_redis, start_worker):
     play(scenario())
     for worker in workers:
         worker.close()
+
+
+def test_a_full_worker_that_is_left_alone_has_its_newcomers_wait_and_told_why(redis_server, start_worker, caplog):
+    worker = start_worker("d1", max_num_seqs=1)
+    worker.limit = 1
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1, queue_timeout_s=1.0) as service:
+            first = await send(service, request("first", tokens=500))
+            await until(lambda: first.tokens and service.loads()[0][1].running == 1)
+            for _ in range(20):
+                service._health.failed(worker.info.incarnation, "a request made no progress", time.monotonic())
+            late = [await send(service, replace(request(f"late{i}"), queue_timeout_s=0.5)) for i in range(4)]
+            await ended(*late)
+            assert all(isinstance(sink.error, (Overloaded, QueueTimeout)) for sink in late), [s.error for s in late]
+            service.cancel("first", 0)
+
+    play(scenario())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
