@@ -5,6 +5,7 @@ Used by process_group.py. A child gets its configuration on standard input, so t
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,13 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
-from threading import Thread
+from threading import Lock, Thread
 
 from penstock.supervisor import Member
 
 TAIL_LINES = 50
 _LAST_OUTPUT_S = 2.0  # how long a dead child's pipe is read on, should somebody else still hold it
 _WRAPPER = Path(__file__).parent / "die_with_parent.py"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ChildProcess:
     """A running child, from the moment it is constructed.
 
     Args:
-        on_line: called with each line of output (stdout and stderr together), in a thread of the child's own.
+        on_line: called with each line of output (stdout and stderr together), in a thread of the child's own. What it
+            raises is logged, and the next line read: a child whose pipe nobody reads dies of it.
         on_exit: called once with the exit status (negative: the signal), after the last line.
 
     Raises:
@@ -56,8 +60,10 @@ class ChildProcess:
 
     def __init__(self, spec: ProcessSpec, on_line: Callable[[str], None], on_exit: Callable[[int], None]) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._name = spec.name
         self._on_line = on_line
         self._on_exit = on_exit
+        self._reaping = Lock()  # an id that was reaped may be another process's: no signal goes to it
         self._process = Popen(
             [sys.executable, "-I", "-S", str(_WRAPPER), str(os.getpid()), *spec.command],
             stdin=PIPE,
@@ -82,12 +88,15 @@ class ChildProcess:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process; nothing happens when it is gone."""
-        self._process.send_signal(number)
+        with self._reaping, suppress(ProcessLookupError):  # Popen's own would reap it, and `_wait` never hear of it
+            if self._process.returncode is None:
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End the process and whatever it started in its session."""
-        if self._process.returncode is None:
-            _kill_session(self.pid)
+        with self._reaping:
+            if self._process.returncode is None:
+                _kill_session(self.pid)
 
     def join(self) -> None:
         """Wait until the exit has been reported."""
@@ -98,12 +107,17 @@ class ChildProcess:
         with self._process.stdout as output:
             for line in output:
                 self.tail.append(line.rstrip("\n"))
-                self._on_line(line.rstrip("\n"))
+                try:
+                    self._on_line(line.rstrip("\n"))
+                except Exception:
+                    logger.exception("a line of %s was not taken", self._name)
 
     def _wait(self) -> None:
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        _kill_session(self.pid)  # while it is not reaped, the id cannot belong to anybody else
-        status = self._process.wait()
+        with suppress(ChildProcessError):  # where our program ignores SIGCHLD, or waits for any child, it is reaped
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            _kill_session(self.pid)  # while it is not reaped, the id cannot belong to anybody else
+        with self._reaping:
+            status = self._process.wait()
         self._reader.join(_LAST_OUTPUT_S)
         self._on_exit(status)
 
