@@ -1,6 +1,7 @@
 """What people see of a fleet: each child's lines behind its name, and loading progress (bars on a terminal).
 
-Written to by process_group.py from several threads.
+Written to by process_group.py from several threads. Where nobody can see it any more (the terminal is closed, the disk
+full) it is lost: the fleet goes on.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from threading import Lock
 from typing import Any, TextIO
 
@@ -33,12 +35,12 @@ class Console:
 
     def line(self, name: str, text: str) -> None:
         """Show a line of process `name`."""
-        with self._lock:
+        with self._lock, suppress(OSError):
             self._write_line(name, text)
 
     def progress(self, name: str, progress: Progress) -> None:
         """Show how far process `name` is: its bar, or without a terminal a line a quarter."""
-        with self._lock:
+        with self._lock, suppress(OSError):
             if self._terminal:
                 self._move_bar(name, progress)
                 return
@@ -50,7 +52,7 @@ class Console:
 
     def forget(self, name: str) -> None:
         """Process `name` is loaded or gone: take its bar away."""
-        with self._lock:
+        with self._lock, suppress(OSError):
             self._shown.pop(name, None)
             if name in self._bars:
                 self._bars.pop(name).close()

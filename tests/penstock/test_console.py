@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -69,6 +70,27 @@ def test_a_terminal_gets_bars_and_colours() -> None:
     assert re.search(r"25%.*1/4", shown)
     assert "\x1b[36mdecode-0   | \x1b[0mbetween" in shown
     assert "\x1b[36mdecode-0   | \x1b[0mafter" in shown
+
+
+def test_what_nobody_can_see_any_more_is_no_error() -> None:
+    reader, writer = os.pipe()
+    master, slave = pty.openpty()
+    streams = [os.fdopen(writer, "w"), os.fdopen(slave, "w")]
+    consoles = [Console(stream) for stream in streams]
+    consoles[1].progress("prefill-0", Progress("loading weights", 1, 4))  # a bar stands when the terminal is closed
+    os.close(reader)
+    os.close(master)
+    for console in consoles:
+        for done in range(3):
+            console.line("decode-0", "a line")
+            console.progress("decode-0", Progress("loading weights", done, 2))
+        console.forget("decode-0")
+        console.close()
+    for stream in streams:
+        with pytest.raises(OSError):
+            print("indeed it is gone", file=stream, flush=True)
+        with contextlib.suppress(OSError):  # what it still has to write
+            stream.close()
 
 
 def test_progress_survives_the_way_through_a_pipe() -> None:
