@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from penstock.common.errors import BadRequest
+from penstock.router.chat_messages import check_count
 from penstock.router.known_fields import not_supported
 from penstock.router.protocol import ChatRequest, StreamOptions
 from penstock.router.translate import chat_request
@@ -173,6 +174,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         ):
             limits = f"{MAX_METADATA} pairs of at most {MAX_METADATA_KEY} and {MAX_METADATA_VALUE} characters"
             raise BadRequest(f"metadata must be at most {limits}", param="metadata")
+        check_count("input", (item.content for item in self.items))
         for at, item in enumerate(self.items):
             _check_item(item, f"input[{at}]")
         for at, tool in enumerate(self.tools or ()):
@@ -227,8 +229,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
 def earlier_items(turns: Iterable[bytes]) -> list[Item]:
     """The items of stored turns.
 
-    Calls whose arguments are no JSON object, cut by `max_output_tokens` or as the model wrote them, have none: templates
-    want an object, and unlike its own input the client cannot correct what is stored.
+    Calls whose arguments are no JSON object, cut by `max_output_tokens` or as the model wrote them, have none:
+    templates want an object, and unlike its own input the client cannot correct what is stored.
     """
     items = [item for turn in turns for item in _items.decode(turn)]
     for item in items:
