@@ -111,9 +111,11 @@ class AsyncLLM:
 
     def shutdown(self) -> None:
         """Stop; what is running ends in an error. Blocks for a step, or until a fleet's processes are gone."""
-        self._ending()
-        for stream in list(self._streams.values()):
-            stream.fail(RuntimeError("it was shut down"))
+        try:
+            self._ending()
+        finally:
+            for stream in list(self._streams.values()):
+                stream.fail(RuntimeError("it was shut down"))
         if not isinstance(self._llm, FleetLLM):
             self._llm.close()
 
@@ -197,8 +199,8 @@ class _Stream:
         with self._lock:
             if not self._ended:
                 self._ended = True
+                self._publish(error)  # first: who waits for it must hear of it, whatever becomes of the rest
                 self._stop_unfinished()
-                self._publish(error)
 
     def abort(self) -> None:
         """Nobody wants more of it."""

@@ -21,14 +21,12 @@ from penstock.common.config import ServeConfig
 from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest, TokenDelta
 from penstock.engine_run import key_of
-from penstock.fleet import Fleet
+from penstock.fleet import WITHOUT_LIMITS, Fleet
 from penstock.router.service import ModelInfo, RouterService
 
 Deliver = Callable[[New | Exception], None]
 LINK_TIMEOUT_S = 60.0  # from workers that are registered to links to all of them
 STOP_TIMEOUT_S = 10.0
-_NO_LIMIT = 1 << 20  # whoever calls `generate` with that many prompts means it
-_NO_TIMEOUT_S = 1e9  # a prompt may wait behind all others of its call; workers that die are noticed by their leases
 
 
 class FleetThread:
@@ -39,14 +37,7 @@ class FleetThread:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        config = replace(
-            config,
-            max_inflight=_NO_LIMIT,
-            max_queued=_NO_LIMIT,
-            queue_timeout_s=_NO_TIMEOUT_S,
-            progress_timeout_s=_NO_TIMEOUT_S,
-        )
-        self._fleet = Fleet(config, with_router=False)
+        self._fleet = Fleet(replace(config, **WITHOUT_LIMITS), with_router=False)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="fleet router", daemon=True)
         self._service: RouterService | None = None
@@ -78,8 +69,9 @@ class FleetThread:
         asyncio.run_coroutine_threadsafe(self._running.submit(request, _Sink(deliver)), self._loop)
 
     def abort(self, request: GenerateRequest) -> None:
-        """It needs no more tokens; a few may still come."""
-        self._loop.call_soon_threadsafe(self._running.cancel, request.request_id, request.choice)
+        """It needs no more tokens; a few may still come. After `close`, or while it ends requests: nothing."""
+        if self._service is not None and not self._closed:
+            self._loop.call_soon_threadsafe(self._service.cancel, request.request_id, request.choice)
 
     def close(self) -> None:
         """End requests, links, workers and Redis; returns when no process is left. Again: nothing."""

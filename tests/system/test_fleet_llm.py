@@ -154,6 +154,25 @@ def test_async_tokens_come_as_they_are_made(engine: AsyncLLM, checkpoints: dict[
     assert all(len(seen) > 1 for seen in answers)
 
 
+def test_a_shutdown_ends_what_is_running(checkpoints: dict[str, Path]) -> None:
+    engine = AsyncLLM(str(checkpoints["llama"]), decode_workers=1, lease_s=30.0, **ENGINE)
+    params = SamplingParams(max_tokens=250, ignore_eos=True)
+    begun = [asyncio.Event() for _ in range(3)]
+
+    async def collect(event: asyncio.Event) -> None:
+        async for _ in engine.generate("The river", params):
+            event.set()
+
+    async def program() -> list[BaseException | None]:
+        tasks = [asyncio.ensure_future(collect(event)) for event in begun]
+        await asyncio.gather(*(event.wait() for event in begun))
+        await asyncio.to_thread(engine.shutdown)
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+
+    assert [type(error).__name__ for error in asyncio.run(program())] == ["Unavailable"] * 3
+    assert not engine.is_running and engine._streams == {}
+
+
 PROGRAM = """
 import sys
 from penstock import LLM, SamplingParams
