@@ -76,7 +76,7 @@ def _count(number: int, noun: str) -> str:
 def run_in_foreground(group: ProcessGroup, describe: Callable[[], str], drain_s: float) -> int:
     """Start the group, print `describe()` when it is ready, and stop it on a signal. Call it from the main thread.
 
-    `drain_s` is how long requests may go on then, as people are told.
+    `drain_s` is how long requests may go on then, as people are told. Returns the exit status.
     """
 
     seen: list[int] = []
@@ -108,4 +108,6 @@ def run_in_foreground(group: ProcessGroup, describe: Callable[[], str], drain_s:
         if status:
             print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
     group.join()
+    if group.error is not None:
+        return 1
     return INTERRUPTED if group.killed else status

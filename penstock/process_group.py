@@ -20,6 +20,7 @@ from penstock.console import Console
 from penstock.supervisor import Command, Kill, Start, State, Supervisor, Terminate
 
 READY_POLL_S = 0.2
+LONGEST_WAIT_S = 3600.0  # queues refuse to wait for ever, or for 300 years, which a drain may be given
 _NOT_STARTED = 127  # as a shell says of a command it cannot run
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class ProcessGroup:
         self._events: SimpleQueue[Callable[[float], list[Command]]] = SimpleQueue()
         self._settled = Event()  # ready for the first time, or never going to be
         self._done = Event()
+        self.error: Exception | None = None  # of our own, not of a process: it was logged, and everything killed
         self._thread = Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self) -> None:
@@ -57,7 +59,8 @@ class ProcessGroup:
         """Wait until every process has been ready.
 
         Raises:
-            LaunchError: a process ended before, or the group was stopped; the message has the process's own words.
+            LaunchError: a process ended before, or the group was stopped; the message has the process's own words. Or
+                the group itself failed.
             TimeoutError: not ready in time; the group goes on starting.
         """
         if not self._settled.wait(timeout_s):
@@ -68,13 +71,16 @@ class ProcessGroup:
             words = _last_words(self._children.get(failure.name))
             message = f"{failure.name} did not start ({_describe(failure.status)}): {words}"
             raise LaunchError(message, exit_status=2 if failure.status == 2 else 1)
+        if self.error is not None:
+            message = f"the supervisor failed: {type(self.error).__name__}: {self.error}"
+            raise LaunchError(message, exit_status=1) from self.error
         if not self.ready and (self.stopping or self._done.is_set()):
             raise LaunchError("stopped before everything was ready", exit_status=0)
 
     @property
     def ready(self) -> bool:
         """Every process is ready now."""
-        return self._supervisor.ready
+        return self._supervisor.ready and not self._done.is_set()
 
     @property
     def stopping(self) -> bool:
@@ -103,30 +109,37 @@ class ProcessGroup:
         self._events.put(self._supervisor.kill)
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing runs any more; False if that takes longer than `timeout_s`."""
+        """Wait until nothing runs any more; False if that takes longer than `timeout_s`. Then `error` tells whether
+        it was meant to."""
         return self._thread.ident is None or self._done.wait(timeout_s)
 
     def _run(self) -> None:
         try:
-            self._obey(self._supervisor.start(time.monotonic()))
-            while not self._supervisor.done:
-                event = self._next_event()
-                self._obey(event(time.monotonic()))
-                self._probe()
-                self._obey(self._supervisor.tick(time.monotonic()))
-                if self._supervisor.ready or self._supervisor.stopping:
-                    self._settled.set()
+            self._supervise()
+        except Exception as error:
+            logger.exception("the supervisor failed: everything is killed")
+            self.error = error
         finally:
             for child in self._children.values():  # only after an error of our own is anything left to kill
                 child.kill()
                 child.join()
             self._console.close()
-            self._settled.set()
             self._done.set()
+            self._settled.set()  # last: who waited for it looks at all of the above
+
+    def _supervise(self) -> None:
+        self._obey(self._supervisor.start(time.monotonic()))
+        while not self._supervisor.done:
+            event = self._next_event()
+            self._obey(event(time.monotonic()))
+            self._probe()
+            self._obey(self._supervisor.tick(time.monotonic()))
+            if self._supervisor.ready or self._supervisor.stopping:
+                self._settled.set()
 
     def _next_event(self) -> Callable[[float], list[Command]]:
         deadline = self._supervisor.next_deadline()
-        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        patience = None if deadline is None else min(LONGEST_WAIT_S, max(0.0, deadline - time.monotonic()))
         if self._supervisor.in_state(State.STARTING) and not self._supervisor.stopping:
             patience = READY_POLL_S if patience is None else min(READY_POLL_S, patience)
         try:

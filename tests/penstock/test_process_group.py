@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -136,6 +138,32 @@ time.sleep(600)
     wait_for(lambda: not _alive(grandchild), "the grandchild is gone")
 
 
+@pytest.mark.parametrize("drain_s", [float("inf"), 1e10])
+def test_a_drain_that_has_all_the_time_in_the_world(tmp_path: Path, drain_s: float) -> None:
+    group = ProcessGroup(
+        [child(tmp_path, "low", 0), child(tmp_path, "top", 1, drain_s=drain_s)], Console(io.StringIO())
+    )
+    group.start()
+    group.wait_ready(DEADLINE_S)
+    group.stop()
+    assert group.join(DEADLINE_S) and group.error is None
+    assert (tmp_path / "stopped").read_text().split() == ["top", "low"]
+
+
+def test_an_error_of_its_own_is_told_and_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(pid: int) -> bool:
+        raise KeyError("workers")
+
+    good = child(tmp_path, "good")
+    group = ProcessGroup([good, replace(good, member=Member("bad"), ready=broken)], Console(io.StringIO()))
+    group.start()
+    with pytest.raises(LaunchError, match=r"^the supervisor failed: KeyError: 'workers'$") as caught:
+        group.wait_ready(DEADLINE_S)
+    assert caught.value.exit_status == 1
+    assert group.join(DEADLINE_S) and not group.ready
+    assert [record.levelname for record in caplog.records] == ["ERROR"] and "KeyError" in caplog.text
+
+
 def test_stop_before_ready(tmp_path: Path) -> None:
     spec = ProcessSpec(Member("slow"), (sys.executable, "-c", "import time; time.sleep(600)"), ready=lambda pid: False)
     group = ProcessGroup([spec], Console(io.StringIO()))
@@ -183,15 +211,22 @@ def ready():
 sys.exit(run_in_foreground(group, ready, float(sys.argv[3])))
 """
 
+FAILS_LATER = """
+from penstock.supervisor import Supervisor
+def broken(*_):
+    raise RuntimeError("a bug")
+Supervisor.process_exited = broken
+"""
+
 
 class Launched:
     """A launcher in a process of its own, with two children."""
 
-    def __init__(self, folder: Path, program: str = CHILD, drain_s: float = 10.0) -> None:
+    def __init__(self, folder: Path, program: str = CHILD, drain_s: float = 10.0, prelude: str = "") -> None:
         (folder / "child.py").write_text(program)
         checkout = str(Path(__file__).parents[2])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(folder), checkout, str(drain_s)],
+            [sys.executable, "-c", prelude + PARENT, str(folder), checkout, str(drain_s)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -224,6 +259,15 @@ def test_the_second_signal_kills(tmp_path: Path) -> None:
     wait_for((tmp_path / "stopped").exists, "the first signal has arrived")
     launched.process.send_signal(signal.SIGINT)
     assert launched.finish()[0] == 130
+
+
+def test_a_launcher_that_fails_later_says_so(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, prelude=FAILS_LATER)
+    os.kill(launched.pids[0], signal.SIGKILL)
+    status, errors = launched.finish()
+    assert status == 1
+    assert "the supervisor failed: everything is killed" in errors and "RuntimeError: a bug" in errors
+    assert not (tmp_path / "stopped").exists()
 
 
 def test_nothing_survives_a_launcher_that_is_killed(tmp_path: Path) -> None:
