@@ -20,6 +20,7 @@ TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
 CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
 TWO_PHASE_MIXED_CHUNK_TOKENS = 152  # with 8 sequences 160 rows: 7 ms of an 8B model on an H200, decodes alone 5 to 12
+LONGEST_S = 1e9  # 30 years; Redis and threads take no time that has no end
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
 
@@ -283,18 +284,30 @@ def _in_bounds(config: object) -> None:
             raise ConfigError(f"{name} must be from 0 to 65535, got {value}")
         if name != "seed" and type(value) in (int, float) and not value >= 0:
             raise ConfigError(f"{name} must not be below 0, got {value}")
-    if not 0 < values.get("lease_s", 1.0) < math.inf:
+    if not 0 < values.get("lease_s", 1.0) <= LONGEST_S:
         raise ConfigError(f"lease_s must be a time that ends, and not at once, got {values['lease_s']:g}")
-    if values.get("redis_url") and not _is_redis_url(values["redis_url"]):
-        raise ConfigError("redis_url must be redis://HOST:PORT, rediss://HOST:PORT or unix://PATH")
+    if values.get("response_ttl_s", 0.0) > LONGEST_S:
+        raise ConfigError(f"response_ttl_s must be a time that ends, got {values['response_ttl_s']:g}")
+    if values.get("redis_url"):
+        _check_redis_url(values["redis_url"])
 
 
-def _is_redis_url(url: str) -> bool:
+def _check_redis_url(url: str) -> None:
+    """Raises ConfigError, whose message has no secret."""
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("redis", "rediss", "unix") and (parts.port is None or parts.port > 0)
+        usable = parts.scheme in ("redis", "rediss", "unix") and (parts.port is None or parts.port > 0)
     except ValueError:  # no port number, say
-        return False
+        usable = False
+    if not usable:
+        raise ConfigError("redis_url must be redis://HOST:PORT, rediss://HOST:PORT or unix://PATH")
+    if parts.query:
+        import redis  # only here: who asks for --help does not wait for it
+
+        try:
+            redis.ConnectionPool.from_url(url).make_connection()  # which connects later
+        except (ValueError, TypeError, redis.RedisError) as error:
+            raise ConfigError(f"redis_url has options that cannot be: {error}") from None
 
 
 def _positive(config: object, *names: str) -> None:
