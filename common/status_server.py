@@ -18,6 +18,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 
+from penstock.common.errors import ConfigError
 from penstock.common.messages import WorkerInfo, WorkerLoad
 from penstock.common.worker_metrics import worker_metric_families
 
@@ -37,7 +38,7 @@ class StatusServer:
         info: the worker, for the labels of its metrics.
 
     Raises:
-        OSError: the address cannot be bound.
+        ConfigError: the address cannot be bound.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class StatusServer:
         self._metrics = CollectorRegistry()
         self._metrics.register(_LoadCollector(info, load))
         self._host = host
-        self._server = _HttpServer(host, port, self.answer)
+        try:
+            self._server = _HttpServer(host, port, self.answer)
+        except OSError as error:
+            raise ConfigError(f"cannot bind the status pages to {host}:{port}: {error.strerror}") from error
         self._thread = Thread(target=self._server.serve_forever, args=(0.1,), name="status-server", daemon=True)
         self._thread.start()
 

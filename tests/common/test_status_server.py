@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock.common.errors import ConfigError
 from penstock.common.histogram import STEP_TOKENS, Histogram
 from penstock.common.messages import MeasuredRates, WorkerInfo, WorkerLoad
 from penstock.common.status_server import StatusServer
@@ -166,3 +167,15 @@ def test_close_frees_the_port() -> None:
         assert server.url == f"http://127.0.0.1:{port}"
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_a_port_in_use_is_a_mistake_of_the_set_up() -> None:
+    with serving() as server, pytest.raises(ConfigError, match=rf"status pages to 127\.0\.0\.1:{server.port}: Address"):
+        StatusServer(
+            "127.0.0.1",
+            server.port,
+            health=lambda: (True, ""),
+            snapshot=dict,
+            load=lambda: LOAD,
+            info=worker("decode-0"),
+        )
