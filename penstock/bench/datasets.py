@@ -128,7 +128,7 @@ def custom(text: str, tokenizer: Tokenizer | None, number: int, output_len: int 
         ConfigError: a line is something else.
     """
     kept: list[Sample] = []
-    for place, line in enumerate(text.splitlines(), 1):
+    for place, line in enumerate(text.split("\n"), 1):  # splitlines() would part what JSON may hold, as U+2028
         if not line.strip() or len(kept) == number:
             continue
         try:

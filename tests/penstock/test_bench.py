@@ -234,6 +234,12 @@ def test_a_line_of_prompts_that_is_none(line: str) -> None:
         custom('{"prompt": "a"}\n' + line, None, 9, None)
 
 
+def test_a_prompt_may_hold_whatever_json_holds() -> None:
+    prompts = [f"a{mark}b" for mark in ("\u2028", "\u2029", "\x85", "\r\n", "\n")]
+    text = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts) + "\n"
+    assert [sample.text for sample in custom(text, None, 9, None)] == prompts
+
+
 def test_sharegpt_keeps_what_vllm_keeps(tokenizer: Tokenizer) -> None:
     def talk(*texts: str) -> dict[str, Any]:
         return {"conversations": [{"from": "human", "value": text} for text in texts]}
