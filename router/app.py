@@ -218,9 +218,7 @@ def _information(front: Front, group: Group) -> list[Route]:
         return JSONResponse({"server_load": (await counters(request))["in_flight"]})
 
     async def metrics(request: Request) -> Response:
-        for_all = group.is_for_all(request.scope)
-        own = front.metrics.exposition()
-        text = await group.metrics(own) if for_all else own
+        text = await group.metrics(request.scope, front.metrics.scrape())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def fleet(request: Request) -> Response:

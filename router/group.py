@@ -7,27 +7,27 @@ answer is left out.
 
 Metrics are labelled (`process="0"`), not summed. A sum would fall whenever a process dies; Prometheus takes that for a
 counter that began again, and would count all that the others have done a second time. `sum by` of the rates is right.
+Each process labels what it says of itself; of workers, of which all say the same, only the process that was asked does.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from penstock.common.config import RouterConfig
+from penstock.router.exposition import Scrape, labelled, together, written
 
 ASK_TIMEOUT_S = 2.0
 ADMIN_HOST = "127.0.0.1"
 MARKER = "process"  # the label
+OWN_FIGURES = "figures=own"  # asks /metrics for what a process says of itself
 
 
 class Group:
@@ -39,19 +39,30 @@ class Group:
         self._others = {i: port for i, port in enumerate(ports) if port != config.admin_port}
         self._admin_port = config.admin_port
         self._headers = {"Authorization": f"Bearer {config.api_key[0]}"} if config.api_key else {}
+        self._writing = asyncio.Lock()  # one text at a time: each thread that computes delays the loop's wake-ups
 
     def is_for_all(self, scope: Mapping[str, Any]) -> bool:
         """The request came to the shared port of several processes, so that its answer should speak of all of them."""
         server = scope.get("server")
         return bool(self._others) and not (server and server[1] == self._admin_port)
 
-    async def metrics(self, own: bytes) -> bytes:
-        """The text of /metrics: what `own` says of this process and its workers, and what others say of themselves."""
-        texts = {self.index: own, **await self._ask("/metrics")}
-        families = {i: list(text_string_to_metric_families(text.decode())) for i, text in texts.items()}
-        registry = CollectorRegistry()
-        registry.register(_Families(merged(families, self.index)))
-        return generate_latest(registry)
+    async def metrics(self, scope: Mapping[str, Any], scrape: Scrape) -> bytes:
+        """The text of /metrics, as it was asked for: of all processes, of this one, or its `OWN_FIGURES`."""
+        if self.is_for_all(scope):
+            writing = self._write(lambda: written([*self._own(scrape), *scrape.of_workers()]))
+            own, others = await asyncio.gather(writing, self._ask(f"/metrics?{OWN_FIGURES}"))
+            texts = {self.index: own, **others}
+            return await self._write(lambda: together(texts[index] for index in sorted(texts)))
+        if scope.get("query_string") == OWN_FIGURES.encode():
+            return await self._write(lambda: written(self._own(scrape)))
+        return await self._write(scrape.text)
+
+    def _own(self, scrape: Scrape) -> Iterator[Metric]:
+        return labelled(scrape.of_router(), MARKER, str(self.index))
+
+    async def _write(self, work: Callable[[], bytes]) -> bytes:
+        async with self._writing:
+            return await asyncio.to_thread(work)
 
     async def counters(self, own: Mapping[str, int]) -> dict[str, int]:
         """The sums of all processes' counters, and `processes`, how many they are of."""
@@ -65,34 +76,6 @@ class Group:
         asked = [asyncio.to_thread(_get, port, path, self._headers) for port in self._others.values()]
         answers = await asyncio.gather(*asked)
         return {i: answer for i, answer in zip(self._others, answers, strict=True) if answer is not None}
-
-
-def merged(families: Mapping[int, Iterable[Metric]], here: int) -> list[Metric]:
-    """One list of metric families of all processes. What they say of themselves gets their label; of workers, of which
-    all say the same, counts what the process `here` says.
-    """
-    found: dict[str, Metric] = {}
-    for index in sorted(families):
-        for family in families[index]:
-            target = found.setdefault(family.name, Metric(family.name, family.documentation, family.type, family.unit))
-            for sample in family.samples:
-                engine = sample.labels.get("engine", "router")
-                if engine == "router":
-                    target.samples.append(sample._replace(labels={**sample.labels, MARKER: str(index)}))
-                elif index == here:
-                    target.samples.append(sample)
-    return list(found.values())
-
-
-class _Families(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def describe(self) -> list[Metric]:
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families
 
 
 def _get(port: int, path: str, headers: Mapping[str, str]) -> bytes | None:

@@ -1,7 +1,7 @@
 """Prometheus metrics of a router and of the workers it sees, under vLLM's names where they mean the same.
 
 Router figures (engine="router") are kept in plain Python, so that a token costs one bisect; worker figures
-(engine=<worker id>) are read from their last heartbeat at scrape time. One `RouterMetrics` per app, served at /metrics.
+(engine=<worker id>) are those of their last heartbeat. One `RouterMetrics` per app; exposition.py makes /metrics of it.
 What is counted in finer steps than vLLM's has vLLM's own buckets under vLLM's name, and all under `penstock:`.
 """
 
@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from penstock.common.histogram import Histogram
 from penstock.common.messages import Spans
-from penstock.common.worker_metrics import LABELS, histogram_family, worker_metric_families
+from penstock.common.worker_metrics import LABELS, histogram_family
 from penstock.router.absent_metrics import absent_families
+from penstock.router.exposition import Scrape
 from penstock.router.http_metrics import HttpMetrics
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ _REASONS = ("stop", "length", "abort", "error")
 _GAUGES = ("in_flight", "queued", "links", "reserved_tokens", "redis_up")  # among RouterService.counters
 
 
-class RouterMetrics(Collector):
-    """What the router measures, and the registry that also shows its workers."""
+class RouterMetrics:
+    """What the router measures."""
 
     def __init__(self, service: RouterService, model_name: str) -> None:
         self._service = service
@@ -83,9 +82,6 @@ class RouterMetrics(Collector):
         self._n = new("request_params_n", "n asked for.", CHOICES)
         self._transports: dict[str, tuple[Histogram, Histogram, Histogram]] = {}  # seconds, exposed seconds, bytes
         self.http = HttpMetrics()
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        self._registry.register(self.http)
 
     def _new(self, name: str, help: str, bounds: Sequence[float], finer: Sequence[float] = ()) -> Histogram:
         histogram = Histogram((*finer, *bounds))
@@ -150,16 +146,14 @@ class RouterMetrics(Collector):
         """One HTTP request got an error."""
         self._errors[code] += 1
 
-    def exposition(self) -> bytes:
-        """The text of /metrics; python_* and process_* are this process's."""
-        return generate_latest(self._registry) + generate_latest(REGISTRY)
-
-    def describe(self) -> list[Metric]:
-        """Nothing is read at registration."""
-        return []
+    def scrape(self) -> Scrape:
+        """All that there is to show, as of now; about 1 ms, however many workers there are."""
+        service = self._service
+        counted = [*self.collect(), *self.http.collect()]
+        return Scrape(counted, self._labels["model_name"], service.loads(), service.states())
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry at every scrape."""
+        """What is counted here, and not by `http`."""
         labels = self._labels
         model = self._service.model_info()
         context = TOKENS[-1] if model is None else model.max_model_len
@@ -183,18 +177,7 @@ class RouterMetrics(Collector):
         for name, histogram in self._service.histograms().items():
             help = f"Router: {name.replace('_', ' ')}."
             yield histogram_family(f"penstock:{name}", help, [(labels, histogram)], LABELS)
-        yield self._usable()
-        yield from worker_metric_families(labels["model_name"], self._service.loads())
         yield from absent_families(labels)
-
-    def _usable(self) -> Metric:
-        states = self._service.states()
-        help = "1 if the worker is sent requests; 0: it is stalled or broken."
-        family = GaugeMetricFamily("penstock:worker_usable", help, labels=LABELS)
-        for worker, _ in self._service.loads():
-            usable = states[worker.incarnation].state not in ("stalled", "broken")
-            family.add_metric([self._labels["model_name"], worker.worker_id], float(usable))
-        return family
 
     def _handoffs(self) -> Iterator[Metric]:
         texts = (

@@ -2,45 +2,132 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from penstock.common.config import RouterConfig
 from penstock.common.errors import ConfigError
 from penstock.private_redis import free_port
+from penstock.router import exposition
 from penstock.router.app import create_app
-from penstock.router.group import Group, merged
+from penstock.router.exposition import together
+from penstock.router.group import Group
 from penstock.router.server import RouterServer
 from tests.router.fake_router import NO_REDIS, FakeService
 from tests.tiny_tokenizers import byte_level
 
-
-def families(answered: float, running: float) -> list[Metric]:
-    counter = CounterMetricFamily("penstock:requests", "Requests.", labels=["engine"])
-    counter.add_metric(["router"], answered)
-    counter.add_metric(["decode-0"], 99.0)
-    gauge = GaugeMetricFamily("vllm:num_requests_running", "Running.", labels=["engine"])
-    gauge.add_metric(["decode-0"], running)
-    return [counter, gauge]
+SHARED_PORT = 8000
 
 
-def test_routers_are_told_apart_and_a_worker_is_there_once() -> None:
-    counter, gauge = merged({1: families(5, 7), 0: families(3, 8)}, here=1)
-    found = {tuple(sorted(sample.labels.items())): sample.value for sample in counter.samples}
-    assert found == {
-        (("engine", "router"), ("process", "0")): 3.0,
-        (("engine", "router"), ("process", "1")): 5.0,
-        (("engine", "decode-0"),): 99.0,
-    }
-    assert [(sample.labels, sample.value) for sample in gauge.samples] == [({"engine": "decode-0"}, 7.0)]
-    assert (counter.type, counter.documentation) == ("counter", "Requests.")
+def test_samples_of_a_family_stand_together_under_one_head() -> None:
+    a, b = '# HELP a An "a".\n# TYPE a gauge\n', "# HELP b_total B.\n# TYPE b_total counter\n"
+    c = "# HELP c C.\n# TYPE c histogram\n"
+    first = a + 'a{path="\\n# HELP x"} 1.0\na{path="y"} 2.0\n' + b
+    second = b + "b_total 3.0\n" + c + 'c_bucket{le="+Inf"} 4.0\n' + a + "a 5.0\n"
+    assert together(text.encode() for text in (first, second, "")).decode() == (
+        a
+        + 'a{path="\\n# HELP x"} 1.0\na{path="y"} 2.0\na 5.0\n'
+        + b
+        + "b_total 3.0\n"
+        + c
+        + 'c_bucket{le="+Inf"} 4.0\n'
+    )
+
+
+class Writings:
+    """How often the families of all workers were made, and whether that or a text held up an event loop."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_workers = self.on_a_loop = 0
+        for name in ("worker_metric_families", "generate_latest"):
+            monkeypatch.setattr(exposition, name, self._noting(name, getattr(exposition, name)))
+
+    def _noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any) -> Any:
+            self.of_workers += name == "worker_metric_families"
+            with contextlib.suppress(RuntimeError):  # there is none in this thread
+                asyncio.get_running_loop()
+                self.on_a_loop += 1
+            return function(*args)
+
+        return noting
+
+
+@contextlib.contextmanager
+def two_processes() -> Iterator[tuple[Starlette, Starlette, int]]:
+    """The first, not served; the second, and its admin port."""
+    admin = free_port("127.0.0.1")
+    ports, other_port = ("1", str(admin)), free_port("127.0.0.1")
+    configs = [
+        RouterConfig(port=port, admin_port=int(own), group_ports=ports, redis_url=NO_REDIS, served_model_name=("m",))
+        for port, own in zip((SHARED_PORT, other_port), ports, strict=True)
+    ]
+    services: list[Any] = [FakeService(), FakeService()]
+    [(info, load)] = services[1].loads()
+    services[1].loads = lambda: [(info, msgspec.structs.replace(load, running=9))]  # its last heartbeat is another
+    apps = [create_app(service, config, byte_level()) for service, config in zip(services, configs, strict=True)]
+    server = RouterServer(apps[1], services[1], configs[1])
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        _health(admin)
+        yield apps[0], apps[1], admin
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def scraped(app: Starlette) -> str:
+    """What the process of `app` answers at the shared port."""
+
+    async def get() -> httpx.Response:
+        url = f"http://127.0.0.1:{SHARED_PORT}"
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=url) as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(get())
+    assert answer.status_code == 200
+    return answer.text
+
+
+def samples(text: str, name: str) -> list[tuple[str, str, float]]:
+    """Engine, process and value of each."""
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families), "a family is there twice"
+    found = [sample for family in families for sample in family.samples if sample.name == name]
+    return [(one.labels.get("engine", ""), one.labels.get("process", ""), one.value) for one in found]
+
+
+def test_any_process_tells_of_all_and_each_worker_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    writings = Writings(monkeypatch)
+    with two_processes() as (one, other, admin):
+        for number, app in enumerate((one, other), start=1):
+            for _ in range(number):
+                app.state.metrics.failed("overloaded")
+        text = scraped(one)
+        assert samples(text, "penstock:request_errors_total") == [("router", "0", 1.0), ("router", "1", 2.0)]
+        assert samples(text, "vllm:num_requests_running") == [("decode-0", "", 3.0)], "as the asked one knows it"
+        assert samples(text, "penstock:worker_usable") == [("decode-0", "", 0.0)]
+        python = samples(text, "python_info")
+        assert [process for _, process, _ in python] == ["0", "1"]
+        assert writings.of_workers == 1, "nobody else speaks of the workers"
+        alone = httpx.get(f"http://127.0.0.1:{admin}/metrics", timeout=60).text
+        assert samples(alone, "penstock:request_errors_total") == [("router", "", 2.0)]
+        assert samples(alone, "vllm:num_requests_running") == [("decode-0", "", 9.0)]
+    assert samples(scraped(one), "penstock:request_errors_total") == [("router", "0", 1.0)], "the other one is gone"
+    assert not writings.on_a_loop, "all streams would wait"
 
 
 @pytest.mark.parametrize(

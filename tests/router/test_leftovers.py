@@ -82,7 +82,7 @@ def test_a_hundred_workers_that_come_and_go_leave_nothing(redis_server, start_wo
             assert service.counters()["workers_broken"]
             with redis_server.client() as client:
                 await until(lambda: len(service.loads()) == 1 and entries(service) <= before and not mentions(client))
-            assert GONE not in metrics.exposition().decode()
+            assert GONE not in metrics.scrape().text().decode()
             assert len(staying.peers) == 1
 
     play(scenario())
