@@ -15,6 +15,15 @@ from penstock.common.config_loader import ENV_PREFIX, VLLM_ENV, explicit_values
 from penstock.common.logs import SUPERVISED_ENV
 from penstock.supervisor import Member
 
+# A child must not import from the working directory, as `python -m` does and the console script does not: a heapq.py
+# there would end it. From Python 3.11 on PYTHONSAFEPATH sees to that.
+BY_NAME = ("-m", "penstock")
+BY_CODE = (
+    "-c",
+    "import sys; sys.path = [path for path in sys.path if path]; from penstock.__main__ import run; sys.exit(run())",
+)
+_PENSTOCK = BY_NAME if sys.version_info >= (3, 11) else BY_CODE
+
 
 def own_process(
     member: Member,
@@ -26,7 +35,7 @@ def own_process(
     """`penstock COMMAND` with these options; `environ` is added to ours."""
     return ProcessSpec(
         member=member,
-        command=(sys.executable, "-m", "penstock", command, "--config", "-"),
+        command=(sys.executable, *_PENSTOCK, command, "--config", "-"),
         stdin=json.dumps(explicit_values(config)),
         environ=_child_environ() | dict(environ or {}),
         ready=ready,
@@ -40,6 +49,7 @@ def _child_environ() -> dict[str, str]:
     }
     environ[SUPERVISED_ENV] = "1"
     environ["PYTHONUNBUFFERED"] = "1"
+    environ["PYTHONSAFEPATH"] = "1"
     checkout = Path(penstock.__file__).parent.parent
     if checkout.name not in ("site-packages", "dist-packages"):
         paths = [str(checkout), environ.get("PYTHONPATH", "")]
