@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 from penstock.child_process import ProcessSpec
 from penstock.common.config import FleetConfig, ServeConfig
@@ -27,6 +29,12 @@ from penstock.private_redis import PrivateRedis, free_port, port_is_free
 from penstock.process_group import ProcessGroup
 from penstock.router_specs import SHUTDOWN_GRACE_S, reachable_host, router_specs
 from penstock.supervisor import Member
+
+# For a fleet with one user, who means all that is asked: a request may wait behind all others, however many and long.
+# Workers that die are noticed by their leases.
+WITHOUT_LIMITS: Mapping[str, Any] = MappingProxyType(
+    {"max_inflight": 1 << 20, "max_queued": 1 << 20, "queue_timeout_s": 1e9, "progress_timeout_s": 1e9}
+)
 
 
 class Fleet:
