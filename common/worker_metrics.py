@@ -79,6 +79,11 @@ _GAUGES = (
         {"capacity": lambda load: load.waiting - load.deferred, "deferred": lambda load: load.deferred},
         "reason",
     ),
+    _Figure(
+        "penstock:requests_held_up",
+        "Of those that wait, those for which there was no room when it was their turn.",
+        lambda load: load.held_up,
+    ),
     _Figure("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", kv_cache_usage),
     _Figure(
         "vllm:engine_sleep_state",
