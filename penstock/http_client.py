@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -23,6 +23,14 @@ class RequestError(Exception):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+class Reply(NamedTuple):
+    """The whole answer to one request."""
+
+    status: int
+    headers: Mapping[str, str]  # names in any case
+    text: str
 
 
 class Client:
@@ -51,15 +59,15 @@ class Client:
             raise RequestError(f"{self.base_url}/v1/models names no model")
         return names
 
-    async def post(self, path: str, body: Any, request_id: str = "") -> tuple[int, Any]:
-        """(status, body of the answer), whatever the status is.
+    async def post(self, path: str, body: Any, request_id: str = "") -> Reply:
+        """The answer, whatever its status is.
 
         Raises:
-            RequestError: there was no answer, or it is no JSON.
+            RequestError: there was none.
         """
         with _in_words():
             async with self._session.post(self.base_url + path, json=body, headers=_named(request_id)) as response:
-                return response.status, await response.json(content_type=None)
+                return Reply(response.status, response.headers, await response.text())
 
     async def stream(self, path: str, body: Any, request_id: str = "") -> AsyncGenerator[dict[str, Any], None]:
         """Payloads of the server-sent events, each as soon as it is complete, without the closing [DONE].

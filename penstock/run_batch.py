@@ -2,7 +2,8 @@
 
 A line of the input is {"custom_id", "method", "url", "body"}; a line of the output {"id", "custom_id", "response":
 {"status_code", "request_id", "body"}, "error"}, in the input's order. Every line gets an answer: one that cannot be
-sent gets an error of its own, and the others go on.
+sent gets an error of its own, and the others go on. A fleet of its own has no limits on who waits, and how long; what
+a server has no room for (429, 503) is tried again after its Retry-After.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ import asyncio
 import json
 import os
 import sys
+import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from penstock.client_options import api_key
 from penstock.common.errors import ConfigError
-from penstock.http_client import Client, RequestError, connect
+from penstock.http_client import Client, Reply, RequestError, connect
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_OPEN = 1024  # requests that are open at a time
+NO_ROOM = (429, 503)
+RETRY_TIMEOUT_S = 600.0
+DOUBLINGS = 4  # of a second, before tries of a line that is refused again and again
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,51 @@ class Line:
     error: str = ""
 
 
+class Retries:
+    """Which answers stand, and when a line that the server had no room for is tried again.
+
+    A busy server serves lines one after another, and each may wait for all before it. So what is bounded is not the
+    time of a line, but how long a server goes without room for any.
+    """
+
+    def __init__(self, timeout_s: float, now: float) -> None:
+        self._timeout_s = timeout_s
+        self._served_at = now  # when there last was room
+
+    def wait_s(self, reply: Reply, tries: int, now: float, date: float) -> float | None:
+        """Seconds until the next try; None: `reply` stands.
+
+        Args:
+            tries: how often the line has been tried again.
+            now: monotonic seconds.
+            date: seconds since the epoch, in which a server may say when.
+        """
+        if reply.status not in NO_ROOM:
+            self._served_at = now
+            return None
+        if reply.headers.get("x-should-retry") == "false":
+            return None
+        # The doubling is for servers that name no time, or always their shortest, to a thousand lines at once.
+        wait_s = max(_told_s(reply.headers.get("retry-after", ""), date), 2.0 ** min(tries, DOUBLINGS))
+        return wait_s if now + wait_s <= self._served_at + self._timeout_s else None
+
+
+def _told_s(retry_after: str, date: float) -> float:
+    """What a Retry-After asks for, in seconds or as a date; 0 if it is neither."""
+    try:
+        wait_s = float(retry_after)
+    except ValueError:
+        try:
+            wait_s = parsedate_to_datetime(retry_after).timestamp() - date
+        except (ValueError, OverflowError):
+            return 0.0
+    return wait_s if wait_s > 0 else 0.0  # no number is not above 0, either
+
+
 def read_lines(text: str) -> list[Line]:
     """The lines of a batch file that are not blank."""
-    return [_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not `splitlines`: JSON's texts may hold what else ends a line for it, such as U+2028.
+    return [_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _line(number: int, text: str) -> Line:
@@ -53,6 +102,8 @@ def _line(number: int, text: str) -> Line:
         found = json.loads(text)
     except ValueError as error:
         return wrong(f"no JSON: {error}")
+    except RecursionError:
+        return wrong("nested too deeply")
     if not isinstance(found, dict) or not isinstance(found.get("custom_id"), str):
         return wrong("an object with custom_id, a text, is expected")
     custom_id, body = found["custom_id"], found.get("body")
@@ -77,28 +128,39 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("-i", "--input-file", required=True, type=Path)
     parser.add_argument("-o", "--output-file", required=True, type=Path)
     parser.add_argument(
-        "--base-url", help="a running server; without it, a fleet is started: MODEL and serve's options"
+        "--base-url",
+        help="a running server; without it, a fleet is started: MODEL and serve's options, of which those that limit "
+        "how many requests wait, and how long, do not hold",
     )
     parser.add_argument("--api-key", default=api_key(os.environ), help="of the running server")
+    parser.add_argument(
+        "--retry-timeout-s",
+        type=float,
+        default=RETRY_TIMEOUT_S,
+        metavar="X",
+        help="lines that the server has no room for (429 and 503) are tried again after its Retry-After, until it has "
+        "had no room for any line for this long (default: %(default)g); 0: never. Other errors are the line's answer",
+    )
     parser.add_argument("--disable-tqdm", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     try:
-        lines = read_lines(options.input_file.read_text(encoding="utf-8"))
+        lines = read_lines(options.input_file.read_bytes().decode())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--input-file {options.input_file} cannot be read: {error}") from None
     if options.base_url and rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: with --base-url no fleet is started")
     key = options.api_key if options.base_url else ""
     with _open(options.output_file) as out, _server(options, rest) as url:
-        failed = asyncio.run(_answer(lines, url, key, out, options.disable_tqdm))
+        failed = asyncio.run(_answer(lines, url, key, out, options))
     print(f"{len(lines)} requests, {failed} without an answer: {options.output_file}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> TextIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
+        # Half a surrogate pair is legal in JSON, as an escape only: backslashreplace writes that very escape.
+        return path.open("w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"--output-file {path} cannot be written: {error}") from None
 
@@ -112,45 +174,72 @@ def _server(options: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
     from penstock.common import logs
     from penstock.common.config import ServeConfig
     from penstock.common.config_loader import load_config
-    from penstock.fleet import Fleet
+    from penstock.fleet import WITHOUT_LIMITS, Fleet
 
-    config = load_config(ServeConfig, rest, os.environ, prog="penstock run-batch", fixed={"port": 0, "api_key": ()})
+    fixed = {"port": 0, "api_key": (), "api_key_weights": (), "slo_ttft": 0.0, "slo_tpot": 0.0, **WITHOUT_LIMITS}
+    config = load_config(ServeConfig, rest, os.environ, prog="penstock run-batch", fixed=fixed)
     logs.setup("run-batch", config.log_level)
     with Fleet(config) as fleet:
         yield fleet.url
 
 
-async def _answer(lines: Sequence[Line], url: str, key: str, out: Any, quiet: bool) -> int:
+async def _answer(lines: Sequence[Line], url: str, key: str, out: TextIO, options: argparse.Namespace) -> int:
     """Write an answer a line, in order, as far as they are there; how many are not of status 200."""
     failed = 0
-    with tqdm(total=len(lines), desc="Requests", disable=True if quiet else None) as bar:
+    retries = Retries(options.retry_timeout_s, time.monotonic())
+    with tqdm(total=len(lines), desc="Requests", disable=True if options.disable_tqdm else None) as bar:
         async with connect(url, api_key=key) as client:
-            async for answer in _in_order(client, lines):
-                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            async for answer, good in _in_order(client, lines, retries):
+                out.write(answer + "\n")
                 out.flush()
-                failed += answer["error"] is not None or answer["response"]["status_code"] != 200
+                failed += not good
                 bar.update()
     return failed
 
 
-async def _in_order(client: Client, lines: Iterable[Line]) -> AsyncIterator[dict[str, Any]]:
+async def _in_order(client: Client, lines: Iterable[Line], retries: Retries) -> AsyncIterator[tuple[str, bool]]:
     """Answers in the lines' order, up to MAX_OPEN requests ahead of the one that is waited for."""
-    waiting: deque[asyncio.Task[dict[str, Any]]] = deque()
+    waiting: deque[asyncio.Task[tuple[str, bool]]] = deque()
     for line in lines:
-        waiting.append(asyncio.create_task(_send(client, line)))
+        waiting.append(asyncio.create_task(_send(client, line, retries)))
         if len(waiting) == MAX_OPEN:
             yield await waiting.popleft()
     while waiting:
         yield await waiting.popleft()
 
 
-async def _send(client: Client, line: Line) -> dict[str, Any]:
+async def _send(client: Client, line: Line, retries: Retries) -> tuple[str, bool]:
+    """(the output's line, whether it has a response of status 200)."""
     unique = uuid.uuid4().hex
-    answer: dict[str, Any] = {"id": f"batch_req_{unique}", "custom_id": line.custom_id, "response": None, "error": None}
+
+    def answer(response: Mapping[str, Any] | None, error: Mapping[str, str] | None) -> str:
+        whole = {"id": f"batch_req_{unique}", "custom_id": line.custom_id, "response": response, "error": error}
+        return json.dumps(whole, ensure_ascii=False)
+
+    def wrong(code: str, message: str) -> tuple[str, bool]:
+        return answer(None, {"code": code, "message": message}), False
+
     if line.error:
-        return answer | {"error": {"code": "invalid_request", "message": line.error}}
+        return wrong("invalid_request", line.error)
     try:
-        status, body = await client.post(line.url, line.body, unique)
+        status, _, text = await _ask(client, line, unique, retries)
+        try:
+            body = json.loads(text)
+        except ValueError as error:
+            return wrong("invalid_response", f"status {status}, and no JSON: {error}")
+        return answer({"status_code": status, "request_id": unique, "body": body}, None), status == 200
     except RequestError as error:
-        return answer | {"error": {"code": "connection_error", "message": str(error)}}
-    return answer | {"response": {"status_code": status, "request_id": unique, "body": body}}
+        return wrong("connection_error", str(error))
+    except RecursionError as error:  # of the line's body, or of the answer's
+        return wrong("nested_too_deeply", str(error))
+
+
+async def _ask(client: Client, line: Line, request_id: str, retries: Retries) -> Reply:
+    """The answer that stands, after as many tries as it takes. Raises RequestError."""
+    for tries in count():
+        reply = await client.post(line.url, line.body, request_id)
+        wait_s = retries.wait_s(reply, tries, time.monotonic(), time.time())
+        if wait_s is None:
+            break
+        await asyncio.sleep(wait_s)
+    return reply

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from penstock.cli import main
+from penstock.common.config import ServeConfig
+from penstock.common.errors import Overloaded, PenstockError, Unavailable
+from penstock.common.messages import GenerateRequest, TokenDelta
 from penstock.demo_model import CHECKPOINT
-from penstock.run_batch import read_lines
-from tests.router.fake_router import ANSWER, running
+from penstock.http_client import Reply
+from penstock.run_batch import DOUBLINGS, MAX_OPEN, Retries, read_lines
+from tests.router.fake_router import ANSWER, Script, running, say
 
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 99}
 
@@ -21,7 +29,11 @@ def line(custom_id: str, url: str = "/v1/chat/completions", body: Any = CHAT, **
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines()]
+    return [json.loads(text) for text in path.read_text().split("\n") if text]
+
+
+def run(source: Path, out: Path, *flags: str) -> int:
+    return main(["run-batch", "-i", str(source), "-o", str(out), "--disable-tqdm", *flags])
 
 
 def test_answers_come_in_the_order_of_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +85,103 @@ def test_lines_that_cannot_be_sent(text: str, reason: str) -> None:
     assert reason in found.error
 
 
+def test_lines_end_at_newlines_only() -> None:
+    body = {"prompt": "a\u2028b\u2029c\u0085d", "max_tokens": 2}
+    text = json.dumps(json.loads(line("a", "/v1/completions", body)), ensure_ascii=False)
+    found = read_lines(f"{text}\r\n\r\n{text}\n")
+    assert [(each.body, each.error) for each in found] == [(body, "")] * 2
+
+
+def test_half_a_surrogate_pair_is_written_as_it_was_read(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join([line("\ud800"), line("wörld 😀")]))
+    with running() as router:
+        assert run(source, out, "--base-url", router.url) == 0
+    assert [answer["custom_id"] for answer in answers(out)] == ["\ud800", "wörld 😀"]
+    assert "wörld 😀" in out.read_text()
+
+
+def test_a_line_nested_too_deeply_is_its_own_matter(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    limit = sys.getrecursionlimit()  # of json, too, less the calls it is under: what it reads it may fail to write
+    depths = [limit // 2, *range(limit - 80, limit, 3), 100_000]
+    deep = [line(str(d), field=0).replace('"body": {', '"body": {"a": ' + "[" * d + "]" * d + ", ") for d in depths]
+    source.write_text("\n".join([*deep, line("good")]))
+    with running() as router:
+        assert run(source, out, "--base-url", router.url) == 1
+    *found, good = answers(out)
+    assert len(found) == len(deep) and good["response"]["status_code"] == 200
+    assert found[-1]["error"]["message"].endswith("nested too deeply")
+
+
+def refusing(refusals: Sequence[PenstockError]) -> Script:
+    """One request after another is refused, then all are answered."""
+    left = list(refusals)
+
+    def script(request: GenerateRequest) -> list[TokenDelta | PenstockError]:
+        return [left.pop(0)] if left else say(ANSWER)(request)
+
+    return script
+
+
+def test_lines_that_a_server_has_no_room_for_are_tried_again(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(line(str(i)) for i in range(5)))
+    with running() as router:
+        router.service.script = refusing([Overloaded("full"), Unavailable("away"), Overloaded("full")])
+        assert run(source, out, "--base-url", router.url) == 0
+        assert len(router.service.requests) == 5 + 3
+    assert [answer["custom_id"] for answer in answers(out)] == [str(i) for i in range(5)]
+
+
+def test_tries_come_to_an_end(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(line(str(i)) for i in range(4)))
+    with running() as router:
+        router.service.refusal = Overloaded("full", retry_after_s=60)
+        assert run(source, out, "--base-url", router.url, "--retry-timeout-s", "59") == 1
+        assert len(router.service.requests) == 4
+    assert [answer["response"]["status_code"] for answer in answers(out)] == [429] * 4
+
+
+NEW_YEAR = 1767225600.0  # 2026-01-01 00:00:00 UTC
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "tries", "wait_s"),
+    [
+        (200, {}, 0, None),
+        (400, {"retry-after": "1"}, 0, None),
+        (500, {"retry-after": "1"}, 0, None),
+        (429, {"retry-after": "7"}, 0, 7),
+        (503, {"retry-after": "7"}, 2, 7),
+        (503, {"retry-after": "7"}, 3, 8),
+        (503, {"retry-after": "Thu, 01 Jan 2026 00:00:20 GMT"}, 0, 20),
+        (503, {"retry-after": "Wed, 31 Dec 2025 00:00:00 GMT"}, 0, 1),
+        (429, {"retry-after": "-3"}, 0, 1),
+        (429, {"retry-after": "nan"}, 0, 1),
+        (429, {"retry-after": "soon"}, 1, 2),
+        (429, {}, 5, 2**DOUBLINGS),
+        (429, {}, 5000, 2**DOUBLINGS),
+        (429, {"retry-after": "60"}, 0, 60),
+        (429, {"retry-after": "61"}, 0, None),
+        (429, {"retry-after": "inf"}, 0, None),
+        (429, {"retry-after": "1", "x-should-retry": "false"}, 0, None),  # it will never fare better
+    ],
+)
+def test_when_a_line_is_tried_again(status: int, headers: dict[str, str], tries: int, wait_s: float | None) -> None:
+    retries = Retries(60.0, now=1000.0)
+    assert retries.wait_s(Reply(status, headers, ""), tries, 1000.0, NEW_YEAR) == wait_s
+
+
+def test_lines_wait_as_long_as_others_are_answered() -> None:
+    retries, full = Retries(60.0, now=0.0), Reply(429, {"retry-after": "1"}, "")
+    for minute in range(1, 100):  # behind a hundred others, a minute each
+        assert retries.wait_s(full, 0, 60.0 * minute - 1.0, 0.0) == 1.0
+        assert retries.wait_s(Reply(200, {}, ""), 0, 60.0 * minute, 0.0) is None
+    assert retries.wait_s(full, 0, 60.0 * 100 - 0.5, 0.0) is None
+
+
 def test_a_server_that_is_gone(tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line("a"))
@@ -94,11 +203,35 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in capsys.readouterr().err
 
 
+LIMITS = ["--max-inflight", "2", "--max-queued", "1", "--queue-timeout-s", "0.001", "--progress-timeout-s", "0.5"]
+
+
+def test_in_a_fleet_of_its_own_everything_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, shared = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "serve.json"
+    source.write_text(line("a"))
+    shared.write_text(json.dumps({"api_key": ["k", "l"], "api_key_weights": ["3", "1"], "slo_ttft": 5, "slo_tpot": 5}))
+    configs: list[ServeConfig] = []
+
+    @contextlib.contextmanager
+    def fleet(config: ServeConfig) -> Iterator[SimpleNamespace]:
+        configs.append(config)
+        with running() as router:
+            yield SimpleNamespace(url=router.url)
+
+    monkeypatch.setattr("penstock.fleet.Fleet", fleet)
+    assert run(source, out, str(CHECKPOINT), "--config", str(shared), *LIMITS) == 0
+    (config,) = configs
+    assert min(config.max_inflight, config.max_queued) >= MAX_OPEN * 1024  # a request's choices: docs/http.md
+    assert min(config.queue_timeout_s, config.progress_timeout_s) > 30 * 86400
+    assert (config.slo_ttft, config.slo_tpot, config.api_key) == (0, 0, ())
+
+
 @pytest.mark.system
 def test_a_fleet_of_its_own(tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(line(str(i), body=CHAT | {"temperature": 0, "max_tokens": 8}) for i in range(3)))
-    fleet = [str(CHECKPOINT), "--device", "cpu", "--kv-cache-memory-bytes", "16MiB"]
-    assert main(["run-batch", "-i", str(source), "-o", str(out), "--disable-tqdm", *fleet]) == 0
+    body = CHAT | {"temperature": 0, "max_tokens": 8, "n": 4}
+    source.write_text("\n".join(line(str(i), body=body) for i in range(16)))
+    fleet = [str(CHECKPOINT), "--device", "cpu", "--kv-cache-memory-bytes", "16MiB", "--max-num-seqs", "1", *LIMITS]
+    assert run(source, out, "--retry-timeout-s", "0", *fleet) == 0
     texts = {answer["response"]["body"]["choices"][0]["message"]["content"] for answer in answers(out)}
     assert len(texts) == 1 and texts != {""}

@@ -154,7 +154,7 @@ def test_every_option_named_exists() -> None:
         subprocess.run(
             [*shlex.split(COMMAND), name, "--help"], env=environment(), capture_output=True, text=True, check=True
         ).stdout
-        for name in ("serve", "router", "prefill", "decode", "chat", "complete")
+        for name in ("serve", "router", "prefill", "decode", "chat", "complete", "run-batch")
     ]
     known = set(re.findall(r"--[a-z][a-z-]+", " ".join(helps)))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
