@@ -14,10 +14,14 @@ from penstock.common.messages import PROTOCOL_VERSION, Hello, Refused, Welcome, 
 
 def wire_identity(peer_id: str, session: int) -> bytes:
     """ZeroMQ routing id of one connection of a peer (at most 255 bytes, as ZeroMQ demands)."""
-    identity = f"{peer_id}/{session}".encode()
+    identity = _identity(peer_id, session)
     if len(identity) > 255:
         raise ValueError(f"peer id is too long for a ZeroMQ identity: {peer_id!r}")
     return identity
+
+
+def _identity(peer_id: str, session: int) -> bytes:
+    return f"{peer_id}/{session}".encode()
 
 
 def split_identity(identity: bytes) -> tuple[str, int]:
@@ -147,7 +151,7 @@ class Peers:
     def _refusal(self, identity: bytes, hello: Hello) -> Refused | None:
         if hello.protocol != PROTOCOL_VERSION:
             return self._refuse("protocol", f"protocol {hello.protocol}, this worker speaks {PROTOCOL_VERSION}")
-        if identity != wire_identity(hello.peer_id, hello.session):
+        if identity != _identity(hello.peer_id, hello.session):
             return self._refuse("protocol", "identity does not match peer_id and session")
         known = self._newest.get(hello.peer_id)
         if known is not None and self._by_identity[known].session > hello.session:
