@@ -10,10 +10,12 @@ by libzmq's heartbeats, which cut a peer that does not read; what waits to be re
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -24,13 +26,13 @@ from penstock.common.bus_access import ClusterMembers, curve_keys, resolve_bind
 from penstock.common.bus_tap import Taps
 from penstock.common.errors import ConfigError
 from penstock.common.link_state import Connected, Disconnected, LinkState, Phase
-from penstock.common.messages import PROTOCOL_VERSION, AnyMessage, Goodbye, Message, Refused, decode, encode
+from penstock.common.messages import PROTOCOL_VERSION, AnyMessage, Goodbye, Hello, Message, Refused, decode, encode
 from penstock.common.peers import PeerEvent, PeerExpired, PeerJoined, PeerReplaced, Peers, split_identity, wire_identity
 
 # fmt: off
 __all__ = [
     "AsyncBusLink", "BusLink", "BusServer", "Connected", "Disconnected", "LinkItem", "PeerEvent", "PeerExpired",
-    "PeerJoined", "PeerReplaced", "Peers", "Phase", "split_identity", "wire_identity",
+    "PeerJoined", "PeerReplaced", "Peers", "Phase", "link_context", "split_identity", "wire_identity",
 ]
 # fmt: on
 
@@ -41,16 +43,41 @@ MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens is 5 MB
 ZMQ_HEARTBEAT_MS = 1000
 ZMQ_HEARTBEAT_TIMEOUT_MS = 5000
 CONNECT_TIMEOUT_MS = 5000
+NEVER_MS = 1 << 30
+MAX_SOCKETS = 65535  # the most that libzmq allows; its own 1023 are 341 links
 FLUSH_MS = 200  # what the last messages, a Goodbye among them, get to leave
 LOG_INTERVAL_S = 10.0
 ZAP_DOMAIN = "penstock"
 
 _CUT = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _CUT |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_CUT |= zmq.EVENT_CONNECT_RETRIED  # all that shows when there is no descriptor for the connection
 
 LinkItem = AnyMessage | Connected | Disconnected
 
 log = logging.getLogger(__name__)
+
+
+def link_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context for as many links as there are descriptors for."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+    return context
+
+
+class _Cut(NamedTuple):
+    reason: str
+    refused: bool
+
+
+def _cut_by(event: zmq.Event, value: int) -> _Cut:
+    """Whether a worker with another cluster key says so, or just closes the connection, is a race; one that hangs does
+    neither: then libzmq's own time is up, and `value` is no error of a connection."""
+    refused = event in (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_AUTH)
+    refused |= event is zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and value in (errno.EPIPE, errno.ECONNRESET)
+    if refused:
+        return _Cut("handshake failed: has it another cluster key?", refused)
+    return _Cut(f"connection cut ({event.name})", refused)
 
 
 def _tune(socket: zmq.Socket[bytes]) -> None:
@@ -222,14 +249,12 @@ class BusLink:
         (heartbeats, opening the next session)."""
         if self._closed:
             return []
-        if self.state.must_open(now):
-            self._open(now)
         items: list[LinkItem] = []
-        end = self._drain(items, now, self._read_bytes)
-        if (
-            not items and end is None and (cut := self._read_monitor())
-        ):  # else the monitor stays readable: it is read then
-            end = self._drain(items, now) or self.state.lost(cut, now)  # what came in before the cut still counts
+        end = self._open(now) if self.state.must_open(now) else None
+        end = end or self._drain(items, now, self._read_bytes)
+        if not items and end is None and (cut := self._read_monitor()):  # else it stays readable, and is read then
+            # What came in before the cut still counts.
+            end = self._drain(items, now) or self.state.lost(cut.reason, now, refused=cut.refused)
         if end is None:
             end = self.state.silent(now)
         if end is not None:
@@ -259,25 +284,34 @@ class BusLink:
         self._close_socket(FLUSH_MS if said else 0)
         self._poller = None  # on asyncio it holds this link
 
-    def _open(self, now: float) -> None:
+    def _open(self, now: float) -> Disconnected | None:
+        """Begin a session; its end, if there is no socket or descriptor left for it: later there may be."""
         hello = self.state.opened(now)
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        try:
+            self._connect(hello)
+        except (zmq.ZMQError, OSError) as error:
+            return self.state.lost(f"cannot connect: {error}", now)
+        return None
+
+    def _connect(self, hello: Hello) -> None:
+        socket = self._socket = self._context.socket(zmq.DEALER)
         _tune(socket)
         socket.setsockopt(zmq.ROUTING_ID, wire_identity(hello.peer_id, hello.session))
         socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection is a new session, on a new socket
+        # A new connection is a new session, on a new socket. Not -1, which says just that: a connection that is lost
+        # then makes libzmq list the network interfaces, and abort the process if there is no descriptor for it.
+        socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
         if self._cluster_key:
             public, secret = curve_keys(self._cluster_key)
             socket.setsockopt(zmq.CURVE_SERVERKEY, public)
             socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
             socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-        self._socket = socket
         self._monitor = socket.get_monitor_socket(_CUT)
-        socket.connect(self.address)
-        socket.send(encode(hello), zmq.NOBLOCK)
         if self._poller is not None:
             for one in self.sockets:
                 self._poller.register(one, zmq.POLLIN)
+        socket.connect(self.address)
+        socket.send(encode(hello), zmq.NOBLOCK)
 
     def _close_socket(self, flush_ms: int = 0) -> None:
         if self._socket is None:
@@ -291,12 +325,12 @@ class BusLink:
         self._socket.close(flush_ms)
         self._socket = self._monitor = None
 
-    def _read_monitor(self) -> str:
-        """Why the connection is gone, or ""."""
-        cut = ""
+    def _read_monitor(self) -> _Cut | None:
+        """What cut the connection, if anything has."""
+        cut: _Cut | None = None
         while self._monitor is not None and int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            cut = cut or f"connection cut ({zmq.Event(int(event['event'])).name})"
+            cut = cut or _cut_by(zmq.Event(int(event["event"])), int(event["value"]))
         return cut
 
     def _drain(self, items: list[LinkItem], now: float, size_bytes: int = sys.maxsize) -> Disconnected | None:

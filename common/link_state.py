@@ -56,6 +56,7 @@ class Disconnected:
     reason: str
     greeted: bool  # False: this session never got its Welcome
     left: bool = False  # the worker has left on purpose
+    refused: bool = False  # these two do not fit, and will not before one of them is started again
 
 
 class LinkState:
@@ -98,7 +99,7 @@ class LinkState:
             return self._greeted(message, now)
         if isinstance(message, Refused):
             permanent = message.code in ("protocol", "fingerprint")
-            return self.lost(f"refused: {message.code}: {message.message}", now, BACKOFF_MOST_S if permanent else 0.0)
+            return self.lost(f"refused: {message.code}: {message.message}", now, refused=permanent)
         if isinstance(message, Goodbye):
             return self.lost("it has left", now, left=True)
         return None
@@ -122,25 +123,26 @@ class LinkState:
             return None
         return self.lost(f"silent for {silence_s:.0f} s", now)
 
-    def lost(self, reason: str, now: float, at_least_s: float = 0.0, *, left: bool = False) -> Disconnected | None:
-        """The session is over; a new one may be opened after a back-off that doubles until a Welcome comes."""
+    def lost(self, reason: str, now: float, *, left: bool = False, refused: bool = False) -> Disconnected | None:
+        """The session is over; a new one may be opened after a back-off that doubles until a Welcome comes, or after
+        the longest if the two do not fit."""
         if self.phase is Phase.LOST:
             return None
         greeted = self.phase is Phase.GREETED
         self.phase = Phase.LOST
-        self._retry_at = now + max(self._backoff_s, at_least_s)
+        self._retry_at = now + (BACKOFF_MOST_S if refused else self._backoff_s)
         self._backoff_s = min(self._backoff_s * 2, BACKOFF_MOST_S)
-        return Disconnected(self.session, reason, greeted, left)
+        return Disconnected(self.session, reason, greeted, left, refused)
 
     def _greeted(self, welcome: Welcome, now: float) -> Connected | Disconnected | None:
         if welcome.protocol != PROTOCOL_VERSION:
-            return self.lost(f"worker speaks protocol {welcome.protocol}", now, BACKOFF_MOST_S)
+            return self.lost(f"worker speaks protocol {welcome.protocol}", now, refused=True)
         if self._fingerprint and welcome.fingerprint != self._fingerprint:
-            return self.lost(f"worker has fingerprint {welcome.fingerprint!r}", now, BACKOFF_MOST_S)
+            return self.lost(f"worker has fingerprint {welcome.fingerprint!r}", now, refused=True)
         try:
             worker = decode_worker_info(welcome.worker)
         except msgspec.DecodeError as error:
-            return self.lost(f"Welcome cannot be read: {error}", now, BACKOFF_MOST_S)
+            return self.lost(f"Welcome cannot be read: {error}", now, refused=True)
         self.phase = Phase.GREETED
         self._backoff_s = BACKOFF_FIRST_S
         self._next_heartbeat = now

@@ -116,20 +116,26 @@ def parse_progress(line: str) -> Progress | None:
 
 @dataclass
 class WarningLimiter:
-    """Logs a warning of one kind at most every `interval_s` seconds and counts those left out in between."""
+    """Logs one kind of warning, or error, at most every `interval_s` seconds and counts those left out in between."""
 
     interval_s: float = 10.0
     _next: dict[str, float] = field(default_factory=dict)
     _left_out: dict[str, int] = field(default_factory=dict)
 
-    def warn(self, log: logging.Logger, kind: str, message: str, now: float) -> None:
-        """Log `message` at time `now` (seconds), or count it when `kind` was logged less than an interval ago."""
+    def warn(
+        self, log: logging.Logger, kind: str, message: str, now: float, error: BaseException | None = None
+    ) -> None:
+        """Log `message` at time `now` (seconds), or count it when `kind` was logged less than an interval ago.
+
+        With `error` it is one, and is logged with its traceback.
+        """
         if now < self._next.get(kind, now):
             self._left_out[kind] = self._left_out.get(kind, 0) + 1
             return
         self._next[kind] = now + self.interval_s
         left_out = self._left_out.pop(kind, 0)
-        log.warning("%s%s", message, f" ({left_out} more like this were not shown)" if left_out else "")
+        more = f" ({left_out} more like this were not shown)" if left_out else ""
+        log.log(logging.WARNING if error is None else logging.ERROR, "%s%s", message, more, exc_info=error)
 
 
 class _LineFormatter(logging.Formatter):

@@ -1,13 +1,33 @@
-"""Ending asyncio tasks for certain, and doing without them."""
+"""Asyncio tasks: that go on for ever, that end for certain, and doing without them."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 import types
-from collections.abc import Awaitable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import Any
 
+from penstock.common.logs import WarningLimiter
+
 ASK_AGAIN_S = 0.2
+FAILED_LOG_S = 60.0  # between two tracebacks of one kind
+
+
+async def take_turns(turn: Callable[[], Awaitable[None]], pause_s: Callable[[], float], log: logging.Logger) -> None:
+    """Await `turn` for ever, with pauses. One that raises is logged, and the next one comes all the same: what it was
+    (no file descriptor left, say) may have passed by then, and without any more turns everything would stand still.
+    """
+    limiter = WarningLimiter(FAILED_LOG_S)
+    task = asyncio.current_task()
+    name = task.get_name() if task else ""
+    while True:
+        try:
+            await turn()
+        except Exception as error:
+            limiter.warn(log, type(error).__name__, f"{name}: a turn failed: {error}", time.monotonic(), error)
+        await asyncio.sleep(pause_s())
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:

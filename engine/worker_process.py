@@ -20,6 +20,7 @@ from penstock.common.errors import ConfigError
 from penstock.common.hash_probe import probe_digest
 from penstock.common.logs import report_progress
 from penstock.common.messages import GenerateRequest, WorkerInfo
+from penstock.common.open_files import raise_open_files_limit
 from penstock.common.redis_state import RegistryWriter
 from penstock.common.sampling import SamplingParams
 from penstock.common.status_server import StatusServer
@@ -54,6 +55,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         ModelError, ConfigError: the worker cannot start.
         Exception: a step failed; the routers were told to retry elsewhere.
     """
+    raise_open_files_limit()
     incarnation = f"{config.worker_id or f'{config.role}-{os.getpid()}'}-{uuid.uuid4().hex[:12]}"
     built = build_engine(
         config,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from penstock.common.bus import BusLink, Connected, Disconnected
+from penstock.common.bus import BusLink, Connected, Disconnected, link_context
 from penstock.common.messages import AnyMessage, HeartbeatAck, Message, WorkerInfo
 from penstock.kv_transfer.leases import SessionLease
 
@@ -56,7 +56,7 @@ class PeerLinks:
         self._fingerprint = fingerprint
         self._cluster_key = cluster_key
         self._poller = poller
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = link_context()
         self._links: dict[str, _Link] = {}
         self._early: list[tuple[str, LinkEvent]] = []  # of links that were opened since the last poll
         self._sessions = 0

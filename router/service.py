@@ -16,18 +16,17 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import zmq
-
-from penstock.common.bus import AsyncBusLink, Connected, Disconnected, LinkItem
+from penstock.common.bus import AsyncBusLink, Connected, Disconnected, LinkItem, link_context
 from penstock.common.config import RouterConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
 from penstock.common.hash_probe import mismatch
 from penstock.common.histogram import Histogram
 from penstock.common.logs import about
 from penstock.common.messages import GenerateRequest, HeartbeatAck, TokenBatch, TokenDelta, WorkerInfo, WorkerLoad
+from penstock.common.open_files import raise_open_files_limit
 from penstock.common.redis_state import FleetReader
 from penstock.common.reservations import Reservations
-from penstock.common.tasks import end_tasks
+from penstock.common.tasks import end_tasks, take_turns
 from penstock.common.text_probe import TextProbe
 from penstock.router.dispatch import SHUTTING_DOWN, Dispatcher
 from penstock.router.dispatch_events import (
@@ -63,15 +62,17 @@ from penstock.router.placing import Placing
 from penstock.router.policies import make_policy
 from penstock.router.slices import Slices
 from penstock.router.turns import Turns, new_admission
+from penstock.router.unfit import Unfit
 
 TICK_S = 0.1
+DISCOVER, TICK = "discover", "tick"  # tasks that go on for ever
 DISCOVER_S = 0.25  # a worker that has come up is used as soon
 DISCOVER_FIRST_S = 0.1  # while no worker is known
 
 _COUNTED = (
     *("requests", "finished", "failed", "token_batches"),
     *("prompts_at_prefill_workers", "prompts_at_decode_workers"),
-    *("workers_lost", "workers_refused", "template_mismatches"),
+    "workers_lost",
 )
 
 log = logging.getLogger(__name__)
@@ -123,27 +124,28 @@ class RouterService:
             config.min_remote_prefill_tokens,
             self._admission.limits,
         )
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = link_context()
         self._links: dict[str, AsyncBusLink] = {}  # by address
         self._addresses: dict[str, str] = {}  # incarnation of a live worker -> address
         self._tasks: set[asyncio.Task[None]] = set()
         self._to_tell: Slices[Deliver | Fail] = Slices(self._tell)
-        self._refused: dict[str, str] = {}  # address -> incarnation of a worker that is not used, reported once
+        self._unfit = Unfit()
         self._texts = texts or TextProbe()
-        self._warned: dict[str, str] = {}  # the same, of one whose chat template is another
         self._counters = Counter(dict.fromkeys(_COUNTED, 0))
         self._hits = HitCheck()
         self._turns = Turns(self._placing, self._fleet, self._hits, self._admission, self._handle, self._spawn)
         self._model: ModelInfo | None = None
         self.first_worker = FirstWorker(config.queue_timeout_s)
         self._accepting = False
+        self._ended = ""  # the name of a task that should have gone on until `stop`
 
     async def start(self) -> None:
         """Connect. Returns at once; `ready` tells when a worker has been found."""
         self._accepting = True
+        raise_open_files_limit()
         self._reservations.start()
-        self._spawn(self._discover(), "discover")
-        self._spawn(self._tick(), "tick")
+        self._spawn(take_turns(self._discover, self._discover_pause_s, log), DISCOVER)
+        self._spawn(take_turns(self._tick, lambda: TICK_S, log), TICK)
 
     async def stop(self, drain_s: float) -> None:
         """Refuse new requests, wait for those under way, end the rest with `Unavailable`, close everything, once."""
@@ -188,16 +190,18 @@ class RouterService:
         return self._model
 
     def why_not_ready(self) -> str:
-        """What to tell who asks while no decode worker is alive."""
+        """What to tell who asks while it is not `ready`."""
+        if self._ended:
+            return f"its task {self._ended} has ended: start it again"
         if self._model is not None:
             return "no decode worker takes requests"
-        if self._refused:
+        if self._unfit:
             return "no worker fits this router: its log says why"
         return "no worker is known yet"
 
     def ready(self) -> bool:
-        """At least one decode worker is alive."""
-        return bool(self._fleet.live("decode"))
+        """At least one decode worker is alive, and so is this router."""
+        return not self._ended and bool(self._fleet.live("decode"))
 
     def loads(self) -> list[tuple[WorkerInfo, WorkerLoad]]:
         """Live workers, and what each said last of itself."""
@@ -217,6 +221,7 @@ class RouterService:
         """Totals since the start, and gauges (`in_flight`, `queued`, `reserved_tokens`, `links`)."""
         return {
             **self._counters,
+            **self._unfit.counters,
             **self._hits.counters(),
             **self._health.counters,
             **{f"refused_{reason}": number for reason, number in self._admission.refused.items()},
@@ -304,37 +309,38 @@ class RouterService:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if task.get_name() in (DISCOVER, TICK):
+            self._ended = task.get_name()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("task %r failed", task.get_name(), exc_info=error)
 
     # ------------------------------------------------------------ fleet
 
     async def _discover(self) -> None:
-        while True:
-            workers = await self._reader.workers()
-            if workers is not None:
-                changes = self._fleet.discovered(workers)
-                self._fleet.measure()
-                for address in changes.opened:
-                    self._open_link(address)
-                for address in changes.forgotten:
-                    self._links.pop(address).close()
-                    self._refused.pop(address, None)
-                    self._warned.pop(address, None)
-            await asyncio.sleep(DISCOVER_S if self._fleet.members else DISCOVER_FIRST_S)
+        workers = await self._reader.workers()
+        if workers is None:
+            return
+        changes = self._fleet.discovered(workers)
+        self._fleet.measure()
+        for address in changes.opened:
+            self._open_link(address)
+        for address in changes.forgotten:
+            self._links.pop(address).close()
+            self._unfit.forget(address)
+
+    def _discover_pause_s(self) -> float:
+        return DISCOVER_S if self._fleet.members else DISCOVER_FIRST_S
 
     async def _tick(self) -> None:
-        while True:
-            for link in list(self._links.values()):
-                link.tick()
-            for address, worker in self._fleet.acceptable(time.monotonic()):
-                self._on_connected(address, worker)
-            self._handle(Tick())
-            if not self._to_tell:  # else reports of some that have ended are still to come
-                self._hits.keep(self._dispatcher.choices)
-            self._look_for_stalled()
-            self._turns.take()
-            await asyncio.sleep(TICK_S)
+        for link in list(self._links.values()):
+            link.tick()
+        for address, worker in self._fleet.acceptable(time.monotonic()):
+            self._on_connected(address, worker)
+        self._handle(Tick())
+        if not self._to_tell:  # else reports of some that have ended are still to come
+            self._hits.keep(self._dispatcher.choices)
+        self._look_for_stalled()
+        self._turns.take()
 
     def _look_for_stalled(self) -> None:
         now = time.monotonic()
@@ -378,18 +384,12 @@ class RouterService:
         refusal = mismatch(worker) or self._texts.refusal(worker)
         refusal = refusal or self._fleet.connected(address, worker, time.monotonic())
         if refusal:  # its link stays, so that it can be used once the workers that it does not match are gone
-            if self._refused.get(address) != worker.incarnation:
-                self._refused[address] = worker.incarnation
-                self._counters["workers_refused"] += 1
-                log.error("worker %s (%s) at %s is not used: %s", worker.worker_id, worker.role, address, refusal)
+            self._unfit.refuse(address, refusal, worker)
             return
-        self._refused.pop(address, None)
+        self._unfit.accept(address)
         log.info("worker %s (%s) at %s is up", worker.worker_id, worker.role, address)
-        warning = self._texts.warning(worker)
-        if warning and self._warned.get(address) != worker.incarnation:
-            self._warned[address] = worker.incarnation
-            self._counters["template_mismatches"] += 1
-            log.warning("worker %s (%s) at %s: %s", worker.worker_id, worker.role, address, warning)
+        if warning := self._texts.warning(worker):
+            self._unfit.warn(address, worker, warning)
         self._addresses[worker.incarnation] = address
         if worker.role == "decode":
             context = self._fleet.context()
@@ -400,6 +400,10 @@ class RouterService:
             self._handle(WorkerUp(worker.incarnation))
 
     def _on_disconnected(self, address: str, item: Disconnected) -> None:
+        if item.refused:
+            self._unfit.refuse(address, item.reason)
+        elif not item.greeted:
+            self._unfit.miss(address, item.reason)
         member = self._fleet.disconnected(address, time.monotonic(), left=item.left)
         if member is None:
             return

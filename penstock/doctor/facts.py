@@ -84,7 +84,7 @@ class Facts:
     links_skipped: bool = False
     redis: RedisFact = field(default_factory=lambda: RedisFact("private"))
     ports: tuple[PortFact, ...] = ()
-    open_files: int = 0  # the most this process may have open; -1: no limit
+    open_files: int = 0  # the most a process may have open, once it has raised its limit; -1: no limit
     shm_free_mib: int = 0
     shm_error: str = ""
     locked_kib: int = 0  # memory that may be pinned; -1: no limit

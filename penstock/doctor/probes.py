@@ -245,9 +245,9 @@ def private_redis() -> RedisFact:
 
 
 def limits() -> dict[str, Any]:
-    """What this process, and so each one that it starts, may use."""
+    """What this process, and so each one that it starts, may use; routers and workers raise what is soft of files."""
     facts: dict[str, Any] = {
-        "open_files": _limit(resource.RLIMIT_NOFILE),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         "locked_kib": _limit(resource.RLIMIT_MEMLOCK, divide=1024),
     }
     try:

@@ -186,19 +186,21 @@ def test_only_long_silence_counts():
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "refused"),
     [
-        Refused(protocol=PROTOCOL_VERSION, code="draining", message=""),
-        Welcome(protocol=PROTOCOL_VERSION + 1, fingerprint="f", worker=b"anything"),
-        Welcome(protocol=PROTOCOL_VERSION, fingerprint="other", worker=b"anything"),
-        Welcome(protocol=PROTOCOL_VERSION, fingerprint="f", worker=b"\xc1"),
+        (Refused(protocol=PROTOCOL_VERSION, code="draining", message=""), False),
+        (Refused(protocol=PROTOCOL_VERSION, code="protocol", message=""), True),
+        (Welcome(protocol=PROTOCOL_VERSION + 1, fingerprint="f", worker=b"anything"), True),
+        (Welcome(protocol=PROTOCOL_VERSION, fingerprint="other", worker=b"anything"), True),
+        (Welcome(protocol=PROTOCOL_VERSION, fingerprint="f", worker=b"\xc1"), True),
     ],
 )
-def test_a_bad_answer_ends_the_session(answer: Any):
+def test_a_bad_answer_ends_the_session(answer: Any, refused: bool):
     state = LinkState("d", "decode", 1, "f", 10.0)
     state.opened(0.0)
     end = state.received(answer, 0.0)
     assert isinstance(end, Disconnected) and not end.greeted and state.phase is Phase.LOST
+    assert end.refused is refused and state.must_open(BACKOFF_MOST_S - 0.1) is not refused
 
 
 # ---------------------------------------------------------------- sockets
@@ -261,12 +263,13 @@ def test_messages_both_ways(context: zmq.Context[Any], key: str):
     pair.close()
 
 
-@pytest.mark.parametrize("link_key", ["", "another secret"])
-def test_without_the_cluster_key_nobody_comes_in(context: zmq.Context[Any], link_key: str):
-    pair = Pair(context, "a secret", link_key)
+@pytest.mark.parametrize(("key", "link_key"), [("a secret", ""), ("a secret", "another secret"), ("", "a secret")])
+def test_with_another_cluster_key_nobody_comes_in_and_is_told(context: zmq.Context[Any], key: str, link_key: str):
+    pair = Pair(context, key, link_key)
     server_socket = pair.server.socket
-    deadline = time.monotonic() + 0.5
-    pair.until(lambda: time.monotonic() > deadline)
+    pair.until(lambda: pair.at_link)
+    (end,) = pair.at_link
+    assert isinstance(end, Disconnected) and end.refused and "cluster key" in end.reason
     assert pair.at_server == [] and not pair.link.connected and not server_socket.closed
     pair.close()
 

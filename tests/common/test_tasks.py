@@ -1,13 +1,43 @@
-"""Ending tasks, also such as lose a cancel, and work without a task."""
+"""Tasks that nothing ends, ending tasks, also such as lose a cancel, and work without a task."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
 
 import pytest
 
-from penstock.common.tasks import begun, end_tasks
+from penstock.common.tasks import begun, end_tasks, take_turns
+
+
+def test_turns_go_on_whatever_one_of_them_raises(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        pauses: list[float] = []
+        enough = asyncio.Event()
+
+        async def turn() -> None:
+            if len(pauses) == 7:
+                enough.set()
+            if len(pauses) < 4:
+                raise OSError("no descriptor left")
+            if len(pauses) == 5:
+                raise ValueError("another kind")
+
+        def pause_s() -> float:
+            pauses.append(0.0)
+            return 0.0
+
+        task = asyncio.create_task(take_turns(turn, pause_s, logging.getLogger("turns")), name="tick")
+        await asyncio.wait_for(enough.wait(), 60)
+        await end_tasks([task])
+        assert task.cancelled()
+
+    asyncio.run(scenario())
+    told = [(record.levelname, record.message) for record in caplog.records]
+    messages = ["tick: a turn failed: no descriptor left", "tick: a turn failed: another kind"]
+    assert told == [("ERROR", message) for message in messages], "once of each kind"
+    assert all(record.exc_info for record in caplog.records)
 
 
 def test_a_lost_cancel_is_asked_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from penstock.doctor import links
 from penstock.doctor.command import table
 from penstock.doctor.facts import Facts, Gpu, GpuPair, LinkRate, PortFact, RedisFact
 from penstock.doctor.links import measure_all, plan
-from penstock.doctor.probes import _cards, given_redis, listen, listen_for_bus, nvlinks
+from penstock.doctor.probes import _cards, given_redis, limits, listen, listen_for_bus, nvlinks
 from penstock.doctor.verdicts import Line, Verdict, exit_status, judge
 from penstock.kv_transfer.base import TransportError
 from penstock.kv_transfer.link_rate import LinkSpec, NoAnswer, PassTime
@@ -270,3 +271,12 @@ def test_the_commands_run_where_nothing_of_a_workers_can_be_imported(redis_serve
 def test_an_unknown_option_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--lnks"]) == 2
     assert "unknown option --lnks" in capsys.readouterr().err
+
+
+def test_the_limit_of_open_files_is_what_routers_and_workers_raise_it_to() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] - 1, before[1]))
+    try:
+        assert limits()["open_files"] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from msgspec.structs import replace
 
 from penstock.common.errors import Overloaded, QueueTimeout
 from penstock.common.messages import MeasuredRates, TokenDelta
+from penstock.common.redis_state import FleetReader
+from penstock.router.fleet import Fleet
 from tests.router.fake_worker import FakeWorker, oracle
 from tests.router.services import LEASE_S, Collector, ended, play, request, running, send, until
 
@@ -313,6 +316,49 @@ def test_nobody_notices_an_outage_of_redis(own_redis, start_worker):
     play(scenario())
     for worker in workers:
         worker.close()
+
+
+def test_a_turn_that_fails_is_followed_by_others(redis_server, start_worker, monkeypatch, caplog):
+    start_worker("d1")
+    turns = Counter()
+
+    def failing(name, real):
+        def one(*arguments):
+            turns[name] += 1
+            if turns[name] <= 2:
+                raise OSError(f"{name}: too many open files")
+            return real(*arguments)
+
+        return one
+
+    monkeypatch.setattr(FleetReader, "workers", failing("discover", FleetReader.workers))
+    monkeypatch.setattr(Fleet, "acceptable", failing("tick", Fleet.acceptable))
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            await until(lambda: turns["tick"] > 2)
+            sink = await send(service, request("r"))
+            await ended(sink)
+            assert sink.complete() and service.ready()
+
+    play(scenario())
+    told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert sorted(told) == [f"{name}: a turn failed: {name}: too many open files" for name in ("discover", "tick")]
+
+
+@pytest.mark.parametrize("name", ["discover", "tick"])
+def test_a_router_without_one_of_its_tasks_is_not_ready(redis_server, start_worker, name):
+    start_worker("d1")
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 1) as service:
+            assert service.ready()
+            (task,) = (task for task in service._tasks if task.get_name() == name)
+            task.cancel()
+            await until(lambda: not service.ready())
+            assert service.why_not_ready() == f"its task {name} has ended: start it again"
+
+    play(scenario())
 
 
 def test_a_full_worker_that_is_left_alone_has_its_newcomers_wait_and_told_why(redis_server, start_worker, caplog):
