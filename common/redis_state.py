@@ -22,7 +22,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +186,7 @@ class FleetReader:
 
     def __init__(self, url: str, namespace: str, router_id: str) -> None:
         self.other_routers = 0  # that were there at the last look-up
+        self._unreadable: set[str] = set()  # incarnations of workers that have been told of
         self._redis = RouterRedis(url)
         self._namespace = namespace
         self._router_id = router_id
@@ -221,7 +222,8 @@ class FleetReader:
         except (redis.RedisError, OSError) as error:
             self._redis.failed(error)
             return None
-        return [worker for record in records if record is not None and (worker := _readable(record))]
+        found = zip(incarnations, records, strict=True)
+        return self._readable({i.decode(): record for i, record in found if record is not None})
 
     async def look_up(self, incarnations: Sequence[str], hashes: Sequence[bytes]) -> dict[str, Lookup] | None:
         """For each worker how much of the prompt's prefix it holds, and what others reserved, in one round trip.
@@ -250,10 +252,14 @@ class FleetReader:
         """Close the connections."""
         await self._redis.client.aclose()
 
-
-def _readable(record: bytes) -> WorkerInfo | None:
-    try:
-        return decode_worker_info(record)
-    except (msgspec.MsgspecError, ValueError) as error:
-        log.warning("a worker's record cannot be read: %s", error)
-        return None
+    def _readable(self, records: Mapping[str, bytes]) -> list[WorkerInfo]:
+        workers, unreadable = [], set()
+        for incarnation, record in records.items():
+            try:
+                workers.append(decode_worker_info(record))
+            except (msgspec.MsgspecError, ValueError) as error:
+                unreadable.add(incarnation)
+                if incarnation not in self._unreadable:
+                    log.warning("the record of worker %s cannot be read, so it is not used: %s", incarnation, error)
+        self._unreadable = unreadable
+        return workers

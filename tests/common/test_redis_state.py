@@ -124,12 +124,23 @@ def test_a_lease_that_is_not_renewed_ends(redis_server):
         assert client.smembers("ns:workers") == set()
 
 
-def test_records_of_another_version_are_left_out(redis_server):
+def test_records_of_another_version_are_left_out_and_told_of_once(redis_server, caplog):
     with contextlib.closing(redis_server.client()) as client:
         for incarnation, record in {"a": b"\xc1", "b": b"\x80", "c": encode(worker("c"))}.items():
             client.sadd("ns:workers", incarnation)
             client.set(f"ns:worker:{incarnation}", record)
-    assert with_reader(redis_server.url, lambda reader: reader.workers()) == [worker("c")]
+
+    async def read_again(reader: FleetReader) -> None:
+        for _ in range(3):
+            assert await reader.workers() == [worker("c")]
+        with contextlib.closing(redis_server.client()) as client:
+            client.delete("ns:worker:a")
+        assert await reader.workers() == [worker("c")]
+        assert reader._unreadable == {"b"}, "no more than are listed"
+
+    with_reader(redis_server.url, read_again)
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 2 and "worker a cannot be read" in told[0] and "worker b cannot be read" in told[1]
 
 
 def test_a_redis_that_comes_back_empty_hears_everything_again(own_redis):
