@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import socket
+from typing import Any
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.common.errors import Overloaded
+from penstock.router.http_metrics import HttpMeter, HttpMetrics
 from tests.router.fake_router import ANSWER, Router, ids_of, running
+from tests.router.test_unread import until
 
 
 def scrape(router: Router) -> dict[tuple[str, str], float]:
@@ -103,3 +110,38 @@ def test_http_requests_are_told_apart() -> None:
     }
     durations = families["http_request_duration_highr_seconds"].samples
     assert [s.value for s in durations if s.name.endswith("_count")] == [4]
+
+
+def statuses(metrics: HttpMetrics) -> dict[str, float]:
+    [family] = [family for family in metrics.collect() if family.name == "http_requests"]
+    return {sample.labels["status"]: sample.value for sample in family.samples}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_its_answer_is_no_fault_of_the_server(stream: bool) -> None:
+    """Of whom the alert PenstockServerErrors would tell."""
+    with running() as router:
+        router.service.pause_after = 0
+        body = json.dumps({"prompt": "a", "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", int(router.url.rpartition(":")[2]))) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: router.service.quiet)  # a worker has it
+        http = router.server.config.app.state.metrics.http  # type: ignore[union-attr]
+        until(lambda: statuses(http))
+        assert statuses(http) == {"4xx": 1}
+
+
+@pytest.mark.parametrize(("started", "status"), [(False, "5xx"), (True, "2xx")])
+def test_an_application_that_fails_is_a_fault_of_the_server(started: bool, status: str) -> None:
+    async def app(_: Any, __: Any, send: Any) -> None:
+        if started:
+            await send({"type": "http.response.start", "status": 200})
+        raise ValueError
+
+    async def send(_: Any) -> None: ...
+
+    metrics = HttpMetrics()
+    meter, scope = HttpMeter(app, metrics, frozenset({"/a"})), {"type": "http", "path": "/a", "method": "GET"}
+    with pytest.raises(ValueError):
+        asyncio.run(meter(scope | {"headers": []}, send, send))  # type: ignore[arg-type]
+    assert statuses(metrics) == {status: 1}
