@@ -2,7 +2,9 @@
 
 PenstockError                      code, HTTP status, OpenAI error type, and whether another try may help
 ├── BadRequest              400    the client's fault; nothing was computed
-│   └── PromptTooLong       400    says both numbers
+│   ├── PromptTooLong       400    says both numbers
+│   ├── RequestTimeout      408    the rest of the request does not come
+│   └── HeadTooLarge        431    URL and headers
 ├── Unauthorized            401
 ├── NotFound                404    unknown model or route
 ├── Overloaded              429    refused before any work, with a Retry-After
@@ -45,6 +47,20 @@ class PromptTooLong(BadRequest):
     """Prompt (plus the tokens asked for) exceeds the model's context."""
 
     code = "context_length_exceeded"
+
+
+class RequestTimeout(BadRequest):
+    """Nothing more came of a request that had begun."""
+
+    code = "request_timeout"
+    status = 408
+
+
+class HeadTooLarge(BadRequest):
+    """URL and headers, or the trailers of a body, are longer than any request needs."""
+
+    code = "head_too_large"
+    status = 431
 
 
 class Unauthorized(PenstockError):

@@ -55,7 +55,7 @@ class RouterMetrics:
         self._labels = {"model_name": model_name, "engine": "router"}
         self._finished = Counter(dict.fromkeys(_REASONS, 0))
         self._errors: Counter[str] = Counter()
-        self.connections_cut = Counter(unread=0)  # before their clients had everything, by reason
+        self.connections_cut = Counter(unread=0, unfinished=0)  # by what stood still: their answers, their requests
         self._rows: list[tuple[str, str, Histogram, Sequence[float]]] = []  # name, help, counted, vLLM's bounds
         new = self._new
         self.time_to_first_token = new("time_to_first_token_seconds", "Received until the first token.", TO_FIRST)

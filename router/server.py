@@ -30,7 +30,7 @@ from penstock.router.app import create_app
 from penstock.router.group import ADMIN_HOST
 from penstock.router.http_protocol import HttpProtocol
 from penstock.router.off_loop import SWITCH_INTERVAL_S
-from penstock.router.unread import Unread, cut, waiting_bytes
+from penstock.router.stalled import Stalled, cut, unread_bytes, waiting_bytes
 
 if TYPE_CHECKING:
     from penstock.router.service import RouterService
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 5  # for clients that read their last events slowly
 KEEP_ALIVE_S = 75  # above the idle time of common clients and proxies, so that they close first
+REQUEST_S = 30  # without a byte of a request that has begun; however long all of it takes
 READY_POLL_S = 0.05
 FLUSH_POLL_S = 0.02
-LOOKS = 10  # for unread answers, in the time that one may be
-TOLD = 5  # addresses of a warning
+TOLD = 5  # addresses of a line in the log
 # Objects of requests are freed by their counts, so the collector finds little; Python's own limits would have it look
 # through all open streams again and again. These bound what it looks through at once: it holds up the event loop.
 GC_LIMITS = (10_000, 2, 1000)
@@ -71,8 +71,9 @@ class RouterServer(uvicorn.Server):
         )
         self._app, self._service, self._drain_s = app, service, config.drain_s
         self._admin_port, self._shares_port = config.admin_port, len(config.group_ports) > 1
-        self._write_timeout_s, self._next_look = config.write_timeout_s, 0.0
-        self._unread: Unread[Any] = Unread(config.write_timeout_s)
+        self._write_timeout_s = config.write_timeout_s
+        self._unread: Stalled[Any] = Stalled(config.write_timeout_s)
+        self._unfinished: Stalled[HttpProtocol] = Stalled(REQUEST_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """With an admin port, that one first."""
@@ -105,11 +106,12 @@ class RouterServer(uvicorn.Server):
         self._app.state.takes_connections = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Uvicorn's own, ten times a second; now and then for connections whose clients read nothing, too."""
+        """Uvicorn's own, ten times a second; now and then for connections at which nothing moves, too."""
         now = time.monotonic()
-        if self._write_timeout_s and now >= self._next_look:
-            self._next_look = now + self._write_timeout_s / LOOKS
+        if self._unread.due(now):
             self._cut_unread(now)
+        if self._unfinished.due(now):
+            self._end_unfinished(now)
         return await super().on_tick(counter)
 
     def _cut_unread(self, now: float) -> None:
@@ -119,6 +121,17 @@ class RouterServer(uvicorn.Server):
         if unread:
             self._app.state.metrics.connections_cut["unread"] += len(unread)
             _cut_and_tell(unread, f"took nothing of their answers for {self._write_timeout_s:g} s")
+
+    def _end_unfinished(self, now: float) -> None:
+        """A request that comes slowly is waited for; one of which nothing more comes is answered with an error."""
+        connections: set[Any] = self.server_state.connections  # ours are HttpProtocols
+        come = {each: each.received + unread_bytes(each.transport) for each in connections if each.awaits_rest}
+        late = self._unfinished.look(come, now)
+        for each in late:
+            each.time_out()
+        if late:
+            self._app.state.metrics.connections_cut["unfinished"] += len(late)
+            log.info("%d requests (of %s) did not come to their end", len(late), _hosts(late))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """After SIGTERM or SIGINT; a second SIGINT cuts the drain short."""
@@ -152,11 +165,14 @@ class RouterServer(uvicorn.Server):
 
 def _cut_and_tell(connections: Sequence[Any], why: str) -> None:
     """`why`: what is said of their clients."""
-    size = sum(waiting_bytes(each.transport) for each in connections)
-    hosts = ", ".join(sorted({f"{each.client[0]}" for each in connections if each.client})[:TOLD])
+    size, hosts = sum(waiting_bytes(each.transport) for each in connections), _hosts(connections)
     for each in connections:
         cut(each.transport)
     log.warning("%d connections cut whose clients (%s) %s: %d bytes were waiting", len(connections), hosts, why, size)
+
+
+def _hosts(connections: Sequence[Any]) -> str:
+    return ", ".join(sorted({f"{each.client[0]}" for each in connections if each.client})[:TOLD])
 
 
 def serve(config: RouterConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from penstock.common import bad_words, grammar, sampling
 from penstock.common.config import RouterConfig
-from penstock.router import chat_messages, endpoints, protocol
+from penstock.router import chat_messages, endpoints, http_protocol, protocol, server
 from penstock.router.anthropic.request import MessagesRequest
 from penstock.router.known_fields import _NOWHERE
 from penstock.router.openapi import OPERATIONS
@@ -62,6 +62,7 @@ def test_the_fields_of_small_routes_are_told(path: str, body: Any) -> None:
 def test_limits_are_told() -> None:
     defaults = RouterConfig()
     limits: dict[str, tuple[float, ...]] = {
+        "URL and headers": (http_protocol.MAX_HEAD_BYTES >> 10,),
         "body": (endpoints.MAX_BODY_BYTES >> 20,),
         "prompts times `n`": (protocol.MAX_CHOICES,),
         "messages of a chat with the parts of their contents": (chat_messages.MAX_MESSAGES,),
@@ -82,6 +83,8 @@ def test_limits_are_told() -> None:
         "choices in flight at a router's port": (defaults.max_inflight,),
         "requests that wait at a router's port": (defaults.max_queued, defaults.queue_timeout_s),
         "an answer of which the client takes nothing": (defaults.write_timeout_s,),
+        "a request that has begun and of which nothing more comes": (server.REQUEST_S,),
+        "a connection without a request": (server.KEEP_ALIVE_S,),
         "prompt": (),
         "time to first token, between tokens": (),
     }

@@ -1,17 +1,24 @@
-"""Chunks of a streamed answer, written without a coroutine: the same bytes as uvicorn's, and its flow control."""
+"""Uvicorn's HTTP protocol as the router uses it: chunks without a coroutine, limits for what comes.
+
+Chunks are the same bytes as uvicorn's, with its flow control. What is read in which pieces is up to the network: here a
+connection gets them one by one. test_request_limits.py has the same limits over real ones.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import Any
 
 import pytest
+import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.server import ServerState
 
 from penstock.common.tasks import begun
-from penstock.router.http_protocol import chunks_at_once
+from penstock.router.http_protocol import MAX_HEAD_BYTES, HttpProtocol, chunks_at_once
 
 pytestmark = pytest.mark.asyncio
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
@@ -22,12 +29,25 @@ class Transport:
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
+        self.closed = self.paused = False
 
     def write(self, data: bytes) -> None:
         self.written.append(data)
 
+    def close(self) -> None:
+        self.closed = True
+
     def is_closing(self) -> bool:
-        return False
+        return self.closed
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def get_extra_info(self, name: str) -> None:
+        return None
 
 
 def new_cycle(method: str = "POST") -> RequestResponseCycle:
@@ -80,3 +100,231 @@ async def test_nothing_is_written_for_a_client_that_is_gone() -> None:
     cycle.disconnected = True
     await send(chunk(b"data"))
     assert len(cycle.transport.written) == 1  # type: ignore[attr-defined]
+
+
+READ = 256 << 10  # what uvloop reads at once
+POST = b"POST /a HTTP/1.1\r\nhost: a\r\n"
+ENDLESS = {
+    "url": (b"GET /", b"a" * 1000),
+    "header": (b"GET / HTTP/1.1\r\nx-a: ", b"a" * 1000),
+    "headers": (b"GET / HTTP/1.1\r\n", b"x-a: a\r\n" * 100),
+    "trailer": (POST + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-a: ", b"a" * 1000),
+    "trailers": (POST + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n", b"x-a: a\r\n" * 100),
+}
+
+
+class Connection:
+    """One whose application answers when it is told to; `asked` has the bodies, None of a client that left."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes | None] = []
+        self.told = asyncio.Event()
+        config = uvicorn.Config(
+            self._answer, interface="asgi3", ws="none", lifespan="off", log_config=None, proxy_headers=False
+        )
+        self.protocol = HttpProtocol(config=config, server_state=ServerState(), app_state={})
+        self.transport: Any = Transport()
+        self.protocol.connection_made(self.transport)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                self.asked.append(body)
+                await send(START)
+                await send(chunk(b"first"))
+                await self.told.wait()
+                await send(chunk(b"", more=False))
+                return
+        self.asked.append(None)
+
+    async def get(self, data: bytes, pieces: int = 1 << 30) -> None:
+        for start in range(0, len(data), pieces):
+            if self.transport.closed:
+                return
+            self.protocol.data_received(data[start : start + pieces])
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    async def lose(self) -> None:
+        self.told.set()
+        self.protocol.connection_lost(None)
+        while self.protocol.tasks:
+            await asyncio.sleep(0)
+        assert self.protocol.timeout_keep_alive_task is None
+
+    @property
+    def written(self) -> bytes:
+        return b"".join(self.transport.written)
+
+    def error(self) -> tuple[int, Any]:
+        """Status and code of the one error that was written before the end."""
+        assert self.transport.closed
+        head, _, body = self.written.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 ") and b"connection: close" in head.split(b"\r\n")
+        assert f"content-length: {len(body)}".encode() in head
+        return int(head[9:12]), json.loads(body)["error"]["code"]
+
+
+@pytest.mark.parametrize("pieces", [1000, READ])
+@pytest.mark.parametrize("kind", ENDLESS)
+async def test_what_never_ends_is_refused(kind: str, pieces: int) -> None:
+    connection = Connection()
+    begin, more = ENDLESS[kind]
+    await connection.get(begin)
+    await connection.get(more * 1000, pieces)
+    assert connection.error() == (431, "head_too_large")
+    assert MAX_HEAD_BYTES < connection.protocol.received <= MAX_HEAD_BYTES + len(begin) + pieces
+    await connection.lose()
+    assert connection.asked == ([None] if kind.startswith("trailer") else [])
+
+
+@pytest.mark.parametrize("pieces", [777, READ])
+@pytest.mark.parametrize("over", [0, 1, 1000])
+@pytest.mark.parametrize("kind", ["url", "header", "headers"])
+async def test_a_whole_head_is_measured_however_it_comes(kind: str, over: int, pieces: int) -> None:
+    begin, line = b"GET /a HTTP/1.1\r\n", b"x-a: " + b"a" * 93 + b"\r\n"
+    rest = MAX_HEAD_BYTES + over - len(begin) - len(b"\r\n")
+    if kind == "url":
+        head = begin.replace(b"a", b"a" * (rest + 1))
+    elif kind == "header":
+        head = begin + b"x-a: " + b"a" * (rest - 7) + b"\r\n"
+    else:
+        lines, rest = divmod(rest, len(line))
+        head = begin + line * lines
+        head = head.replace(b"a\r\n", b"a" * (rest + 1) + b"\r\n", 1)
+    assert len(head) + 2 == MAX_HEAD_BYTES + over
+    connection = Connection()
+    await connection.get(head + b"\r\n", pieces)
+    if over:
+        assert connection.error() == (431, "head_too_large") and not connection.asked
+    else:
+        assert connection.asked == [b""] and b" 200 OK" in connection.written
+    await connection.lose()
+
+
+@pytest.mark.parametrize("pieces", [1000, READ, 4 * READ])
+@pytest.mark.parametrize("chunks", [0, 1, 100_000])
+async def test_a_body_is_no_part_of_a_head(chunks: int, pieces: int) -> None:
+    """However long it is, in however many chunks, and whatever of the next request came with it."""
+    body = b"a" * 300_000
+    connection = Connection()
+    connection.told.set()
+    if chunks:
+        size = len(body) // chunks
+        part = b"%x\r\n%b\r\n" % (size, body[:size])
+        request = POST + b"transfer-encoding: chunked\r\n\r\n" + part * chunks + b"0\r\n\r\n"
+    else:
+        request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    await connection.get(request * 2 + POST, pieces)
+    assert connection.asked == [body, body] and not connection.transport.closed
+    await connection.get(b"content-length: 1\r\n\r\na")
+    assert connection.asked == [body, body, b"a"]
+    await connection.lose()
+
+
+@pytest.mark.parametrize(
+    "next_one",
+    [
+        b"GET / HTTP/1.1\r\nx-a: " + b"a" * 2 * READ,
+        b"GET / HTTP/1.1\r\nx-a: a",
+        b"nonsense",
+        POST + b"x: \0",
+        POST + b"content-length: 9\r\n\r\na",
+    ],
+)
+async def test_no_error_stands_within_the_answer_of_another_request(next_one: bytes) -> None:
+    connection = Connection()
+    await connection.get(b"GET / HTTP/1.1\r\n\r\n")
+    before = connection.written
+    await connection.get(next_one, READ)
+    assert not connection.protocol.awaits_rest
+    connection.protocol.time_out()
+    assert connection.transport.closed and connection.written == before
+    await connection.lose()
+
+
+async def test_an_error_takes_its_turn() -> None:
+    connection = Connection()
+    await connection.get(b"GET / HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\nx-a: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n")
+    assert b"431" not in connection.written
+    connection.told.set()
+    await connection.get(b"")
+    first, _, second = connection.written.partition(b"0\r\n\r\n")
+    assert first.count(b"HTTP/1.1") == 1 and second.startswith(b"HTTP/1.1 431 ") and connection.transport.closed
+    await connection.lose()
+
+
+async def test_what_is_no_http_is_a_400_in_the_apis_shape() -> None:
+    connection = Connection()
+    await connection.get(b"nonsense\r\n\r\n")
+    assert connection.error() == (400, "invalid_request")
+    await connection.lose()
+
+
+@pytest.mark.parametrize(
+    "come", [b"P", POST, POST + b"content-length: 9\r\n\r\n", POST + b"content-length: 9\r\n\r\na"]
+)
+@pytest.mark.parametrize("after_another", [False, True])
+async def test_the_rest_of_a_request_is_waited_for(come: bytes, after_another: bool) -> None:
+    connection = Connection()
+    connection.told.set()
+    if after_another:
+        await connection.get(b"GET / HTTP/1.1\r\n\r\n")
+        connection.transport.written.clear()
+        connection.asked.clear()
+    assert not connection.protocol.awaits_rest
+    await connection.get(come)
+    assert connection.protocol.awaits_rest and connection.protocol.timeout_keep_alive_task is None
+    connection.protocol.time_out()
+    assert connection.error() == (408, "request_timeout") and not connection.protocol.awaits_rest
+    await connection.lose()
+    assert connection.asked in ([], [None])
+
+
+async def test_we_do_not_wait_for_what_we_do_not_read() -> None:
+    connection = Connection()
+    connection.protocol.data_received(POST + b"content-length: 200000\r\n\r\n" + b"a" * 100_000)
+    assert connection.transport.paused and not connection.protocol.awaits_rest
+    await connection.get(b"")
+    assert not connection.transport.paused and connection.protocol.awaits_rest
+    await connection.lose()
+
+
+async def test_a_request_that_is_answered_already_has_no_second_answer() -> None:
+    connection = Connection()
+    connection.protocol.app = _refuses
+    await connection.get(POST + b"content-length: 9\r\n\r\n")
+    before = connection.written
+    assert b" 200 OK" in before
+    await connection.get(b"a")
+    assert connection.protocol.awaits_rest
+    connection.protocol.time_out()
+    assert connection.transport.closed and connection.written == before
+    await connection.lose()
+
+
+async def _refuses(scope: Any, receive: Any, send: Any) -> None:
+    await send(dict(START))
+    await send(chunk(b"no", more=False))
+
+
+@pytest.mark.parametrize("come", [b"", b"\r\n", POST + b"content-length: 1\r\n\r\n|a", POST + b"\r\n|\r\n"])
+async def test_a_connection_without_a_request_has_its_time(come: bytes) -> None:
+    """From its beginning on, after line breaks, and after the rest of a body that nobody waited for."""
+    connection = Connection()
+    connection.protocol.app = _refuses
+    for piece in come.split(b"|"):
+        await connection.get(piece)
+    protocol = connection.protocol
+    assert protocol.timeout_keep_alive_task is not None and not protocol.awaits_rest
+    protocol.timeout_keep_alive_handler()
+    assert connection.transport.closed
+    await connection.lose()
+
+
+async def test_no_timer_outlives_a_connection_that_was_reset() -> None:
+    connection = Connection()
+    connection.protocol.connection_lost(ConnectionResetError())
+    assert connection.protocol.timeout_keep_alive_task is None

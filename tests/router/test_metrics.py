@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from penstock.common.errors import Overloaded
 from penstock.router.http_metrics import HttpMeter, HttpMetrics
 from tests.router.fake_router import ANSWER, Router, ids_of, running
-from tests.router.test_unread import until
+from tests.router.test_stalled import until
 
 
 def scrape(router: Router) -> dict[tuple[str, str], float]:
