@@ -17,7 +17,7 @@ from penstock.supervisor import Member
 HEALTH_TIMEOUT_S = 1.0
 SHUTDOWN_GRACE_S = 10.0  # beyond drain_s, before a process that does not end is killed
 _ADMIN_HOST = "127.0.0.1"
-_ANY_ADDRESS = ("", "0.0.0.0", "::")
+_ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # asyncio's "::" takes no IPv4
 
 
 def router_specs(config: RouterConfig, workers: Mapping[str, int]) -> list[ProcessSpec]:
@@ -38,7 +38,7 @@ def router_specs(config: RouterConfig, workers: Mapping[str, int]) -> list[Proce
 
 def reachable_host(host: str) -> str:
     """An address of this machine at which a server that listens on `host` answers."""
-    return "127.0.0.1" if host in _ANY_ADDRESS else host
+    return _ANY_ADDRESS.get(host, host)
 
 
 def _admin_ports(config: RouterConfig) -> list[int]:
