@@ -78,7 +78,7 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         load=lambda: loop.load,
         info=info,
     )
-    announced = status.url.replace(config.bus_host, bus.address.removeprefix("tcp://").rpartition(":")[0])
+    announced = status_url(bus.address, status.port)
     registered = WorkerInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | {"status_url": announced})
     registry = RegistryWriter(config.redis_url, config.namespace, registered) if config.redis_url else None
     stop_on_signals(loop)
@@ -98,6 +98,12 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
             registry.close()
         status.close()
         _take_down(built, bus, loop, role)
+
+
+def status_url(bus_address: str, port: int) -> str:
+    """Where peers reach the status pages at this port: the host that the bus announces, an IPv6 address in brackets."""
+    host = bus_address.removeprefix("tcp://").rpartition(":")[0]
+    return f"http://{host}:{port}"
 
 
 def _take_down(built: BuiltEngine, bus: BusServer, loop: WorkerLoop, role: Role) -> None:
