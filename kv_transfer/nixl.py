@@ -117,8 +117,10 @@ class NixlTransport(Transport):
         known = self._peers.pop(peer, None)
         if known is None:
             return
-        with suppress(*self._errors):  # NIXL drops a dead peer by itself
+        # NIXL drops a dead peer by itself, and what is left of it must go all the same: it would come back as stale.
+        with suppress(*self._errors):
             self._agent.release_dlist_handle(known.pages)
+        with suppress(*self._errors):
             self._agent.remove_remote_agent(known.agent)
 
     def post(self, peer: str, src_pages: Sequence[int], dst_pages: Sequence[int]) -> Copy:
