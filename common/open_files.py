@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 
 log = logging.getLogger(__name__)
 
@@ -24,3 +25,9 @@ def raise_open_files_limit() -> int:
         log.warning("at most %d files and connections can be open: %s", soft, error)
         return soft
     return hard
+
+
+def most_clients() -> int:
+    """Connections of clients that a router may hold: a quarter of what it may open is for workers, Redis and files."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit * 3 // 4

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from penstock.common.errors import BadRequest, HeadTooLarge, PenstockError, RequestTimeout
+from penstock.common.errors import BadRequest, HeadTooLarge, Overloaded, PenstockError, RequestTimeout
+from penstock.common.open_files import most_clients
 from penstock.common.tasks import DONE
 from penstock.router.error_bodies import Send, error_body, send_error
 
@@ -50,6 +51,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
         super().connection_made(transport)
+        if len(self.connections) > (most := most_clients()):
+            self._refuse(Overloaded(f"this router process has {most} connections, its limit"))
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:

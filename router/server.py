@@ -24,6 +24,8 @@ from penstock.common.chat_template import ChatTemplate
 from penstock.common.config import RouterConfig
 from penstock.common.errors import ConfigError
 from penstock.common.generation_defaults import GenerationDefaults
+from penstock.common.logs import WarningLimiter
+from penstock.common.open_files import most_clients
 from penstock.common.text_probe import TextProbe
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.app import create_app
@@ -74,6 +76,7 @@ class RouterServer(uvicorn.Server):
         self._write_timeout_s = config.write_timeout_s
         self._unread: Stalled[Any] = Stalled(config.write_timeout_s)
         self._unfinished: Stalled[HttpProtocol] = Stalled(REQUEST_S)
+        self._full = WarningLimiter()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """With an admin port, that one first."""
@@ -108,6 +111,8 @@ class RouterServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn's own, ten times a second; now and then for connections at which nothing moves, too."""
         now = time.monotonic()
+        if len(self.server_state.connections) >= (most := most_clients()):
+            self._full.warn(log, "full", f"{most} connections are open: no more are taken (ulimit -n)", now)
         if self._unread.due(now):
             self._cut_unread(now)
         if self._unfinished.due(now):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 from typing import Any
 
 import pytest
@@ -116,13 +117,13 @@ ENDLESS = {
 class Connection:
     """One whose application answers when it is told to; `asked` has the bodies, None of a client that left."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: ServerState | None = None) -> None:
         self.asked: list[bytes | None] = []
         self.told = asyncio.Event()
         config = uvicorn.Config(
             self._answer, interface="asgi3", ws="none", lifespan="off", log_config=None, proxy_headers=False
         )
-        self.protocol = HttpProtocol(config=config, server_state=ServerState(), app_state={})
+        self.protocol = HttpProtocol(config=config, server_state=state or ServerState(), app_state={})
         self.transport: Any = Transport()
         self.protocol.connection_made(self.transport)
 
@@ -322,6 +323,23 @@ async def test_a_connection_without_a_request_has_its_time(come: bytes) -> None:
     protocol.timeout_keep_alive_handler()
     assert connection.transport.closed
     await connection.lose()
+
+
+async def test_connections_leave_descriptors_for_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 1 << 20))
+    first = Connection()
+    state = first.protocol.server_state
+    others = [Connection(state) for _ in range(3)]
+    assert [one.transport.closed for one in (first, *others)] == [False, False, False, True]
+    assert others[-1].error() == (429, "overloaded")
+    await first.get(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    assert first.asked == [b""], "those that are open are served"
+    for one in (first, *others):
+        await one.lose()
+    assert not state.connections
+    later = Connection(state)
+    assert not later.transport.closed
+    await later.lose()
 
 
 async def test_no_timer_outlives_a_connection_that_was_reset() -> None:
