@@ -27,7 +27,7 @@ from penstock.own_process import own_process
 from penstock.placement import Placement, place_workers, visible_gpus
 from penstock.private_redis import PrivateRedis, free_port, port_is_free
 from penstock.process_group import ProcessGroup
-from penstock.router_specs import SHUTDOWN_GRACE_S, reachable_host, router_specs
+from penstock.router_specs import SHUTDOWN_GRACE_S, reachable_address, router_specs
 from penstock.supervisor import Member
 
 # For a fleet with one user, who means all that is asked: a request may wait behind all others, however many and long.
@@ -87,7 +87,7 @@ class Fleet:
     @property
     def url(self) -> str:
         """http://host:port of the router, without /v1."""
-        return f"http://{_in_url(reachable_host(self.config.host))}:{self.config.port}"
+        return f"http://{reachable_address(self.config.host, self.config.port)}"
 
     @property
     def group(self) -> ProcessGroup:
@@ -155,7 +155,3 @@ def _registered(config: FleetConfig) -> list[WorkerInfo]:
 def _of_these(workers: list[WorkerInfo], pids: dict[str, int]) -> dict[str, WorkerInfo]:
     """Those of our processes; a record of a dead predecessor (another pid) may last for a lease."""
     return {worker.worker_id: worker for worker in workers if pids.get(worker.worker_id) == worker.pid}
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

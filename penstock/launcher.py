@@ -23,7 +23,7 @@ from penstock.fleet import Fleet
 from penstock.interrupt import INTERRUPTED
 from penstock.private_redis import port_is_free
 from penstock.process_group import LaunchError, ProcessGroup
-from penstock.router_specs import reachable_host, router_specs
+from penstock.router_specs import reachable_address, router_specs
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def launch_routers(config: RouterConfig) -> int:
     if not port_is_free(config.host, config.port):
         raise ConfigError(f"cannot listen on {config.host} port {config.port}: it is in use, or not an address here")
     group = ProcessGroup(router_specs(config, {"decode": 1}), Console(json_lines=config.log_format == "json"))
-    where = f"{reachable_host(config.host)}:{config.port}"
+    where = reachable_address(config.host, config.port)
     ready = f"Penstock's routers are ready: {where} | {config.router_procs} processes"
     return run_in_foreground(group, lambda: ready, config.drain_s)
 

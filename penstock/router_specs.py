@@ -41,6 +41,12 @@ def reachable_host(host: str) -> str:
     return _ANY_ADDRESS.get(host, host)
 
 
+def reachable_address(host: str, port: int) -> str:
+    """That address and a port, as they stand in a URL."""
+    found = reachable_host(host)
+    return f"[{found}]:{port}" if ":" in found else f"{found}:{port}"
+
+
 def _admin_ports(config: RouterConfig) -> list[int]:
     if not config.admin_port:
         ports: set[int] = set()
@@ -68,6 +74,8 @@ def _serves(host: str, port: int, workers: Mapping[str, int]) -> bool:
         linked = json.load(answer)["workers"] if answer.status == 200 else {}
         return all(linked.get(role, 0) >= count for role, count in workers.items())
     except (OSError, HTTPException):
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else answers there
         return False
     finally:
         connection.close()

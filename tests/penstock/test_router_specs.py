@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from penstock.private_redis import free_port
-from penstock.router_specs import reachable_host
+from penstock.router_specs import reachable_address, reachable_host
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
@@ -30,3 +30,7 @@ def test_a_server_answers_at_the_host_that_it_is_asked_at(host: str) -> None:
         loop.run_until_complete(scenario())
     finally:
         loop.close()
+
+
+def test_an_address_of_ipv6_has_brackets() -> None:
+    assert [reachable_address(host, 80) for host in ("::", "0.0.0.0", "a.b")] == ["[::1]:80", "127.0.0.1:80", "a.b:80"]
