@@ -13,9 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.common.config import RouterConfig, ServeConfig, WorkerConfig
+from penstock.common.config import MAX_WORKER_ID, RouterConfig, ServeConfig, WorkerConfig
 from penstock.common.config_loader import explicit_values, load_config, options, parse_size, redact_url, redacted
 from penstock.common.errors import ConfigError
+from penstock.common.peers import wire_identity
 
 
 def load(*argv: str, environ: dict[str, str] | None = None, fixed: dict[str, object] | None = None) -> ServeConfig:
@@ -294,3 +295,11 @@ def test_the_tokenizer_reaches_the_workers_whose_grammars_need_it() -> None:
     config = load("tiny", "--tokenizer", "elsewhere")
     workers = [config.worker(role, "w", "cpu", 1.0, 1) for role in ("prefill", "decode")]
     assert [one.tokenizer for one in (config.router(), *workers)] == ["elsewhere"] * 3
+
+
+def test_the_name_of_a_worker_fits_into_an_identity() -> None:
+    name = "w" * MAX_WORKER_ID
+    identity = wire_identity(f"{name}-{'0' * 12}", 1 << 40)
+    assert WorkerConfig(model="m", worker_id=name).worker_id == name and len(identity) < 256
+    with pytest.raises(ConfigError, match="worker_id may have 200 bytes at most"):
+        WorkerConfig(model="m", worker_id="ü" * 101)
