@@ -85,6 +85,7 @@ def test_limits_are_told() -> None:
         "an answer of which the client takes nothing": (defaults.write_timeout_s,),
         "a request that has begun and of which nothing more comes": (server.REQUEST_S,),
         "a connection without a request": (server.KEEP_ALIVE_S,),
+        "connections of a router process": (),
         "prompt": (),
         "time to first token, between tokens": (),
     }
