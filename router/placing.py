@@ -57,7 +57,7 @@ class Placing:
         self._off_loop = off_loop
         self._minimum = min_remote_prefill_tokens
         self._limits = limits
-        self._hashing: OrderedDict[tuple[str, int, str, int], asyncio.Task[list[bytes]]] = OrderedDict()
+        self._hashing: OrderedDict[tuple[str, str, int], tuple[list[int], asyncio.Task[list[bytes]]]] = OrderedDict()
 
     async def place(
         self, request: GenerateRequest, avoid: frozenset[str], since: float, moving: Moving | None = None
@@ -143,11 +143,12 @@ class Placing:
             return _page_hashes(request, scope, page_size)
         if request.output_token_ids:  # nobody else has these
             return await self._off_loop.run(lambda: _page_hashes(request, scope, page_size))
-        key = (request.request_id, len(request.prompt_token_ids), scope, page_size)
-        task = self._hashing.get(key)
-        if task is None:
+        key = (request.request_id, scope, page_size)
+        prompt, task = self._hashing.get(key, ([], None))
+        if task is None or prompt is not request.prompt_token_ids:  # a client may give its next request the same id
             work = self._off_loop.run(lambda: _page_hashes(request, scope, page_size))
-            task = self._hashing[key] = asyncio.ensure_future(work)
+            task = asyncio.ensure_future(work)
+            self._hashing[key] = request.prompt_token_ids, task
             while len(self._hashing) > KEPT_HASHES:
                 self._hashing.popitem(last=False)
         return await asyncio.shield(task)  # one choice that is cancelled takes nothing from the others

@@ -206,7 +206,9 @@ def moved(placement: Placement, moving: Moving, num_tokens: int) -> Placement:
     source = moving.source
     held = min(moving.kept_tokens, (num_tokens - 1) // source.page_size * source.page_size)
     lacking = num_tokens - held
-    if source.fingerprint != placement.decode.fingerprint or placement.prefill_tokens <= lacking:
+    if source.fingerprint != placement.decode.fingerprint or source.incarnation == placement.decode.incarnation:
+        return placement
+    if placement.prefill_tokens <= lacking:  # no more than it has to compute without
         return placement
     prefill = placement.prefill if lacking > source.page_size else None
     prefill_ms = placement.prefill_ms * lacking / placement.prefill_tokens

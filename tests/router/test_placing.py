@@ -109,13 +109,16 @@ def test_the_choices_of_a_request_hash_their_long_prompt_once(monkeypatch: pytes
         assert task.cancelled() == cancelled
 
     async def scenario() -> None:
+        nonlocal prompt
         await asyncio.gather(place("a", cancelled=True), *(place("a") for _ in range(20)))
         for number in range(KEPT_HASHES + 1):
             await place(f"r{number}")
         assert len(placing._hashing) == KEPT_HASHES
+        prompt = [2] * HASH_OFF_LOOP_TOKENS
+        await place("r16")
 
     try:
         asyncio.run(scenario())
     finally:
         off_loop.close()
-    assert hashed == ["a", *(f"r{number}" for number in range(KEPT_HASHES + 1))]
+    assert hashed == ["a", *(f"r{number}" for number in range(KEPT_HASHES + 1)), "r16"], "another prompt, the same id"
