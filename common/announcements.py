@@ -40,7 +40,7 @@ class Announcements:
         self.overflowed = False
         self._max_pending = max_pending
         self._held: dict[bytes, bytes] = {}  # page hash -> its parent, b"" at the beginning of a sequence
-        self._children: dict[bytes, list[bytes]] = {}  # of the held pages, by parent, which need not be held
+        self._children: dict[bytes, set[bytes]] = {}  # of the held pages, by parent, which need not be held
         self._orphans: set[bytes] = set()
         self._pending: dict[bytes, bool] = {}  # page hash -> it is held now
         self._round: list[bytes] = []  # pages to announce again before the next round begins, from the end
@@ -65,7 +65,7 @@ class Announcements:
             if parent is None:
                 continue
             siblings = self._children[parent]
-            siblings.remove(page)
+            siblings.discard(page)
             if not siblings:
                 del self._children[parent]
             if page in self._orphans:
@@ -79,7 +79,7 @@ class Announcements:
             if page in self._held:
                 continue
             self._held[page] = parent
-            self._children.setdefault(parent, []).append(page)
+            self._children.setdefault(parent, set()).add(page)
             if parent and (parent not in self._held or parent in self._orphans):
                 self._orphans.add(page)
                 continue
