@@ -8,6 +8,7 @@ tokens only.
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import msgspec
@@ -117,6 +118,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         in_range = all(0 < len(s) <= MAX_BAD_WORD_TOKENS and min(s) >= 0 for s in sequences)
         rule = f"at most {2 * MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids"
         _check(len(sequences) <= 2 * MAX_BAD_WORDS and in_range, "bad_words_token_ids", rule, len(sequences))
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed. It was checked: rules of a whole vocabulary are not gone through again."""
+        changed = copy(self)
+        msgspec.structs.force_setattr(changed, "seed", seed)
+        return changed
 
     @property
     def greedy(self) -> bool:

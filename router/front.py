@@ -159,8 +159,11 @@ class Front:
             field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
             raise BadRequest(f"{field} must be at least 1, got {asked}", param=field)
         budget = min(output_budget(len(ids), asked, default, info.max_model_len, blamed) for ids in prompts)
-        seed = self.seeds.getrandbits(63)
-        sampling = request.sampling(self.defaults, budget, logprobs, seed, info.vocab_size, self._encode_word)
+        # A seed for each prompt: what is drawn follows from seed, choice and position, so equal prompts need two.
+        seeds = [self.seeds.getrandbits(63) for _ in prompts]
+        sampling = request.sampling(self.defaults, budget, logprobs, seeds[0], info.vocab_size, self._encode_word)
+        drawn = sampling.seed == seeds[0]  # and not the client's
+        each = [sampling.with_seed(seed) if drawn else sampling for seed in seeds]
         self.metrics.request(n, budget)
         requests = [
             GenerateRequest(
@@ -174,7 +177,7 @@ class Front:
                 priority=request.priority or 0,
                 traceparent=head.traceparent,
             )
-            for at, ids in enumerate(prompts)
+            for at, (ids, sampling) in enumerate(zip(prompts, each, strict=True))
             for choice in range(n)
         ]
         return Plan(
