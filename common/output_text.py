@@ -82,21 +82,20 @@ class OutputText:
             if position < num_shown:
                 text = self._detokenizer.push((token_id,))
                 self._chars += len(text)
-                # As in vLLM, text of the first min_tokens tokens is not searched.
-                searched = self.num_tokens + self.kept > self._min_tokens
-                pieces.append(self._search(text) if searched else text)
+                pieces.append(self._search(text, self.num_tokens + self.kept))
             if self.finish_reason is not None:
                 break
         return "".join(pieces)
 
-    def _search(self, text: str) -> str:
+    def _search(self, text: str, num_tokens: int) -> str:
+        """As in vLLM, no stop string ends in the text of the first min_tokens tokens; it may begin there."""
         if self._stops is None:
             return text
-        text, matched = self._stops.push(text)
+        text, matched = self._stops.push(text, searched=num_tokens > self._min_tokens)
         if matched is not None:
             self.finish_reason, self.stop_reason = "stop", matched
         return text
 
     def _finish(self) -> str:
-        rest = self._search(self._detokenizer.finish())
+        rest = self._search(self._detokenizer.finish(), self.num_tokens)
         return rest if self._stops is None or self.finish_reason is not None else rest + self._stops.finish()

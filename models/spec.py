@@ -41,7 +41,7 @@ class ModelSpec:
     qk_norm: bool
     tie_word_embeddings: bool
     dtype: str  # torch's name of the checkpoint's type
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # below vocab_size
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Traits:
     head_dim: int | None = None  # where config.json gives none; None: hidden_size / num_attention_heads
 
 
-_MISTRALS_WINDOW = 4096  # where config.json does not say, as in transformers; null there is none
+_WINDOW = 4096  # where config.json does not say, as in transformers; null there is none
 
 TRAITS: dict[str, Traits] = {
     "LlamaForCausalLM": Traits(mlp_bias=True),
@@ -77,7 +77,7 @@ def read_spec(path: Path) -> ModelSpec:
         file = path / "generation_config.json"
         if not file.exists():
             return spec
-        ids = spec.eos_token_ids + _eos_token_ids(_read_object(file))
+        ids = spec.eos_token_ids + _eos_token_ids(_read_object(file), spec.vocab_size)
         return replace(spec, eos_token_ids=tuple(dict.fromkeys(ids)))
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
@@ -120,7 +120,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         qk_norm=traits.qk_norm,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=_dtype(config),
-        eos_token_ids=_eos_token_ids(config),
+        eos_token_ids=_eos_token_ids(config, _count(config, "vocab_size")),
     )
 
 
@@ -144,7 +144,7 @@ def _count(config: Mapping[str, Any], name: str) -> int:
 
 
 def _windows(config: Mapping[str, Any], rule: str, num_layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window", _MISTRALS_WINDOW if rule == "all" else None)
+    window = config.get("sliding_window", _WINDOW)
     if rule == "none" or window is None or (rule == "upper" and not config.get("use_sliding_window", False)):
         return (None,) * num_layers
     if rule == "all":
@@ -165,9 +165,10 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return name
 
 
-def _eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Those that the model can draw: some checkpoints name tokens that only their tokenizer has."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ModelError(f"eos_token_id must be a token id or a list of them, got {value!r}")
-    return tuple(ids)
+    return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)

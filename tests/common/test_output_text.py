@@ -68,6 +68,12 @@ def test_text_of_the_first_min_tokens_is_not_searched() -> None:
     assert text.num_tokens == 5
 
 
+def test_a_stop_string_may_begin_in_the_first_min_tokens() -> None:
+    text = OutputText(byte_level(), SamplingParams(stop=["b", "bcd"], min_tokens=2))
+    assert text.push([i for c in "abcdefgh" for i in ids_of(c)]) == "a"
+    assert (text.num_tokens, text.stop_reason) == (4, "bcd")
+
+
 def test_offsets_count_characters_of_the_output() -> None:
     text = OutputText(byte_level(), SamplingParams(stop=["zz"]), track_offsets=True)
     text.push(ids_of("a😀"))

@@ -14,9 +14,9 @@ LETTERS = st.text(alphabet="abc", max_size=24)
 STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-def reference(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+def reference(text: str, stops: list[str], include: bool, unsearched: int = 0) -> tuple[str, str | None]:
     """Character by character: the first moment at which the text ends in a stop string; the longest of those."""
-    for end in range(len(text) + 1):
+    for end in range(unsearched + 1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
             stop = max(ended, key=len)
@@ -37,6 +37,16 @@ def test_any_cut_gives_what_the_reference_gives(text: str, stops: list[str], cut
             assert end - len(shown) < max(map(len, stops))
     shown += scanner.finish()
     assert (shown, scanner.matched) == reference(text, stops, include)
+
+
+@given(LETTERS, STOPS, st.lists(st.integers(0, 24)), st.booleans(), st.integers(0, 24))
+def test_no_match_ends_in_text_that_is_not_searched(
+    text: str, stops: list[str], cuts: list[int], include: bool, unsearched: int
+) -> None:
+    scanner, unsearched = StopStrings(stops, include), min(unsearched, len(text))
+    edges = sorted({0, *(min(c, len(text)) for c in cuts), unsearched, len(text)})
+    pieces = [scanner.push(text[a:b], searched=a >= unsearched)[0] for a, b in itertools.pairwise(edges)]
+    assert ("".join(pieces) + scanner.finish(), scanner.matched) == reference(text, stops, include, unsearched)
 
 
 def test_only_what_may_begin_a_stop_is_held() -> None:

@@ -80,6 +80,12 @@ def test_windows_of_qwen(change: dict[str, Any], windows: tuple[int | None, ...]
     assert parse_spec(QWEN2 | change).sliding_windows == windows
 
 
+def test_qwens_that_name_no_window_have_the_one_of_transformers() -> None:
+    config = {name: value for name, value in QWEN2.items() if name != "sliding_window"}
+    assert parse_spec(config | {"use_sliding_window": True, "max_window_layers": 3}).sliding_windows[3] == 4096
+    assert parse_spec(config).sliding_windows == (None,) * 4
+
+
 def test_mistral_without_a_window() -> None:
     spec = parse_spec(LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None})
     assert spec.sliding_windows == (None, None)
@@ -135,6 +141,7 @@ def test_unreadable_config(tmp_path: Path, text: str | None, message: str) -> No
         (3, {"eos_token_id": [1, 2, 3]}, (3, 1, 2)),  # Llama 3 Instruct
         ([1, 2], {"eos_token_id": None}, (1, 2)),
         (None, {"eos_token_id": [7, 8]}, (7, 8)),
+        ([1, -1], {"eos_token_id": [2, LLAMA["vocab_size"]]}, (1, 2)),  # the tokenizer may have more
     ],
 )
 def test_end_of_text_is_in_both_files(
