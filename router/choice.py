@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from penstock.common.detokenizer import Detokenizer
 from penstock.common.errors import InternalError, PenstockError, from_code
 from penstock.common.logs import about
 from penstock.common.messages import GenerateRequest, Spans, TokenDelta, TokenLogprobs
@@ -159,11 +160,13 @@ class Choice:
         if not self._scores:
             return []
         offsets, end = [], 0
+        detokenizer = Detokenizer(self._tokenizer)  # a token's text alone tells nothing of split characters and spaces
         for token_id in self.request.prompt_token_ids:
             offsets.append(min(end, len(self.echo)))
-            text = self._tokenizer.token_text(token_id)
-            if token_id not in self._tokenizer.special_ids or self.echo.startswith(text, end):  # echo leaves out bos
-                end += len(text)
+            end += len(detokenizer.push([token_id]))
+            if token_id in self._tokenizer.special_ids:  # the echo has those that the client wrote, and not bos
+                text = self._tokenizer.token_text(token_id)
+                end += len(text) if self.echo.startswith(text, end) else 0
         scores = [None] * len(offsets) if self.prompt_logprobs is None else [None, *self.prompt_logprobs]
         return list(map(ScoredToken, self.request.prompt_token_ids, scores, offsets))
 

@@ -81,7 +81,15 @@ def test_several_prompts_and_choices_are_ordered_by_prompt(router: Router, strea
     if not stream:
         assert answer.usage.prompt_tokens == 3  # a prompt counts once, not once a choice
         assert answer.usage.completion_tokens == 4 * 4
-    assert len({request.sampling.seed for request in router.service.requests}) == 1
+    seeds = [request.sampling.seed for request in router.service.requests]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+
+
+@pytest.mark.parametrize("seed", [7, -1, None])
+def test_equal_prompts_have_seeds_of_their_own_but_for_the_clients(router: Router, seed: int | None) -> None:
+    create(router, prompt=["the water"] * 3, seed=seed)
+    seeds = {request.sampling.seed for request in router.service.requests}
+    assert seeds == {7} if seed == 7 else len(seeds - {-1, None}) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -286,6 +294,14 @@ def test_offsets_in_an_echo_are_those_of_the_shown_text(router: Router) -> None:
         assert found["tokens"][0] == "<s>" and choice["text"].startswith("<s>"[:length] + "The water")
         lengths = [length, *map(len, found["tokens"][1:])]
         assert found["text_offset"] == [0, *accumulate(lengths)][:-1]
+
+
+def test_offsets_in_an_echo_of_characters_that_several_tokens_share(router: Router) -> None:
+    prompt = "水 😀 the water"
+    choice = router.post("/v1/completions", {"prompt": prompt, "echo": True, "logprobs": 0}).json()["choices"][0]
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    for token in (" the", " water"):
+        assert offsets[tokens.index(token)] == prompt.index(token)
 
 
 def test_truncated_prompts_and_priority(router: Router) -> None:
