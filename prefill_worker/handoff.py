@@ -70,7 +70,6 @@ class HandOffOut:
         self._clock = clock
         self._open: dict[str, _HandOff] = {}
         self._behind: dict[str, _HandOff] = {}  # of those: choices for which another one of their request fetches
-        self._count = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -97,7 +96,6 @@ class HandOffOut:
         key = request_key(request.request_id, request.choice, request.attempt)
         if key in self._open:
             return
-        self._count += 1
         if self._loop.peers.draining:
             self._fail(identity, request, "unavailable", "the prefill worker is draining")
             return
@@ -293,10 +291,8 @@ class HandOffOut:
         return self._exchange.holders()
 
     def load(self) -> dict[str, int]:
-        load = self._exchange.load()
-        load["handoffs"] += self._count
         return {
-            **load,
+            **self._exchange.load(),
             "waiting": len(self._reader) + len(self._behind),
             "deferred": len(self._reader) + len(self._behind),
             "prefix_queries": self._prefix_queries,

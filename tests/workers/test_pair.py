@@ -11,6 +11,7 @@ import pytest
 
 from penstock.common.messages import GenerateRequest, Submit
 from penstock.common.sampling import SamplingParams
+from penstock.tap import Tap
 from tests.conftest import RedisServer
 from tests.tiny_models import random_prompts, reference_tokens
 from tests.workers.worker_processes import RouterDouble, WorkerProcess, workers
@@ -48,6 +49,8 @@ def test_handed_off_tokens_equal_hugging_face(
             assert decode.metric("penstock:kv_transfer_pages_total") == moved
             assert decode.metric("penstock:kv_transfer_bytes_total") == moved * decode.info.page_bytes
             assert decode.metric("penstock:handoff_failures_total") == 0
+            told = [worker.metric("penstock:handoffs_total") for worker in (prefill, decode)]
+            assert told == [0, sum(len(p) > 4 for p in prompts)]  # counted at one end, as failures are
             one_token = msgspec.structs.replace(GREEDY, max_tokens=1)
             prompt = [*range(7, 57)]
             for choice in range(CHOICES):
@@ -71,16 +74,20 @@ def _the_prefill_worker_drains(
 ) -> None:
     """What it has been asked for it computes and hands off before it leaves."""
     assert prefill.info is not None and decode.info is not None
-    asked = prefill.metric("penstock:handoffs_total") + sum(len(prompt) > 4 for prompt in prompts)
-    for i, prompt in enumerate(prompts):
-        request = GenerateRequest(
-            request_id=f"drained-{i}", prompt_token_ids=prompt, sampling=GREEDY, cache_salt="again"
-        )
-        router.submit(decode.info, Submit(request=request, prefill=prefill.info))
     deadline = time.monotonic() + 60
-    while prefill.metric("penstock:handoffs_total") < asked:
-        assert time.monotonic() < deadline
-        router.turn()
+    with Tap({"prefill-0": prefill.info.address}, {}) as tap:
+        while not tap.receive(0.05):  # heartbeats: it taps now
+            assert time.monotonic() < deadline
+        for i, prompt in enumerate(prompts):
+            request = GenerateRequest(
+                request_id=f"drained-{i}", prompt_token_ids=prompt, sampling=GREEDY, cache_salt="again"
+            )
+            router.submit(decode.info, Submit(request=request, prefill=prefill.info))
+        unasked = sum(len(prompt) > 4 for prompt in prompts)
+        while unasked:
+            assert time.monotonic() < deadline
+            router.turn()
+            unasked -= sum(seen.tag == "prefill" for seen in tap.receive(0.0))
     prefill.process.terminate()
     router.collect()
     assert [router.answers[f"drained-{i}", 0].tokens for i in range(len(prompts))] == expected
