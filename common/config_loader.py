@@ -26,7 +26,10 @@ ENV_PREFIX = "PENSTOCK_"
 CONFIG_ENV = "PENSTOCK_CONFIG"  # stands for --config
 CLIENT_ENV_PREFIX = "PENSTOCK_CLIENT_"  # options of the commands that ask a server: penstock/client_options.py
 VLLM_ENV = {"VLLM_API_KEY": "api_key", "VLLM_LOGGING_LEVEL": "log_level"}  # heard where ours do not say it
-_RESERVED_ENV = {CONFIG_ENV, SUPERVISED_ENV}
+_COMPOSE_ENV = {  # of the files in compose/; who starts a fleet with them may ask it from the same shell
+    ENV_PREFIX + name for name in ("LISTEN", "MODELS_DIR", "GRAFANA_LISTEN", "GRAFANA_PASSWORD", "PROMETHEUS_LISTEN")
+}
+_RESERVED_ENV = {CONFIG_ENV, SUPERVISED_ENV, *_COMPOSE_ENV}
 # A Kubernetes Service called penstock (or penstock-router) puts these into every pod; they are not meant for us.
 _KUBERNETES_ENV = re.compile(r"SERVICE_(HOST|PORT\w*)$|PORT_\d+_(TCP|UDP)\w*$")
 _KUBERNETES_LINK = re.compile(r"(tcp|udp)://")
@@ -73,7 +76,7 @@ class Option:
                 return float(text)
         except (ValueError, KeyError):
             raise self._wrong(text) from None
-        return tuple(part.strip() for part in text.split(",") if part.strip()) if self.kind == "list" else text
+        return self._parts(text.split(",")) if self.kind == "list" else text
 
     def from_value(self, value: object) -> object:
         """The value found in a file, whose types must be right; raises ConfigError."""
@@ -90,10 +93,17 @@ class Option:
         if isinstance(value, str) and (self.kind in ("text", "list") or self.field.metadata.get("human")):
             return self.from_text(value)
         if self.kind == "list" and isinstance(value, list) and all(type(part) in (str, int) for part in value):
-            return tuple(str(part) for part in value)
+            return self._parts(map(str, value)) if value else ()
         if self.kind == "list" and type(value) is int:
             return (str(value),)
         raise self._wrong(value)
+
+    def _parts(self, texts: Iterable[str]) -> tuple[str, ...]:
+        """Those that are not empty. There must be one: --api-key "$KEY" without a KEY would open a server to all."""
+        parts = tuple(part for text in texts if (part := text.strip()))
+        if not parts:
+            raise ConfigError("it is empty: leave it out if there is none")
+        return parts
 
     def check_choice(self, value: object) -> None:
         """Raise ConfigError unless the option takes `value`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_variables_of_a_kubernetes_service_are_passed_over() -> None:
         "PENSTOCK_ROUTER_PORT": "tcp://10.0.0.2:8000",
     }
     assert load(environ=environ) == ServeConfig()
+
+
+def test_variables_of_the_compose_files_are_passed_over() -> None:
+    texts = [path.read_text() for path in (Path(__file__).parents[2] / "compose").glob("*.yaml")]
+    names = set(re.findall(r"\$\{(PENSTOCK_\w+)", "".join(texts)))
+    assert len(names) > 5
+    load(environ=dict.fromkeys(names - {"PENSTOCK_LOG_LEVEL"}, "127.0.0.1:80"))
+
+
+@pytest.mark.parametrize("empty", ["", ",", " , "])
+def test_a_list_that_is_given_is_not_empty(tmp_path: Path, empty: str) -> None:
+    """A key that a shell or a template has lost must not open a server to all."""
+    assert mistake("--api-key", empty) == "--api-key: it is empty: leave it out if there is none"
+    assert "it is empty" in mistake("--config", file_with(tmp_path, {"api_key": empty}))
+    assert "it is empty" in mistake("--config", file_with(tmp_path, {"api_key": ["", " "]}))
+    if empty:
+        assert "it is empty" in mistake(environ={"PENSTOCK_API_KEY": empty})
+    assert load("--config", file_with(tmp_path, {"api_key": []})).api_key == ()
+    assert load("--api-key", empty, "a").api_key == ("a",)
 
 
 @pytest.mark.parametrize(
