@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, Literal
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from penstock.common.errors import BadRequest, HeadTooLarge, Overloaded, PenstockError, RequestTimeout
@@ -20,6 +21,7 @@ from penstock.common.tasks import DONE
 from penstock.router.error_bodies import Send, error_body, send_error
 
 MAX_HEAD_BYTES = 64 << 10
+_NO_HTTP = "Invalid HTTP request received."
 _TOO_LARGE = f"URL and headers, or trailers, are longer than {MAX_HEAD_BYTES} bytes"
 
 
@@ -64,7 +66,12 @@ class HttpProtocol(HttpToolsProtocol):
         """See asyncio.Protocol."""
         self._read_from = self.received
         self.received += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(memoryview(data))
+        except httptools.HttpParserError:
+            self.logger.warning(_NO_HTTP)
+            self.send_400_response(_NO_HTTP)
         if not self._coming:
             self._await_request()
         elif self.received - self._passed_on > MAX_HEAD_BYTES:  # the parser keeps them: a head or trailers without end
@@ -80,6 +87,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self.received - self._head_from > MAX_HEAD_BYTES and self._head_bytes() > MAX_HEAD_BYTES:
             self.app = _refuse_head  # which ends the connection
             self.url = b"/"  # what parses URLs takes fewer bytes
+        if self.parser.should_upgrade():
+            return  # it is parsed again
         super().on_headers_complete()
         self._coming, self._passed_on = "body", self.received
 
@@ -89,13 +98,37 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Nothing is missing."""
+        """Nothing is missing, unless the parser leaves what follows to another protocol."""
+        if self.parser.should_upgrade():
+            return
         self._coming = ""
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Of what is no HTTP."""
         self._refuse(BadRequest(msg))
+
+    def _parse(self, data: memoryview) -> None:
+        """Offers of other protocols are ignored (RFC 9110, 7.8), as Java's client makes one of HTTP/2 by default.
+
+        To the parser, such a request ends with its head, whatever body it announces: it gets the head once more,
+        without the offer. Raises httptools.HttpParserError.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offered:
+                data = data[offered.args[0] :]
+            self.parser.feed_data(self._head_without_offer())
+
+    def _head_without_offer(self) -> bytes:
+        method = self.parser.get_method()
+        if method == b"CONNECT":  # what follows is another protocol's for certain
+            raise httptools.HttpParserError("no proxy")
+        fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        return b"".join([b"%b %b HTTP/%b\r\n" % (method, self.url, version), *fields, b"\r\n"])
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         send = chunks_at_once(cycle)

@@ -225,6 +225,55 @@ async def test_a_body_is_no_part_of_a_head(chunks: int, pieces: int) -> None:
     await connection.lose()
 
 
+OFFERS = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAA\r\nUpgrade: h2c\r\n",
+    "any case": b"UPGRADE:H2C\r\nx-a:\r\nconnection: upgrade\r\n",
+    "websocket": b"upgrade: websocket\r\nupgrade: a\r\nconnection: keep-alive\r\nconnection: upgrade\r\n",
+}
+BODIES = {
+    "none": b"\r\n",
+    "whole": b"content-length: 9\r\n\r\nupgrade: ",
+    "chunked": b"transfer-encoding: chunked\r\n\r\n8\r\nupgrade:\r\n1\r\n \r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("cut", ["one byte", "one request", "head and body", "nowhere"])
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("offer", OFFERS)
+async def test_offers_of_other_protocols_are_ignored(
+    offer: str, body: str, cut: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields, blank_line, rest = (b"x-a: b\r\n" + BODIES[body]).partition(b"\r\n\r\n")
+    head = POST + OFFERS[offer] + fields + blank_line
+    plain = POST + b"content-length: 1\r\n\r\na"
+    pieces = {"one request": [head + rest, plain, head + rest], "head and body": [head, rest, plain, head, rest]}
+    connection = Connection()
+    connection.told.set()
+    for piece in pieces.get(cut, [head + rest + plain + head + rest]):
+        await connection.get(piece, 1 if cut == "one byte" else READ)
+    content = b"" if body == "none" else b"upgrade: "
+    assert connection.asked == [content, b"a", content]
+    assert connection.written.count(b"HTTP/1.1 200 OK") == 3 and not connection.transport.closed
+    assert not connection.protocol.awaits_rest and not caplog.records
+    await connection.lose()
+
+
+async def test_a_head_with_an_offer_is_measured_as_a_whole() -> None:
+    connection = Connection()
+    head = POST + OFFERS["h2c"] + b"x-a: " + b"a" * MAX_HEAD_BYTES + b"\r\ncontent-length: 1\r\n\r\n"
+    await connection.get(head + b"a", MAX_HEAD_BYTES - 1)
+    assert connection.error() == (431, "head_too_large") and not connection.asked
+    await connection.lose()
+
+
+@pytest.mark.parametrize("url", [b"a:1", b"/a"])
+async def test_this_is_no_proxy(url: bytes) -> None:
+    connection = Connection()
+    await connection.get(b"CONNECT %b HTTP/1.1\r\nhost: a\r\n\r\n" % url)
+    assert connection.error() == (400, "invalid_request") and not connection.asked
+    await connection.lose()
+
+
 @pytest.mark.parametrize(
     "next_one",
     [
