@@ -7,10 +7,12 @@ launcher add their own by inheritance. Derived values are properties, never writ
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from penstock.common.bounds import LARGEST_INT, LONGEST_S, out_of_bounds
 from penstock.common.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,16 +23,20 @@ CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
 TWO_PHASE_MIXED_CHUNK_TOKENS = 152  # with 8 sequences 160 rows: 7 ms of an 8B model on an H200, decodes alone 5 to 12
 MAX_WORKER_ID = 200  # bytes: with what tells its lives and links apart it fits into an identity of ZeroMQ
-LONGEST_S = 1e9  # 30 years; Redis and threads take no time that has no end
+LARGEST_PORT = 65535
+SHORTEST_LEASE_S = 0.1  # Redis counts milliseconds, and three heartbeats have to fit in
+MOST_THREADS, MOST_PROCESSES = 1024, 1024  # more than machines have: a slip of the finger would take one down
+MOST_BYTES = 1 << 47  # what a process can address
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 ROUTING_POLICIES = ("random", "round-robin", "least-load", "longest-prefix", "cost")
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A configuration field. `extra` may hold:
 
-    choices: the values allowed | positional: also the command's argument | excludes: an option that may not be given
-    too | human: sizes such as 4GiB or 32K are understood | secret: never shown in logs or by `repr` | several: the flag
-    takes more than one value.
+    choices: the values allowed | least, most: those of a number; by default 0, and any (65535 for a port) | positional:
+    also the command's argument | excludes: an option that may not be given too | human: sizes such as 4GiB or 32K are
+    understood | secret: never shown in logs or by `repr` | several: the flag takes more than one value.
     """
     return field(default=default, repr=not extra.get("secret"), metadata={"help": help, **extra})
 
@@ -43,23 +49,24 @@ class EngineConfig:
     dtype: str = option("auto", "weights and KV; auto follows the checkpoint", choices=DTYPES)
     device: str = option("auto", "cpu, cuda, cuda:N, or auto")
     max_model_len: int | None = option(
-        None, "longest prompt plus output, in tokens; default: the model's own", human=True
+        None, "longest prompt plus output, in tokens; default: the model's own", human=True, least=2
     )
-    max_num_seqs: int = option(256, "most requests in one batch")
+    max_num_seqs: int = option(256, "most requests in one batch", least=1)
     max_num_batched_tokens: int | None = option(
         None,
         "most tokens in one step: longer prompts are computed in chunks; default: 8192 on a GPU, 2048 on CPU. "
         "Of these a prefill worker uses more than 2048 only for the beginning of a prompt of more than 4096",
+        least=1,
     )
-    block_size: int | None = option(None, "tokens in a KV page; default: 64 on a GPU, 16 on CPU")
+    block_size: int | None = option(None, "tokens in a KV page; default: 64 on a GPU, 16 on CPU", least=1)
     gpu_memory_utilization: float = option(
         0.9, "share of the GPU's memory this fleet may use", excludes="kv_cache_memory_bytes"
     )
     kv_cache_memory_bytes: int | None = option(
-        None, "size of a worker's KV pool (4GiB); default: measured on a GPU, 1 GiB on CPU", human=True
+        None, "size of a worker's KV pool (4GiB); default: measured on a GPU, 1 GiB on CPU", human=True, most=MOST_BYTES
     )
     enable_prefix_caching: bool = option(True, "keep pages of finished requests for prompts that begin alike")
-    seed: int = option(0, "seeds the requests that bring no seed of their own")
+    seed: int = option(0, "seeds the requests that bring no seed of their own", least=-LARGEST_INT)
     load_format: str = option("auto", "auto, or dummy: random weights, no files read", choices=("auto", "dummy"))
     attention_backend: str = option(
         "AUTO",
@@ -67,16 +74,14 @@ class EngineConfig:
         choices=ATTENTION_BACKENDS,
     )
     enforce_eager: bool = option(False, "no CUDA graphs: every step is launched op by op")
-    cpu_threads: int = option(0, "OpenMP threads of an engine on CPU; 0: cores divided by workers")
+    cpu_threads: int = option(0, "OpenMP threads of an engine on CPU; 0: cores divided by workers", most=MOST_THREADS)
 
     def __post_init__(self) -> None:
         _in(self, "dtype", DTYPES)
         _in(self, "attention_backend", ATTENTION_BACKENDS)
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         _in_bounds(self)
-        _positive(self, "max_num_seqs")
-        for name in ("max_num_batched_tokens", "block_size"):
-            if getattr(self, name) is not None:
-                _positive(self, name)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 
@@ -92,7 +97,7 @@ class FleetConfig:
     cluster_key: str = option(
         "", "secret of the fleet; needed when the bus leaves this host (encrypts it with CURVE)", secret=True
     )
-    lease_s: float = option(10.0, "how long a silent peer keeps what it holds")
+    lease_s: float = option(10.0, "how long a silent peer keeps what it holds", least=SHORTEST_LEASE_S, most=LONGEST_S)
     served_model_name: tuple[str, ...] = option((), "names clients may use; default: MODEL", several=True)
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
     log_format: str = option("text", "text, or json: a JSON object a line", choices=("text", "json"))
@@ -116,6 +121,7 @@ class WorkerConfig(EngineConfig, FleetConfig):
         "prompt tokens in a step that also decodes up to 8 sequences, and 3 more for each one beyond: with fewer, gaps "
         "between tokens are shorter; default: 152 for decode workers that serve starts beside prefill workers, else a "
         "quarter of max_num_batched_tokens",
+        least=1,
     )
     memory_share: float = option(1.0, "this worker's part of the device's memory budget")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
@@ -127,8 +133,6 @@ class WorkerConfig(EngineConfig, FleetConfig):
             raise ConfigError(f"worker_id may have {MAX_WORKER_ID} bytes at most")
         _in(self, "kv_transport", TRANSPORTS)
         _in(self, "kv_checksum", CHECKSUMS)
-        if self.mixed_chunk_tokens is not None:
-            _positive(self, "mixed_chunk_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,10 @@ class RouterConfig(FleetConfig):
     host: str = option("127.0.0.1", "address of the HTTP server")
     port: int = option(8000, "port of the HTTP server")
     router_procs: int = option(
-        1, "router processes that share the port: one passes on some hundreds of requests a second"
+        1,
+        "router processes that share the port: one passes on some hundreds of requests a second",
+        least=1,
+        most=MOST_PROCESSES,
     )
     admin_port: int = option(
         0, "port on loopback where a router process answers for itself alone; the next ports are the other processes'"
@@ -158,21 +165,31 @@ class RouterConfig(FleetConfig):
     tool_parser_plugin: str = option("", "Python file with more tool parsers")
     reasoning_parser: str = option("", "format of the model's reasoning (docs/tools.md)")
     reasoning_parser_plugin: str = option("", "Python file with more reasoning parsers")
-    seed: int = option(0, "not 0: requests without a seed draw theirs from this one, in order of arrival")
+    seed: int = option(
+        0, "not 0: requests without a seed draw theirs from this one, in order of arrival", least=-LARGEST_INT
+    )
     max_inflight: int = option(
-        16384, "most choices in flight at a port, in equal parts at its processes; more are refused at once with 429"
+        16384,
+        "most choices in flight at a port, in equal parts at its processes; more are refused at once with 429",
+        least=1,
     )
     max_queued: int = option(
-        1024, "most requests that wait at a port while the fleet is full, in equal parts at its processes; 429 beyond"
+        1024,
+        "most requests that wait at a port while the fleet is full, in equal parts at its processes; 429 beyond",
+        least=1,
     )
     slo_ttft: float = option(
-        0.0, "refuse at once, with 429, what would wait longer for its first token, in ms; 0: none"
+        0.0,
+        "refuse at once, with 429, what would wait longer for its first token, in ms; 0: none",
+        most=1e3 * LONGEST_S,
     )
-    slo_tpot: float = option(0.0, "refuse at once what would get its tokens further apart, in ms; 0: none")
+    slo_tpot: float = option(
+        0.0, "refuse at once what would get its tokens further apart, in ms; 0: none", most=1e3 * LONGEST_S
+    )
     api_key_weights: tuple[str, ...] = option(
         (), "shares of a full fleet, in the order of --api-key (3,1: the first key gets three times the second's)"
     )
-    max_attempts: int = option(3, "how often a request is tried when workers are lost")
+    max_attempts: int = option(3, "how often a request is tried when workers are lost", least=1)
     queue_timeout_s: float = option(60.0, "how long a request may wait for room")
     progress_timeout_s: float = option(120.0, "a request without any progress for this long fails")
     write_timeout_s: float = option(
@@ -184,7 +201,7 @@ class RouterConfig(FleetConfig):
     slow_start_s: float = option(10.0, "how long the share of a worker that has just joined others grows")
     drain_s: float = option(30.0, "how long SIGTERM waits for running requests")
     response_store_mib: int = option(64, "memory in Redis for stored answers of /v1/responses, of all routers; 0: none")
-    response_ttl_s: float = option(3600.0, "how long a stored answer of /v1/responses is kept")
+    response_ttl_s: float = option(3600.0, "how long a stored answer of /v1/responses is kept", most=LONGEST_S)
     routing_policy: str = option("cost", "how workers are chosen (docs/routing.md)", choices=ROUTING_POLICIES)
     fetch_prefixes: bool = option(
         True, "cost policy: read a prefix from a worker that has it where computing is slower"
@@ -194,14 +211,12 @@ class RouterConfig(FleetConfig):
 
     def __post_init__(self) -> None:
         _in_bounds(self)
-        _positive(self, "max_inflight", "max_queued", "router_procs", "max_attempts")
         _in(self, "routing_policy", ROUTING_POLICIES)
         _in(self, "chat_template_content_format", CONTENT_FORMATS)
         if self.enable_auto_tool_choice and not self.tool_call_parser:
             raise ConfigError("enable_auto_tool_choice needs tool_call_parser")
-        for name in ("slo_ttft", "slo_tpot"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be 0 or more milliseconds, got {getattr(self, name)}")
+        if self.router_procs > 1 and self.admin_port + self.router_procs - 1 > LARGEST_PORT:
+            raise ConfigError(f"admin_port {self.admin_port} leaves no {self.router_procs} ports up to {LARGEST_PORT}")
         self.weights_by_tenant  # noqa: B018 - raises for weights that are none
 
     @property
@@ -239,18 +254,16 @@ class RouterConfig(FleetConfig):
 class ServeConfig(WorkerConfig, RouterConfig):
     """The whole fleet of `penstock serve`: Redis, workers, router. Splits into the configs of its processes."""
 
-    prefill_workers: int = option(0, "prefill workers; 0: decode workers compute prompts themselves")
-    decode_workers: int = option(1, "decode workers")
+    prefill_workers: int = option(
+        0, "prefill workers; 0: decode workers compute prompts themselves", most=MOST_PROCESSES
+    )
+    decode_workers: int = option(1, "decode workers: every request ends on one", least=1, most=MOST_PROCESSES)
     prefill_devices: tuple[str, ...] = option((), "GPUs of the prefill workers, in turn (0,1)")
     decode_devices: tuple[str, ...] = option((), "GPUs of the decode workers, in turn")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         RouterConfig.__post_init__(self)  # the engine's ends the chain
-        if self.decode_workers < 1:
-            raise ConfigError("decode_workers must be at least 1: every request ends on a decode worker")
-        if self.prefill_workers < 0:
-            raise ConfigError("prefill_workers must be at least 0")
         for role in ROLES:
             devices, workers = getattr(self, f"{role}_devices"), getattr(self, f"{role}_workers")
             if len(devices) > workers:
@@ -280,19 +293,15 @@ def _in(config: object, name: str, allowed: tuple[str, ...]) -> None:
 
 
 def _in_bounds(config: object) -> None:
-    """What holds for every option of its kind: ports, addresses of Redis, amounts and times."""
-    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
-    for name, value in values.items():
-        if name.endswith("port") and type(value) is int and not 0 <= value <= 65535:
-            raise ConfigError(f"{name} must be from 0 to 65535, got {value}")
-        if name != "seed" and type(value) in (int, float) and not value >= 0:
-            raise ConfigError(f"{name} must not be below 0, got {value}")
-    if not 0 < values.get("lease_s", 1.0) <= LONGEST_S:
-        raise ConfigError(f"lease_s must be a time that ends, and not at once, got {values['lease_s']:g}")
-    if values.get("response_ttl_s", 0.0) > LONGEST_S:
-        raise ConfigError(f"response_ttl_s must be a time that ends, got {values['response_ttl_s']:g}")
-    if values.get("redis_url"):
-        _check_redis_url(values["redis_url"])
+    """What holds for every option of its kind: numbers and addresses of Redis. Raises ConfigError."""
+    for f in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if type(value) in (int, float):
+            any_value = LARGEST_PORT if f.name.endswith("port") else LARGEST_INT if type(value) is int else math.inf
+            if wrong := out_of_bounds(value, f.metadata.get("least", 0), f.metadata.get("most", any_value)):
+                raise ConfigError(f"{f.name} {wrong}")
+    if redis_url := getattr(config, "redis_url", ""):
+        _check_redis_url(redis_url)
 
 
 def _check_redis_url(url: str) -> None:
@@ -311,9 +320,3 @@ def _check_redis_url(url: str) -> None:
             redis.ConnectionPool.from_url(url).make_connection()  # which connects later
         except (ValueError, TypeError, redis.RedisError) as error:
             raise ConfigError(f"redis_url has options that cannot be: {error}") from None
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
