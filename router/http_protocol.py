@@ -2,7 +2,8 @@
 
 Uvicorn takes a head of any length, and waits for the rest of a request, or for the first one, for ever. Here
 `MAX_HEAD_BYTES` are counted before the application and its API keys are asked; a connection without a request ends
-like any that is kept alive; server.py looks now and then whether those that wait for the rest of one get any.
+like any that is kept alive; server.py looks now and then whether those that wait for the rest of one get any. A router
+that has as many connections as it may still says how it is.
 Used by server.py; the application sees ASGI as ever.
 """
 
@@ -18,9 +19,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from penstock.common.errors import BadRequest, HeadTooLarge, Overloaded, PenstockError, RequestTimeout
 from penstock.common.open_files import most_clients
 from penstock.common.tasks import DONE
-from penstock.router.error_bodies import Send, error_body, send_error
+from penstock.router.error_bodies import Send, error_body, error_headers, send_error
 
 MAX_HEAD_BYTES = 64 << 10
+# What probes, scrapers and the other processes of a group (group.py) ask: to them a full router is not a dead one.
+STATUS_PATHS = frozenset({"/health", "/ping", "/metrics", "/load", "/fleet", "/version"})
+SPARE_SHARE = 16  # beyond the limit this part of it is taken, to hear whether it asks for one of these
+SPARE_KEEP_ALIVE_S = 5  # without a request: who connects for one sends it at once
+_CLOSE = (b"connection", b"close")
 _NO_HTTP = "Invalid HTTP request received."
 _TOO_LARGE = f"URL and headers, or trailers, are longer than {MAX_HEAD_BYTES} bytes"
 
@@ -53,8 +59,12 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
         super().connection_made(transport)
-        if len(self.connections) > (most := most_clients()):
-            self._refuse(Overloaded(f"this router process has {most} connections, its limit"))
+        most = most_clients()
+        if (over := len(self.connections) - most) > 0:
+            full = Overloaded(f"this router process has {most} connections, its limit")
+            if over > most // SPARE_SHARE:
+                self._refuse(full)
+            self.app, self.timeout_keep_alive = _status_only(self.app, full), SPARE_KEEP_ALIVE_S
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -163,13 +173,30 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 async def _refuse_head(scope: Any, receive: Any, send: Send) -> None:
-    await send_error(send, HeadTooLarge(_TOO_LARGE), [(b"connection", b"close")])
+    await send_error(send, HeadTooLarge(_TOO_LARGE), [_CLOSE])
+
+
+def _status_only(app: Any, full: Overloaded) -> Any:
+    """`app` for one request of the `STATUS_PATHS`; any other one is refused."""
+
+    async def answer(scope: Any, receive: Any, send: Send) -> None:
+        async def send_last(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), _CLOSE]}
+            await send(message)
+
+        if scope["path"] in STATUS_PATHS:
+            await app(scope, receive, send_last)
+        else:
+            await send_error(send, full, [_CLOSE])
+
+    return answer
 
 
 def _response(error: PenstockError, headers: list[tuple[bytes, bytes]]) -> bytes:
     body = error_body(error)
-    fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-    head = [b"%b: %b\r\n" % field for field in (*headers, *fields)]
+    fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), _CLOSE]
+    head = [b"%b: %b\r\n" % field for field in (*headers, *fields, *error_headers(error))]
     return b"".join([STATUS_LINE[error.status], *head, b"\r\n", body])
 
 

@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from penstock.common.config import RouterConfig
 from penstock.common.errors import ConfigError
 from penstock.private_redis import free_port
-from penstock.router import exposition
+from penstock.router import exposition, http_protocol
 from penstock.router.app import create_app
 from penstock.router.exposition import together
 from penstock.router.group import Group
@@ -89,6 +89,15 @@ def two_processes() -> Iterator[tuple[Starlette, Starlette, int]]:
         thread.join()
 
 
+@contextlib.contextmanager
+def silent_clients(port: int, count: int) -> Iterator[None]:
+    """So many connections without a request."""
+    with contextlib.ExitStack() as clients:
+        for _ in range(count):
+            clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+        yield
+
+
 def scraped(app: Starlette) -> str:
     """What the process of `app` answers at the shared port."""
 
@@ -128,6 +137,16 @@ def test_any_process_tells_of_all_and_each_worker_once(monkeypatch: pytest.Monke
         assert samples(alone, "vllm:num_requests_running") == [("decode-0", "", 9.0)]
     assert samples(scraped(one), "penstock:request_errors_total") == [("router", "0", 1.0)], "the other one is gone"
     assert not writings.on_a_loop, "all streams would wait"
+
+
+def test_a_process_that_takes_no_more_clients_still_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "most_clients", lambda: 64)
+    with two_processes() as (one, _, admin), silent_clients(admin, 65):
+        told = samples(scraped(one), "python_info")
+        assert [process for _, process, _ in told] == ["0", "1"]
+        assert httpx.get(f"http://127.0.0.1:{admin}/health").status_code == 200
+        refused = httpx.get(f"http://127.0.0.1:{admin}/v1/models")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
 
 
 @pytest.mark.parametrize(

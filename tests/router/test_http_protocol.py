@@ -121,8 +121,9 @@ class Connection:
         self.asked: list[bytes | None] = []
         self.told = asyncio.Event()
         config = uvicorn.Config(
-            self._answer, interface="asgi3", ws="none", lifespan="off", log_config=None, proxy_headers=False
-        )
+            self._answer, interface="asgi3", ws="none", lifespan="off", log_config=None, proxy_headers=False,
+            timeout_keep_alive=75,
+        )  # fmt: skip
         self.protocol = HttpProtocol(config=config, server_state=state or ServerState(), app_state={})
         self.transport: Any = Transport()
         self.protocol.connection_made(self.transport)
@@ -154,6 +155,12 @@ class Connection:
         while self.protocol.tasks:
             await asyncio.sleep(0)
         assert self.protocol.timeout_keep_alive_task is None
+
+    def ends_at(self) -> float:
+        """Without a request."""
+        timer = self.protocol.timeout_keep_alive_task
+        assert timer is not None
+        return timer.when()
 
     @property
     def written(self) -> bytes:
@@ -380,7 +387,7 @@ async def test_connections_leave_descriptors_for_everything_else(monkeypatch: py
     state = first.protocol.server_state
     others = [Connection(state) for _ in range(3)]
     assert [one.transport.closed for one in (first, *others)] == [False, False, False, True]
-    assert others[-1].error() == (429, "overloaded")
+    assert others[-1].error() == (429, "overloaded") and b"\r\nretry-after: 1\r\n" in others[-1].written
     await first.get(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
     assert first.asked == [b""], "those that are open are served"
     for one in (first, *others):
@@ -389,6 +396,29 @@ async def test_connections_leave_descriptors_for_everything_else(monkeypatch: py
     later = Connection(state)
     assert not later.transport.closed
     await later.lose()
+
+
+async def test_a_full_router_says_how_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a few connections more, and nothing else: each of them is closed after its one answer."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 1 << 20))
+    state = ServerState()
+    within = [Connection(state) for _ in range(48)]
+    probe, client, silent, refused = beyond = [Connection(state) for _ in range(4)]
+    assert [one.transport.closed for one in beyond] == [False, False, False, True]
+    assert refused.error() == (429, "overloaded")
+
+    probe.told.set()
+    await probe.get(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n" * 2)
+    assert probe.asked[0] == b"" and probe.written.count(b"HTTP/1.1 200 OK\r\n") == 1
+    assert b"\r\nconnection: close\r\n" in probe.written and probe.transport.closed
+
+    await client.get(POST + b"content-length: 9\r\n\r\na")
+    assert client.error() == (429, "overloaded") and not client.asked
+    assert b"\r\nretry-after: 1\r\n" in client.written
+
+    assert silent.ends_at() < min(one.ends_at() for one in within)
+    for one in (*within, *beyond):
+        await one.lose()
 
 
 async def test_no_timer_outlives_a_connection_that_was_reset() -> None:
