@@ -44,9 +44,10 @@ TRANSPORTS = {
     "nixl-write": ("nixl", True, ""),
     "nixl-read-tcp": ("nixl", False, "tcp"),
     "nixl-write-tcp": ("nixl", True, "tcp"),
+    "tcp": ("tcp", False, ""),
 }
-ON_GPU = ("cuda_ipc", "nixl-read", "nixl-write")
-ON_CPU = ("shm", "nixl-read", "nixl-write", "nixl-read-tcp", "nixl-write-tcp")
+ON_GPU = ("cuda_ipc", "nixl-read", "nixl-write")  # tcp takes a minute a page size
+ON_CPU = ("shm", "nixl-read", "nixl-write", "nixl-read-tcp", "nixl-write-tcp", "tcp")
 
 
 def default_devices() -> tuple[str, str]:

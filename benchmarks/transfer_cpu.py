@@ -3,8 +3,9 @@
     python benchmarks/transfer_cpu.py [--max-mib 512] [--repeats 5]
 
 A lender process seals and lends, this process reads scattered pages through `PageMover`, as a decode worker does.
-Links: shm, nixl (CMA), and nixl over TCP loopback. Writes benchmarks/results/transfer_cpu-<commit>.json: the best and
-the median time of each row, GB/s of the best, and the machine's load before and after (other work shows in the median).
+Links: shm, nixl (CMA), nixl over TCP loopback, and tcp. Writes benchmarks/results/transfer_cpu-<commit>.json: the best
+and the median time of each row, GB/s of the best, and the machine's load before and after (other work shows in the
+median).
 """
 
 from __future__ import annotations
@@ -26,13 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from penstock.common.memory import MemoryRegion
-from penstock.kv_transfer.base import Transport
 from penstock.kv_transfer.mover import Completion, PageMover, ReadDone, ReadJob, Sealed, SealJob
-from penstock.kv_transfer.nixl import NixlTransport
-from penstock.kv_transfer.shm import ShmTransport
+from penstock.kv_transfer.select import OPENERS
 
 RESULTS = Path(__file__).parent / "results"
-LINKS = {"shm": ("shm", ""), "nixl": ("nixl", ""), "nixl-tcp": ("nixl", "tcp")}
+LINKS = {"shm": ("shm", ""), "nixl": ("nixl", ""), "nixl-tcp": ("nixl", "tcp"), "tcp": ("tcp", "")}
 PAGE_BYTES = (64 << 10, 256 << 10, 2 << 20)
 TOTALS_MIB = (8, 64, 512)
 
@@ -47,9 +46,7 @@ class Worker:
         self.pages = np.frombuffer(self._map, np.uint8).reshape(num_pages, page_bytes)
         self.pages[:] = 1  # memory that exists
         region = MemoryRegion(self.pages.ctypes.data, page_bytes, num_pages, "cpu", fd)
-        opened: Transport = (
-            ShmTransport(region) if transport == "shm" else NixlTransport(region, f"bench-{os.getpid()}")
-        )
+        opened = OPENERS[transport](region, f"bench-{os.getpid()}")
         self.description = opened.description()
         self._ready = threading.Event()
         self.mover = PageMover(region, [opened], self._ready.set, stall_s=60.0)

@@ -18,7 +18,7 @@ from penstock.common.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROLES = ("prefill", "decode")
 ATTENTION_BACKENDS = ("AUTO", "HOPPER", "CUDNN", "TRITON", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "XFORMERS")
-TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm")
+TRANSPORTS = ("auto", "cuda_ipc", "nixl", "shm", "tcp")
 CONTENT_FORMATS = ("auto", "string", "openai")
 CHECKSUMS = ("all", "sample", "off")
 TWO_PHASE_MIXED_CHUNK_TOKENS = 152  # with 8 sequences 160 rows: 7 ms of an 8B model on an H200, decodes alone 5 to 12
@@ -114,6 +114,7 @@ class WorkerConfig(EngineConfig, FleetConfig):
     bus_host: str = option("127.0.0.1", "address the worker binds and announces")
     bus_port: int = option(0, "port of the worker's bus socket; 0: any")
     metrics_port: int = option(0, "port of the worker's /metrics and /debug pages; 0: any")
+    kv_port: int = option(0, "port where other hosts read the worker's pages over TCP; 0: any")
     kv_transport: str = option("auto", "how pages move between workers; auto probes", choices=TRANSPORTS)
     kv_checksum: str = option("all", "compare checksums of moved pages: all, sample (1 in 16), off", choices=CHECKSUMS)
     mixed_chunk_tokens: int | None = option(
@@ -279,7 +280,7 @@ class ServeConfig(WorkerConfig, RouterConfig):
         values |= {"role": role, "worker_id": worker_id, "device": device, "memory_share": memory_share}
         if self.prefill_workers and self.mixed_chunk_tokens is None:
             values["mixed_chunk_tokens"] = TWO_PHASE_MIXED_CHUNK_TOKENS
-        return WorkerConfig(**values | {"cpu_threads": threads, "bus_port": 0, "metrics_port": 0})
+        return WorkerConfig(**values | {"cpu_threads": threads, "bus_port": 0, "metrics_port": 0, "kv_port": 0})
 
 
 def tenant_of(key_number: int) -> str:

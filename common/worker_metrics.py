@@ -119,7 +119,7 @@ _GAUGES = (
     _Figure(
         "penstock:kv_transport_peers",
         "Workers whose pages are read over each transport.",
-        {name: _peers(name) for name in ("cuda_ipc", "shm", "nixl")},
+        {name: _peers(name) for name in ("cuda_ipc", "shm", "nixl", "tcp")},
         "transport",
     ),
     _Figure(

@@ -40,6 +40,7 @@ class Transport(ABC):
     progress_s: float | None = None  # how often `progress` must be called for peers to read from us; None: never
 
     batch_bytes: int | None = None  # how much of a read is posted at once; None: the mover's own measure
+    unknown_link = False  # a network, of any speed: a page first
 
     @abstractmethod
     def progress(self) -> None:
@@ -75,6 +76,10 @@ class Transport(ABC):
     @abstractmethod
     def poll(self, copy: Copy) -> CopyState:
         """How the copy stands, without blocking. Once settled the answer never changes."""
+
+    def sever(self, peer: str) -> None:
+        """Settle the peer's copies now, done or failed, if that is possible. Where it is not they settle in time."""
+        return
 
     @abstractmethod
     def close(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from penstock.common.bus_access import resolve_bind
 from penstock.common.config import WorkerConfig
 from penstock.common.memory import MemoryRegion
 from penstock.common.messages import WorkerInfo
 from penstock.kv_transfer.base import Transport
 from penstock.kv_transfer.exchange import PageExchange, open_exchange
 from penstock.kv_transfer.select import open_transports
+from penstock.kv_transfer.tcp import Listen
 
 
 class Pool(Protocol):
@@ -49,9 +51,12 @@ class ExchangeJoint(Generic[PolicyT, LoopT, RoleT]):
         self._transports: Sequence[Transport] = ()
 
     def open_transports(self, pool: Pool, incarnation: str) -> dict[str, bytes]:
-        """Open what moves pages between pools; name -> how a peer reads ours. Raises as `select.open_transports`."""
-        self._pool = pool
-        self._transports = open_transports(self._config.kv_transport, pool.region(), incarnation)
+        """Open what moves pages between pools; name -> how a peer reads ours. Raises as `select.open_transports`, and
+        ConfigError for an address that peers cannot reach."""
+        self._pool, config = pool, self._config
+        bind, announced = (address.strip("[]") for address in resolve_bind(config.bus_host, config.cluster_key))
+        listen = Listen(bind, config.kv_port, announced)
+        self._transports = open_transports(config.kv_transport, pool.region(), incarnation, listen)
         return {transport.name: transport.description() for transport in self._transports}
 
     def make_role(self, loop: LoopT) -> RoleT:

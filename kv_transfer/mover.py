@@ -210,7 +210,7 @@ class PageMover:
         """Of a link that is not known yet: a page first, where it may be anything."""
         wanted = transport.batch_bytes if self._by_default else None
         most = max(1, wanted // self._page_bytes) if wanted else self._batch_pages
-        careful = self._by_default and transport.name == "nixl"
+        careful = self._by_default and transport.unknown_link
         return LinkPace(most, 1 if careful else most, self._stall_s)
 
     def _connect(self, peer: str, name: str, description: bytes) -> None:
@@ -234,6 +234,8 @@ class PageMover:
     def _disconnect(self, peer: str) -> None:
         self._turns.cancel_all(peer)
         self._leaving.add(peer)
+        for transport in self._transports.values():
+            transport.sever(peer)
 
     def _forget_leavers(self) -> None:
         for peer in [peer for peer in self._leaving if not self._turns.reads_from(peer)]:

@@ -48,16 +48,20 @@ class NixlCopy(Copy):
 class _Peer:
     """A connected peer: its agent and the prepared list of its pages."""
 
-    def __init__(self, agent: str, pages: Any, num_pages: int) -> None:
+    def __init__(self, description: bytes, agent: str, pages: Any, num_pages: int) -> None:
+        self.description = description
         self.agent = agent
         self.pages = pages
         self.num_pages = num_pages
+        self.pending = 0  # copies
+        self.lost = False  # the connection, which NIXL does not open again
 
 
 class NixlTransport(Transport):
     """Reads (and, for measuring, writes) with NIXL. `agent` must be unique in the fleet: the worker's incarnation."""
 
     name = "nixl"
+    unknown_link = True
     progress_s = 0.0005  # TCP reads of a peer: 1.45 GB/s at 0.5 ms, 1.0 at 1 to 2 ms, 0.55 at 5 ms
 
     def __init__(self, region: MemoryRegion, agent: str) -> None:
@@ -109,9 +113,10 @@ class NixlTransport(Transport):
             pages = self._prepare(pool.agent, pool.address, pool.num_pages, pool.memory, pool.device)
         except self._errors as error:
             if added:
-                self._agent.remove_remote_agent(pool.agent)
+                with suppress(*self._errors):
+                    self._agent.remove_remote_agent(pool.agent)
             raise TransportError(f"NIXL cannot reach {peer}: {_name(error)}") from error
-        self._peers[peer] = _Peer(pool.agent, pages, pool.num_pages)
+        self._peers[peer] = _Peer(description, pool.agent, pages, pool.num_pages)
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
@@ -124,9 +129,7 @@ class NixlTransport(Transport):
             self._agent.remove_remote_agent(known.agent)
 
     def post(self, peer: str, src_pages: Sequence[int], dst_pages: Sequence[int]) -> Copy:
-        known = self._peers.get(peer)
-        if known is None:
-            raise TransportError(f"{peer} is not connected")
+        known = self._connected(peer)
         check_pages(src_pages, known.num_pages, dst_pages, self._region.num_pages)
         return self._transfer("READ", peer, known, local=dst_pages, remote=src_pages)
 
@@ -135,11 +138,21 @@ class NixlTransport(Transport):
 
         For measuring which direction a link likes. Workers only read: that a write has settled, its target cannot see.
         """
+        known = self._connected(peer)
+        check_pages(dst_pages, known.num_pages, src_pages, self._region.num_pages)
+        return self._transfer("WRITE", peer, known, local=src_pages, remote=dst_pages)
+
+    def _connected(self, peer: str) -> _Peer:
+        """The peer; over a new connection, if the last one was lost (a firewall or a switch may have ended it)."""
         known = self._peers.get(peer)
         if known is None:
             raise TransportError(f"{peer} is not connected")
-        check_pages(dst_pages, known.num_pages, src_pages, self._region.num_pages)
-        return self._transfer("WRITE", peer, known, local=src_pages, remote=dst_pages)
+        if not known.lost:
+            return known
+        if known.pending:
+            raise TransportError(f"the connection to {peer} was lost, and its copies have not settled yet")
+        self.connect(peer, known.description)
+        return self._peers[peer]
 
     def _transfer(
         self, operation: str, peer: str, known: _Peer, *, local: Sequence[int], remote: Sequence[int]
@@ -150,6 +163,7 @@ class NixlTransport(Transport):
         except self._errors as error:
             raise TransportError(f"NIXL refuses a copy from or to {peer}: {_name(error)}") from error
         copy = NixlCopy(peer, len(local) * self._region.page_bytes, handle)
+        known.pending += 1
         self._observe(copy, self._agent.transfer)
         return copy
 
@@ -175,6 +189,8 @@ class NixlTransport(Transport):
         try:
             said = ask(copy.handle)
         except self._disconnected:
+            if copy.peer in self._peers:
+                self._peers[copy.peer].lost = True
             copy.reason = f"the connection to {copy.peer} was lost"
             self._settle(copy, CopyState.FAILED)
         except self._errors as error:
@@ -187,6 +203,8 @@ class NixlTransport(Transport):
 
     def _settle(self, copy: NixlCopy, state: CopyState) -> None:
         copy.state = state
+        if copy.peer in self._peers:
+            self._peers[copy.peer].pending -= 1
         handle, copy.handle = copy.handle, None
         with suppress(*self._errors):  # a lost connection's: the agent keeps it on a list of its own
             self._agent.release_xfer_handle(handle)

@@ -6,6 +6,7 @@ import logging
 import mmap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,26 +16,30 @@ from penstock.kv_transfer.cuda_ipc import CudaIpcTransport, is_same_host
 from penstock.kv_transfer.nixl import NixlTransport
 from penstock.kv_transfer.region import page_array
 from penstock.kv_transfer.shm import ShmTransport, is_local
+from penstock.kv_transfer.tcp import ON_LOOPBACK, Listen, TcpTransport
 
 logger = logging.getLogger("penstock.kv_transfer")
 
 # Fastest first: on one host both read faster than NIXL does (docs/performance.md).
-_SAME_HOST = ("cuda_ipc", "shm", "nixl")
-_ANY_HOST = ("nixl",)
+_ANY_HOST = ("nixl", "tcp")
+_SAME_HOST = ("cuda_ipc", "shm", *_ANY_HOST)
 
 OPENERS: dict[str, Callable[[MemoryRegion, str], Transport]] = {
     "cuda_ipc": lambda region, _: CudaIpcTransport(region),
     "shm": lambda region, _: ShmTransport(region),
     "nixl": NixlTransport,
+    "tcp": lambda region, _: TcpTransport(region),
 }
 """How a transport is opened over a pool; the text is its name in the fleet (a worker's incarnation)."""
 
 _PROBE_TIMEOUT_S = 10.0
 
 
-def open_transports(setting: str, region: MemoryRegion, incarnation: str) -> list[Transport]:
+def open_transports(
+    setting: str, region: MemoryRegion, incarnation: str, listen: Listen = ON_LOOPBACK
+) -> list[Transport]:
     """Open what `setting` ("auto", or a transport's name) names and works here, best for one host first; logs a line
-    each. "auto" is CUDA IPC and NIXL for a pool on a GPU, shared memory and NIXL for one on CPU.
+    each. "auto" is CUDA IPC for a pool on a GPU and shared memory for one on CPU, NIXL where there is RDMA, and TCP.
 
     To be tried, a transport has to read page 0 of our pool into a page of its own, as a peer would.
 
@@ -42,12 +47,12 @@ def open_transports(setting: str, region: MemoryRegion, incarnation: str) -> lis
         TransportError: a transport asked for by name does not work, or none does.
     """
     own = "shm" if region.device == "cpu" else "cuda_ipc"
-    wanted = [own, "nixl"] if setting == "auto" else [setting]
+    wanted = [own, *(["nixl"] if rdma_devices() else []), "tcp"] if setting == "auto" else [setting]
     opened: list[Transport] = []
     for name in wanted:
         try:
             started = time.monotonic()
-            transport = OPENERS[name](region, incarnation)
+            transport = TcpTransport(region, listen) if name == "tcp" else OPENERS[name](region, incarnation)
             try:
                 if isinstance(transport, CudaIpcTransport):
                     transport.self_test()
@@ -66,6 +71,12 @@ def open_transports(setting: str, region: MemoryRegion, incarnation: str) -> lis
     if not opened:
         raise TransportError("no transport works here")
     return opened
+
+
+def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:
+    """Names of the RDMA devices here that have a link. Without any, NIXL would take TCP."""
+    states = ((port, port.read_text()) for port in sorted(root.glob("*/ports/*/state")))
+    return list(dict.fromkeys(port.parts[-4] for port, state in states if "ACTIVE" in state))
 
 
 def same_host(peer_transports: Mapping[str, bytes]) -> bool:

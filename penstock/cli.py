@@ -49,7 +49,7 @@ and the engine, PENSTOCK_CLIENT_URL=http://host:8000 for the commands that ask a
 """
 _PROCESSES = ("serve", "router", "prefill", "decode")  # handle SIGINT once there is something to end in order
 # The launcher decides these for each of its workers.
-_NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "memory_share", "group_ports")
+_NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "kv_port", "memory_share", "group_ports")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ class GpuPair:
 class LinkRate:
     """A measured transport. `page_us` is the time of one page alone; with `error` there are no figures."""
 
-    transport: str  # as people know it: "nixl over tcp"
+    transport: str  # as people know it: "nixl write"
     between: str  # "cpu and cpu", "cuda:0 and cuda:1"
     gb_s: float = 0.0
     page_us: float = 0.0

@@ -17,11 +17,10 @@ _GPU_PAGE_BYTES, _GPU_PAGES = 2 << 20, 256
 def plan(num_gpus: int, *, nixl: bool = True) -> list[tuple[str, LinkSpec]]:
     """(how people call it, link): every transport that could serve workers on this host's devices."""
 
-    def cpu(transport: str, ucx_tls: str = "") -> LinkSpec:
-        passes = (1, _CPU_PAGES // 2)
-        return LinkSpec(transport, "cpu", "cpu", _CPU_PAGE_BYTES, _CPU_PAGES, passes, repeats=3, ucx_tls=ucx_tls)
+    def cpu(transport: str) -> LinkSpec:
+        return LinkSpec(transport, "cpu", "cpu", _CPU_PAGE_BYTES, _CPU_PAGES, (1, _CPU_PAGES // 2), repeats=3)
 
-    planned = [("shm", cpu("shm")), ("nixl", cpu("nixl")), ("nixl over tcp", cpu("nixl", "tcp"))]
+    planned = [("shm", cpu("shm")), ("nixl", cpu("nixl")), ("tcp", cpu("tcp"))]
     neighbours = sorted({tuple(sorted((i, (i + 1) % num_gpus))) for i in range(num_gpus)})
     for lender, reader in neighbours:
         link = LinkSpec(
@@ -36,6 +35,7 @@ def plan(num_gpus: int, *, nixl: bool = True) -> list[tuple[str, LinkSpec]]:
             ("cuda_ipc", replace(link, transport="cuda_ipc")),
             ("nixl", link),
             ("nixl write", replace(link, push=True)),
+            ("tcp", replace(link, transport="tcp")),
         ]
     return [(label, spec) for label, spec in planned if nixl or spec.transport != "nixl"]
 

@@ -149,7 +149,7 @@ def _nixl(facts: Facts) -> Iterator[Line]:
             remedy = f"unset UCX_TLS ({facts.ucx_tls}), or name transports that there are"
         elif facts.versions.get("nixl-cu13") or facts.versions.get("nixl"):
             remedy = "UCX_LOG_LEVEL=info tells more; install nixl-cu13 anew"
-        yield Line("NIXL", Verdict.WARN, facts.nixl_error, f"pages then move on one host only: {remedy}")
+        yield Line("NIXL", Verdict.WARN, facts.nixl_error, f"pages then move over TCP where RDMA is: {remedy}")
         return
     yield Line("NIXL", Verdict.OK, facts.versions.get("nixl-cu13") or facts.versions.get("nixl", ""))
     found = ", ".join((*facts.ucx_modules, "tcp"))
@@ -162,7 +162,7 @@ def _nixl(facts: Facts) -> Iterator[Line]:
             "UCX transports",
             Verdict.WARN,
             found,
-            "pip install nixl-cu13, whose UCX has the CUDA module: else GPU memory cannot move",
+            "pip install nixl-cu13, whose UCX has the CUDA module: else GPU memory cannot move by RDMA",
         )
     else:
         yield Line("UCX transports", Verdict.OK, found + (f" (UCX_TLS={facts.ucx_tls})" if facts.ucx_tls else ""))
@@ -199,7 +199,7 @@ def _link(link: LinkRate, elsewhere: bool, nvlink: bool) -> Line:
     """`elsewhere`: another transport works between the two; `nvlink`: they are joined by NVLink."""
     name = f"{link.transport}, {link.between}"
     if link.error:
-        remedy = "pages move over the transports that work" if elsewhere else "no transport is left: repair NIXL or UCX"
+        remedy = "pages move over the transports that work" if elsewhere else "no transport is left"
         return Line(name, Verdict.WARN if elsewhere else Verdict.FAIL, link.error, remedy)
     found = f"{link.gb_s:.1f} GB/s, a page of {link.page_bytes >> 10} KiB in {link.page_us:.0f} us"
     if nvlink and link.transport == "cuda_ipc" and link.gb_s < SLOW_NVLINK_GB_S:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from penstock.kv_transfer.base import Transport
 from penstock.kv_transfer.mover import PageMover
-from penstock.kv_transfer.nixl import NixlTransport
-from penstock.kv_transfer.shm import ShmTransport
+from penstock.kv_transfer.select import OPENERS
 from tests.kv_transfer.pools import Lender, Pool
 
 StartLender = Callable[..., Lender]
@@ -36,8 +34,7 @@ def read_with() -> Iterator[Callable[..., Reader]]:
 
     def start(transport: str, page_bytes: int, num_pages: int, stall_s: float = 10.0) -> Reader:
         pool = Pool(page_bytes, num_pages)
-        name = f"reader-{len(readers)}"
-        opened: Transport = ShmTransport(pool.region) if transport == "shm" else NixlTransport(pool.region, name)
+        opened = OPENERS[transport](pool.region, f"reader-{len(readers)}")
         readers.append((pool, PageMover(pool.region, [opened], stall_s=stall_s)))
         return readers[-1]
 

@@ -9,10 +9,8 @@ import json
 import os
 import sys
 
-from penstock.kv_transfer.base import Transport
 from penstock.kv_transfer.mover import PageMover
-from penstock.kv_transfer.nixl import NixlTransport
-from penstock.kv_transfer.shm import ShmTransport
+from penstock.kv_transfer.select import OPENERS
 from tests.kv_transfer.pools import Pool
 
 
@@ -20,7 +18,7 @@ def main() -> None:
     name, page_bytes, num_pages, seed = sys.argv[1], *map(int, sys.argv[2:])
     incarnation = f"lender-{os.getpid()}"
     pool = Pool(page_bytes, num_pages, seed, f"penstock-{incarnation}")
-    transport: Transport = ShmTransport(pool.region) if name == "shm" else NixlTransport(pool.region, incarnation)
+    transport = OPENERS[name](pool.region, incarnation)
     description = transport.description()
     mover = PageMover(pool.region, [transport])
     mover.expect_readers()

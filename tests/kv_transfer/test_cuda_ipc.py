@@ -19,7 +19,7 @@ from penstock.kv_transfer.base import CopyState, TransportError
 from penstock.kv_transfer.cuda_ipc import CudaIpcTransport, IpcPool, is_same_host
 from penstock.kv_transfer.link_rate import CudaPages, LenderProcess, LinkSpec, PassTime, make_pages, measure
 from penstock.kv_transfer.mover import PageMover, ReadDone, ReadFailed, ReadJob
-from penstock.kv_transfer.select import choose, open_transports, same_host
+from penstock.kv_transfer.select import OPENERS, choose, open_transports, same_host
 from tests.kv_transfer.pools import count, wait_for
 
 PAGE = 4096
@@ -235,19 +235,21 @@ def test_a_pool_on_a_gpu_opens_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_bytes", [4096 + 16, 1 << 20])
+@pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
 @pytest.mark.parametrize(("reader", "lender"), PAIRS)
-def test_every_byte_arrives_from_another_process(reader: str, lender: str, page_bytes: int) -> None:
+def test_every_byte_arrives_from_another_process(reader: str, lender: str, transport: str, page_bytes: int) -> None:
     pages = CudaPages(reader, page_bytes, 64, first=1000)
     expected = pages.words.clone()
-    mover = PageMover(pages.region, [CudaIpcTransport(pages.region)], checksum=lambda pages: [0 for _ in pages])
-    other = LenderProcess(LinkSpec("cuda_ipc", reader, lender, page_bytes, num_pages=64, passes=(1,)))
+    opened = OPENERS[transport](pages.region, "reader")
+    mover = PageMover(pages.region, [opened], checksum=lambda pages: [0 for _ in pages])
+    other = LenderProcess(LinkSpec(transport, reader, lender, page_bytes, num_pages=64, passes=(1,)))
     try:
         description = other.description()
         for start in range(3):
-            mover.connect("lender", "cuda_ipc", description)
+            mover.connect("lender", transport, description)
             src = list(range(start, 64, 3))
             dst = [63 - 2 * i for i in range(len(src))]
-            mover.read(ReadJob("read", "lender", "cuda_ipc", src, dst))
+            mover.read(ReadJob("read", "lender", transport, src, dst))
             (done,) = wait_for(mover, count(1))
             assert isinstance(done, ReadDone), done
             expected[dst] = torch.tensor(src, device=reader)[:, None]

@@ -1,4 +1,4 @@
-"""Both transports between real processes: exact bytes, damage noticed, peers that die or stop, nothing left behind."""
+"""All transports of CPU memory between processes: exact bytes, damage noticed, peers that die or stop, nothing left."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from penstock.kv_transfer.mover import (
     ReadSettled,
     ReadStalled,
 )
-from penstock.kv_transfer.nixl import NixlTransport
+from penstock.kv_transfer.select import OPENERS
 from penstock.kv_transfer.shm import ShmTransport
 from tests.kv_transfer.conftest import Reader, StartLender
 from tests.kv_transfer.pools import Pool, contents, count, sums, wait_for
 
-LINKS = [("shm", ""), ("nixl", ""), ("nixl", "tcp")]
+LINKS = [("shm", ""), ("nixl", ""), ("nixl", "tcp"), ("tcp", "")]
 
 
 @pytest.mark.parametrize(("transport", "ucx_tls"), LINKS)
@@ -71,7 +71,7 @@ def test_a_peer_can_be_left_and_joined_again(
     assert np.array_equal(pool.pages[:3], source[:3])
 
 
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
+@pytest.mark.parametrize("transport", ["shm", "nixl", "tcp"])
 def test_one_flipped_byte_is_seen(transport: str, lend: StartLender, read_with: Callable[..., Reader]) -> None:
     source = contents(65536, 8, seed=1)
     lender = lend(transport, 65536, 8)
@@ -174,11 +174,11 @@ def test_stopped_peer_then_killed_settles(
     assert wait_for(mover, count(1)) == [ReadSettled("stuck")]
 
 
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
+@pytest.mark.parametrize("transport", ["shm", "nixl", "tcp"])
 def test_descriptions_that_do_not_fit_are_refused(transport: str, lend: StartLender) -> None:
     lender = lend(transport, 8192, 4)
     pool = Pool(4096, 4)
-    reader = ShmTransport(pool.region) if transport == "shm" else NixlTransport(pool.region, "reader")
+    reader = OPENERS[transport](pool.region, "reader")
     for description in (lender.description, b"", b"\xc1", lender.description[: len(lender.description) // 2]):
         with pytest.raises(TransportError):
             reader.connect("peer", description)
@@ -188,11 +188,11 @@ def test_descriptions_that_do_not_fit_are_refused(transport: str, lend: StartLen
     pool.close()
 
 
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
+@pytest.mark.parametrize("transport", ["shm", "nixl", "tcp"])
 def test_impossible_copies_are_refused_and_write_nothing(transport: str, lend: StartLender) -> None:
     lender = lend(transport, 4096, 4)
     pool = Pool(4096, 6)
-    reader = ShmTransport(pool.region) if transport == "shm" else NixlTransport(pool.region, "reader")
+    reader = OPENERS[transport](pool.region, "reader")
     reader.connect("peer", lender.description)
     for src, dst in (([4], [0]), ([0], [6]), ([-1], [0]), ([0], [-1]), ([0, 1], [0])):
         with pytest.raises(TransportError):
@@ -215,13 +215,13 @@ def test_a_descriptor_that_is_another_file_is_not_mapped() -> None:
     impostor.close()
 
 
-@pytest.mark.parametrize("transport", ["shm", "nixl"])
+@pytest.mark.parametrize("transport", ["shm", "nixl", "tcp"])
 def test_nothing_is_left_behind(transport: str, lend: StartLender) -> None:
     lender = lend(transport, 65536, 16)
 
     def cycle() -> None:
         pool = Pool(65536, 16)
-        reader = ShmTransport(pool.region) if transport == "shm" else NixlTransport(pool.region, "reader")
+        reader = OPENERS[transport](pool.region, "reader")
         reader.connect("peer", lender.description)
         copy = reader.post("peer", range(16), range(16))
         while reader.poll(copy).value == "pending":

@@ -59,7 +59,7 @@ def test_the_demo_answers_shows_its_fleet_and_leaves_nothing(tmp_path: Path) -> 
     assert len(set(pids.values())) == 4
     assert "a way of standing in the path of that work" in done.stdout
     assert re.search(r"^assistant  The smaller the pipe, the faster the water must go", done.stdout, re.MULTILINE)
-    assert len(re.findall(r"^  transfer .* in \d+ pages over (?:nixl|shm)", done.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^  transfer .* in \d+ pages over (?:tcp|shm)", done.stdout, re.MULTILINE)) == 2
     assert len(re.findall(r"^  prefill .*[█▏].* \d+ tokens", done.stdout, re.MULTILINE)) == 2
     assert re.search(r"^[\d.]+ [KM]iB of KV pages went", done.stdout, re.MULTILINE)
 

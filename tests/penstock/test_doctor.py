@@ -121,12 +121,12 @@ def test_one_transport_that_fails_beside_one_that_works_is_a_warning() -> None:
 
 
 def test_every_pair_of_neighbours_is_measured_once() -> None:
-    assert [label for label, _ in plan(0)] == ["shm", "nixl", "nixl over tcp"]
+    assert [label for label, _ in plan(0)] == ["shm", "nixl", "tcp"]
     for num_gpus, pairs in ((1, 1), (2, 1), (4, 4), (8, 8)):
         specs = [spec for label, spec in plan(num_gpus) if label == "cuda_ipc"]
         assert len({frozenset((spec.lender_device, spec.reader_device)) for spec in specs}) == len(specs) == pairs
     assert {spec.push for _, spec in plan(2) if spec.transport == "nixl"} == {False, True}
-    assert [label for label, _ in plan(2, nixl=False)] == ["shm", "cuda_ipc"]
+    assert [label for label, _ in plan(2, nixl=False)] == ["shm", "tcp", "cuda_ipc", "tcp"]
 
 
 def test_a_transport_that_gives_no_answer_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_transport_that_gives_no_answer_is_waited_for_once(monkeypatch: pytest
 
     monkeypatch.setattr(links, "measure", measure)
     found = measure_all(8, lambda text: None)
-    assert len(found) == 3 + 3 * 8 and [transport for transport, _ in tried].count("cuda_ipc") == 1
+    assert len(found) == 3 + 4 * 8 and [transport for transport, _ in tried].count("cuda_ipc") == 1
     assert {one.error for one in found if one.transport == "nixl"} == {"NIXL_ERR_BACKEND"}
     assert {one.error for one in found if one.transport == "cuda_ipc"} == {
         "no answer within 60 s", "not tried: there was no answer between cuda:0 and cuda:1"
@@ -215,7 +215,7 @@ def test_the_command_measures_and_a_taken_port_fails_it() -> None:
         done = subprocess.run(command, cwd=CHECKOUT, env=environ, capture_output=True, text=True)
     answer = json.loads(done.stdout)
     verdicts = {line["check"]: line["verdict"] for line in answer["lines"]}
-    assert {verdicts[f"{name}, cpu and cpu"] for name in ("shm", "nixl", "nixl over tcp")} == {"ok"}
+    assert {verdicts[f"{name}, cpu and cpu"] for name in ("shm", "nixl", "tcp")} == {"ok"}
     assert all(link["gb_s"] > 0 and link["page_us"] > 0 for link in answer["facts"]["links"])
     assert verdicts["HTTP port"] == "fail" and done.returncode == 1
     assert done.stderr == ""

@@ -134,7 +134,7 @@ def test_a_scrape_of_the_router_has_all_of_vllms_metrics(running: Fleet) -> None
     # Nothing moves within a worker, and where there is but one nobody asks who holds what.
     for name in ("penstock:handoff_seconds", "penstock:handoff_bytes", "penstock:index_lookup_seconds"):
         assert (total(found, name, "_count") > 0) == paired(running), name
-    assert {sample.labels["transport"] for sample in found["penstock:handoff_bytes"].samples} <= {"shm", "nixl"}
+    assert {sample.labels["transport"] for sample in found["penstock:handoff_bytes"].samples} <= {"shm", "tcp"}
 
 
 def test_figures_are_those_of_the_traffic(running: Fleet) -> None:
@@ -163,8 +163,10 @@ def test_the_transport_of_each_pair_is_named(running: Fleet) -> None:
     workers = {worker["worker_id"]: worker for worker in httpx.get(f"{running.url}/fleet").json()["workers"]}
     expected = {"prefill-0": {}, "decode-0": {"prefill-0": "shm"}} if paired(running) else {"decode-0": {}}
     assert {worker_id: worker["transports"] for worker_id, worker in workers.items()} == expected
-    counts = {name: total(found, "penstock:kv_transport_peers", transport=name) for name in ("cuda_ipc", "shm", "nixl")}
-    assert counts == {"cuda_ipc": 0, "shm": paired(running), "nixl": 0}
+    counts = {
+        name: total(found, "penstock:kv_transport_peers", transport=name) for name in ("cuda_ipc", "shm", "nixl", "tcp")
+    }
+    assert counts == {"cuda_ipc": 0, "shm": paired(running), "nixl": 0, "tcp": 0}
 
 
 def test_workers_show_themselves_as_the_router_shows_them(running: Fleet) -> None:

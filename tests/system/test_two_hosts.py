@@ -51,6 +51,7 @@ class Deployment:
     workers: dict[str, WorkerProcess]
     url: str
     redis_url: str
+    transport: str
 
     @property
     def prefill(self) -> WorkerProcess:
@@ -80,11 +81,11 @@ class Deployment:
 
 
 @contextmanager
-def deployment(model: Path, directory: Path) -> Iterator[Deployment]:
+def deployment(model: Path, directory: Path, transport: str) -> Iterator[Deployment]:
     """Start it; at the end all must exit cleanly."""
     roles = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
     flags = {
-        "kv_transport": "nixl",
+        "kv_transport": transport,
         "lease_s": SHORT_LEASE_S,
         "max_num_batched_tokens": 64,
         "block_size": PAGE_TOKENS,
@@ -102,7 +103,7 @@ def deployment(model: Path, directory: Path) -> Iterator[Deployment]:
                     server.url, model, on=link.other, routing_policy="round-robin", lease_s=SHORT_LEASE_S, **secret
                 ) as url,
             ):
-                yield Deployment(link, started, url, server.url)
+                yield Deployment(link, started, url, server.url, transport)
         finally:
             server.stop()
 
@@ -148,11 +149,14 @@ class Asker:
             await going
 
 
-def test_the_link_between_two_hosts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transport", ["tcp", "nixl"])
+def test_the_link_between_two_hosts(
+    transport: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     prompts = random_prompts([3, 90, 200, 64, 150, 300], seed=12)
     long = random_prompts([LONG_PROMPT], seed=13)
-    with deployment(model, tmp_path) as fleet:
+    with deployment(model, tmp_path, transport) as fleet:
         asyncio.run(
             _scenario(
                 fleet,
@@ -185,7 +189,7 @@ async def _hands_off(fleet: Deployment, ask: Asker) -> None:
         assert time.monotonic() < deadline, "no hand-off over the link"
         await ask.all()
     assert fleet.prefill.info is not None
-    assert fleet.near.ledger()["transports"] == {fleet.prefill.info.incarnation: "nixl"}
+    assert fleet.near.ledger()["transports"] == {fleet.prefill.info.incarnation: fleet.transport}
     await asyncio.to_thread(fleet.assert_idle)
 
 

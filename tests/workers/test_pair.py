@@ -24,7 +24,8 @@ PAIR = {"prefill-0": "prefill", "decode-0": "decode"}
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("transport", "module"), [("shm", "penstock"), ("nixl", "penstock"), ("shm", "tests.workers.late")]
+    ("transport", "module"),
+    [("shm", "penstock"), ("nixl", "penstock"), ("tcp", "penstock"), ("shm", "tests.workers.late")],
 )
 def test_handed_off_tokens_equal_hugging_face(
     checkpoints: dict[str, Path], redis_server: RedisServer, transport: str, module: str
