@@ -7,6 +7,7 @@ asks a Prometheus that watches a live fleet every query, and compares the file w
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,47 @@ M = 'model_name=~"$model_name"'
 WIDTH, HEIGHT, PER_ROW = 24, 8, 3
 
 Query = tuple[str, str]  # PromQL, legend
+Rate = Callable[[str, str], str]  # a counter and the labels to keep, to PromQL
 
 
 def rate(metric: str, by: str = "", more: str = "") -> str:
-    """What a counter grows by a second, summed."""
+    """What a counter of the routers grows by a second, summed: each counts its own requests."""
     labels = f"{M},{more}" if more else M
-    return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{labels}}}[$__rate_interval]))"
+    return f"sum{_by(by)} (rate({metric}{{{labels}}}[$__rate_interval]))"
 
 
-def percentiles(metric: str) -> list[Query]:
+def worker_rate(metric: str, by: str = "") -> str:
+    """What a counter of the workers grows by a second, summed."""
+    return _summed(f"rate({metric}{{{M}}}[$__rate_interval])", by)
+
+
+def percentiles(metric: str, rate: Rate = rate) -> list[Query]:
     """Percentiles and mean of a histogram."""
     found = [
         (f"histogram_quantile({part}, {rate(metric + '_bucket', 'le')})", f"p{round(part * 100)}")
         for part in (0.5, 0.9, 0.99)
     ]
-    return [*found, (share(f"{metric}_sum", f"{metric}_count"), "mean")]
+    return [*found, (f"{rate(metric + '_sum', '')} / {rate(metric + '_count', '')}", "mean")]
 
 
-def share(part: str, whole: str, by: str = "") -> str:
-    """What `part` grows by, for each that `whole` does."""
-    return f"{rate(part, by)} / {rate(whole, by)}"
+def worker_level(metric: str, by: str = "") -> str:
+    """A gauge of the workers as it stands, summed."""
+    return _summed(f"{metric}{{{M}}}", by)
 
 
-def level(metric: str, by: str = "", how: str = "sum") -> str:
-    """A gauge as it stands."""
-    return f"{how}{f' by ({by})' if by else ''} ({metric}{{{M}}})"
+def level(metric: str, how: str = "sum") -> str:
+    """A gauge of the routers as it stands; of what they say of the same thing, a minimum is the worst."""
+    return f"{how} ({metric}{{{M}}})"
+
+
+def _summed(of_workers: str, by: str) -> str:
+    """Every router repeats every worker's figures: each worker's is taken once."""
+    one = ", ".join(sorted({"engine", "model_name", *by.split(", ")} - {""}))
+    return f"sum{_by(by)} (max by ({one}) ({of_workers}))"
+
+
+def _by(labels: str) -> str:
+    return f" by ({labels})" if labels else ""
 
 
 def turned_away(code: str) -> str:
@@ -50,6 +67,8 @@ def turned_away(code: str) -> str:
 REQUESTS = "sum by (handler, status) (rate(http_requests_total[$__rate_interval]))"
 PROCESSOR = 'rate(process_cpu_seconds_total{job="penstock"}[$__rate_interval])'
 ENGINE = "{{engine}}"
+HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
+LOST = f"max (rate(penstock:workers_lost_total{{{M}}}[$__rate_interval]))"  # every router counts the same loss
 
 ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
     "Traffic": [
@@ -57,7 +76,10 @@ ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
         (
             "Tokens",
             "short",
-            [(rate("vllm:prompt_tokens_total"), "prompt"), (rate("vllm:generation_tokens_total"), "output")],
+            [
+                (worker_rate("vllm:prompt_tokens_total"), "prompt"),
+                (worker_rate("vllm:generation_tokens_total"), "output"),
+            ],
         ),
         ("Ends of choices", "short", [(rate("vllm:request_success_total", "finished_reason"), "{{finished_reason}}")]),
         ("Errors", "short", [(rate("penstock:request_errors_total", "code"), "{{code}}")]),
@@ -73,23 +95,23 @@ ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
         ("Decode", "s", percentiles("penstock:request_decode_time_seconds")),
     ],
     "Engine": [
-        ("Running", "short", [(level("vllm:num_requests_running", "engine"), ENGINE)]),
+        ("Running", "short", [(worker_level("vllm:num_requests_running", "engine"), ENGINE)]),
         (
             "Waiting",
             "short",
-            [(level("vllm:num_requests_waiting_by_reason", "engine, reason"), "{{engine}} {{reason}}")],
+            [(worker_level("vllm:num_requests_waiting_by_reason", "engine, reason"), "{{engine}} {{reason}}")],
         ),
-        ("KV pages in use", "percentunit", [(level("vllm:kv_cache_usage_perc", "engine"), ENGINE)]),
+        ("KV pages in use", "percentunit", [(worker_level("vllm:kv_cache_usage_perc", "engine"), ENGINE)]),
         (
             "Prefix cache hits",
             "percentunit",
-            [(share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", "engine"), ENGINE)],
+            [(f"{worker_rate(HITS, 'engine')} / {worker_rate(QUERIES, 'engine')}", ENGINE)],
         ),
-        ("Tokens of a step", "short", percentiles("vllm:iteration_tokens_total")),
-        ("Preemptions", "short", [(rate("vllm:num_preemptions_total", "engine"), ENGINE)]),
+        ("Tokens of a step", "short", percentiles("vllm:iteration_tokens_total", worker_rate)),
+        ("Preemptions", "short", [(worker_rate("vllm:num_preemptions_total", "engine"), ENGINE)]),
     ],
     "Hand-off": [
-        ("Bytes moved", "Bps", [(rate("penstock:kv_transfer_bytes_total", "engine"), ENGINE)]),
+        ("Bytes moved", "Bps", [(worker_rate("penstock:kv_transfer_bytes_total", "engine"), ENGINE)]),
         ("Transfer of a prompt", "s", percentiles("penstock:handoff_seconds")),
         ("Exposed part of a transfer", "s", percentiles("penstock:handoff_exposed_seconds")),
         ("Hand-offs by transport", "short", [(rate("penstock:handoff_bytes_count", "transport"), "{{transport}}")]),
@@ -97,16 +119,16 @@ ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
             "Failures",
             "short",
             [
-                (rate("penstock:handoff_failures_total"), "hand-offs given up"),
-                (rate("penstock:kv_checksum_failures_total"), "pages with a wrong checksum"),
-                (rate("vllm:nixl_num_kv_expired_reqs_total"), "loans expired"),
+                (worker_rate("penstock:handoff_failures_total"), "hand-offs given up"),
+                (worker_rate("penstock:kv_checksum_failures_total"), "pages with a wrong checksum"),
+                (worker_rate("vllm:nixl_num_kv_expired_reqs_total"), "loans expired"),
             ],
         ),
         (
             "Page ledger",
             "short",
             [
-                (level(f"penstock:kv_pages_{kind}", "engine"), f"{ENGINE} {kind}")
+                (worker_level(f"penstock:kv_pages_{kind}", "engine"), f"{ENGINE} {kind}")
                 for kind in ("lent", "promised", "quarantined")
             ],
         ),
@@ -122,7 +144,7 @@ ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
             "short",
             [
                 (rate("penstock:retries_total"), "retries"),
-                (rate("penstock:workers_lost_total"), "workers lost"),
+                (LOST, "workers lost"),
                 (rate("penstock:failed_total"), "choices failed"),
             ],
         ),
@@ -142,14 +164,18 @@ ROWS: dict[str, list[tuple[str, str, list[Query]]]] = {
             "short",
             [(rate(f"penstock:{kind}_hit_tokens_total"), kind) for kind in ("predicted", "realised", "missed")],
         ),
-        ("Linked workers", "short", [(level("penstock:links"), "links"), (level("penstock:draining"), "draining")]),
+        (
+            "Linked workers",
+            "short",
+            [(level("penstock:links", "min"), "links"), (worker_level("penstock:draining"), "draining")],
+        ),
         ("Router's processor", "percentunit", [(PROCESSOR, "{{instance}}")]),
     ],
     "Redis": [
         (
             "Answers",
             "short",
-            [(level("penstock:redis_up", how="min"), "routers"), (level("penstock:registered", how="min"), "workers")],
+            [(level("penstock:redis_up", "min"), "routers"), (level("penstock:registered", "min"), "workers")],
         ),
         ("Failures", "short", [(rate("penstock:redis_failures_total"), "a second")]),
         ("Look-up of a prefix", "s", percentiles("penstock:index_lookup_seconds")),
