@@ -6,6 +6,7 @@ set-up (ConfigError, ModelError) is one line on stderr and exit status 2.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import sys
@@ -55,6 +56,25 @@ _NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "kv_port", "memory_sh
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the process's arguments) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:  # closed: `>&-`
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_cut():
+            raise
+        return 141  # what it says of one that wrote to a reader that has left: `penstock collect-env | head`
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _forget_stdout()
+        print(f"{logs.ERROR_PREFIX}{error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] in ([], ["-h"], ["--help"], ["help"]):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -67,28 +87,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown command {arguments[0]!r}{near}")
         if arguments[0] not in _PROCESSES:
             raise_interrupts()
-        status = _COMMANDS[arguments[0]](arguments[1:])
-        sys.stdout.flush()
-        return status
+        return _COMMANDS[arguments[0]](arguments[1:])
     except (ConfigError, ModelError, CheckpointError) as error:
         print(f"{logs.ERROR_PREFIX}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        if not _stdout_is_cut():
-            raise
-        return 141  # what it says of one that wrote to a reader that has left: `penstock collect-env | head`
 
 
 def _stdout_is_cut() -> bool:
-    """Nobody reads what is printed any more; the interpreter need not find out once more at its end."""
+    """Nobody reads what is printed any more."""
+    if sys.stdout is None:
+        return False
     stdout = select.poll()
     stdout.register(sys.stdout.fileno(), 0)
     cut = any(events & select.POLLERR for _, events in stdout.poll(0))
     if cut:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
     return cut
+
+
+def _forget_stdout() -> None:
+    """What was not printed yet goes nowhere; the interpreter need not find out once more at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _serve(arguments: list[str]) -> int:

@@ -8,15 +8,20 @@ are checked alike.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
-from argparse import Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
+from penstock.common.bounds import LARGEST_INT, out_of_bounds
 from penstock.common.config_file import read_config_file
 from penstock.common.config_loader import CLIENT_ENV_PREFIX, nearest
 from penstock.common.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
 
 KEY_VARIABLES = ("OPENAI_API_KEY", "PENSTOCK_API_KEY", "VLLM_API_KEY")  # the first that is set
 
@@ -85,6 +90,48 @@ class ClientParser(ArgumentParser):
 def api_key(environ: Mapping[str, str]) -> str:
     """The key for a server from the environment, "" if there is none."""
     return next((environ[name] for name in KEY_VARIABLES if environ.get(name)), "")
+
+
+def whole(least: int = 0, most: int = LARGEST_INT) -> Callable[[str], int]:
+    """The `type` of an argument that is a whole number within these bounds."""
+    return lambda text: _within(int, text, least, most)
+
+
+def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
+    """The `type` of an argument that is a number within these bounds, and never NaN."""
+    return lambda text: _within(float, text, least, most)
+
+
+def _within(kind: type[Number], text: str, least: Number, most: Number) -> Number:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+    if wrong := out_of_bounds(value, least, most):
+        raise ArgumentTypeError(wrong)
+    return value
+
+
+def server_url(text: str) -> str:
+    """The `type` of an argument that is a server's address; without a slash at its end."""
+    try:
+        text.encode()
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, brackets that do not close, half a surrogate pair
+        usable = False
+    if not usable or re.search(r"[\s\x00-\x1f]", text):
+        raise ArgumentTypeError(f"give http:// or https:// and a host, got {text!r}")
+    return text.rstrip("/")
+
+
+def readable(text: str) -> str:
+    """The `type` of an argument that is sent as text: no bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError("is not UTF-8") from None
+    return text
 
 
 def _as_arguments(action: Action, flag: str, value: Any) -> list[str]:

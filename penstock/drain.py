@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 import zmq
 
-from penstock.client_options import ClientParser, api_key
+from penstock.ask_fleet import ask_fleet
+from penstock.client_options import ClientParser, api_key, number, readable, server_url
+from penstock.common.bounds import LONGEST_S
 from penstock.common.bus import BusLink, Connected, Disconnected
 from penstock.common.errors import ConfigError
 from penstock.common.messages import Drain, HeartbeatAck, WorkerLoad
-from penstock.tap import fleet
 
 GONE_S = 1.5  # a link that is down for so long, without a Goodbye, is not merely cut
 CONNECT_S = 10.0
@@ -32,9 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: no fleet, no such worker, or it cannot be reached.
     """
     options = _parser().parse(arguments, os.environ)
-    if not options.url.startswith(("http://", "https://")):
-        raise ConfigError("--url must begin with http:// or https://")
-    workers = fleet(options.url, options.api_key)
+    workers = ask_fleet(options.url, options.api_key)["workers"]
     found = [w for w in workers if options.worker in (w["worker_id"], w["incarnation"])]
     if not found:
         names = ", ".join(worker["worker_id"] for worker in workers)
@@ -89,6 +88,8 @@ def _watch(link: BusLink, poller: zmq.Poller, incarnation: str, started: float, 
         if not told and now - started > CONNECT_S:
             raise ConfigError(f"{link.address} does not answer")
         poller.poll(50)
+    if not told:
+        raise ConfigError(f"{link.address} has not answered: the worker was not told to leave")
     return False
 
 
@@ -100,9 +101,12 @@ def _describe(load: WorkerLoad) -> str:
 def _parser() -> ClientParser:
     parser = ClientParser("penstock drain", "Let a worker give its requests to the others, and leave.")
     parser.add_argument("worker", help="worker id, or incarnation")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a router of the fleet: it knows the workers")
+    parser.add_argument(
+        "--url", type=server_url, default="http://127.0.0.1:8000", help="a router of the fleet: it knows the workers"
+    )
     parser.add_argument("--api-key", default=api_key(os.environ), help="if the router wants one")
     cluster_key = os.environ.get("PENSTOCK_CLUSTER_KEY", "")
-    parser.add_argument("--cluster-key", default=cluster_key, help="if the bus is encrypted")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for its end")
+    parser.add_argument("--cluster-key", type=readable, default=cluster_key, help="if the bus is encrypted")
+    seconds = number(0.0, LONGEST_S)
+    parser.add_argument("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="how long to wait for its end")
     return parser

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-from penstock.client_options import ClientParser, api_key
-from penstock.common.errors import ConfigError
+from penstock.client_options import ClientParser, api_key, server_url
 from penstock.common.logs import ERROR_PREFIX
 from penstock.http_client import RequestError, connect
 
@@ -32,7 +31,7 @@ def chat(arguments: Sequence[str]) -> int:
     """
     parser = _parser("chat", "A conversation with a running server.")
     parser.add_argument("--system-prompt", default="", help="what every conversation begins with")
-    options = _parse(parser, arguments)
+    options = parser.parse(arguments, os.environ)
     start = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
     conversation = list(start)
 
@@ -51,7 +50,7 @@ def complete(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: an option is wrong.
     """
-    options = _parse(_parser("complete", "Continues texts on a running server."), arguments)
+    options = _parser("complete", "Continues texts on a running server.").parse(arguments, os.environ)
 
     def turn(text: str) -> str:
         fields = {"prompt": text} | ({} if options.max_tokens is None else {"max_tokens": options.max_tokens})
@@ -121,7 +120,7 @@ def _run(options: argparse.Namespace, turn: Callable[[str], str], hint: str) -> 
         except RequestError as error:
             return _say(error)
         return 0
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         print(f"{options.url}: {hint}, Ctrl-D ends", file=sys.stderr)
     status = 0
     for text in _lines():
@@ -139,14 +138,21 @@ def _say(error: RequestError) -> int:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, line by line, without empty ones; with history and editing keys on a terminal."""
+    """What is typed, line by line, without empty ones; with history and editing keys on a terminal.
+
+    Bytes that are no text in UTF-8 become U+FFFD.
+    """
+    if sys.stdin is None:  # closed: `<&-`
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
     while True:
         try:
-            text = input(prompt).strip()
+            text = input(prompt).encode(errors="surrogateescape").decode(errors="replace").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -158,7 +164,9 @@ def _lines() -> Iterator[str]:
 
 def _parser(name: str, description: str) -> ClientParser:
     parser = ClientParser(f"penstock {name}", description)
-    parser.add_argument("--url", default="http://localhost:8000/v1", help="the server, with or without /v1")
+    parser.add_argument(
+        "--url", type=server_url, default="http://localhost:8000/v1", help="the server, with or without /v1"
+    )
     parser.add_argument("--model-name", "--model", default="", help="default: the first that the server has")
     parser.add_argument("--api-key", default=api_key(os.environ), help="default: $OPENAI_API_KEY")
     parser.add_argument("-q", "--quick", metavar="TEXT", help="one turn with this text, and leave")
@@ -166,13 +174,6 @@ def _parser(name: str, description: str) -> ClientParser:
     parser.add_argument("--temperature", type=float, help="default: the server's")
     parser.add_argument("--insecure", action="store_true", help="do not check the server's certificate")
     return parser
-
-
-def _parse(parser: ClientParser, arguments: Sequence[str]) -> argparse.Namespace:
-    options = parser.parse(arguments, os.environ)
-    if urlsplit(options.url).scheme not in ("http", "https"):
-        raise ConfigError(f"--url {options.url}: give http:// or https://")
-    return options
 
 
 def _chat_text(event: dict[str, Any]) -> tuple[str, bool]:

@@ -12,16 +12,17 @@ import os
 import secrets
 import sys
 import time
-import urllib.error
-import urllib.request
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgpack
 import zmq
 
-from penstock.client_options import ClientParser, api_key
+from penstock.ask_fleet import ask_fleet
+from penstock.client_options import ClientParser, api_key, readable, server_url, whole
 from penstock.common.bus_access import curve_keys
 from penstock.common.bus_tap import LEASE_S, REQUEST
 from penstock.common.errors import ConfigError
@@ -29,7 +30,6 @@ from penstock.common.errors import ConfigError
 CREDIT = 2000
 HEARTBEATS = ("heartbeat", "heartbeat_ack")
 _SHOWN_ITEMS, _SHOWN_CHARACTERS = 8, 80
-_ASK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -186,21 +186,6 @@ def read(payload: bytes) -> Any:
         return f"not MessagePack: {error} ({payload[:32].hex()})"
 
 
-def fleet(url: str, api_key: str) -> list[dict[str, Any]]:
-    """The workers that a router knows, as its GET /fleet tells them.
-
-    Raises:
-        ConfigError: it does not answer, or not so.
-    """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/fleet", headers=headers), timeout=_ASK_S) as answer:
-            workers: list[dict[str, Any]] = json.load(answer)["workers"]
-            return workers
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{url} does not tell of its fleet: {error}") from error
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print until Ctrl-C or --limit.
 
@@ -208,12 +193,10 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: no fleet, no such worker, or an address that is none.
     """
     options = _parser().parse(arguments, os.environ)
-    if not options.url.startswith(("http://", "https://")) or options.limit < 0:
-        raise ConfigError("--url must begin with http:// or https://, --limit must not be negative")
     if options.bus:
         workers, names = {address: address for address in options.bus}, {}
     else:
-        known = fleet(options.url, options.api_key)
+        known = ask_fleet(options.url, options.api_key)["workers"]
         names = {worker["incarnation"]: worker["worker_id"] for worker in known}
         workers = {worker["worker_id"]: worker["address"] for worker in known}
     wanted = {name: address for name, address in workers.items() if not options.worker or name in options.worker}
@@ -241,19 +224,37 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _bus(text: str) -> str:
+    try:
+        parts = urlsplit(readable(text))
+        usable = parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ArgumentTypeError(f"{text!r} is not the address of a bus: tcp://HOST:PORT")
+    return text
+
+
 def _parser() -> ClientParser:
     parser = ClientParser("penstock tap", "Print what passes on the bus of a running fleet.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a router of the fleet: it knows the workers")
+    parser.add_argument(
+        "--url", type=server_url, default="http://127.0.0.1:8000", help="a router of the fleet: it knows the workers"
+    )
     parser.add_argument("--api-key", default=api_key(os.environ), help="if the router wants one")
     cluster_key = os.environ.get("PENSTOCK_CLUSTER_KEY", "")
-    parser.add_argument("--cluster-key", default=cluster_key, help="if the bus is encrypted")
+    parser.add_argument("--cluster-key", type=readable, default=cluster_key, help="if the bus is encrypted")
     parser.add_argument(
-        "--bus", action="append", default=[], metavar="ADDRESS", help="a worker's bus, without a router"
+        "--bus",
+        type=_bus,
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="a worker's bus (tcp://HOST:PORT), without a router",
     )
     parser.add_argument("--worker", action="append", default=[], help="only at this worker")
     parser.add_argument("--tag", action="append", default=[], help="only these message types: submit,tokens")
     parser.add_argument("--request-id", default="", help="only messages that name this request, or one that begins so")
     parser.add_argument("--heartbeats", action="store_true", help="heartbeats, too")
-    parser.add_argument("--limit", type=int, default=0, help="leave after so many messages; 0: never")
+    parser.add_argument("--limit", type=whole(), default=0, help="leave after so many messages; 0: never")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     return parser

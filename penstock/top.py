@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penstock.client_options import ClientParser, api_key
+from penstock.ask_fleet import ask_fleet
+from penstock.client_options import ClientParser, api_key, number, server_url
+from penstock.common.bounds import LONGEST_S
 from penstock.common.errors import ConfigError
 
 _CLEAR = "\x1b[H\x1b[J"
@@ -24,17 +23,16 @@ _HEAD = ("WORKER", "ROLE", "RUN", "WAIT", "QUEUED", "PAGES", "HELD", "HITS", "PR
 def main(arguments: Sequence[str]) -> int:
     """Show the fleet until Ctrl-C, or --once; 1 if the router cannot be asked."""
     parser = ClientParser("penstock top", "A fleet in the terminal.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="a router of the fleet")
+    parser.add_argument("--url", type=server_url, default="http://127.0.0.1:8000", help="a router of the fleet")
     parser.add_argument("--api-key", default=api_key(os.environ), help="if the router wants one")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
+    seconds = number(0.01, LONGEST_S)
+    parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS", help="between two looks")
     parser.add_argument("--once", action="store_true", help="two looks, one picture, and leave")
     options = parser.parse(arguments, os.environ)
-    if not options.url.startswith(("http://", "https://")) or options.interval <= 0:
-        raise ConfigError("--url must begin with http:// or https://, --interval must be above 0")
     before: Mapping[str, Any] | None = None
     try:
         while True:
-            found = _ask(options.url, options.api_key)
+            found = ask_fleet(options.url, options.api_key)
             if before is not None or not options.once:
                 if not options.once:
                     print(_CLEAR, end="")
@@ -45,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(options.interval)
     except KeyboardInterrupt:
         return 0
-    except (OSError, ValueError) as error:
-        print(f"penstock top: {options.url} does not tell of its fleet: {_reason(error)}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"penstock top: {error}", file=sys.stderr)
         return 1
 
 
@@ -108,23 +106,3 @@ def _row(worker: Mapping[str, Any], earlier: Mapping[str, int] | None, seconds: 
 
 def _whole(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.0f}"
-
-
-def _ask(url: str, key: str) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/fleet", headers=headers)
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        found: dict[str, Any] = json.load(answer)
-    if found.get("object") != "fleet":
-        raise ValueError("the answer is not a fleet's")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    """What the router said, or what kept it from saying anything."""
-    if isinstance(error, urllib.error.HTTPError):
-        try:
-            return str(json.load(error)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            return f"{error.code} {error.reason}"
-    return str(error.reason if isinstance(error, urllib.error.URLError) else error)

@@ -14,6 +14,7 @@ from penstock.cli import main
 from penstock.common.config import ServeConfig
 
 CHECKOUT = Path(__file__).parents[2]
+FLEET = ["--workers", "2", "--pages-per-worker", "99"]
 PROMISED = """
 prefill-workers decode-workers prefill-devices decode-devices host port api-key redis-url dtype max-model-len
 max-num-seqs max-num-batched-tokens block-size gpu-memory-utilization kv-cache-memory-bytes enable-prefix-caching
@@ -44,6 +45,20 @@ def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=100, cwd=CHECKOUT)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["simulate", "generated:9", *FLEET]])
+def test_a_full_disk_is_one_line(argv: list[str]) -> None:
+    command = [sys.executable, "-m", "penstock", *argv]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=100, cwd=CHECKOUT)
+    assert (ended.returncode, ended.stderr) == (1, b"penstock: error: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_output_is_no_mistake() -> None:
+    command = ["/bin/sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "penstock", "simulate", "generated:9", *FLEET]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, timeout=100, cwd=CHECKOUT)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_serve_help_lists_the_promised_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,19 @@ def test_completions_are_asked_line_by_line(
     assert router.last.sampling.max_tokens == 3
 
 
+def test_a_line_that_is_not_utf_8_is_asked_all_the_same(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    for errors in ("strict", "surrogateescape"):  # as the locale has it
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\xfe b\n"), "utf-8", errors))
+        assert main(["complete"]) == 0
+        assert router.last.prompt_token_ids == ids_of("a \ufffd\ufffd b")
+
+
+def test_without_an_input_there_is_nothing_to_ask(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat"]) == 0
+    assert router.service.requests == []
+
+
 def test_a_refusal_is_said_and_forgotten(
     router: Router, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +113,7 @@ def test_options_from_a_file_the_environment_and_the_command_line(
     ("flags", "words"),
     [
         (["chat", "--url", "ftp://x"], "give http:// or https://"),
+        (["complete", "--url", "http://["], "give http:// or https://"),
         (["chat", "--sytem-prompt", "x"], "unknown option --sytem-prompt; did you mean --system-prompt?"),
         (["chat", "hello"], "unexpected argument 'hello'"),
         (["complete", "--max-tokens", "many"], "invalid int value"),

@@ -57,10 +57,15 @@ def test_what_cannot_be_read_is_shown_as_such() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--url", "localhost:8000"], "--url must begin"),
-        (["--limit", "-1"], "--limit must not be negative"),
+        (["--url", "localhost:8000"], "--url: give http://"),
+        (["--limit", "-1"], "--limit: must be at least 0, got -1"),
         (["--url", f"http://127.0.0.1:{free_port()}"], "does not tell of its fleet"),
+        (["--url", "http://["], "--url: give http://"),
         (["--bus", "nonsense"], "is not the address of a bus"),
+        (["--bus", "tcp://127.0.0.1:99999"], "is not the address of a bus"),
+        (["--bus", "inproc://x"], "is not the address of a bus"),
+        (["--bus", "tcp://\udcff:1"], "--bus: is not UTF-8"),
+        (["--cluster-key", "\udcff"], "--cluster-key: is not UTF-8"),
         (["--bus", "tcp://127.0.0.1:1", "--worker", "x"], "no such worker; there are tcp://127.0.0.1:1"),
     ],
 )

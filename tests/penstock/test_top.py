@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
 import pytest
 
 from penstock.cli import main
@@ -46,6 +51,22 @@ def test_columns_stand_below_each_other() -> None:
     assert head.index("RUN") + len("RUN") == line.index("123456") + len("123456")
 
 
+@contextlib.contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A server that says this to whoever comes first; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_one() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=answer_one)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
 def test_once(capsys: pytest.CaptureFixture[str]) -> None:
     with running() as router:
         assert main(["top", "--once", "--interval", "0.05", "--url", str(router.http.base_url)]) == 0
@@ -63,4 +84,22 @@ def test_why_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["top", "--once", "--interval", "0.01", "--url", url, "--api-key", "secret"]) == 0
     assert main(["top", "--url", "http://127.0.0.1:9"]) == 1
     assert "does not tell of its fleet: " in capsys.readouterr().err
-    assert main(["top", "--url", "nowhere"]) == 2
+    with answering(b"+PONG\r\n") as url:  # no HTTP at all
+        assert main(["top", "--url", url]) == 1
+        assert "does not tell of its fleet: +PONG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--interval", "inf"],
+        ["--interval", "nan"],
+        ["--interval", "1e10"],
+        ["--interval", "0"],
+        *(["--url", url] for url in ("nowhere", "http://", "http://[", "http://a:b", "http://a b", "http://\udcff")),
+    ],
+)
+def test_mistakes(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"penstock: error: argument {argv[0]}: ") and error.count("\n") == 1
