@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import uuid
+from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
@@ -44,6 +45,9 @@ class Joint(Protocol):
     def open_transports(self, pool: KVPool, incarnation: str) -> dict[str, bytes]:
         """Open what moves pages between pools; name -> how a peer reads ours."""
 
+    def close_transports(self) -> None:
+        """Where the start ends before `make_role`, whose role closes them."""
+
     def make_role(self, loop: WorkerLoop) -> Role:
         """The role that drives the loop."""
 
@@ -66,18 +70,23 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         tokenizer=partial(Tokenizer.load, config.tokenizer or config.model),
     )
     transports = joint.open_transports(built.pool, incarnation)
-    bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)
-    info = _worker_info(config, built, incarnation, bus.address, transports, _text_probe(config))
-    loop = WorkerLoop(built, bus, info, lease_s=config.lease_s, drain_s=config.drain_s)
-    role = joint.make_role(loop)
-    status = StatusServer(
-        config.bus_host,
-        config.metrics_port,
-        health=loop.health,
-        snapshot=lambda: loop.ask(lambda: loop.ledger(role)),
-        load=lambda: loop.load,
-        info=info,
-    )
+    with ExitStack() as undo:  # what moves pages has threads, with which a process does not end well
+        undo.callback(joint.close_transports)
+        bus = BusServer(config.bus_host, config.bus_port, config.cluster_key)
+        info = _worker_info(config, built, incarnation, bus.address, transports, _text_probe(config))
+        loop = WorkerLoop(built, bus, info, lease_s=config.lease_s, drain_s=config.drain_s)
+        role = joint.make_role(loop)
+        undo.pop_all()
+        undo.callback(role.close)
+        status = StatusServer(
+            config.bus_host,
+            config.metrics_port,
+            health=loop.health,
+            snapshot=lambda: loop.ask(lambda: loop.ledger(role)),
+            load=lambda: loop.load,
+            info=info,
+        )
+        undo.pop_all()
     announced = status_url(bus.address, status.port)
     registered = WorkerInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | {"status_url": announced})
     registry = RegistryWriter(config.redis_url, config.namespace, registered) if config.redis_url else None

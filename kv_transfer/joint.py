@@ -11,7 +11,7 @@ from penstock.common.memory import MemoryRegion
 from penstock.common.messages import WorkerInfo
 from penstock.kv_transfer.base import Transport
 from penstock.kv_transfer.exchange import PageExchange, open_exchange
-from penstock.kv_transfer.select import open_transports
+from penstock.kv_transfer.select import close_transports, open_transports
 from penstock.kv_transfer.tcp import Listen
 
 
@@ -58,6 +58,10 @@ class ExchangeJoint(Generic[PolicyT, LoopT, RoleT]):
         listen = Listen(bind, config.kv_port, announced)
         self._transports = open_transports(config.kv_transport, pool.region(), incarnation, listen)
         return {transport.name: transport.description() for transport in self._transports}
+
+    def close_transports(self) -> None:
+        """Where the start ends before `make_role`, whose role closes them."""
+        close_transports(self._transports)
 
     def make_role(self, loop: LoopT) -> RoleT:
         """The role that drives the loop, with an exchange over the transports that were opened."""

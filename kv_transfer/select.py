@@ -44,7 +44,7 @@ def open_transports(
     To be tried, a transport has to read page 0 of our pool into a page of its own, as a peer would.
 
     Raises:
-        TransportError: a transport asked for by name does not work, or none does.
+        TransportError: a transport asked for by name, or TCP at a port of its own, does not work, or none does.
     """
     own = "shm" if region.device == "cpu" else "cuda_ipc"
     wanted = [own, *(["nixl"] if rdma_devices() else []), "tcp"] if setting == "auto" else [setting]
@@ -63,7 +63,8 @@ def open_transports(
                 raise
         except TransportError as error:
             logger.info("transport %s: not used: %s", name, error)
-            if setting != "auto":
+            if setting != "auto" or (name == "tcp" and listen.port):
+                close_transports(opened)
                 raise
         else:
             logger.info("transport %s: works, opened in %.2f s", name, time.monotonic() - started)
@@ -71,6 +72,12 @@ def open_transports(
     if not opened:
         raise TransportError("no transport works here")
     return opened
+
+
+def close_transports(transports: Sequence[Transport]) -> None:
+    """Give back what no mover has taken over."""
+    for transport in transports:
+        transport.close()
 
 
 def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:

@@ -21,7 +21,7 @@ import pytest
 from penstock.kv_transfer import page_server
 from penstock.kv_transfer.base import CopyState, TransportError
 from penstock.kv_transfer.mover import ConnectFailed, ReadDone, ReadFailed, ReadJob, ReadSettled, ReadStalled
-from penstock.kv_transfer.select import rdma_devices
+from penstock.kv_transfer.select import open_transports, rdma_devices
 from penstock.kv_transfer.tcp import Listen, TcpPool, TcpTransport
 from tests.forking import ForkedPython
 from tests.kv_transfer.conftest import Reader, StartLender
@@ -234,6 +234,8 @@ def test_where_it_listens() -> None:
     for port in (where.port, 70000):
         with pytest.raises(TransportError, match=f"cannot listen on 127.0.0.1 port {port}"):
             TcpTransport(pool.region, Listen(port=port))
+    with pytest.raises(TransportError, match="in use"):  # auto leaves out what does not work, but not what is asked for
+        open_transports("auto", pool.region, "worker", Listen(port=where.port))
     first.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "page-server"]
     pool.close()
