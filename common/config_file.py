@@ -20,14 +20,17 @@ def read_config_file(path: str) -> dict[str, Any]:
         ConfigError: no such file, another suffix, not parsable, or not a mapping with text keys.
     """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if path == "-":
+            text = sys.stdin.read() if sys.stdin is not None else ""  # closed: `<&-`
+        else:
+            text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that cannot be
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
     suffix = ".json" if path == "-" else Path(path).suffix.lower()
     if suffix == ".json":
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
     elif suffix in (".yaml", ".yml"):
         content = _parse_yaml(path, text)
@@ -47,5 +50,7 @@ def _parse_yaml(path: str, text: str) -> Any:
         raise ConfigError(f"{path}: reading YAML needs the PyYAML package; install it or use a .json file") from None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # what looks like a date, say, and is none
+        raise ConfigError(f"{path} is not valid YAML: a value is not what it looks like: {error}") from None

@@ -89,7 +89,10 @@ class Option:
         if self.kind == "integer" and isinstance(value, int) and not isinstance(value, bool):
             return value
         if self.kind == "number" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError("expected a number, got one beyond all bounds") from None
         if isinstance(value, str) and (self.kind in ("text", "list") or self.field.metadata.get("human")):
             return self.from_text(value)
         if self.kind == "list" and isinstance(value, list) and all(type(part) in (str, int) for part in value):

@@ -252,9 +252,35 @@ def test_unreadable_files(tmp_path: Path) -> None:
     broken.write_text("{")
     assert "not valid JSON" in mistake("--config", str(broken))
     assert "cannot read" in mistake("--config", str(tmp_path / "absent.yaml"))
+    assert "cannot read" in mistake("--config", "a\0b.yaml")
     broken = tmp_path / "fleet.ini"
     broken.write_text("")
     assert "ends in .yaml, .yml or .json" in mistake("--config", str(broken))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", "[" * 100_000),
+        ("deep.yaml", "[" * 5_000),
+        ("date.yaml", "a: 2024-99-99"),
+        ("tag.yaml", "a: !!int x"),
+        ("tag.yaml", "a: !!int ''"),
+        ("tag.yaml", "a: !!bool x"),
+        ("tag.yaml", "a: !!timestamp x"),
+        ("key.yaml", "? [a]\n: b"),
+        ("long.json", '{"lease_s": 1' + "0" * 5_000 + "}"),
+        ("large.json", '{"lease_s": 1' + "0" * 400 + "}"),
+    ],
+)
+def test_files_whose_values_cannot_be(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert f"{name} is not valid " in (told := mistake("--config", str(tmp_path / name))) or "beyond all bounds" in told
+
+
+def test_standard_input_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "- is not valid JSON" in mistake("--config", "-")
 
 
 def test_wrong_environment() -> None:
