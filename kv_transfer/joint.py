@@ -7,9 +7,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.common.bus_access import resolve_bind
 from penstock.common.config import WorkerConfig
+from penstock.common.errors import ConfigError
 from penstock.common.memory import MemoryRegion
 from penstock.common.messages import WorkerInfo
-from penstock.kv_transfer.base import Transport
+from penstock.kv_transfer.base import Transport, TransportError
 from penstock.kv_transfer.exchange import PageExchange, open_exchange
 from penstock.kv_transfer.select import close_transports, open_transports
 from penstock.kv_transfer.tcp import Listen
@@ -51,12 +52,18 @@ class ExchangeJoint(Generic[PolicyT, LoopT, RoleT]):
         self._transports: Sequence[Transport] = ()
 
     def open_transports(self, pool: Pool, incarnation: str) -> dict[str, bytes]:
-        """Open what moves pages between pools; name -> how a peer reads ours. Raises as `select.open_transports`, and
-        ConfigError for an address that peers cannot reach."""
+        """Open what moves pages between pools; name -> how a peer reads ours.
+
+        Raises:
+            ConfigError: what is asked for does not work here, nothing does, or peers could not reach the address.
+        """
         self._pool, config = pool, self._config
         bind, announced = (address.strip("[]") for address in resolve_bind(config.bus_host, config.cluster_key))
         listen = Listen(bind, config.kv_port, announced)
-        self._transports = open_transports(config.kv_transport, pool.region(), incarnation, listen)
+        try:
+            self._transports = open_transports(config.kv_transport, pool.region(), incarnation, listen)
+        except TransportError as error:
+            raise ConfigError(f"kv_transport {config.kv_transport}: {error}") from error
         return {transport.name: transport.description() for transport in self._transports}
 
     def close_transports(self) -> None:

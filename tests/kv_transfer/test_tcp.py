@@ -10,16 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from penstock.common.config import WorkerConfig
+from penstock.common.errors import ConfigError
+from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer import page_server
 from penstock.kv_transfer.base import CopyState, TransportError
+from penstock.kv_transfer.joint import ExchangeJoint
 from penstock.kv_transfer.mover import ConnectFailed, ReadDone, ReadFailed, ReadJob, ReadSettled, ReadStalled
 from penstock.kv_transfer.select import open_transports, rdma_devices
 from penstock.kv_transfer.tcp import Listen, TcpPool, TcpTransport
@@ -239,6 +244,26 @@ def test_where_it_listens() -> None:
     first.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "page-server"]
     pool.close()
+
+
+def test_a_port_that_is_taken_is_an_error_of_the_configuration() -> None:
+    class OnePage:
+        def __init__(self) -> None:
+            self.pool = Pool(PAGE_BYTES, 1)
+
+        def region(self) -> MemoryRegion:
+            return self.pool.region
+
+        def checksum(self) -> Callable[[Sequence[int]], list[int]]:
+            raise AssertionError("nothing is sealed")
+
+    pool = OnePage()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = WorkerConfig(model="tiny", kv_port=taken.getsockname()[1])
+        joint: Any = ExchangeJoint(config, None, None)  # type: ignore[arg-type]  # nothing is joined
+        with pytest.raises(ConfigError, match="kv_transport auto: cannot listen on"):
+            joint.open_transports(pool, "worker")
+    pool.pool.close()
 
 
 def test_rdma_devices_have_a_link(tmp_path: Path) -> None:
