@@ -9,7 +9,8 @@
            WAITING             PLACING ──Queued──> QUEUED ──Placed──> RUNNING; ──Refused──> error: end
 
 Two halves: `handle` moves choices between states, `tokens` delivers what they say (in order: token_order.py). What a
-choice remembers is in dispatch_state.py, what goes in and out in dispatch_events.py.
+choice remembers is in dispatch_state.py, which choices are where in whereabouts.py, what goes in and out in
+dispatch_events.py.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ from penstock.router.dispatch_events import (
     WorkerUp,
 )
 from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, State, not_begun
-from penstock.router.policy import Moving
 from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
+from penstock.router.whereabouts import Whereabouts
 
 MAX_WAITING = 1000
 SHUTTING_DOWN = "this router is shutting down"
@@ -72,6 +73,7 @@ class Dispatcher:
 
     def __init__(self, max_attempts: int, progress_timeout_s: float) -> None:
         self.choices: dict[Key, Choice] = {}
+        self.whereabouts = Whereabouts()
         self.retries = 0
         self.stale_deltas = 0  # of older attempts, ended choices, or repeated
         self.divergences = 0
@@ -127,59 +129,38 @@ class Dispatcher:
 
     def _worker_up(self, event: WorkerUp, now: float) -> None:
         self._live.add(event.incarnation)
-        for choice in self._where(lambda c: c.state is State.WAITING):
+        for choice in [choice for choice in self.choices.values() if choice.state is State.WAITING]:
             self._apply(choice, event, now)
 
     def _worker_down(self, event: WorkerDown, now: float) -> None:
         self._live.discard(event.incarnation)
-        for choice in self._where(lambda c: c.placement is not None):
-            assert choice.placement is not None
-            if choice.placement.decode.incarnation == event.incarnation:
+        for choice in self.whereabouts.at(event.incarnation):
+            if choice.runs_at(event.incarnation):
                 self._apply(choice, Lost("its worker was lost"), now)
-            elif choice.placement.prefill is not None and choice.placement.prefill.incarnation == event.incarnation:
+            else:  # it is its prefill worker
                 choice.prefill_cut = True
                 self._commands += choice.prompt_computed()  # by the decode worker, if this one is dead
                 self._check_gap(choice, now)
 
     def _worker_leaving(self, event: WorkerLeaving, now: float) -> None:
-        """Where it would wait for room its stream would stand still: until there is some it goes on where it is.
-
-        All routers hear of the same room at once: each fills its share, or moves one request that needs more.
-        """
-        room = event.room
-        here = [choice for choice in self.choices.values() if choice.runs_at(event.incarnation)]
-        if not here:
-            return
-        on_the_way = [choice for choice in self.choices.values() if choice.heads_for == event.destination]
-        sequences, pages = len(on_the_way), sum(room.pages_for(choice.context_tokens) for choice in on_the_way)
-        for choice in here:
-            failed_there = event.destination in choice.failed and event.others - choice.failed
-            if choice.destination or failed_there or choice.most_tokens > room.context:
-                continue
-            routers = room.routers if sequences else 1
-            more = room.pages_for(choice.context_tokens)
-            if sequences < room.sequences // routers and pages + more <= room.pages // routers:
-                sequences, pages = sequences + 1, pages + more
-                choice.destination = event.destination
-                request_id, number = choice.key
-                move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
-                self._commands.append(SendMove(event.incarnation, move))
+        """Where it would wait for room its stream would stand still: until there is some it goes on where it is."""
+        for choice in self.whereabouts.to_move(event):
+            request_id, number = choice.key
+            move = Move(request_id=request_id, choice=number, attempt=choice.attempt)
+            self._commands.append(SendMove(event.incarnation, move))
 
     def _worker_at_work(self, event: WorkerAtWork, now: float) -> None:
         """A prompt takes as long as it takes to compute, and its pages to move: a slow link is not a dead one."""
-        for choice in self._where(lambda c: c.awaits_prompt):
-            assert choice.placement is not None
-            prefill = choice.placement.prefill
-            if event.incarnation in (choice.placement.decode.incarnation, prefill and prefill.incarnation):
+        for choice in self.whereabouts.at(event.incarnation):
+            if choice.awaits_prompt:
                 # Not for ever: it might be the one that a busy worker has forgotten.
                 latest = choice.placed_at + MAX_PROMPT_TIMEOUTS * self._progress_timeout_s
                 choice.deadline = max(choice.deadline, min(now + self._progress_timeout_s, latest))
 
     def _worker_stalled(self, event: WorkerStalled, now: float) -> None:
         stalled, reason = event.incarnation, event.reason
-        for choice in self._where(lambda c: c.placement is not None):
-            assert choice.placement is not None
-            if choice.placement.decode.incarnation == stalled:
+        for choice in self.whereabouts.at(stalled):
+            if choice.runs_at(stalled):
                 self._apply(choice, Lost(f"its worker stalled: {reason}", abort=True), now)
             elif choice.prompt_reserved is not None and choice.prompt_reserved.incarnation == stalled:
                 lost = Lost(f"its prefill worker stalled: {reason}", abort=True, blameless=True)
@@ -218,9 +199,6 @@ class Dispatcher:
         for choice in list(self.choices.values()):
             self._apply(choice, event, now)
 
-    def _where(self, condition: Callable[[Choice], bool]) -> list[Choice]:
-        return [choice for choice in self.choices.values() if condition(choice)]
-
     # ------------------------------------------------------------ one choice
 
     def _apply(self, choice: Choice, event: object, now: float) -> None:
@@ -245,7 +223,7 @@ class Dispatcher:
         choice.state = State.RUNNING
         choice.placed_at = now
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
-        self._commands += choice.run_at(placement)
+        self._commands += self.whereabouts.begin(choice, placement)
         submit = Submit(request=choice.as_it_stands(), prefill=placement.prefill, source=placement.source)
         self._commands.append(SendSubmit(placement.decode.incarnation, submit))
 
@@ -280,7 +258,7 @@ class Dispatcher:
             choice.failed.add(choice.placement.decode.incarnation)
         choice.moves += event.leaves and len(choice.order.delivered) > choice.begun_at
         choice.moving = None
-        self._commands += choice.let_go()
+        self._commands += self.whereabouts.let_go(choice)
         limit = choice.request.sampling.max_tokens
         if limit is not None and len(choice.order.delivered) >= limit:  # all tokens came, only the finish was lost
             self._finish(choice, Finish(reason="length"))
@@ -295,9 +273,7 @@ class Dispatcher:
             self._fail(choice, Unavailable(f"no worker is up: {event.reason}"))
 
     def _move(self, choice: Choice, event: Moved, now: float) -> None:
-        assert choice.placement is not None
-        choice.moving = Moving(choice.placement.decode, event.kept_tokens, choice.destination)
-        self._commands += choice.let_go()
+        self._commands += self.whereabouts.give_up(choice, event.kept_tokens)
         self.moves += 1
         choice.moves += 1
         choice.attempt += 1
@@ -397,7 +373,7 @@ class Dispatcher:
     def _end(self, choice: Choice) -> None:
         if choice.state is State.QUEUED:
             self._commands.append(Dequeue(*choice.key))
-        self._commands += choice.let_go()
+        self._commands += self.whereabouts.end(choice)
         del self.choices[choice.key]
 
     def _abort(self, choice: Choice) -> None:

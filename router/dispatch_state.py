@@ -97,20 +97,19 @@ class Choice:
 
     def runs_at(self, incarnation: str) -> bool:
         """Its decode worker is this one."""
-        return (
-            self.state is State.RUNNING
-            and self.placement is not None
-            and (self.placement.decode.incarnation == incarnation)
-        )
+        return self.placement is not None and self.placement.decode.incarnation == incarnation
+
+    @property
+    def is_moving(self) -> bool:
+        """It is to move, or has, and has not been heard of at its next worker."""
+        return bool(self.destination) or (self.moving is not None and (self.placement is None or self.awaits_prompt))
 
     @property
     def heads_for(self) -> str:
-        """The worker that it is to move to, until it is heard of there; "": it does not move."""
+        """The worker that it is to move to, as far as that is known; of one that `is_moving`."""
         if self.destination or self.moving is None:
             return self.destination
-        if self.placement is None:
-            return self.moving.destination
-        return self.placement.decode.incarnation if self.awaits_prompt else ""
+        return self.moving.destination if self.placement is None else self.placement.decode.incarnation
 
     @property
     def context_tokens(self) -> int:

@@ -36,10 +36,16 @@ from penstock.router.dispatch_events import (
     WorkerLeaving,
     WorkerUp,
 )
+from penstock.router.dispatch_state import Choice
 from penstock.router.rates import H200_LLAMA8B
 from tests.router.dispatching import STOP, placement, request
 
 GUESS_MS, PROMPT_TOKENS = 50.0, len(request().prompt_token_ids)
+
+
+def names(choices: list[Choice]) -> list[str]:
+    """Sorted, each as often as it is there."""
+    return sorted(choice.key[0] for choice in choices)
 
 
 class Faults(RuleBasedStateMachine):
@@ -262,6 +268,25 @@ class Faults(RuleBasedStateMachine):
                     held[release.incarnation] += release.tokens
         assert +held == +self.reserved
 
+    @invariant()
+    def whereabouts(self) -> None:
+        """What is kept by worker is what the choices themselves say."""
+        at = defaultdict[str, set[str]](set)
+        for (name, _), choice in self.core.choices.items():
+            if choice.placement is not None:
+                workers = (choice.placement.decode, choice.placement.prefill)
+                for one in filter(None, workers):
+                    at[one.incarnation].add(name)
+        for incarnation in (*self.WORKERS, "p1"):
+            assert names(self.core.whereabouts.at(incarnation)) == sorted(at[incarnation])
+
+    @rule(to=st.sampled_from(WORKERS))
+    def look_who_is_on_the_way(self, to: str) -> None:
+        """No invariant, since it changes what is kept."""
+        choices = self.core.choices.values()
+        expected = names([choice for choice in choices if choice.is_moving and choice.heads_for == to])
+        assert names(self.core.whereabouts.on_the_way(to)) == expected
+
     def teardown(self) -> None:
         self.up.add("d1")
         self.apply(self.core.handle(WorkerUp("d1"), self.now))
@@ -272,6 +297,7 @@ class Faults(RuleBasedStateMachine):
             for one in network:
                 self.apply(self.core.tokens([one], self.now))
         assert set(self.ended) == set(self.oracle) and not self.core.choices, "nothing hangs once all tokens came"
+        assert not any(vars(self.core.whereabouts).values())
         assert +self.reserved == Counter()
         work_ms = dict.fromkeys(self.given_ms, 0.0)
         for attempt, (incarnation, first) in self.begun.items():
