@@ -37,6 +37,7 @@ from tests.system.chaos_cases import KINDS, Answer, Case, make_cases
 from tests.system.fleets import SHORT_LEASE_S, FleetOf, assert_idle, fleet_config, metric, router_metric
 from tests.tiny_models import FAMILIES, make_checkpoint
 
+TRANSPORTS = ("shm", "tcp")
 REQUESTS = 200
 CASES = 21
 LOAD_S = 18.0
@@ -71,6 +72,7 @@ class Report:
 
     seed: int
     family: str
+    transport: str
     pool_mib: int
     faults: list[FaultAt]
     exact: dict[str, int]  # by kind of request
@@ -118,6 +120,7 @@ def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bo
     pool_mib = chooser.choice((1, 2, 8))  # 1 MiB: some have to wait, or are preempted
     options = {"prefill_workers": 2, "decode_workers": 2, "max_num_batched_tokens": 32, "cpu_threads": 1}
     options |= {"kv_cache_memory_bytes": pool_mib << 20, "max_model_len": 512}
+    options |= {"kv_transport": (transport := TRANSPORTS[seed % len(TRANSPORTS)])}
     config = fleet_config(path, lease_s=SHORT_LEASE_S, **options)
     running = FleetOf("tests.system.faulty", config, console=(console := _Witness()))
     with _nothing_left(running):
@@ -138,6 +141,7 @@ def run_seed(seed: int, directory: Path, *, load_s: float = LOAD_S, blackout: bo
         return Report(
             seed,
             family,
+            transport,
             pool_mib,
             load.happened,
             dict(Counter(outcome.kind for outcome in outcomes if outcome.what == EXACT)),
