@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.client_options import ClientParser
+from penstock.client_options import ClientParser, number, whole
 from penstock.common.config import ROUTING_POLICIES
 from penstock.common.errors import ConfigError
 from penstock.router.rates import WorkerRates
@@ -27,6 +27,10 @@ The router's own policies on virtual workers and a virtual clock.
 TRACE is a Mooncake trace (JSON lines), an Azure trace (CSV), or generated:NUMBER. Rates are those of
 Llama-3.1-8B on one H200 unless the options below say otherwise. docs/routing.md tells what is modelled.
 """
+MOST_WORKERS = 10_000
+LONGEST_RUN_MS = 1e10  # 115 days: a clock that tells microseconds apart cannot show more
+# Bounds of rates that are not from 0 to 1e6 ms. Times beyond are no numbers any more, or too small to move the clock.
+_RATES = {"prefill_tokens_per_s": (1.0, 1e9), "link_bytes_per_s": (1e3, 1e15), "decode_step_ms": (1e-3, 1e6)}
 _HEAD = "policy            hit  oracle  max/mean    TTFT p50      p99   ITL p99  within SLO  goodput/s"
 
 
@@ -46,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         prefill_workers=options.prefill_workers,
         max_num_seqs=options.max_num_seqs,
         token_bytes=options.kv_bytes_per_token,
-        rates=_rates(options),
+        rates=WorkerRates(**{rate.name: getattr(options, rate.name) for rate in fields(WorkerRates)}),
         mixed_chunk_tokens=options.mixed_chunk_tokens,
     )
     _check(options)
@@ -55,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     requests = scaled(repeated(requests, options.repeat), shape, options.utilisation)
     if options.load is not None:
         requests = time_scaled(requests, 1 / options.load)
+    if requests[-1].arrival_ms > LONGEST_RUN_MS:
+        raise ConfigError(f"the requests come over more than {LONGEST_RUN_MS / 86.4e6:.0f} days: too long to simulate")
     if options.find is not None:
         return _find(options, requests, shape, slo)
     policies = ROUTING_POLICIES if options.policy == "all" else (options.policy,)
@@ -73,25 +79,40 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> ClientParser:
     parser = ClientParser("penstock simulate", _DESCRIPTION)
     parser.add_argument("trace", metavar="TRACE")
-    parser.add_argument("--workers", type=int, required=True, help="all workers, of both roles")
-    parser.add_argument("--pages-per-worker", type=int, required=True)
+    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), required=True, help="all workers, of both roles")
+    parser.add_argument("--pages-per-worker", type=whole(1), required=True)
     parser.add_argument("--policy", default="all", choices=("all", *ROUTING_POLICIES))
-    parser.add_argument("--page-tokens", type=int, default=512, help="tokens in a page (default: 512)")
-    parser.add_argument("--prefill-workers", type=int, default=0, help="0: one phase, decode workers compute prompts")
+    parser.add_argument("--page-tokens", type=whole(1), default=512, help="tokens in a page (default: 512)")
+    parser.add_argument(
+        "--prefill-workers", type=whole(0), default=0, help="0: one phase, decode workers compute prompts"
+    )
     help_fetch = "workers cannot read prefixes from each other"
     parser.add_argument("--no-fetch-prefixes", dest="fetch", action="store_false", help=help_fetch)
-    parser.add_argument("--utilisation", type=float, help="stretch arrivals so that the oracle's work fills this share")
-    parser.add_argument("--load", type=float, metavar="FACTOR", help="requests come so many times as often as traced")
+    parser.add_argument(
+        "--utilisation", type=number(1e-6, 1e6), help="stretch arrivals so that the oracle's work fills this share"
+    )
+    parser.add_argument(
+        "--load", type=number(1e-6, 1e6), metavar="FACTOR", help="requests come so many times as often as traced"
+    )
     help_find = "the smallest fleet, of up to --workers, that serves this share of requests within both SLOs"
-    parser.add_argument("--find", type=float, metavar="SHARE", help=help_find)
-    parser.add_argument("--repeat", type=int, default=1, help="play the trace so often, each time with new prefixes")
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences a worker decodes at once")
-    parser.add_argument("--slo-ttft", type=float, default=Slo.ttft_ms, help="milliseconds (default: %(default)s)")
-    parser.add_argument("--mixed-chunk-tokens", type=int, help="most prompt tokens in a step that also decodes")
-    parser.add_argument("--slo-tpot", type=float, default=Slo.tpot_ms, help="milliseconds (default: %(default)s)")
-    parser.add_argument("--kv-bytes-per-token", type=int, default=LLAMA8B_TOKEN_BYTES, help="(default: %(default)s)")
+    parser.add_argument("--find", type=number(1e-6, 1), metavar="SHARE", help=help_find)
+    parser.add_argument(
+        "--repeat", type=whole(1), default=1, help="play the trace so often, each time with new prefixes"
+    )
+    parser.add_argument("--max-num-seqs", type=whole(1), default=256, help="most sequences a worker decodes at once")
+    parser.add_argument("--slo-ttft", type=number(), default=Slo.ttft_ms, help="milliseconds (default: %(default)s)")
+    parser.add_argument("--mixed-chunk-tokens", type=whole(1), help="most prompt tokens in a step that also decodes")
+    parser.add_argument("--slo-tpot", type=number(), default=Slo.tpot_ms, help="milliseconds (default: %(default)s)")
+    parser.add_argument(
+        "--kv-bytes-per-token", type=whole(1), default=LLAMA8B_TOKEN_BYTES, help="(default: %(default)s)"
+    )
     for rate in fields(WorkerRates):
-        parser.add_argument(_flag(rate.name), type=float, default=rate.default, help="(default: %(default)s)")
+        parser.add_argument(
+            _flag(rate.name),
+            type=number(*_RATES.get(rate.name, (0.0, 1e6))),
+            default=rate.default,
+            help="(default: %(default)s)",
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the random policy and of generated traces")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results: one object a policy")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (PNG); needs penstock[plot]")
@@ -99,29 +120,16 @@ def _parser() -> ClientParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.repeat < 1:
-        raise ConfigError(f"--repeat must be at least 1, got {options.repeat}")
-    if options.load is not None and options.load <= 0:
-        raise ConfigError(f"--load must be above 0, got {options.load}")
     if options.utilisation is not None and (options.load is not None or options.find is not None):
         raise ConfigError("--utilisation is of a given fleet, and sets the load: it cannot stand with --load or --find")
     if options.find is None:
         return
-    if not 0 < options.find <= 1:
-        raise ConfigError(f"--find must be above 0 and at most 1, got {options.find}")
     if options.prefill_workers or options.plot is not None:
         raise ConfigError("--find looks for the number of prefill workers, and draws nothing")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _rates(options: argparse.Namespace) -> WorkerRates:
-    try:
-        return WorkerRates(**{rate.name: getattr(options, rate.name) for rate in fields(WorkerRates)})
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _line(result: PolicyResult) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,12 +43,14 @@ def read_trace(source: str, page_tokens: int, seed: int = 0) -> list[TracedReque
         return list(generated(_count(source.removeprefix(GENERATED)), page_tokens, seed))
     path = Path(source)
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: a byte order mark is no part of it
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that cannot be
         raise ConfigError(f"cannot read the trace {source}: {error}") from error
-    if not lines:
-        raise ConfigError(f"{source} holds no requests")
-    found = _mooncake(source, lines, page_tokens) if lines[0].lstrip().startswith("{") else _azure(source, lines)
+    found: list[TracedRequest] = []
+    if text.lstrip().startswith("{"):
+        found = _mooncake(source, text.split("\n"), page_tokens)  # splitlines() parts what JSON may hold, as U+2028
+    elif text.strip():
+        found = _azure(source, text.strip().split("\n"))
     if not found:
         raise ConfigError(f"{source} holds no requests")
     found.sort(key=lambda request: request.arrival_ms)
@@ -118,9 +121,9 @@ def _mooncake(source: str, lines: list[str], page_tokens: int) -> list[TracedReq
             row: dict[str, Any] = json.loads(line)
             pages = tuple(map(int, row["hash_ids"]))
             request = TracedRequest(
-                float(row["timestamp"]), int(row["input_length"]), max(1, int(row["output_length"])), pages
+                _time(row["timestamp"]), int(row["input_length"]), max(1, int(row["output_length"])), pages
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{source}, line {number}: not a request of a Mooncake trace ({error!r})") from error
         if request.prompt_tokens < 1:
             raise ConfigError(f"{source}, line {number}: a prompt of {request.prompt_tokens} tokens")
@@ -133,8 +136,22 @@ def _mooncake(source: str, lines: list[str], page_tokens: int) -> list[TracedReq
     return found
 
 
+def _time(value: Any) -> float:
+    time_ms = float(value)
+    if not math.isfinite(time_ms):
+        raise ValueError(f"timestamp {value}")
+    return time_ms
+
+
 def _azure(source: str, lines: list[str]) -> list[TracedRequest]:
     rows = csv.DictReader(lines)
+    try:
+        return _azure_rows(source, rows)
+    except csv.Error as error:
+        raise ConfigError(f"{source}: no Azure trace: {error}") from error
+
+
+def _azure_rows(source: str, rows: csv.DictReader[str]) -> list[TracedRequest]:
     if not set(AZURE_COLUMNS) <= set(rows.fieldnames or ()):
         raise ConfigError(f"{source} is neither a Mooncake trace (JSON lines) nor has it the columns of an Azure trace")
     found = []
@@ -145,6 +162,6 @@ def _azure(source: str, lines: list[str]) -> list[TracedRequest]:
             whole, _, fraction = time.partition(".")
             at_ms = datetime.fromisoformat(whole + "+00:00").timestamp() * 1e3 + float(f"0.{fraction or 0}") * 1e3
             found.append(TracedRequest(at_ms, max(1, int(prompt)), max(1, int(output))))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{source}, line {number}: not a request of an Azure trace ({error!r})") from error
     return found

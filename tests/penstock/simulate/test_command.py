@@ -64,12 +64,19 @@ def test_two_phases_and_a_repeated_trace(tmp_path: Path):
         (["nowhere.csv", *FLEET], "cannot read the trace nowhere.csv"),
         (["generated:9"], "required: --workers, --pages-per-worker"),
         (["generated:9", *FLEET, "--policy", "best"], "invalid choice: 'best'"),
-        (["generated:9", *FLEET, "--repeat", "0"], "--repeat must be at least 1"),
+        (["generated:9", *FLEET, "--repeat", "0"], "--repeat: must be at least 1"),
         (["generated:9", *FLEET, "--prefill-workers", "4"], "every request ends on a decode worker"),
-        (["generated:9", *FLEET, "--prefill-tokens-per-s", "0"], "a worker without speed"),
-        (["generated:9", *FLEET, "--utilisation", "0"], "needs to be above 0"),
-        (["generated:9", *FLEET, "--load", "0"], "--load must be above 0"),
-        (["generated:9", *FLEET, "--find", "1.5"], "--find must be above 0 and at most 1"),
+        (["generated:9", "--workers", str(10**20), "--pages-per-worker", "1"], "--workers: must be from 1 to 10000"),
+        (["generated:9", *FLEET, "--prefill-tokens-per-s", "0"], "--prefill-tokens-per-s: must be at least 1, got 0"),
+        (["generated:9", *FLEET, "--link-bytes-per-s", "1e300"], "--link-bytes-per-s: must be from 1000 to 1e+15"),
+        (["generated:9", *FLEET, "--decode-step-ms", "0"], "--decode-step-ms: must be at least 0.001, got 0"),
+        (["generated:9", *FLEET, "--link-setup-ms", "1e300"], "--link-setup-ms: must be from 0 to 1e+06, got 1e+300"),
+        (["generated:9", *FLEET, "--utilisation", "0"], "--utilisation: must be at least 1e-06, got 0"),
+        (["generated:9", *FLEET, "--utilisation", "nan"], "--utilisation: must be from 1e-06 to 1e+06, got nan"),
+        (["generated:9", *FLEET, "--load", "1e-320"], "--load: must be at least 1e-06, got 1e-320"),
+        (["generated:9", *FLEET, "--slo-ttft", "nan"], "--slo-ttft: must be at least 0, got nan"),
+        (["generated:9", *FLEET, "--slo-tpot", "-1"], "--slo-tpot: must be at least 0, got -1"),
+        (["generated:9", *FLEET, "--find", "1.5"], "--find: must be from 1e-06 to 1, got 1.5"),
         (["generated:9", *FLEET, "--find", "0.9", "--utilisation", "0.7"], "--utilisation is of a given fleet"),
         (["generated:9", *FLEET, "--find", "0.9", "--prefill-workers", "1"], "looks for the number of prefill workers"),
         (["generated:9", "--workers", "1", "--pages-per-worker", "1"], "a worker has 1"),
@@ -80,6 +87,13 @@ def test_mistakes(options: list[str], error: str, capsys: pytest.CaptureFixture[
     assert main(["simulate", *options]) == 2
     err = capsys.readouterr().err
     assert error in err and err.count("\n") == 1
+
+
+def test_a_trace_that_is_too_long_for_the_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"timestamp": at, "input_length": 512, "output_length": 5, "hash_ids": [1]} for at in (0, -1e300)]
+    (tmp_path / "trace").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["simulate", str(tmp_path / "trace"), *FLEET]) == 2
+    assert "the requests come over more than 116 days: too long to simulate" in capsys.readouterr().err
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_run(

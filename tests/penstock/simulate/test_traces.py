@@ -49,6 +49,11 @@ def test_an_azure_trace(tmp_path: Path):
         (MOONCAKE + "{}\n", "line 3: not a request of a Mooncake trace"),
         (MOONCAKE.replace("700", "1100"), "1100 tokens are not 2 pages of 512"),
         (MOONCAKE.replace("700", "0"), "line 1: a prompt of 0 tokens"),
+        (MOONCAKE.replace("2000", "NaN"), "line 1: not a request of a Mooncake trace"),
+        (MOONCAKE.replace("5000", "Infinity"), "line 2: not a request of a Mooncake trace"),
+        (MOONCAKE.replace('"output_length": 5', '"output_length": Infinity'), "line 1: not a request of a Mooncake"),
+        ('{"a": ' + "[" * 100_000, "line 1: not a request of a Mooncake trace"),
+        (AZURE + "x" * (1 << 18), "no Azure trace: field larger than field limit"),
         (AZURE + "yesterday,1,2\n", "line 4: not a request of an Azure trace"),
         (AZURE + "2023-11-16 18:17:03.9,1\n", "line 4: not a request of an Azure trace"),
     ],
@@ -58,9 +63,19 @@ def test_what_is_no_trace(tmp_path: Path, text: str, error: str):
         read_trace(written(tmp_path, text), 512)
 
 
-def test_a_trace_that_is_not_there(tmp_path: Path):
+@pytest.mark.parametrize("name", ["none", "nul\0", "\udcff"])
+def test_a_trace_that_is_not_there(tmp_path: Path, name: str):
     with pytest.raises(ConfigError, match="cannot read the trace"):
-        read_trace(str(tmp_path / "none"), 512)
+        read_trace(str(tmp_path / name), 512)
+
+
+@pytest.mark.parametrize("text", [MOONCAKE, AZURE])
+def test_what_may_stand_around_and_within_the_lines(tmp_path: Path, text: str):
+    plain = read_trace(written(tmp_path, text), 512)
+    assert read_trace(written(tmp_path, "\n" + text + "\n\n"), 512) == plain
+    assert read_trace(written(tmp_path, "\ufeff" + text), 512) == plain
+    within = text.replace('"input', '"of": "a\u2028b", "input').replace("\n", "\r\n")
+    assert read_trace(written(tmp_path, within), 512) == plain
 
 
 def test_generated_requests_share_beginnings():
