@@ -101,16 +101,18 @@ def sharegpt(
     if not isinstance(found, list):
         raise ConfigError('a sharegpt dataset must be a JSON list of {"conversations": [{"value": "..."}, ...]}')
     conversations = [entry["conversations"] for entry in found if isinstance(entry, dict) and "conversations" in entry]
-    usable = [turns for turns in conversations if len(turns) >= 2]
+    usable = [turns for turns in conversations if isinstance(turns, list) and len(turns) >= 2]
     chooser.shuffle(usable)
     kept: list[Sample] = []
     for turns in usable:
         if len(kept) == number:
             break
         try:
-            prompt, answer = str(turns[0]["value"]), str(turns[1]["value"])
-        except (KeyError, TypeError):
-            raise ConfigError(f"a turn of a sharegpt dataset has no value: {str(turns[:2])[:100]}") from None
+            prompt, answer = _text(str(turns[0]["value"])), _text(str(turns[1]["value"]))
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                f"a turn of a sharegpt dataset has no value that is text: {str(turns[:2])[:100]!a}"
+            ) from None
         ids = tokenizer.encode(prompt)
         wanted = output_len or len(tokenizer.encode(answer))
         long_enough = len(ids) >= MIN_TOKENS and (output_len is not None or wanted >= MIN_TOKENS)
@@ -136,7 +138,8 @@ def custom(text: str, tokenizer: Tokenizer | None, number: int, output_len: int 
             prompt, wanted = entry["prompt"], output_len or int(entry.get("output_tokens") or CUSTOM_OUTPUT)
             if not isinstance(prompt, str) or wanted < 1:
                 raise ValueError("prompt is no text, or output_tokens below 1")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _text(prompt)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f'line {place} of a custom dataset must be {{"prompt": "..."}}: {type(error).__name__} {error}'
             ) from None
@@ -196,8 +199,14 @@ def read_json(path: str) -> Any:
     """
     try:
         return json.loads(read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"dataset {path} cannot be read: {error}") from error
+
+
+def _text(text: str) -> str:
+    """The text itself; JSON can also hold half a surrogate pair: ValueError."""
+    text.encode()
+    return text
 
 
 def _near(length: int, ratio: float, chooser: random.Random) -> int:

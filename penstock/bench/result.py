@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.bench.config import BenchConfig
+from penstock.bench.output_file import prepare, write
 from penstock.bench.serving_metrics import percentile
 from penstock.common.errors import ConfigError
 from penstock.common.sampling import SamplingParams
@@ -18,7 +19,13 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 
 
 def build(config: BenchConfig) -> LLM:
-    """The engine to measure; says how long it took to be ready."""
+    """The engine to measure; says how long it took to be ready.
+
+    Raises:
+        ConfigError: an option does not fit the model or the machine, or the result could not be written.
+    """
+    if config.output_json:
+        prepare(Path(config.output_json))
     begun = time.perf_counter()
     llm = LLM(**config.llm_options())
     print(f"Ready after {time.perf_counter() - begun:.1f} s: {llm.describe()}", flush=True)
@@ -49,8 +56,6 @@ def percentiles(values: Sequence[float]) -> dict[int, float]:
 
 
 def write_json(path: str, result: Mapping[str, Any]) -> None:
-    """Write a result; the folder is made if need be. Without a path, nothing."""
+    """Write a result. Without a path, nothing. Raises ConfigError."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=4) + "\n")
-        print(f"Result: {path}")
+        write(Path(path), json.dumps(result, indent=4) + "\n")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from penstock.bench.arrivals import arrivals, ramp_up
 from penstock.bench.client import ask, run_load
+from penstock.bench.output_file import prepare, write
 from penstock.bench.questions import Question, questions
 from penstock.bench.serve_options import SAMPLING, parse
 from penstock.bench.serving_metrics import RequestRecord, details, summarise, table
@@ -31,15 +32,19 @@ def run_serve(arguments: Sequence[str]) -> int:
     """Measure, print and write; 1 if no request got an answer.
 
     Raises:
-        ConfigError: an option is wrong, a dataset or tokenizer cannot be read, the server is not there.
+        ConfigError: an option is wrong, a dataset or tokenizer cannot be read, the server is not there, or the result
+            cannot be written.
     """
     options = parse(arguments)
+    saves = options.save_result or options.save_detailed or options.append_result
+    if saves:
+        prepare(Path(options.result_dir) / (options.result_filename or "result.json"))
     records, duration = asyncio.run(_measure(options))
     for error in dict.fromkeys(record.error for record in records if record.error):
         print(f"failed: {error}", file=sys.stderr)
     result = summarise(records, duration, options.percentages, options.selected, options.objectives)
     print("\n".join(table(result, options.selected, options.percentages)))
-    if options.save_result or options.save_detailed or options.append_result:
+    if saves:
         _save(options, result | (details(records) if options.save_detailed else {}))
     return 0 if result["completed"] else 1
 
@@ -128,10 +133,5 @@ def _save(options: argparse.Namespace, result: dict[str, Any]) -> None:
     path = Path(options.result_dir) / (
         options.result_filename or f"{label}-{shown_rate}-{Path(options.model).name}-{now}.json"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if options.append_result:
-        with path.open("a") as file:
-            file.write(json.dumps(facts | result) + "\n")
-    else:
-        path.write_text(json.dumps(facts | result, indent=1) + "\n")
-    print(f"Result: {path}")
+    indent = None if options.append_result else 1
+    write(path, json.dumps(facts | result, indent=indent) + "\n", append=options.append_result)

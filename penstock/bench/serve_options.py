@@ -7,13 +7,15 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from penstock.bench.arrivals import STRATEGIES, arrivals, ramp_up
 from penstock.bench.datasets import DATASETS, TRACE_PAGE_TOKENS
 from penstock.bench.serving_metrics import GOODPUT_METRICS, METRICS
-from penstock.client_options import ClientParser, api_key
+from penstock.client_options import ClientParser, api_key, number, readable, server_url, whole
+from penstock.common.bounds import LONGEST_S
+from penstock.common.config import LARGEST_PORT
 from penstock.common.errors import ConfigError
+from penstock.router_specs import reachable_address
 
 BACKENDS = ("openai", "openai-chat", "vllm")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
@@ -33,11 +35,7 @@ _REFUSED = {
     "--no-oversample": "no data set is repeated: where it has fewer prompts, fewer are asked",
     "--skip-chat-template": "completions send the prompts of a file as they are; openai-chat has the server's template",
 }
-_AT_LEAST_1 = (
-    *("num_prompts", "input_len", "output_len", "max_concurrency", "trace_page_tokens", "trace_max_len"),
-    *("prefix_repetition_suffix_len", "prefix_repetition_num_prefixes"),
-)
-_AT_LEAST_0 = ("num_warmups", "random_prefix_len", "prefix_repetition_prefix_len", "ready_check_timeout_sec")
+SLOWEST_PER_S, FASTEST_PER_S = 1e-6, 1e9  # gaps of 11 days; of a nanosecond
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -64,35 +62,41 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _add_server(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
     add("--backend", "--endpoint-type", default="openai", choices=BACKENDS, help="openai: completions (also: vllm)")
-    add("--base-url", help="instead of host and port")
+    add("--base-url", type=server_url, help="instead of host and port")
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
+    add("--port", type=whole(1, LARGEST_PORT), default=8000)
     add("--endpoint", help="default: /v1/completions, or /v1/chat/completions")
     add("--api-key", default=api_key(os.environ), help="default: $OPENAI_API_KEY")
     add("--header", nargs="+", default=[], metavar="KEY=VALUE", help="headers of every request")
     add("--insecure", action="store_true", help="do not check the server's certificate")
-    add("--ready-check-timeout-sec", type=float, default=0.0, metavar="S", help="how long to wait for the server")
+    add(
+        "--ready-check-timeout-sec",
+        type=number(0.0, LONGEST_S),
+        default=0.0,
+        metavar="S",
+        help="how long to wait for the server",
+    )
     add("--model", help="name to ask for, and the tokenizer; default: the first that the server has")
     add("--served-model-name", help="name to ask for, if it is not --model")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("load").add_argument
-    add("--num-prompts", type=int, default=1000)
+    add("--num-prompts", type=whole(1), default=1000)
     add("--seed", type=int, default=0)
     add(
         "--request-rate",
-        type=float,
+        type=number(SLOWEST_PER_S),
         default=float("inf"),
         metavar="PER_S",
         help="requests a second; default: all at once, or a trace's own times",
     )
-    add("--burstiness", type=float, default=1.0, help="1: a Poisson process; below: bursts; above: more even")
+    add("--burstiness", type=number(0.01), default=1.0, help="1: a Poisson process; below: bursts; above: more even")
     add("--ramp-up-strategy", choices=STRATEGIES, help="a rate that rises over the run, instead of --request-rate")
-    add("--ramp-up-start-rps", type=float, metavar="PER_S")
-    add("--ramp-up-end-rps", type=float, metavar="PER_S")
-    add("--max-concurrency", type=int, help="most requests that are open at a time")
-    add("--num-warmups", type=int, default=0, help="requests before, which do not count")
+    add("--ramp-up-start-rps", type=number(SLOWEST_PER_S, FASTEST_PER_S), metavar="PER_S")
+    add("--ramp-up-end-rps", type=number(SLOWEST_PER_S, FASTEST_PER_S), metavar="PER_S")
+    add("--max-concurrency", type=whole(1), help="most requests that are open at a time")
+    add("--num-warmups", type=whole(), default=0, help="requests before, which do not count")
     add("--ignore-eos", action="store_true", help="answers of full length")
     add("--logprobs", type=int)
     for name in SAMPLING:
@@ -107,16 +111,21 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     add("--dataset-path", help="the dataset's file")
     add("--tokenizer", help="folder or hub id; default: what --model names. Without one, prompts are token ids")
     add("--skip-tokenizer-init", action="store_true", help="prompts are token ids")
-    add("--input-len", "--random-input-len", type=int, default=1024, help="tokens of a random prompt")
+    add("--input-len", "--random-input-len", type=whole(1), default=1024, help="tokens of a random prompt")
     names = [f"--{name}output-len" for name in ("", "random-", "sharegpt-", "custom-", "prefix-repetition-")]
-    add(*names, type=int, help="tokens of an answer; default: the dataset's, or 128")
+    add(*names, type=whole(1), help="tokens of an answer; default: the dataset's, or 128")
     add("--random-range-ratio", type=float, default=0.0, help="random lengths: uniform in length * (1 +- ratio)")
-    add("--random-prefix-len", type=int, default=0, help="tokens that all random prompts begin with")
-    add("--prefix-repetition-prefix-len", type=int, default=256)
-    add("--prefix-repetition-suffix-len", type=int, default=256)
-    add("--prefix-repetition-num-prefixes", type=int, default=10)
-    add("--trace-page-tokens", type=int, default=TRACE_PAGE_TOKENS, help="tokens that one hash of a trace stands for")
-    add("--trace-max-len", type=int, metavar="TOKENS", help="longest request of a trace that counts")
+    add("--random-prefix-len", type=whole(), default=0, help="tokens that all random prompts begin with")
+    add("--prefix-repetition-prefix-len", type=whole(), default=256)
+    add("--prefix-repetition-suffix-len", type=whole(1), default=256)
+    add("--prefix-repetition-num-prefixes", type=whole(1), default=10)
+    add(
+        "--trace-page-tokens",
+        type=whole(1),
+        default=TRACE_PAGE_TOKENS,
+        help="tokens that one hash of a trace stands for",
+    )
+    add("--trace-max-len", type=whole(1), metavar="TOKENS", help="longest request of a trace that counts")
 
 
 def _add_result(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +139,7 @@ def _add_result(parser: argparse.ArgumentParser) -> None:
     add("--result-dir", default=".")
     add("--result-filename", help="default: made of backend, rate, model and time")
     add("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="fields of the result")
-    add("--label", help="a field of the result")
+    add("--label", type=readable, help="a field of the result")
     add("--disable-tqdm", action="store_true")
 
 
@@ -145,7 +154,7 @@ def _add_matters_of_course(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> None:
     options.backend = "openai" if options.backend == "vllm" else options.backend
     chat = options.backend == "openai-chat"
-    options.base_url = (options.base_url or f"http://{options.host}:{options.port}").rstrip("/")
+    options.base_url = options.base_url or _url(options.host, options.port)
     options.endpoint = options.endpoint or ("/v1/chat/completions" if chat else "/v1/completions")
     options.selected = _names(options.percentile_metrics, METRICS, "percentile-metrics")
     try:
@@ -156,20 +165,23 @@ def _check(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"a number is wrong: {error}") from None
     _names(",".join(options.objectives) or "ttft", GOODPUT_METRICS, "goodput")
-    if any(not 0 < p <= 100 for p in options.percentages) or any(limit < 0 for limit in options.objectives.values()):
+    if any(not 0 < p <= 100 for p in options.percentages) or not all(
+        limit >= 0 for limit in options.objectives.values()
+    ):
         raise ConfigError("percentiles must be in (0, 100], objectives at least 0 ms")
-    if urlsplit(options.base_url).scheme not in ("http", "https"):
-        raise ConfigError(f"--base-url {options.base_url}: give http:// or https://")
-    for least, names in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
-        for name in names:
-            if getattr(options, name) is not None and getattr(options, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0.0 <= options.random_range_ratio < 1.0:
         raise ConfigError("--random-range-ratio must be in [0, 1)")
     if not isinstance(options.extra_body, dict):
         raise ConfigError("--extra-body must be a JSON object")
     options.metadata = _pairs(options.metadata, "metadata")
     options.header = _pairs(options.header, "header")
+
+
+def _url(host: str, port: int) -> str:
+    try:
+        return server_url(f"http://{reachable_address(host, port)}")
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--host {host}: {error}") from None
 
 
 def _check_rates(options: argparse.Namespace) -> None:

@@ -150,6 +150,7 @@ def test_help_lists_vllms_flags(capsys: pytest.CaptureFixture[str]) -> None:
         (["throughput", "m", "--async_engine"], "vLLM's --async_engine is not supported"),
         (["latency", "m", "--num-itters", "3"], "unknown option --num-itters; did you mean --num-iters?"),
         (["latency", "m", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["latency", "m", "--output-json", "/proc/x/r.json"], "cannot write /proc/x/r.json"),
         (["throughput", "m", "--random-range-ratio", "1.0"], "random_range_ratio must be a number in [0, 1)"),
         (["throughput", "m", "--random-range-ratio", '{"input": 0.5}'], "random_range_ratio must be"),
         (["throughput", "m", "--dataset", "a", "--dataset-path", "b"], "exclude each other"),

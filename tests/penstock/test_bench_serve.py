@@ -28,6 +28,7 @@ from penstock.bench.arrivals import arrivals, ramp_up
 from penstock.bench.serving_metrics import RequestRecord, percentile, summarise
 from penstock.cli import main
 from penstock.common.errors import ConfigError
+from penstock.demo_model import CHECKPOINT
 from penstock.http_client import Client, RequestError
 
 FIRST_S, GAP_S = 0.02, 0.01
@@ -238,14 +239,23 @@ def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixtu
         (["--goodput", "ttft:fast"], "a number is wrong"),
         (["--percentile-metrics", "ttft,x"], "x is none of"),
         (["--metric-percentiles", "0"], "percentiles must be in"),
-        (["--request-rate", "0"], "must be above 0"),
+        (["--goodput", "ttft:nan"], "objectives at least 0 ms"),
+        (["--request-rate", "0"], "--request-rate: must be at least 1e-06"),
+        (["--request-rate", "1e-320"], "--request-rate: must be at least 1e-06"),
+        (["--ramp-up-end-rps", "nan"], "--ramp-up-end-rps: must be from 1e-06 to 1e+09, got nan"),
+        (["--ready-check-timeout-sec", "nan"], "--ready-check-timeout-sec: must be from 0 to 1e+09, got nan"),
+        (["--base-url", "http://["], "--base-url: give http://"),
+        (["--host", "a b"], "--host a b: give http://"),
+        (["--host", "::1", "--port", "9"], "no server at http://[::1]:9"),
+        (["--save-result", "--result-dir", "/proc/x"], "cannot write /proc/x/result.json"),
+        (["--save-result", "--result-filename", "/proc"], "cannot write /proc: it is a folder"),
         (["--ramp-up-strategy", "linear"], "needs --ramp-up-start-rps and"),
         (["--ramp-up-end-rps", "3"], "need --ramp-up-strategy"),
         (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "3", "--ramp-up-end-rps", "2"], "must rise"),
         (["--ramp-up-strategy", "steep"], "invalid choice"),
         (["--header", "x"], "--header takes KEY=VALUE"),
         (["--hf-name", "x"], "vLLM's --hf-name is not supported: give the data set as a file"),
-        (["--num-prompts", "0"], "--num-prompts must be at least 1"),
+        (["--num-prompts", "0"], "--num-prompts: must be at least 1"),
         (["--random-batch-size", "2"], "invalid choice: 2 (choose from 1)"),
         (["--lora-modules", "a"], "LoRA adapters are not supported"),
         (["--num-promts", "3"], "unknown option --num-promts; did you mean --num-prompts?"),
@@ -255,6 +265,27 @@ def test_requests_that_fail_are_told(server: Server, capsys: pytest.CaptureFixtu
 def test_mistakes(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("custom", '{"prompt": "a", "output_tokens": Infinity}'),
+        ("custom", '{"prompt": "\\ud800"}'),
+        ("custom", "[" * 100_000),
+        ("lengths", "[" * 100_000),
+        ("sharegpt", '[{"conversations": 5}]'),
+        ("sharegpt", '[{"conversations": null}]'),
+        ("sharegpt", '[{"conversations": {"a": 1, "b": 2}}]'),
+        ("sharegpt", '[{"conversations": [{"value": "\\ud800"}, {"value": "b"}]}]'),
+        ("trace", '{"timestamp": Infinity, "input_length": 512, "output_length": 5, "hash_ids": [1]}'),
+    ],
+)
+def test_datasets_that_cannot_be(server: Server, tmp_path: Path, kind: str, text: str) -> None:
+    (tmp_path / "data").write_text(text)
+    flags = ["--dataset-name", kind, "--dataset-path", str(tmp_path / "data"), "--tokenizer", str(CHECKPOINT)]
+    assert main(["bench", "serve", "--base-url", server.url, *flags]) == 2
+    assert server.bodies == []
 
 
 @given(st.integers(1, 200), st.floats(0.1, 1000), st.sampled_from([0.2, 1.0, 4.0, float("inf")]), st.integers(0, 9))
