@@ -29,6 +29,7 @@ from penstock.common.errors import ConfigError
 
 CREDIT = 2000
 HEARTBEATS = ("heartbeat", "heartbeat_ack")
+SILENT_S = 10.0  # heartbeats pass more often, wherever a router is linked
 _SHOWN_ITEMS, _SHOWN_CHARACTERS = 8, 80
 
 
@@ -207,16 +208,21 @@ def main(arguments: Sequence[str]) -> int:
     )
     show = as_json if options.json else describe
     printed = 0
+    silent, told_at = set(wanted), time.monotonic() + SILENT_S
     try:
         with Tap(wanted, names, options.cluster_key) as tap:
             while not options.limit or printed < options.limit:
                 missed = sum(tap.missed.values())
                 for seen in tap.receive():
+                    silent.discard(seen.worker)
                     if chosen.wants(seen) and (not options.limit or printed < options.limit):
                         print(show(seen), flush=True)
                         printed += 1
                 if sum(tap.missed.values()) > missed:
                     print(f"penstock tap: missed {sum(tap.missed.values())} messages so far", file=sys.stderr)
+                if silent and time.monotonic() >= told_at:
+                    print(f"penstock tap: nothing comes from {', '.join(sorted(silent))}", file=sys.stderr)
+                    silent.clear()
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:  # `penstock tap | head`

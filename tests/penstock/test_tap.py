@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgpack
 import pytest
 
 from penstock.cli import main
-from penstock.tap import Filter, Seen, as_json, describe, read, shortened
+from penstock.tap import Filter, Seen, Tap, as_json, describe, read, shortened
 from tests.conftest import free_port
 from tests.system import fleets
 
@@ -72,6 +73,20 @@ def test_what_cannot_be_read_is_shown_as_such() -> None:
 def test_mistakes(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tap", *argv]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_dead_address_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    turns: Iterator[list[Seen]] = iter([[], []])
+
+    def receive(tap: Tap) -> list[Seen]:
+        for seen in turns:
+            return seen
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("penstock.tap.SILENT_S", 0.0)
+    monkeypatch.setattr(Tap, "receive", receive)
+    assert main(["tap", "--bus", "tcp://127.0.0.1:1"]) == 0
+    assert capsys.readouterr().err == "penstock tap: nothing comes from tcp://127.0.0.1:1\n"
 
 
 @pytest.mark.system
