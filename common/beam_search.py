@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from penstock.common.messages import TokenLogprobs
+from penstock.common.plain_values import flag, integer, number
 
 MAX_BEAM_WIDTH = 64
 MAX_LENGTH_PENALTY = 100.0  # of longer powers float has no room
@@ -23,7 +24,7 @@ class BeamSearchParams:
     """vLLM's fields. `temperature` changes nothing: beams are compared by the model's own logprobs.
 
     Raises:
-        ValueError: a value is out of its range; the message names the field.
+        ValueError: a value is of another type, or out of its range; the message names the field.
     """
 
     beam_width: int
@@ -34,6 +35,8 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False  # the text of an end token is part of the text; the token always is there
 
     def __post_init__(self) -> None:
+        for field, plain in _PLAIN.items():
+            object.__setattr__(self, field, plain(getattr(self, field), field))
         if not 1 <= self.beam_width <= MAX_BEAM_WIDTH:
             raise ValueError(f"beam_width must be from 1 to {MAX_BEAM_WIDTH}, got {self.beam_width}")
         if self.max_tokens < 1:
@@ -41,6 +44,16 @@ class BeamSearchParams:
         if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
             limit = f"in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}]"
             raise ValueError(f"length_penalty must be {limit}, got {self.length_penalty}")
+
+
+_PLAIN = {
+    "beam_width": integer,
+    "max_tokens": integer,
+    "ignore_eos": flag,
+    "temperature": number,
+    "length_penalty": number,
+    "include_stop_str_in_output": flag,
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,17 @@ from typing import Any
 import msgspec
 
 from penstock.common.bad_words import MAX_BAD_WORD_TOKENS
+from penstock.common.plain_values import (
+    Plain,
+    biases,
+    flag,
+    integer,
+    integers,
+    make_plain,
+    number,
+    texts,
+    unless_none,
+)
 from penstock.common.structured_outputs import StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5
@@ -23,13 +34,14 @@ MIN_TEMPERATURE = 0.01
 MAX_N = 16384
 MAX_BIAS = 100.0  # larger ones are cut to it, as in vLLM
 MAX_BAD_WORDS = 128
+MAX_COUNT = 2**31 - 1  # of tokens: more than any model has; what asks for more is cut to it
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens and when to stop.
+    """How to choose tokens and when to stop. Values of other types that mean the same, such as numpy's, become these.
 
     Raises:
-        ValueError: a value is out of its range; the message names the field and the range.
+        ValueError: a value is of no such type, or out of its range; the message names the field.
     """
 
     n: int = 1
@@ -59,7 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     bad_words_token_ids: list[list[int]] = []  # set from `bad_words` by whoever has the tokenizer
 
     def __post_init__(self) -> None:
-        self._accept_vllms_ways()
+        make_plain(self, _PLAIN)
         _check(1 <= self.n <= MAX_N, "n", f"from 1 to {MAX_N}", self.n)
         _check(
             0.0 <= self.temperature <= MAX_TEMPERATURE, "temperature", f"in [0, {MAX_TEMPERATURE:g}]", self.temperature
@@ -91,24 +103,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(not self.stop or self.detokenize, "stop", "used with detokenize=True only", self.stop)
         self._check_token_rules()
 
-    def _accept_vllms_ways(self) -> None:
-        """One stop string stands for a list of it, None for an absent list, a seed of -1 for none, True for one."""
-        given: Any = self.stop
-        if isinstance(given, str):
-            msgspec.structs.force_setattr(self, "stop", [given])
-        for field in ("stop", "stop_token_ids", "bad_words"):
-            if getattr(self, field) is None:
-                msgspec.structs.force_setattr(self, field, [])
-        if self.seed == -1:
-            msgspec.structs.force_setattr(self, "seed", None)
-        for field in ("logprobs", "prompt_logprobs"):
-            if getattr(self, field) is True:
-                msgspec.structs.force_setattr(self, field, 1)
-
     def _check_token_rules(self) -> None:
-        for token, bias in (self.logit_bias or {}).items():
-            _check(token >= 0, "logit_bias", "of token ids", token)
-            _check(math.isfinite(bias), "logit_bias", "of finite numbers", bias)
+        if self.logit_bias:
+            lowest, biases = min(self.logit_bias), self.logit_bias.values()
+            _check(lowest >= 0, "logit_bias", "of token ids", lowest)
+            _check(all(map(math.isfinite, biases)), "logit_bias", "of finite numbers", [*biases][:8])
         if self.allowed_token_ids is not None:
             ids = self.allowed_token_ids
             _check(bool(ids) and min(ids) >= 0, "allowed_token_ids", "a list of at least one token id", ids)
@@ -156,3 +155,49 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 def _check(ok: bool, field: str, rule: str, value: object) -> None:
     if not ok:
         raise ValueError(f"{field} must be {rule}, got {value!r}")
+
+
+def _count(value: Any, field: str) -> int:
+    count = integer(value, field)
+    return count if count <= MAX_COUNT else MAX_COUNT
+
+
+def _seed(value: Any, field: str) -> int | None:
+    """-1 means none, as in vLLM."""
+    seed = None if value is None else integer(value, field)
+    return None if seed == -1 else seed
+
+
+def _sequences(values: Any, field: str) -> list[list[int]]:
+    if type(values) is list and not values:
+        return values
+    try:
+        return [integers(value, field) for value in values]
+    except TypeError as error:
+        raise ValueError(f"{field} must be lists of token ids: {error}") from None
+
+
+def _form(value: Any, field: str) -> StructuredOutputsParams:
+    if not isinstance(value, StructuredOutputsParams):
+        raise ValueError(f"{field} must be StructuredOutputsParams, got {value!r}")
+    return value
+
+
+def _list_of(plain: Plain) -> Plain:
+    return lambda value, field: [] if value is None else plain(value, field)  # as in vLLM
+
+
+_PLAIN: dict[str, Plain] = {
+    **dict.fromkeys(("n", "top_k", "min_tokens"), _count),
+    **dict.fromkeys(("max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"), unless_none(_count)),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), number),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), number),
+    **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"), flag),
+    **dict.fromkeys(("stop", "bad_words"), _list_of(texts)),
+    "seed": _seed,
+    "stop_token_ids": _list_of(integers),
+    "allowed_token_ids": unless_none(integers),
+    "logit_bias": unless_none(biases),
+    "bad_words_token_ids": _list_of(_sequences),
+    "structured_outputs": unless_none(_form),
+}

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from penstock.common.plain_values import Plain, flag, make_plain, text, texts, unless_none
+
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 MAX_CHOICES = 10_000
 
@@ -32,16 +34,13 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     whitespace_pattern: str | None = None  # regular expression of what may stand between JSON's tokens
 
     def __post_init__(self) -> None:
+        make_plain(self, _PLAIN)
         asked = [kind for kind in KINDS if getattr(self, kind) is not None]
         if self.json_object is False:
             asked.remove("json_object")
         if len(asked) != 1:
             got = ", ".join(asked) or "none"
             raise ValueError(f"structured_outputs must have exactly one of {', '.join(KINDS)}, got {got}")
-        for field in ("json", "structural_tag"):
-            value = getattr(self, field)
-            if isinstance(value, dict):  # MessagePack's integers have 64 bits, a schema's any number
-                msgspec.structs.force_setattr(self, field, json_text.dumps(value, ensure_ascii=False))
         if self.choice is not None and not 0 < len(self.choice) <= MAX_CHOICES:
             raise ValueError(f"choice must be from 1 to {MAX_CHOICES} strings, got {len(self.choice)}")
         if self.choice is not None and not all(self.choice):
@@ -51,3 +50,22 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
     def kind(self) -> str:
         """Which of `KINDS` is asked for."""
         return next(kind for kind in KINDS if getattr(self, kind) not in (None, False))
+
+
+def _schema(value: Any, field: str) -> str:
+    """Always as text: MessagePack's integers have 64 bits, a schema's any number."""
+    if not isinstance(value, dict):
+        return text(value, field)
+    try:
+        return text(json_text.dumps(value, ensure_ascii=False), field)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{field} must hold what JSON can: {error}") from None
+
+
+_PLAIN: dict[str, Plain] = {
+    **dict.fromkeys(("json", "structural_tag"), unless_none(_schema)),
+    **dict.fromkeys(("regex", "grammar", "whitespace_pattern"), unless_none(text)),
+    "choice": unless_none(texts),
+    "json_object": unless_none(flag),
+    **dict.fromkeys(("disable_any_whitespace", "disable_additional_properties"), flag),
+}

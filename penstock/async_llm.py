@@ -83,8 +83,10 @@ class AsyncLLM:
             PenstockError, RuntimeError: what computes it failed.
         """
         refuse(lora_request=lora_request)
-        if not self.is_running:
+        if not self._ending.alive:
             raise ValueError("it is shut down")
+        if self._backend.error is not None:
+            raise RuntimeError(f"the engine failed: {self._backend.error}")
         name = request_id or f"async-{next(self._numbers)}"
         if name in self._streams:
             raise ValueError(f"a request {name!r} is running")
@@ -92,7 +94,7 @@ class AsyncLLM:
         try:
             params = sampling_params or self._llm.get_default_sampling_params()
             stream.begin(
-                await asyncio.to_thread(self._llm.choices, prompt, params, priority, name, tokenization_kwargs)
+                await asyncio.to_thread(self._llm.intake.choices, prompt, params, priority, name, tokenization_kwargs)
             )
             while True:
                 output = await stream.next()

@@ -89,7 +89,11 @@ class EngineThread:
     def _add(self, request: GenerateRequest, deliver: Deliver) -> None:
         try:
             self._open[self._engine.add(request)] = deliver
-        except ValueError as error:
+        except ValueError as error:  # it was not taken; another one may have its name
+            deliver(error)
+        except Exception as error:  # whatever is wrong with one request, the others go on
+            logger.exception("a request could not be taken")
+            self._engine.scheduler.abort(key_of(request))
             deliver(error)
 
     def _drop(self, key: str) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -65,8 +66,13 @@ class FleetThread:
         return info
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
-        """Have it computed; `deliver` gets its tokens, or the error that ended it, on this object's thread."""
-        asyncio.run_coroutine_threadsafe(self._running.submit(request, _Sink(deliver)), self._loop)
+        """Have it computed; `deliver` gets its tokens, or the error that ended it, on this object's thread.
+
+        Raises:
+            ValueError: `close` was called.
+        """
+        begun = asyncio.run_coroutine_threadsafe(self._running.submit(request, _Sink(deliver)), self._loop)
+        begun.add_done_callback(partial(_tell_failure, deliver))
 
     def abort(self, request: GenerateRequest) -> None:
         """It needs no more tokens; a few may still come. After `close`, or while it ends requests: nothing."""
@@ -165,3 +171,10 @@ class _Sink:
 
     def on_error(self, error: PenstockError) -> None:
         self._deliver(error)
+
+
+def _tell_failure(deliver: Deliver, begun: Future[None]) -> None:
+    """What the router raised instead of taking a request: nobody else would hear of it."""
+    error = None if begun.cancelled() else begun.exception()
+    if isinstance(error, Exception):
+        deliver(error)

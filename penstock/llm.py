@@ -5,25 +5,18 @@ The same engine as the workers', driven step by step; text is made by the same p
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import msgspec
 from tqdm import tqdm
 
 from penstock.answers import Answers, Choice
 from penstock.beams import BeamSearchOutput, BeamSearchSequence, PromptSearch, run_searches
-from penstock.common.bad_words import bad_word_ids
-from penstock.common.beam_search import BeamSearch, BeamSearchParams
+from penstock.common.beam_search import BeamSearchParams
 from penstock.common.config import EngineConfig
 from penstock.common.generation_defaults import GenerationDefaults
 from penstock.common.grammar import Grammars
-from penstock.common.messages import GenerateRequest
-from penstock.common.output_text import OutputText
 from penstock.common.sampling import SamplingParams
 from penstock.common.tokenizer import Tokenizer
 from penstock.engine.build import build_engine
@@ -32,8 +25,9 @@ from penstock.engine.policy import THROUGHPUT
 from penstock.engine_args import FLEET_ONLY, EngineArgs, supported
 from penstock.engine_run import EngineRun, Run
 from penstock.frozen_heap import FrozenHeap
+from penstock.intake import Intake, ModelLimits
 from penstock.prompts import Messages, Prompt, Prompts, prompt_list, refuse
-from penstock.results import CompletionOutput, RequestOutput
+from penstock.results import RequestOutput
 
 Tqdm = bool | Callable[..., Any]  # whether to show progress, or what shows it instead of tqdm's own bar
 _NOT_THERE = {  # methods of vLLM's
@@ -88,9 +82,10 @@ class LLM:
         self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
         self._prompts = Prompts(self._tokenizer, chat_template)
         self._defaults = GenerationDefaults.load(model, generation_config)
-        self._ids = itertools.count()
         self.answers = Answers(self._tokenizer)
         self._start({name: value for name, value in given.items() if name in FLEET_ONLY})
+        limits = ModelLimits(self.max_model_len, self.vocab_size, self.eos_token_ids)
+        self.intake = Intake(self._prompts, limits, self._grammars, self.config.seed)
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
@@ -190,8 +185,9 @@ class LLM:
                 parameters and priorities differ, or an argument asks for what is not here. Nothing has been computed.
         """
         refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         with FrozenHeap():
-            choices = self._all_choices(prompts, sampling_params, priority, tokenization_kwargs)
+            choices = self.intake.all_choices(prompts, params, priority, tokenization_kwargs)
             return self._run_requests(choices, use_tqdm)
 
     def chat(
@@ -251,17 +247,10 @@ class LLM:
         refuse(lora_request=lora_request)
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ValueError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
-        searches = [self._search(prompt, params) for prompt in prompt_list(prompts)]
+        searches = [self.intake.search(prompt, params) for prompt in prompt_list(prompts)]
         with _bar(use_tqdm, len(searches), "Searching") as bar, FrozenHeap():
             run_searches(self._begin(), searches, bar.update, concurrency_limit)
         return [self._best(search, params) for search in searches]
-
-    def _search(self, prompt: Prompt, params: BeamSearchParams) -> PromptSearch:
-        _, ids, salt = self._prompts.tokens(prompt)
-        self._check_prompt(ids)
-        max_tokens = min(params.max_tokens, self.max_model_len - len(ids))
-        search = BeamSearch(params, self.eos_token_ids, max_tokens)
-        return PromptSearch(next(self._ids), ids, salt, search)
 
     def _best(self, prompt: PromptSearch, params: BeamSearchParams) -> BeamSearchOutput:
         output, tokenizer = BeamSearchOutput(), self._tokenizer
@@ -279,124 +268,11 @@ class LLM:
         """Free the KV pool; the object cannot be used afterwards."""
         self._built.engine.close()
 
-    def _all_choices(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: Sequence[int] | None,
-        tokenization: Mapping[str, Any] | None,
-    ) -> list[Choice]:
-        several = prompt_list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or self.get_default_sampling_params()] * len(several)
-        else:
-            params = list(sampling_params)
-        if len(params) != len(several):
-            raise ValueError(f"{len(several)} prompts, but {len(params)} sampling parameters")
-        priorities = [0] * len(several) if priority is None else list(priority)
-        if len(priorities) != len(several):
-            raise ValueError(f"{len(several)} prompts, but {len(priorities)} priorities")
-        each = zip(several, params, priorities, strict=True)
-        return [
-            choice for prompt, p, first in each for choice in self.choices(prompt, p, first, tokenization=tokenization)
-        ]
-
-    def choices(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        priority: int = 0,
-        request_id: str | None = None,
-        tokenization: Mapping[str, Any] | None = None,
-    ) -> list[Choice]:
-        """The choices of a prompt, checked; they share one `RequestOutput`.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        text, ids, salt = self._prompts.tokens(prompt, tokenization)
-        ids = self._truncated(ids, params)
-        self._check_prompt(ids)
-        room = self.max_model_len - len(ids)
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
-        words = self._bad_word_ids(params)
-        self._check_form(params)
-        number = next(self._ids)
-        seed = params.seed if params.seed is not None else self._fresh_seed(number)
-        wanted = room if params.max_tokens is None else min(room, params.max_tokens)
-        sampling = _one_choice(params, seed, wanted, words)
-        field, largest = sampling.largest_rule_id()
-        self._check_ids([largest] if field else [], field)
-        request = RequestOutput(
-            request_id or str(number), text, ids, [CompletionOutput(index=i) for i in range(params.n)]
-        )
-        return [
-            Choice(
-                request,
-                output,
-                self._output_text(sampling, ids),
-                GenerateRequest(
-                    request_id=request.request_id,
-                    choice=output.index,
-                    prompt_token_ids=ids,
-                    sampling=sampling,
-                    eos_token_ids=list(self.eos_token_ids),
-                    cache_salt=salt,
-                    queue_timeout_s=float("inf"),
-                    priority=priority,
-                ),
-            )
-            for output in request.outputs
-        ]
-
-    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
-        kept = params.truncate_prompt_tokens
-        if kept is None:
-            return ids
-        if kept > self.max_model_len:
-            raise ValueError(f"truncate_prompt_tokens must be at most {self.max_model_len}, the context, got {kept}")
-        return ids[-kept:] if kept > 0 else ids[-max(1, self.max_model_len - max(1, params.max_tokens or 1)) :]
-
-    def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
-        """The banned words as tokens, those that were given as tokens included."""
-        if not params.bad_words:
-            return params.bad_words_token_ids
-        tokenizer = self.get_tokenizer()
-        words = bad_word_ids(params.bad_words, lambda text: tokenizer.encode(text, add_special_tokens=False))
-        return [*params.bad_words_token_ids, *words]
-
-    def _check_form(self, params: SamplingParams) -> None:
-        """Raise ValueError for a form that no output can be given."""
-        if params.structured_outputs is not None and (grammars := self._grammars) is not None:
-            grammars.compile(params.structured_outputs).result()
-
     @property
     def _grammars(self) -> Grammars | None:
         """What compiles forms; None: no output can be given one."""
         constraints = self._built.engine.constraints
         return None if constraints is None else constraints.grammars
-
-    def _output_text(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> OutputText | None:
-        """What makes the text of a choice; None where no text is wanted (stop strings want it, see SamplingParams)."""
-        if not sampling.detokenize or (self._tokenizer is None and not sampling.stop):
-            return None
-        return OutputText(self.get_tokenizer(), sampling, prompt_ids)
-
-    def _check_prompt(self, ids: Sequence[int]) -> None:
-        if not 0 < len(ids) < self.max_model_len:
-            raise ValueError(
-                f"a prompt must have from 1 to {self.max_model_len - 1} tokens here, this one has {len(ids)}"
-            )
-        self._check_ids(ids, "a prompt")
-
-    def _check_ids(self, token_ids: Sequence[int], what: str) -> None:
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
-            raise ValueError(f"{what} must hold token ids from 0 to {self.vocab_size - 1}")
-
-    def _fresh_seed(self, number: int) -> int:
-        if self.config.seed:
-            return (self.config.seed * 0x9E3779B97F4A7C15 + number) % 2**63
-        return int.from_bytes(os.urandom(8), "little") >> 1
 
     def _begin(self) -> Run:
         return EngineRun(self._built.engine)
@@ -431,17 +307,6 @@ class LLM:
 def start_order(choice: Choice) -> tuple[int, int]:
     """What may take longest first, so that a batch does not end in a few long ones; else in order."""
     return choice.source.priority, -(choice.source.sampling.max_tokens or 0)
-
-
-def _one_choice(params: SamplingParams, seed: int, max_tokens: int, bad_words: list[list[int]]) -> SamplingParams:
-    """The parameters of one choice. They are within the bounds that `params` was checked for: not checked again."""
-    sampling = copy(params)
-    msgspec.structs.force_setattr(sampling, "seed", seed)
-    msgspec.structs.force_setattr(sampling, "n", 1)
-    msgspec.structs.force_setattr(sampling, "bad_words_token_ids", bad_words)
-    msgspec.structs.force_setattr(sampling, "max_tokens", max_tokens)
-    msgspec.structs.force_setattr(sampling, "min_tokens", min(params.min_tokens, max_tokens))
-    return sampling
 
 
 def _bar(use_tqdm: Tqdm, total: int, desc: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from penstock.common.chat_template import ChatTemplate
 from penstock.common.errors import BadRequest, ConfigError
+from penstock.common.plain_values import integers, text
 from penstock.common.tokenizer import Tokenizer
 from penstock.router.chat_messages import template_messages
 from penstock.router.chat_setup import content_forms
@@ -38,6 +40,11 @@ class Prompts:
         self._template = None if tokenizer is None else _template(tokenizer, chat_template)
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one."""
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
         if self._tokenizer is None:
@@ -53,15 +60,16 @@ class Prompts:
         if isinstance(prompt, str):
             return TokenPrompt(prompt, self._encode(prompt, tokenization), "")
         if not isinstance(prompt, Mapping):
-            return TokenPrompt(None, list(prompt), "")
+            return TokenPrompt(None, list(integers(prompt, "a prompt")), "")
         for field in _OTHER_INPUTS:
             if prompt.get(field):
                 raise ValueError(f"a prompt's {field} is not supported: text and token ids are")
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if ids is None and text is None:
+        words, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if ids is None and words is None:
             raise ValueError("a prompt needs prompt or prompt_token_ids")
-        ids = self._encode(str(text), tokenization) if ids is None else list(ids)
-        return TokenPrompt(text, ids, prompt.get("cache_salt") or "")
+        ids = self._encode(words, tokenization) if ids is None else list(integers(ids, "prompt_token_ids"))
+        salt = prompt.get("cache_salt")
+        return TokenPrompt(words, ids, "" if salt is None else text(salt, "cache_salt"))
 
     def chat(
         self,
@@ -82,30 +90,35 @@ class Prompts:
             if template is None:
                 raise ValueError("the tokenizer has no chat template")
             forms = content_forms(content_format, template)
-            text = template.render(template_messages([dict(message) for message in messages], forms), **options)
+            words = template.render(template_messages([dict(message) for message in messages], forms), **options)
         except BadRequest as error:
             raise ValueError(error.message) from error
         except ConfigError as error:
             raise ValueError(str(error)) from error
         special = {"add_special_tokens": False, **(tokenization or {})}
-        return {"prompt": text, "prompt_token_ids": self._encode(text, special)}
+        return {"prompt": words, "prompt_token_ids": self._encode(words, special)}
 
-    def _encode(self, text: str, options: Mapping[str, Any] | None) -> list[int]:
+    def _encode(self, words: Any, options: Mapping[str, Any] | None) -> list[int]:
         options = dict(options or {})
         special = bool(options.pop("add_special_tokens", True))
         if unknown := next(iter(options), None):
             hint = "; see SamplingParams.truncate_prompt_tokens" if unknown.startswith("trunc") else ""
             raise ValueError(f"tokenization_kwargs: {unknown} is not supported, add_special_tokens is{hint}")
-        return self.tokenizer.encode(text, add_special_tokens=special)
+        return self.tokenizer.encode(text(words, "prompt"), add_special_tokens=special)
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str | Mapping):
+    """One prompt or several, as a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(prompts, str | bytes | Mapping):
         return [prompts]
-    several: Iterable[Any] = prompts
-    items = list(several)
-    return [items] if items and isinstance(items[0], int) else items
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be one prompt or several, got {prompts!r}")
+    items: list[Any] = list(prompts)
+    return [items] if items and isinstance(items[0], Real) else items  # numpy's numbers are such, too
 
 
 def refuse(**arguments: object) -> None:

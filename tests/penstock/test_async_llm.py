@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from penstock import AsyncEngineArgs, AsyncLLM, AsyncLLMEngine, RequestOutput, SamplingParams
+from penstock.common.messages import GenerateRequest
 from tests.tiny_models import random_prompts, reference_tokens
 
 OPTIONS: dict[str, Any] = {
@@ -166,10 +167,32 @@ async def test_a_failing_engine_fails_its_requests_and_all_later_ones(
     assert engine.errored and not engine.is_running
     with pytest.raises(RuntimeError, match="out of memory"):
         await engine.check_health()
-    with pytest.raises(ValueError, match="shut down"):
+    with pytest.raises(RuntimeError, match="the engine failed: out of memory"):
         await collect(engine, "The river")
     await assert_empty(engine)
     engine.shutdown()
+    with pytest.raises(ValueError, match="it is shut down"):
+        await collect(engine, "The river")
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_cannot_be_taken_ends_alone(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, added = engine._llm.engine.add, []
+
+    def broken(request: GenerateRequest) -> str:
+        added.append(add(request))
+        if request.request_id == "bad":
+            raise TypeError("not what it should be")
+        return added[-1]
+
+    monkeypatch.setattr(engine._llm.engine, "add", broken)
+    others = engine.generate("The river", LONG, "good")
+    await anext(others)
+    with pytest.raises(TypeError, match="not what it should be"):
+        await collect(engine, "The mill", LONG, "bad")
+    assert [engine._llm.engine.scheduler.get(key) is None for key in added] == [False, True]
+    last = [output async for output in others][-1]
+    assert len(last.outputs[0].token_ids) == 400 and not engine.errored
 
 
 @pytest.mark.asyncio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_equals_hugging_face(
     prompt, ends = PROMPTS[width % 2], (width % 2 == 0) != (penalty == 1.0)
     likely = reference(torch.tensor([prompt])).logits[0, -1].topk(3).indices[2].item()
     end = int(likely) if ends else None  # some beams end early
-    monkeypatch.setitem(vars(llm._built.spec), "eos_token_ids", (end,) if end is not None else ())
+    monkeypatch.setattr(llm.intake, "_limits", replace(llm.intake._limits, eos_token_ids=(end,) if ends else ()))
     theirs = expected(reference, prompt, width, penalty, end)
     params = BeamSearchParams(beam_width=width, max_tokens=10, length_penalty=penalty)
     [output] = llm.beam_search(prompt, params)
@@ -118,7 +119,7 @@ def test_a_limit_changes_nothing_but_the_order_of_work(llm: LLM, monkeypatch: py
 
 def test_the_text_of_an_end(llm: LLM, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     likely = int(reference(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())
-    monkeypatch.setitem(vars(llm._built.spec), "eos_token_ids", (likely,))
+    monkeypatch.setattr(llm.intake, "_limits", replace(llm.intake._limits, eos_token_ids=(likely,)))
     for include in (False, True):
         params = BeamSearchParams(beam_width=2, max_tokens=3, length_penalty=0.0, include_stop_str_in_output=include)
         [output] = llm.beam_search(PROMPTS[0], params)

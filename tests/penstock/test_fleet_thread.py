@@ -1,0 +1,76 @@
+"""`FleetThread` without processes: what goes wrong with a request reaches whoever asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from queue import SimpleQueue
+
+import pytest
+
+from penstock import SamplingParams
+from penstock.common.config import ServeConfig
+from penstock.common.messages import GenerateRequest
+from penstock.fleet_thread import FleetRun, FleetThread
+from penstock.router.service import Sink
+
+REQUEST = GenerateRequest(request_id="r", choice=0, prompt_token_ids=[1], sampling=SamplingParams())
+WAIT_S = 60.0
+
+
+class _Processes:
+    """In the place of `Fleet`."""
+
+    def __init__(self, config: ServeConfig, *, with_router: bool) -> None:
+        self.config = config
+        self.stopped = 0
+
+    def start(self) -> None:
+        pass
+
+    def wait_ready(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+class _Router:
+    """In the place of `RouterService`: takes nothing."""
+
+    async def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        raise OverflowError("Integer value out of range")
+
+    def cancel(self, request_id: str, choice: int) -> None:
+        pass
+
+    async def stop(self, grace_s: float) -> None:
+        pass
+
+
+@pytest.fixture
+def thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[FleetThread]:
+    async def connect(self: FleetThread) -> _Router:
+        return _Router()
+
+    monkeypatch.setattr("penstock.fleet_thread.Fleet", _Processes)
+    monkeypatch.setattr(FleetThread, "_connect", connect)
+    thread = FleetThread(ServeConfig(model="m"))
+    yield thread
+    thread.close()
+    assert not thread._thread.is_alive() and thread._fleet.stopped == 1  # type: ignore[attr-defined]
+
+
+def test_what_the_router_raises_reaches_whoever_asked(thread: FleetThread) -> None:
+    told: SimpleQueue[object] = SimpleQueue()
+    thread.submit(REQUEST, told.put)
+    assert isinstance(told.get(timeout=WAIT_S), OverflowError)
+    with FleetRun(thread) as run:
+        run.add(REQUEST)
+        with pytest.raises(OverflowError, match="out of range"):
+            run.outputs()
+
+
+def test_after_its_end_it_is_refused(thread: FleetThread) -> None:
+    thread.close()
+    with pytest.raises(ValueError, match="it is closed"):
+        thread.submit(REQUEST, lambda new: None)
