@@ -254,7 +254,7 @@ async def test_one_that_grows_too_large_goes_alone(redis_server: RedisServer) ->
 
 @pytest.mark.asyncio
 async def test_a_maker_that_dies_is_noticed(redis_server: RedisServer) -> None:
-    async with opened(redis_server, lease_s=0.05) as store:
+    async with opened(redis_server, lease_s=0.1) as store:
         await store.tell(A, False, 0, EVENTS[0] + EVENTS[1])
         failed = {"status": "failed", "output": [], "error": {"code": "server_error", "message": GONE}}
         await until(lambda: body_of(store, A), msgspec.json.encode(failed))
