@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -23,6 +24,7 @@ class FleetLLM(LLM):
     thread: FleetThread
 
     def _start(self, fleet_options: Mapping[str, Any]) -> None:
+        self._one_call = nullcontext()
         engine = {f.name: getattr(self.config, f.name) for f in fields(EngineConfig)}
         self.thread = FleetThread(
             ServeConfig(**{**engine, **QUIET, **fleet_options, "tokenizer": self._tokenizer_path, "port": 0})

@@ -6,7 +6,9 @@ The same engine as the workers', driven step by step; text is made by the same p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
@@ -45,6 +47,8 @@ UNITS = {"loading weights": "B", "compiling kernels": "kernel", "capturing steps
 class LLM:
     """A model in this process; with `prefill_workers` or `decode_workers`, in a fleet of worker processes behind it.
 
+    Any thread may call it. In this process calls are computed one after the other, by a fleet together.
+
     Args:
         model: Hugging Face directory or hub id.
         tokenizer: where the tokenizer is, if not with the model.
@@ -57,6 +61,8 @@ class LLM:
         ValueError: an option that does not exist, or cannot be had.
         ModelError, ConfigError: the model cannot be loaded, or does not fit.
     """
+
+    _one_call: AbstractContextManager[object]
 
     def __new__(cls, *arguments: Any, **options: Any) -> LLM:
         """The class for the options: that of a fleet has the same methods."""
@@ -96,6 +102,8 @@ class LLM:
         """Load the model, to compute in this process; options of a fleet are for `FleetLLM`."""
         if fleet_options:
             raise ValueError(f"{', '.join(sorted(fleet_options))}: for fleets; give prefill_workers or decode_workers")
+        self._one_call = RLock()  # on the engine; the handler of a signal may close it within its own thread's call
+        self._closed = False
         # Silent where nobody looks: not a terminal.
         with tqdm(desc="loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
@@ -248,7 +256,7 @@ class LLM:
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ValueError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
         searches = [self.intake.search(prompt, params) for prompt in prompt_list(prompts)]
-        with _bar(use_tqdm, len(searches), "Searching") as bar, FrozenHeap():
+        with self._one_call, _bar(use_tqdm, len(searches), "Searching") as bar, FrozenHeap():
             run_searches(self._begin(), searches, bar.update, concurrency_limit)
         return [self._best(search, params) for search in searches]
 
@@ -265,8 +273,11 @@ class LLM:
         return output
 
     def close(self) -> None:
-        """Free the KV pool; the object cannot be used afterwards."""
-        self._built.engine.close()
+        """Free the KV pool, once no other thread generates; the object cannot be used afterwards. Again: nothing."""
+        with self._one_call:
+            if not self._closed:
+                self._closed = True
+                self._built.engine.close()
 
     @property
     def _grammars(self) -> Grammars | None:
@@ -275,6 +286,8 @@ class LLM:
         return None if constraints is None else constraints.grammars
 
     def _begin(self) -> Run:
+        if self._closed:
+            raise ValueError("it is closed")
         return EngineRun(self._built.engine)
 
     def _run_requests(self, choices: Sequence[Choice], use_tqdm: Tqdm) -> list[RequestOutput]:
@@ -286,6 +299,7 @@ class LLM:
         """Until all choices have ended; whatever ends it early, nothing of them is left where they were computed."""
         running = {choice.key: choice for choice in choices}
         with (
+            self._one_call,
             _bar(use_tqdm, num_requests, "Generating") as bar,
             self._begin() as run,
         ):

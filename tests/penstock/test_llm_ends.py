@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from penstock import LLM, RequestOutput, SamplingParams
 from penstock.engine.plan import Executor, StepHandle, StepPlan
 from penstock.interrupt import HeldInterrupt
-from tests.penstock.offline import GREEDY, TEXT, assert_empty, run, tokens
+from tests.penstock.offline import GREEDY, OPTIONS, TEXT, assert_empty, run, tokens
 from tests.tiny_models import random_prompts
 
 CHECKOUT = Path(__file__).parents[2]
@@ -61,6 +63,65 @@ def test_another_thread_may_generate(llm: LLM) -> None:
     thread.start()
     thread.join()
     assert tokens(answers[0]) == tokens(run(llm, TEXT))
+
+
+def test_threads_generate_one_after_the_other(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = random_prompts([40, 5, 60], seed=6)
+    expected = tokens(run(llm, prompts))
+    submit, steps, answers = llm.engine.executor.submit, [], []
+    ready = threading.Barrier(4)
+
+    def noting(plan: StepPlan) -> StepHandle:
+        steps.append(threading.get_ident())
+        time.sleep(0)  # whoever else could step would now
+        return submit(plan)
+
+    def program() -> None:
+        ready.wait()
+        answers.append(tokens(run(llm, prompts)))
+
+    monkeypatch.setattr(llm.engine.executor, "submit", noting)
+    threads = [threading.Thread(target=program) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 4
+    assert len(list(itertools.groupby(steps))) == 4
+
+
+def test_a_close_waits_for_what_another_thread_generates(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(model), **OPTIONS)
+    submit, close, order = llm.engine.executor.submit, llm.engine.executor.close, []
+    closing = threading.Thread(target=llm.close)
+
+    def begun(plan: StepPlan) -> StepHandle:
+        if not order:
+            closing.start()
+        order.append("step")
+        return submit(plan)
+
+    monkeypatch.setattr(llm.engine.executor, "submit", begun)
+    monkeypatch.setattr(llm.engine.executor, "close", lambda: (order.append("close"), close()))
+    assert len(tokens(run(llm, TEXT))[0]) == 12
+    closing.join()
+    assert order.index("close") == len(order) - 1 >= 12
+    with pytest.raises(ValueError, match="it is closed"):
+        run(llm, TEXT)
+    llm.close()
+    assert order.count("close") == 1
+
+
+def test_a_signals_handler_may_close(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(model), **OPTIONS)
+
+    def handler(plan: object) -> None:
+        llm.close()
+        raise SystemExit(3)
+
+    monkeypatch.setattr(llm.engine.executor, "submit", handler)
+    with pytest.raises(SystemExit):
+        run(llm, TEXT)
 
 
 def test_a_held_interrupt_goes_to_the_programs_own_handler() -> None:
