@@ -31,9 +31,15 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
-        """Have it computed; `deliver` gets its tokens, or the error that ended it, on the engine's thread."""
+        """Have it computed; `deliver` gets its tokens, or the error that ended it, on the engine's thread.
+
+        Raises:
+            ValueError: there is no such thread any more.
+        """
         with self._failing:
             if self.error is None:
+                if not self._thread.is_alive():
+                    raise ValueError("it is closed, or belongs to the process that this one is a fork of")
                 self._inbox.put(lambda: self._add(request, deliver))
                 return
         deliver(self._failure())

@@ -7,6 +7,7 @@ workers send them. `LLM(model, prefill_workers=1)` and `AsyncLLM` use it.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class FleetThread:
     """
 
     def __init__(self, config: ServeConfig) -> None:
+        self._pid = os.getpid()
         self._fleet = Fleet(replace(config, **WITHOUT_LIMITS), with_router=False)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="fleet router", daemon=True)
@@ -69,19 +71,19 @@ class FleetThread:
         """Have it computed; `deliver` gets its tokens, or the error that ended it, on this object's thread.
 
         Raises:
-            ValueError: `close` was called.
+            ValueError: `close` was called, or it is another process's.
         """
         begun = asyncio.run_coroutine_threadsafe(self._running.submit(request, _Sink(deliver)), self._loop)
         begun.add_done_callback(partial(_tell_failure, deliver))
 
     def abort(self, request: GenerateRequest) -> None:
         """It needs no more tokens; a few may still come. After `close`, or while it ends requests: nothing."""
-        if self._service is not None and not self._closed:
+        if self._service is not None and not self._closed and not self._forked:
             self._loop.call_soon_threadsafe(self._service.cancel, request.request_id, request.choice)
 
     def close(self) -> None:
-        """End requests, links, workers and Redis; returns when no process is left. Again: nothing."""
-        if self._closed:
+        """End requests, links, workers and Redis; returns when no process is left. Again, or in a fork: nothing."""
+        if self._closed or self._forked:
             return
         self._closed = True
         try:
@@ -96,9 +98,15 @@ class FleetThread:
 
     @property
     def _running(self) -> RouterService:
+        if self._forked:
+            raise ValueError("it belongs to the process that made it: this one is a fork, without its threads")
         if self._service is None or self._closed:
             raise ValueError("it is closed")
         return self._service
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._pid
 
     async def _connect(self) -> RouterService:
         config = self._fleet.config

@@ -204,6 +204,8 @@ async def test_a_shutdown_ends_what_is_running(checkpoints: dict[str, Path]) -> 
         await asyncio.to_thread(engine.shutdown)
         with pytest.raises(RuntimeError, match="it was shut down"):
             await task
+    with pytest.raises(ValueError, match="it is closed, or belongs to the process that this one is a fork of"):
+        engine._backend.submit(engine._llm.intake.choices("x", LONG)[0].source, lambda new: None)
     thread = engine._backend._thread
     del engine
     gc.collect()

@@ -1,7 +1,8 @@
-"""`FleetThread` without processes: what goes wrong with a request reaches whoever asked."""
+"""`FleetThread` without processes: what goes wrong with a request reaches whoever asked; a fork has nothing of it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from queue import SimpleQueue
 
@@ -68,6 +69,17 @@ def test_what_the_router_raises_reaches_whoever_asked(thread: FleetThread) -> No
         run.add(REQUEST)
         with pytest.raises(OverflowError, match="out of range"):
             run.outputs()
+
+
+def test_a_fork_is_refused_and_ends_nothing(thread: FleetThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        with FleetRun(thread) as run, pytest.raises(ValueError, match="this one is a fork"):
+            run.add(REQUEST)
+        with pytest.raises(ValueError, match="this one is a fork"):
+            _ = thread.model
+        thread.close()
+    assert thread._thread.is_alive() and thread._fleet.stopped == 0  # type: ignore[attr-defined]
 
 
 def test_after_its_end_it_is_refused(thread: FleetThread) -> None:
