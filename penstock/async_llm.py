@@ -17,6 +17,7 @@ import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from threading import Lock
 from typing import Any
 
@@ -43,7 +44,7 @@ class AsyncLLM:
         ValueError, ModelError, ConfigError: as `LLM`.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self._llm = LLM(model, **options)
         self._backend: EngineThread | FleetThread = (
             self._llm.thread if isinstance(self._llm, FleetLLM) else EngineThread(self._llm.engine)

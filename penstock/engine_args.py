@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from os import PathLike
 from typing import Any
 
 from penstock.common.config import EngineConfig, ServeConfig
@@ -22,7 +23,7 @@ class EngineArgs:
         ValueError: an option that does not exist, or cannot be had; the message says why.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         self.model = model
         self.options = {name: value for name, value in options.items() if name in _OF_LLM}
         self.options |= supported({name: value for name, value in options.items() if name not in _OF_LLM})
@@ -41,6 +42,8 @@ def supported(options: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in options.items():
         if name in known:
+            if value is None:
+                continue  # the default, as in vLLM
             key = name, str(value).lower()
             if key not in VALUES:
                 found[name] = value

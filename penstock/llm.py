@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from os import PathLike, fspath
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -66,7 +67,7 @@ class LLM:
 
     def __new__(cls, *arguments: Any, **options: Any) -> LLM:
         """The class for the options: that of a fleet has the same methods."""
-        if cls is LLM and {"prefill_workers", "decode_workers"} & options.keys():
+        if cls is LLM and any(options.get(name) is not None for name in ("prefill_workers", "decode_workers")):
             from penstock.fleet_llm import FleetLLM
 
             return super().__new__(FleetLLM)
@@ -74,18 +75,18 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | PathLike[str],
         *,
-        tokenizer: str | None = None,
+        tokenizer: str | PathLike[str] | None = None,
         generation_config: str = "auto",
         skip_tokenizer_init: bool = False,
         chat_template: str | Path | None = None,
         **options: Any,
     ) -> None:
-        given = supported(options)
+        given, model = supported(options), fspath(model)
         self.config = EngineConfig(model=model, **{name: v for name, v in given.items() if name not in FLEET_ONLY})
-        self._tokenizer_path = tokenizer or ""
-        self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(tokenizer or model)
+        self._tokenizer_path = fspath(tokenizer or "")
+        self._tokenizer = None if skip_tokenizer_init else Tokenizer.load(self._tokenizer_path or model)
         self._prompts = Prompts(self._tokenizer, chat_template)
         self._defaults = GenerationDefaults.load(model, generation_config)
         self.answers = Answers(self._tokenizer)

@@ -13,6 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from penstock import LLM, EngineArgs, SamplingParams
+from penstock.common.config import ServeConfig
 from penstock.common.errors import ConfigError
 from tests.penstock.offline import CHAT, GREEDY, OPTIONS, TEXT, assert_empty, run, tokens
 from tests.tiny_models import random_prompts
@@ -255,3 +256,23 @@ def test_what_vllm_programs_say_is_understood(model: Path) -> None:
     llm = LLM.from_engine_args(args)
     assert llm.config.dtype == "float32" and len(tokens(run(llm, TEXT))[0]) == 12
     llm.close()
+
+
+def test_none_is_the_default_and_paths_are_paths(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"tokenizer": model, "seed": None, "dtype": None, **OPTIONS}
+    llm = LLM(model, decode_workers=None, **given)
+    assert (llm.config.model, llm.config.seed, llm.config.dtype) == (str(model), 0, "auto")
+    assert len(tokens(run(llm, TEXT))[0]) == 12
+    llm.close()
+
+    class Taken(Exception):
+        pass
+
+    def take(config: ServeConfig) -> None:
+        raise Taken(config)
+
+    monkeypatch.setattr("penstock.fleet_llm.FleetThread", take)
+    with pytest.raises(Taken) as taken:
+        LLM(model, decode_workers=1, **given)
+    config = taken.value.args[0]
+    assert (config.model, config.tokenizer, config.seed, config.dtype) == (str(model), str(model), 0, "auto")
