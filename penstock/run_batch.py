@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import stat
 import sys
 import time
 import uuid
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
-from penstock.client_options import api_key
+from penstock.client_options import api_key, number, server_url
 from penstock.common.errors import ConfigError
 from penstock.http_client import Client, Reply, RequestError, connect
 
@@ -129,13 +131,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("-o", "--output-file", required=True, type=Path)
     parser.add_argument(
         "--base-url",
+        type=server_url,
         help="a running server; without it, a fleet is started: MODEL and serve's options, of which those that limit "
         "how many requests wait, and how long, do not hold",
     )
     parser.add_argument("--api-key", default=api_key(os.environ), help="of the running server")
     parser.add_argument(
         "--retry-timeout-s",
-        type=float,
+        type=number(),
         default=RETRY_TIMEOUT_S,
         metavar="X",
         help="lines that the server has no room for (429 and 503) are tried again after its Retry-After, until it has "
@@ -150,19 +153,62 @@ def main(arguments: Sequence[str]) -> int:
     if options.base_url and rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: with --base-url no fleet is started")
     key = options.api_key if options.base_url else ""
-    with _open(options.output_file) as out, _server(options, rest) as url:
+    with OutputFile(options.output_file, options.input_file) as out, _server(options, rest) as url:
+        out.begin()
         failed = asyncio.run(_answer(lines, url, key, out, options))
     print(f"{len(lines)} requests, {failed} without an answer: {options.output_file}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _open(path: Path) -> TextIO:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair is legal in JSON, as an escape only: backslashreplace writes that very escape.
-        return path.open("w", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise ConfigError(f"--output-file {path} cannot be written: {error}") from None
+class OutputFile:
+    """The output file. It is opened at once, to know that it can be written; what is in it stays until `begin`.
+
+    Raises:
+        ConfigError: (constructor, `begin`, `write`) it cannot be written, or is the input.
+    """
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self._path = path
+        with self._in_words():
+            if path.is_file() and path.samefile(source):
+                raise ConfigError(f"--output-file {path} is the input file: it would be overwritten")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Half a surrogate pair is legal in JSON, as an escape only: backslashreplace writes that very escape.
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with self._in_words():
+                self._file.close()
+        except ConfigError:
+            if error is None:  # else what could not be written before cannot be written now
+                raise
+
+    def begin(self) -> None:
+        """Empty it, if it is a file and no terminal or pipe."""
+        with self._in_words():
+            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                self._file.truncate(0)
+
+    def write(self, answer: str) -> None:
+        """Add a line, to be seen at once."""
+        with self._in_words():
+            self._file.write(answer + "\n")
+            self._file.flush()
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # who read it has left
+        except OSError as error:
+            raise ConfigError(f"--output-file {self._path} cannot be written: {error}") from None
 
 
 @contextmanager
@@ -183,22 +229,21 @@ def _server(options: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
         yield fleet.url
 
 
-async def _answer(lines: Sequence[Line], url: str, key: str, out: TextIO, options: argparse.Namespace) -> int:
+async def _answer(lines: Sequence[Line], url: str, key: str, out: OutputFile, options: argparse.Namespace) -> int:
     """Write an answer a line, in order, as far as they are there; how many are not of status 200."""
     failed = 0
     retries = Retries(options.retry_timeout_s, time.monotonic())
     with tqdm(total=len(lines), desc="Requests", disable=True if options.disable_tqdm else None) as bar:
         async with connect(url, api_key=key) as client:
             async for answer, good in _in_order(client, lines, retries):
-                out.write(answer + "\n")
-                out.flush()
+                out.write(answer)
                 failed += not good
                 bar.update()
     return failed
 
 
 async def _in_order(client: Client, lines: Iterable[Line], retries: Retries) -> AsyncIterator[tuple[str, bool]]:
-    """Answers in the lines' order, up to MAX_OPEN requests ahead of the one that is waited for."""
+    """OutputFile in the lines' order, up to MAX_OPEN requests ahead of the one that is waited for."""
     waiting: deque[asyncio.Task[tuple[str, bool]]] = deque()
     for line in lines:
         waiting.append(asyncio.create_task(_send(client, line, retries)))

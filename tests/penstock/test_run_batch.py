@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -201,6 +202,59 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["run-batch", *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_what_was_there_outlives_a_start_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    out.write_text("yesterday's\n")
+    assert run(source, out) == 2
+    assert "MODEL is missing" in capsys.readouterr().err
+    for url in ("ftp://h", "http://[", "h:8000", "http://h:port", ""):
+        with pytest.raises(SystemExit, match="2"):
+            run(source, out, "--base-url", url)
+        assert "--base-url: give http:// or https://" in capsys.readouterr().err
+    assert out.read_text() == "yesterday's\n"
+
+
+def test_what_was_there_is_replaced_by_the_answers(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    out.write_text("yesterday's\n" * 1000)
+    with running() as router:
+        assert run(source, out, "--base-url", router.url) == 0
+    assert [answer["custom_id"] for answer in answers(out)] == ["a"]
+
+
+def test_the_input_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, linked, hard = tmp_path / "in.jsonl", tmp_path / "linked", tmp_path / "hard"
+    source.write_text(line("a"))
+    linked.symlink_to(source)
+    hard.hardlink_to(source)
+    for out in (source, linked, hard):
+        assert run(source, out, "--base-url", "http://127.0.0.1:9") == 2
+        assert "is the input file" in capsys.readouterr().err
+    assert source.read_text() == line("a")
+
+
+def test_a_full_disk_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(line(str(i)) for i in range(20)))
+    with running() as router:
+        assert run(source, Path("/dev/full"), "--base-url", router.url) == 2
+    assert "--output-file /dev/full cannot be written: [Errno 28]" in capsys.readouterr().err
+
+
+def test_answers_may_go_into_a_pipe(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(line("a"))
+    read, write = os.pipe()
+    with open(read) as pipe, running() as router:
+        try:
+            assert run(source, Path(f"/dev/fd/{write}"), "--base-url", router.url) == 0
+        finally:
+            os.close(write)
+        assert json.loads(pipe.read())["custom_id"] == "a"
 
 
 LIMITS = ["--max-inflight", "2", "--max-queued", "1", "--queue-timeout-s", "0.001", "--progress-timeout-s", "0.5"]
