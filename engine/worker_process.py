@@ -88,7 +88,9 @@ def run_worker(config: WorkerConfig, joint: Joint) -> None:
         )
         undo.pop_all()
     announced = status_url(bus.address, status.port)
-    registered = WorkerInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | {"status_url": announced})
+    # How to read the pages is told over the bus only: the keys to them are in it.
+    public = {"status_url": announced, "transports": dict.fromkeys(transports, b"")}
+    registered = WorkerInfo(**{f: getattr(info, f) for f in info.__struct_fields__} | public)
     registry = RegistryWriter(config.redis_url, config.namespace, registered) if config.redis_url else None
     stop_on_signals(loop)
     logger.info(

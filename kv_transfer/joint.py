@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.common.bus_access import resolve_bind
@@ -59,6 +60,8 @@ class ExchangeJoint(Generic[PolicyT, LoopT, RoleT]):
         """
         self._pool, config = pool, self._config
         bind, announced = (address.strip("[]") for address in resolve_bind(config.bus_host, config.cluster_key))
+        if not ip_address(bind).is_unspecified:
+            announced = bind  # the bus may announce a name; names are not looked up between two copies
         listen = Listen(bind, config.kv_port, announced)
         try:
             self._transports = open_transports(config.kv_transport, pool.region(), incarnation, listen)

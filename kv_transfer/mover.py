@@ -248,3 +248,5 @@ class PageMover:
     def _close(self, drain_s: float) -> None:
         self._close_at = time.monotonic() + drain_s
         self._turns.cancel_all()
+        for peer, name in self._connected:
+            self._transports[name].sever(peer)

@@ -151,7 +151,11 @@ class NixlTransport(Transport):
             return known
         if known.pending:
             raise TransportError(f"the connection to {peer} was lost, and its copies have not settled yet")
-        self.connect(peer, known.description)
+        try:
+            self.connect(peer, known.description)
+        except TransportError:
+            self._peers[peer] = known  # lost, and to be tried again
+            raise
         return self._peers[peer]
 
     def _transfer(

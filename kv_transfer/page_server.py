@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import selectors
@@ -12,7 +13,6 @@ import time
 from collections.abc import Sequence
 
 from penstock.common.memory import MemoryRegion
-from penstock.kv_transfer.base import TransportError
 from penstock.kv_transfer.page_window import PageWindow, open_window
 
 logger = logging.getLogger("penstock.kv_transfer")
@@ -22,7 +22,15 @@ _MOST_CONNECTIONS = 1024  # of peers, which have one each, and of whoever else f
 _MOST_BYTES = 4 << 20  # that a turn hands to one connection: others wait meanwhile
 _KEY_S = 5.0  # until a connection has shown the key
 _PAUSE_S = 0.1  # before the next try where there are no descriptors left
-_USER_TIMEOUT_MS = 60_000  # without a sign that what was sent arrives, however slowly
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_OPTIONS = {
+    socket.TCP_NODELAY: 1,
+    # A reader whose host is gone: within a minute, however slow the link.
+    socket.TCP_USER_TIMEOUT: 60_000,  # ms
+    socket.TCP_KEEPIDLE: 30,
+    socket.TCP_KEEPINTVL: 5,
+    socket.TCP_KEEPCNT: 6,
+}
 
 
 class _Violation(Exception):
@@ -101,18 +109,20 @@ class _Reader:
 
 
 class PageServer:
-    """Listens from construction on until `close`."""
+    """Listens from construction on until `close`. `failure` is set if its thread has died, of a bug."""
 
     def __init__(self, host: str, port: int, key: bytes, region: MemoryRegion) -> None:
         """Raises OSError if the address cannot be listened on."""
+        self.failure: Exception | None = None
         self._key = key
         self._region = region
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self._listener = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=host == "::")
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._readers: set[_Reader] = set()
-        self._strangers: set[_Reader] = set()  # of these, who have not shown the key yet
+        self._strangers: dict[_Reader, None] = {}  # of these, who have not shown the key yet, oldest first
+        self._accept_at: float | None = None  # there were no descriptors: then once more
         self._wake, self._waker = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -125,43 +135,61 @@ class PageServer:
         self._waker.close()
         self._thread.join()
 
+    # ------------------------------------------------------------ in the server's thread
+
     def _run(self) -> None:
         try:
-            while True:
-                ready = self._selector.select(_KEY_S if self._strangers else None)
-                for selected, _ in ready:
-                    if selected.fileobj is self._wake:
-                        return
-                    if selected.fileobj is self._listener:
-                        self._accept()
-                    else:
-                        self._serve(selected.data)
-                if self._strangers:
-                    too_old = time.monotonic() - _KEY_S
-                    for reader in [stranger for stranger in self._strangers if stranger.since <= too_old]:
-                        self._drop(reader)
+            while self._turn():
+                pass
+        except Exception as failure:
+            logger.exception("pages cannot be read over TCP any more")
+            self.failure = failure
         finally:
             for reader in list(self._readers):
                 self._drop(reader)
             for opened in (self._selector, self._listener, self._wake):
                 opened.close()
 
+    def _turn(self) -> bool:
+        """Wait for something to do, and do it; False: the end has come."""
+        waits = [_PAUSE_S] * (self._accept_at is not None) + [_KEY_S] * bool(self._strangers)
+        for selected, _ in self._selector.select(min(waits, default=None)):
+            if selected.fileobj is self._wake:
+                return False
+            if selected.fileobj is self._listener:
+                self._accept()
+            elif selected.data in self._readers:  # and not dropped a moment ago
+                self._serve(selected.data)
+        now = time.monotonic()
+        if self._accept_at is not None and now >= self._accept_at:
+            self._accept_at = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        for reader in [stranger for stranger in self._strangers if now - stranger.since >= _KEY_S]:
+            self._drop(reader)
+        return True
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it left again, or there are no descriptors
-            time.sleep(_PAUSE_S)
+        except OSError as error:
+            if error.errno in _NO_DESCRIPTORS:
+                self._accept_at = time.monotonic() + _PAUSE_S
+                self._selector.unregister(self._listener)
+            return  # else it has left again
+        try:
+            connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _OPTIONS.items():
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        except OSError:
+            connection.close()
             return
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if len(self._readers) >= _MOST_CONNECTIONS:
+            self._drop(next(iter(self._strangers or self._readers)))
         reader = _Reader(connection, time.monotonic())
         self._readers.add(reader)
-        self._strangers.add(reader)
+        self._strangers[reader] = None
         self._selector.register(connection, selectors.EVENT_READ, reader)
-        if len(self._readers) > _MOST_CONNECTIONS:
-            self._drop(reader)
 
     def _serve(self, reader: _Reader) -> None:
         before = reader.events
@@ -171,18 +199,18 @@ class PageServer:
             else:
                 reader.hear(self._key, self._region)
                 if reader.admitted:
-                    self._strangers.discard(reader)
+                    self._strangers.pop(reader, None)
         except BlockingIOError:
             pass
+        except OSError:  # gone; its worker's lease says what that means
+            self._drop(reader)
+            return
         except _Violation as violation:
             logger.warning("a reader over TCP is turned away: %s", violation)
             self._drop(reader)
             return
-        except OSError:  # gone; its worker's lease says what that means
-            self._drop(reader)
-            return
-        except TransportError as error:
-            logger.warning("a reader over TCP cannot be served: %s", error)
+        except Exception:  # the device's, or a bug: others are served
+            logger.exception("a reader over TCP cannot be served")
             self._drop(reader)
             return
         if reader.events != before:
@@ -190,6 +218,6 @@ class PageServer:
 
     def _drop(self, reader: _Reader) -> None:
         self._readers.discard(reader)
-        self._strangers.discard(reader)
+        self._strangers.pop(reader, None)
         self._selector.unregister(reader.socket)
         reader.close()

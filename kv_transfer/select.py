@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +82,17 @@ def close_transports(transports: Sequence[Transport]) -> None:
         transport.close()
 
 
-def rdma_devices(root: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """Names of the RDMA devices here that have a link. Without any, NIXL would take TCP."""
-    states = ((port, port.read_text()) for port in sorted(root.glob("*/ports/*/state")))
-    return list(dict.fromkeys(port.parts[-4] for port, state in states if "ACTIVE" in state))
+def rdma_devices(root: Path = Path("/")) -> list[str]:
+    """Names of the RDMA devices that have a link and that we may use: a container sees the host's, whether or not they
+    were given to it. Without any, NIXL would take TCP."""
+    if not any(os.access(verbs, os.R_OK | os.W_OK) for verbs in root.glob("dev/infiniband/uverbs*")):
+        return []
+    found: dict[str, None] = {}
+    for port in sorted(root.glob("sys/class/infiniband/*/ports/*/state")):
+        with suppress(OSError):
+            if "ACTIVE" in port.read_text():
+                found[port.parts[-4]] = None
+    return list(found)
 
 
 def same_host(peer_transports: Mapping[str, bytes]) -> bool:
@@ -135,6 +144,7 @@ def _probe(
             if expected is not None and not np.array_equal(scratch, expected):
                 raise TransportError("reading a page of the own pool gave other bytes")
         finally:
-            if settled:
+            reader.sever(name)
+            if settled or reader.poll(copy) is not CopyState.PENDING:
                 reader.close()
             del scratch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from penstock.kv_transfer.page_window import PageWindow
 
 
 class StagedWindow(PageWindow):
-    """Copies in a stream of its own, which it waits for: a network is far slower than the way to the host."""
+    """Waits for its copies: a network is far slower than the way to the host."""
 
     staged = True
 
@@ -24,7 +25,7 @@ class StagedWindow(PageWindow):
         device = torch.device(region.device)
         if (device.index or 0) >= torch.cuda.device_count():
             raise TransportError(f"there is no {region.device} here")
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._pool = _bytes_at(region, device)
         try:
             self._staged = torch.empty((num_pages, region.page_bytes), dtype=torch.uint8, pin_memory=True)
@@ -50,6 +51,13 @@ class StagedWindow(PageWindow):
                 ours, theirs = self._staged[i], self._pool[page]
                 (theirs if to_device else ours).copy_(ours if to_device else theirs, non_blocking=True)
         self._stream.synchronize()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all windows: torch has 32 of a kind a device and gives them out in turn, those of the engine's, too. Of
+    high priority, so that copies do not stand behind steps that were submitted before."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class _Interface:

@@ -19,6 +19,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -103,21 +104,30 @@ class _Connection:
         self.copies.append(copy)
         self._unsent += struct.pack(f"<{1 + len(src_pages)}I", len(src_pages), *src_pages)
 
+    def is_lost(self) -> bool:
+        """Of a connection over which nothing is asked: whether the other side has ended it, or it says something."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
     def pump(self) -> None:
         """Send what is to be sent and take in what has come, as far as that goes without waiting.
 
         Raises:
             OSError: the connection is lost.
         """
-        try:
+        with suppress(BlockingIOError):
             while self._unsent:
                 del self._unsent[: self._socket.send(self._unsent)]
-            taken = 0
+        taken = 0
+        with suppress(BlockingIOError):
             while self.copies and taken < _TURN_BYTES:
                 assert self._window is not None
                 taken += self._take(self.copies[0], self._window)
-        except BlockingIOError:
-            pass
 
     def close(self) -> None:
         self._socket.close()
@@ -152,8 +162,8 @@ class _Peer:
 
 
 class TcpTransport(Transport):
-    """Reads over TCP, and a server that lets others read. A connection that was lost is opened again by the next
-    `post`."""
+    """Reads over TCP, and a server that lets others read. `post` connects, and connects again after a connection was
+    lost."""
 
     name = "tcp"
     unknown_link = True
@@ -182,7 +192,8 @@ class TcpTransport(Transport):
         return msgspec.msgpack.encode(pool)
 
     def connect(self, peer: str, description: bytes) -> None:
-        """Begins to connect. Whether the peer can be reached shows when it is read."""
+        """Does not connect yet: who connects and asks nothing is a stranger. Whether the peer can be reached shows
+        when it is read."""
         try:
             pool = msgspec.msgpack.decode(description, type=TcpPool)
         except msgspec.MsgspecError as error:
@@ -192,9 +203,7 @@ class TcpTransport(Transport):
         if len(pool.key) != KEY_BYTES:
             raise TransportError(f"{peer} describes a pool without its key")
         self.disconnect(peer)
-        found = _Peer(pool)
-        self._open(peer, found)
-        self._peers[peer] = found
+        self._peers[peer] = _Peer(pool)
 
     def disconnect(self, peer: str) -> None:
         self.sever(peer)
@@ -212,8 +221,10 @@ class TcpTransport(Transport):
         check_pages(src_pages, known.pool.num_pages, dst_pages, self._region.num_pages)
         copy = TcpCopy(peer, self._region.page_bytes, dst_pages)
         if copy.state is CopyState.PENDING:
-            connection = known.connection or self._open(peer, known)
-            connection.ask(copy, src_pages)
+            connection = known.connection
+            if connection is not None and not connection.copies and connection.is_lost():
+                self._lose(known, "closed meanwhile")
+            self._open(peer, known).ask(copy, src_pages)
             self._pump(known)
         return copy
 
@@ -225,7 +236,9 @@ class TcpTransport(Transport):
         return copy.state
 
     def progress(self) -> None:
-        """The server has a thread of its own."""
+        """The server has a thread of its own. Raises RuntimeError if that has died."""
+        if self._server.failure is not None:
+            raise RuntimeError("the page server has died") from self._server.failure
 
     def close(self) -> None:
         for peer in list(self._peers):
@@ -233,10 +246,12 @@ class TcpTransport(Transport):
         self._server.close()
 
     def _open(self, peer: str, known: _Peer) -> _Connection:
-        try:
-            known.connection = _Connection(known.pool, self._region)
-        except OSError as error:
-            raise TransportError(f"{peer} cannot be reached: {error.strerror or error}") from error
+        """The peer's connection, a new one if there is none."""
+        if known.connection is None:
+            try:
+                known.connection = _Connection(known.pool, self._region)
+            except OSError as error:
+                raise TransportError(f"{peer} cannot be reached: {error.strerror or error}") from error
         return known.connection
 
     def _pump(self, known: _Peer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from penstock.common.memory import MemoryRegion
 from penstock.kv_transfer import page_server
 from penstock.kv_transfer.base import CopyState, TransportError
 from penstock.kv_transfer.joint import ExchangeJoint
-from penstock.kv_transfer.mover import ConnectFailed, ReadDone, ReadFailed, ReadJob, ReadSettled, ReadStalled
+from penstock.kv_transfer.mover import ConnectFailed, PageMover, ReadDone, ReadFailed, ReadJob, ReadSettled, ReadStalled
+from penstock.kv_transfer.page_window import _PoolWindow
 from penstock.kv_transfer.select import open_transports, rdma_devices
 from penstock.kv_transfer.tcp import Listen, TcpPool, TcpTransport
 from tests.forking import ForkedPython
@@ -134,7 +136,7 @@ def test_reads_of_a_stopped_lender_settle_when_it_is_given_up(
 def test_a_connection_that_is_cut_is_opened_again_while_the_peer_is_linked(
     transport: str, lend: StartLender, read_with: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A firewall may end a connection that was idle; the bus, another one, does not show it."""
+    """A firewall may end one; the bus, another connection, does not show it."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     source = contents(PAGE_BYTES, 4, seed=1)
     lender = lend(transport, PAGE_BYTES, 4, ucx_tls="tcp")
@@ -206,6 +208,123 @@ def test_a_stranger_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monk
             assert stranger.recv(1) == b""
 
 
+def test_a_peer_that_is_read_long_after_it_was_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first hand-off behind a queue: the server must not have taken its reader for a stranger."""
+    monkeypatch.setattr(page_server, "_KEY_S", 0.05)
+    with lending() as (pool, transport), lending() as (own, reader):
+        own.pages[:] = 0
+        reader.connect("peer", transport.description())
+        time.sleep(0.2)
+        assert read(reader, "peer", range(PAGES)) is CopyState.DONE
+        time.sleep(0.2)  # nor one that has nothing to ask
+        assert read(reader, "peer", range(PAGES)) is CopyState.DONE
+        assert np.array_equal(own.pages, pool.pages)
+
+
+def test_a_connection_that_ended_while_it_was_idle_costs_no_read() -> None:
+    with lending() as (pool, transport), lending() as (own, reader):
+        own.pages[:] = 0
+        before = set(os.listdir("/proc/self/fd"))
+        reader.connect("peer", transport.description())
+        assert read(reader, "peer", range(1)) is CopyState.DONE
+        assert _cut_connections(set(os.listdir("/proc/self/fd")) - before)
+        assert read(reader, "peer", range(PAGES)) is CopyState.DONE
+        assert np.array_equal(own.pages, pool.pages)
+
+
+def test_strangers_do_not_keep_readers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_server, "_MOST_CONNECTIONS", 4)
+    with lending() as (pool, transport), lending() as (own, reader), ExitStack() as strangers:
+        own.pages[:] = 0
+        where = msgspec.msgpack.decode(transport.description(), type=TcpPool)
+        for _ in range(8):
+            strangers.enter_context(socket.create_connection((where.host, where.port), LIMIT_S))
+        reader.connect("peer", transport.description())
+        assert read(reader, "peer", range(PAGES)) is CopyState.DONE
+        assert np.array_equal(own.pages, pool.pages)
+
+
+def test_without_descriptors_readers_are_served_and_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listener:
+        """Has no descriptor for the next three."""
+
+        def __init__(self, real: socket.socket) -> None:
+            self.real, self.refusals = real, 3
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            if self.refusals:
+                self.refusals -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self.real.accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+    monkeypatch.setattr(page_server, "_PAUSE_S", 0.01)
+    create = socket.create_server
+    monkeypatch.setattr(page_server.socket, "create_server", lambda *a, **k: Listener(create(*a, **k)))
+    with lending() as (pool, transport), lending() as (own, reader):
+        own.pages[:] = 0
+        reader.connect("peer", transport.description())
+        assert read(reader, "peer", range(PAGES)) is CopyState.DONE
+        assert np.array_equal(own.pages, pool.pages)
+
+
+def test_a_fault_while_one_reader_is_served_is_that_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    views, faults = _PoolWindow.views, [RuntimeError("the device has failed")]
+
+    def fail_once(self: _PoolWindow, pages: Sequence[int], skip: int) -> list[memoryview]:
+        if faults and threading.current_thread().name == "page-server":
+            raise faults.pop()
+        return views(self, pages, skip)
+
+    monkeypatch.setattr(_PoolWindow, "views", fail_once)
+    with lending() as (pool, transport), lending() as (own, reader):
+        own.pages[:] = 0
+        reader.connect("peer", transport.description())
+        assert read(reader, "peer", range(PAGES)) is CopyState.FAILED
+        assert read(reader, "peer", range(PAGES)) is CopyState.DONE
+        assert np.array_equal(own.pages, pool.pages)
+        transport.progress()
+
+
+def test_a_server_that_has_died_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: page_server.PageServer) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(page_server.PageServer, "_accept", fail)
+    with lending() as (_, transport):
+        where = msgspec.msgpack.decode(transport.description(), type=TcpPool)
+        with suppress(ConnectionResetError), socket.create_connection((where.host, where.port), LIMIT_S) as stranger:
+            assert stranger.recv(1) == b""
+        with pytest.raises(RuntimeError, match="page server has died"):
+            transport.progress()
+
+
+def test_a_mover_that_ends_waits_for_no_stopped_lender(lend: StartLender) -> None:
+    lender = lend("tcp", 8 << 20, 4)
+    pool = Pool(8 << 20, 4)
+    mover = PageMover(pool.region, [TcpTransport(pool.region)])
+    mover.connect(lender.incarnation, "tcp", lender.description)
+    mover.read(ReadJob("warm", lender.incarnation, "tcp", [0], [0]))
+    wait_for(mover, count(1))
+    lender.send(signal.SIGSTOP)
+    mover.read(ReadJob("stuck", lender.incarnation, "tcp", range(4), range(4)))
+    assert mover.close()  # False: something may still write
+    lender.send(signal.SIGCONT)
+    pool.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_pages_are_read_at_an_address_whatever_name_the_bus_has(host: str) -> None:
+    pool = OnePage()
+    joint: Any = ExchangeJoint(WorkerConfig(model="tiny", bus_host=host, kv_transport="tcp"), None, None)  # type: ignore[arg-type]
+    described = joint.open_transports(pool, "worker")
+    assert msgspec.msgpack.decode(described["tcp"], type=TcpPool).host in ("127.0.0.1", "::1")
+    joint.close_transports()
+    pool.pool.close()
+
+
 def test_a_reader_that_takes_nothing_does_not_hold_up_another() -> None:
     with lending(400) as (pool, transport), lending(400) as (own, reader):
         own.pages[:] = 0
@@ -246,17 +365,20 @@ def test_where_it_listens() -> None:
     pool.close()
 
 
+class OnePage:
+    """An engine's pool, as far as transports see it."""
+
+    def __init__(self) -> None:
+        self.pool = Pool(PAGE_BYTES, 1)
+
+    def region(self) -> MemoryRegion:
+        return self.pool.region
+
+    def checksum(self) -> Callable[[Sequence[int]], list[int]]:
+        raise AssertionError("nothing is sealed")
+
+
 def test_a_port_that_is_taken_is_an_error_of_the_configuration() -> None:
-    class OnePage:
-        def __init__(self) -> None:
-            self.pool = Pool(PAGE_BYTES, 1)
-
-        def region(self) -> MemoryRegion:
-            return self.pool.region
-
-        def checksum(self) -> Callable[[Sequence[int]], list[int]]:
-            raise AssertionError("nothing is sealed")
-
     pool = OnePage()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = WorkerConfig(model="tiny", kv_port=taken.getsockname()[1])
@@ -268,8 +390,11 @@ def test_a_port_that_is_taken_is_an_error_of_the_configuration() -> None:
 
 def test_rdma_devices_have_a_link(tmp_path: Path) -> None:
     for device, state in (("mlx5_0", "4: ACTIVE\n"), ("mlx5_1", "1: DOWN\n")):
-        port = tmp_path / device / "ports" / "1"
+        port = tmp_path / "sys/class/infiniband" / device / "ports" / "1"
         port.mkdir(parents=True)
         (port / "state").write_text(state)
+    assert rdma_devices(tmp_path) == []  # a container that sees the host's, and may not use them
+    verbs = tmp_path / "dev/infiniband"
+    verbs.mkdir(parents=True)
+    (verbs / "uverbs0").touch()
     assert rdma_devices(tmp_path) == ["mlx5_0"]
-    assert rdma_devices(tmp_path / "none") == []

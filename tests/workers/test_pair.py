@@ -38,6 +38,7 @@ def test_handed_off_tokens_equal_hugging_face(
     with workers(redis_server.url, path, PAIR, module=module, kv_transport=transport, **flags) as fleet:
         prefill, decode = fleet["prefill-0"], fleet["decode-0"]
         assert prefill.info is not None and decode.info is not None
+        assert prefill.info.transports == {transport: b""}  # Redis knows the name; how to read pages, the bus
         with RouterDouble(decode.info, prefill.info) as router:
             router.wait_connected()
             for i, prompt in enumerate(prompts):
