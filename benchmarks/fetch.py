@@ -1,6 +1,6 @@
 """Fetching a prefix against computing it: time to first token of both at one worker, and what the cost model chooses.
 
-    python benchmarks/fetch.py                         # shm, and NIXL over TCP, on CPU with the demo model
+    python benchmarks/fetch.py                         # shm, TCP, and NIXL over TCP, on CPU with the demo model
     python benchmarks/fetch.py --model MODEL --transports cuda_ipc --lengths 1024,8192,32768
 
 Two decode workers. Every prompt is new: for a fetch one worker computes it first, and the other is told to read it
@@ -47,7 +47,7 @@ from penstock.router.policy import Candidate, RequestFacts
 from penstock.router.rates import H200_LLAMA8B, measured
 
 LENGTHS = (12, 24, 48, 96, 192, 384, 768, 1536)
-TRANSPORTS = ("shm", "nixl")
+TRANSPORTS = ("shm", "tcp", "nixl")
 ANSWER_S = 120.0
 LEASE_S = 1.0  # three heartbeats in it bring the newest rates
 
