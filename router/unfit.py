@@ -18,6 +18,7 @@ class Unfit:
     def __init__(self) -> None:
         self.counters = {"workers_refused": 0, "template_mismatches": 0}
         self._refused: dict[str, str] = {}  # the worker's incarnation, or the reason of one that did not say who it is
+        self._suspected: dict[str, str] = {}  # the reason
         self._unreached: dict[str, str] = {}  # the reason
         self._warned: dict[str, str] = {}  # the worker's incarnation
 
@@ -26,7 +27,10 @@ class Unfit:
         return bool(self._refused)
 
     def refuse(self, address: str, reason: str, worker: WorkerInfo | None = None) -> None:
-        """Nothing is asked of it; `worker`: what it says of itself, if it let us in at all."""
+        """Nothing is asked of it; `worker`: what it says of itself, if it let us in at all. One that did not is told of
+        when it has done so twice: one that dies while it is met looks the same."""
+        if worker is None and _is_new(self._suspected, address, reason):
+            return
         if not _is_new(self._refused, address, worker.incarnation if worker else reason):
             return
         self.counters["workers_refused"] += 1
@@ -47,6 +51,7 @@ class Unfit:
     def accept(self, address: str) -> None:
         """It is used from now on."""
         self._refused.pop(address, None)
+        self._suspected.pop(address, None)
         self._unreached.pop(address, None)
 
     def forget(self, address: str) -> None:

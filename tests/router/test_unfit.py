@@ -16,6 +16,15 @@ from tests.worker_info import worker_info
 ADDRESS = "tcp://h:1"
 
 
+def test_one_that_dies_while_it_is_met_is_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    unfit = Unfit()
+    for _ in range(2):
+        unfit.refuse(ADDRESS, "handshake failed")
+        assert not unfit
+        unfit.forget(ADDRESS)
+    assert not caplog.records and unfit.counters["workers_refused"] == 0
+
+
 def test_each_case_is_told_of_and_counted_once(caplog: pytest.LogCaptureFixture) -> None:
     unfit, first, second = Unfit(), worker_info("d1", "i1"), worker_info("d1", "i2")
     with caplog.at_level(logging.INFO, "penstock"):
@@ -33,9 +42,9 @@ def test_each_case_is_told_of_and_counted_once(caplog: pytest.LogCaptureFixture)
         unfit.warn(ADDRESS, first, "another template")
     refused = [(record.levelname, record.message.partition(" at ")[0]) for record in caplog.records]
     assert refused == [
-        ("ERROR", "the worker"),
         ("INFO", "nobody answers for the worker"),
         ("WARNING", "worker d1 (decode)"),
+        ("ERROR", "the worker"),
         ("ERROR", "worker d1 (decode)"),
         ("ERROR", "worker d1 (decode)"),
         ("INFO", "nobody answers for the worker"),
