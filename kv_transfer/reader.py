@@ -240,6 +240,8 @@ class Reader:
             key = self._reads[event.tag]
             if not isinstance(event, ReadStalled):
                 del self._reads[event.tag]
+            if isinstance(event, ReadMismatch):  # also of what was given up meanwhile
+                self.counters.checksum_failures += len(event.pages)
             reading = self._open.get(key)
             if reading is not None:
                 self._read_event(reading, event, now)
@@ -269,7 +271,6 @@ class Reader:
         else:
             self.landings.read_ended(event.tag)
             if isinstance(event, ReadMismatch):
-                self.counters.checksum_failures += len(event.pages)
                 reading.mismatches += len(event.pages)
                 reason = f"checksums of {len(event.pages)} pages differ"
             else:

@@ -129,6 +129,14 @@ def test_all_pages_land() -> None:
     case.finish()
 
 
+def test_a_mismatch_is_counted_whether_or_not_somebody_still_waits() -> None:
+    case = Case()
+    read = case.read(0, 2, 8)
+    assert case.reader.cancel(case.key)
+    case.reader.completed(ReadMismatch(read.tag, [read.dst_pages[1]]), 2.0)
+    assert case.reader.counters.checksum_failures == 1 and case.reader.quarantined_pages == 0
+
+
 def test_a_failed_read_keeps_what_landed() -> None:
     for event in (ReadFailed, ReadMismatch):
         case = Case()
