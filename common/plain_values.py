@@ -95,7 +95,7 @@ def texts(values: Any, field: str) -> list[str]:
         "".join(found).encode()
     except (TypeError, UnicodeEncodeError) as error:
         raise ValueError(f"{field} must be text: {error}") from None
-    return list(map(str, found))
+    return list(map(str.__str__, found))  # not what members of an enumeration call themselves
 
 
 def biases(values: Any, field: str) -> dict[int, float]:

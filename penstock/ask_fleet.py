@@ -36,7 +36,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         try:
             return str(json.load(error)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
+        except (OSError, HTTPException, ValueError, KeyError, TypeError):
             return f"{error.code} {error.reason}"
     if isinstance(error, (KeyError, TypeError)):
         return "the answer is not a fleet's"

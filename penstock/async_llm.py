@@ -88,6 +88,7 @@ class AsyncLLM:
             raise ValueError("it is shut down")
         if self._backend.error is not None:
             raise RuntimeError(f"the engine failed: {self._backend.error}")
+        self._llm.check_open()
         name = request_id or f"async-{next(self._numbers)}"
         if name in self._streams:
             raise ValueError(f"a request {name!r} is running")

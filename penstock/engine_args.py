@@ -46,7 +46,7 @@ def supported(options: Mapping[str, Any]) -> dict[str, Any]:
                 continue  # the default, as in vLLM
             key = name, str(value).lower()
             if key not in VALUES:
-                found[name] = value
+                found[name] = str(value) if name == "device" else value  # torch has a type for it
             elif VALUES[key] is not None:
                 found[name] = VALUES[key]
         elif foreign := foreign_option(name.replace("_", "-")):

@@ -66,5 +66,9 @@ class FleetLLM(LLM):
     def _grammars(self) -> Grammars:
         return self._forms
 
+    def check_open(self) -> None:
+        """Raises ValueError after `close`, and in a fork of the process that made it."""
+        self.thread.check_open()
+
     def _begin(self) -> Run:
         return FleetRun(self.thread)

@@ -96,6 +96,10 @@ class FleetThread:
             self._loop.close()
             self._fleet.stop()
 
+    def check_open(self) -> None:
+        """Raises ValueError as `submit`."""
+        _ = self._running
+
     @property
     def _running(self) -> RouterService:
         if self._forked:

@@ -194,6 +194,7 @@ class LLM:
                 parameters and priorities differ, or an argument asks for what is not here. Nothing has been computed.
         """
         refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        self.check_open()
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         with FrozenHeap():
             choices = self.intake.all_choices(prompts, params, priority, tokenization_kwargs)
@@ -254,6 +255,7 @@ class LLM:
             ValueError: as `generate`.
         """
         refuse(lora_request=lora_request)
+        self.check_open()
         if concurrency_limit is not None and concurrency_limit < 1:
             raise ValueError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
         searches = [self.intake.search(prompt, params) for prompt in prompt_list(prompts)]
@@ -286,9 +288,13 @@ class LLM:
         constraints = self._built.engine.constraints
         return None if constraints is None else constraints.grammars
 
-    def _begin(self) -> Run:
+    def check_open(self) -> None:
+        """Raises ValueError after `close`: forms are not compiled then, nor is anything else done."""
         if self._closed:
             raise ValueError("it is closed")
+
+    def _begin(self) -> Run:
+        self.check_open()
         return EngineRun(self._built.engine)
 
     def _run_requests(self, choices: Sequence[Choice], use_tqdm: Tqdm) -> list[RequestOutput]:

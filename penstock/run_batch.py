@@ -15,12 +15,15 @@ import os
 import stat
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +38,7 @@ from penstock.http_client import Client, Reply, RequestError, connect
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_OPEN = 1024  # requests that are open at a time
 NO_ROOM = (429, 503)
+ANSWERED_S = 30.0  # a running server says that it is there
 RETRY_TIMEOUT_S = 600.0
 DOUBLINGS = 4  # of a second, before tries of a line that is refused again and again
 
@@ -215,6 +219,13 @@ class OutputFile:
 def _server(options: argparse.Namespace, rest: Sequence[str]) -> Iterator[str]:
     """The URL of the running server, or of a fleet that lives as long as the block."""
     if options.base_url:
+        try:
+            with urllib.request.urlopen(f"{options.base_url}/health", timeout=ANSWERED_S):
+                pass
+        except urllib.error.HTTPError:
+            pass  # somebody answers
+        except (OSError, HTTPException) as error:
+            raise ConfigError(f"no server answers at {options.base_url}: {error}") from None
         yield options.base_url
         return
     from penstock.common import logs
@@ -243,7 +254,7 @@ async def _answer(lines: Sequence[Line], url: str, key: str, out: OutputFile, op
 
 
 async def _in_order(client: Client, lines: Iterable[Line], retries: Retries) -> AsyncIterator[tuple[str, bool]]:
-    """OutputFile in the lines' order, up to MAX_OPEN requests ahead of the one that is waited for."""
+    """Answers in the lines' order, up to MAX_OPEN requests ahead of the one that is waited for."""
     waiting: deque[asyncio.Task[tuple[str, bool]]] = deque()
     for line in lines:
         waiting.append(asyncio.create_task(_send(client, line, retries)))

@@ -130,7 +130,10 @@ class HttpProtocol(HttpToolsProtocol):
                 return
             except httptools.HttpParserUpgrade as offered:
                 data = data[offered.args[0] :]
-            self.parser.feed_data(self._head_without_offer())
+            head = self._head_without_offer()
+            self.parser = httptools.HttpRequestParser(self)  # the old one has seen an end where nothing is kept alive
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(head)
 
     def _head_without_offer(self) -> bytes:
         method = self.parser.get_method()

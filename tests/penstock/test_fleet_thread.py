@@ -76,8 +76,9 @@ def test_a_fork_is_refused_and_ends_nothing(thread: FleetThread, monkeypatch: py
         child.setattr(os, "getpid", lambda: -1)
         with FleetRun(thread) as run, pytest.raises(ValueError, match="this one is a fork"):
             run.add(REQUEST)
-        with pytest.raises(ValueError, match="this one is a fork"):
-            _ = thread.model
+        for refused in (thread.check_open, lambda: thread.model):
+            with pytest.raises(ValueError, match="this one is a fork"):
+                refused()
         thread.close()
     assert thread._thread.is_alive() and thread._fleet.stopped == 0  # type: ignore[attr-defined]
 

@@ -26,6 +26,13 @@ class Number(enum.IntEnum):
     THREE = 3
 
 
+class Stop(str, enum.Enum):
+    END = "the end"
+
+    def __str__(self) -> str:
+        return "Stop.END"  # as of most enumerations
+
+
 ODD: list[Any] = [
     *(
         None,
@@ -139,6 +146,15 @@ def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
     for prompts in (array, [array], list(array), {"prompt_token_ids": array}, [torch.tensor(ids)]):
         [found] = run(llm, prompts, params)
         assert (found.prompt_token_ids, found.outputs[0].token_ids) == (ids, expected.outputs[0].token_ids)
+
+
+def test_members_of_an_enumeration_are_their_texts(llm: LLM) -> None:
+    params = SamplingParams(stop=[Stop.END, Word("a")], structured_outputs=StructuredOutputsParams(choice=[Stop.END]))
+    [request] = requests(llm, Stop.END, params, 0, Stop.END)
+    assert [*map(type, request.sampling.stop)] == [str, str] and request.sampling.stop == ["the end", "a"]
+    assert request.sampling.structured_outputs is not None
+    assert request.sampling.structured_outputs.choice == ["the end"] and request.request_id == "the end"
+    assert request.prompt_token_ids == llm.get_tokenizer().encode("the end")
 
 
 def test_what_is_larger_than_any_need_is_cut(llm: LLM) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from penstock import run_batch
 from penstock.cli import main
 from penstock.common.config import ServeConfig
 from penstock.common.errors import Overloaded, PenstockError, Unavailable
@@ -183,11 +184,21 @@ def test_lines_wait_as_long_as_others_are_answered() -> None:
     assert retries.wait_s(full, 0, 60.0 * 100 - 0.5, 0.0) is None
 
 
-def test_a_server_that_is_gone(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line("a"))
-    flags = ["-i", str(source), "-o", str(out), "--base-url", "http://127.0.0.1:9", "--disable-tqdm"]
-    assert main(["run-batch", *flags]) == 1
+    out.write_text("yesterday's\n")
+    assert run(source, out, "--base-url", "http://127.0.0.1:9") == 2
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+    assert out.read_text() == "yesterday's\n"
+
+
+def test_a_server_that_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not answer says so."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    monkeypatch.setattr(run_batch, "_server", lambda options, rest: contextlib.nullcontext(options.base_url))
+    assert run(source, out, "--base-url", "http://127.0.0.1:9") == 1
     assert answers(out)[0]["error"]["code"] == "connection_error"
 
 

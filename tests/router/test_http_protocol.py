@@ -265,6 +265,23 @@ async def test_offers_of_other_protocols_are_ignored(
     await connection.lose()
 
 
+@pytest.mark.parametrize("cut", [97, READ])
+@pytest.mark.parametrize(
+    "head",
+    [
+        POST + b"connection: close, upgrade\r\nupgrade: h2c\r\n",
+        b"POST /a HTTP/1.0\r\nconnection: upgrade\r\nupgrade: a\r\n",
+    ],
+)
+async def test_offers_over_connections_that_are_not_kept(head: bytes, cut: int) -> None:
+    connection = Connection()
+    connection.told.set()
+    content = b"a" * 100_000
+    await connection.get(head + b"content-length: 100000\r\n\r\n" + content, cut)
+    assert connection.asked == [content]
+    await connection.lose()
+
+
 async def test_a_head_with_an_offer_is_measured_as_a_whole() -> None:
     connection = Connection()
     head = POST + OFFERS["h2c"] + b"x-a: " + b"a" * MAX_HEAD_BYTES + b"\r\ncontent-length: 1\r\n\r\n"
