@@ -24,7 +24,8 @@ def root_hash(scope: str, extra_keys: Iterable[str] = ()) -> bytes:
 
 
 def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Hash of a full page of `tokens` that follows the page hashed `parent`."""
+    """Hash of a page of `tokens` that follows the page hashed `parent`. A page that is full in part has one of its own,
+    by which nobody looks for it but who takes its request over (docs/transfer.md)."""
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 

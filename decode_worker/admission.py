@@ -27,6 +27,7 @@ class Entry:
     held_tokens: int = 0  # leading tokens found in this worker's prefix cache at admission
     admitted: float = 0.0
     source: WorkerInfo | None = None  # a worker to fetch the prefix from
+    tail: bytes = b""  # of a request that has moved: the hash of what stands behind its full pages at the source
 
     def __post_init__(self) -> None:
         self.wants_room_since = self.arrived

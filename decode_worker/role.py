@@ -28,7 +28,7 @@ from penstock.common.messages import (
     request_key,
 )
 from penstock.decode_worker.admission import Admission, Entry
-from penstock.decode_worker.moves import MovedPages
+from penstock.decode_worker.moves import MovedPages, Tail
 from penstock.engine.outputs import StepOutput
 from penstock.engine.replies import log_end, to_delta
 from penstock.engine.request import Request
@@ -52,6 +52,7 @@ class DecodeRole:
         self._entries: dict[str, Entry] = {}
         self._transfers: dict[str, Spans] = {}  # what was read for requests that are in the engine now
         self._moved = MovedPages(loop.engine.pages, loop.peers.lease_s)
+        self._leaving: dict[str, tuple[Entry, Finish, int]] = {}  # moved, but a step may still write their last page
         self._to_move: set[str] = set()  # keys, as soon as they run
         self._prefix_queries = 0
         self._prefix_hits = 0
@@ -98,7 +99,9 @@ class DecodeRole:
             # To score a prompt all of it is computed: nothing that is cached is of use.
             known = 0 if request.wants_prompt_logprobs else shape.num_known
             hashes = shape.extend_hashes(scheduler.hash_scope, size, known)
-            entry = Entry(identity, request, message.prefill, now, list(hashes), source=message.source)
+            moved = message.source is not None and message.prefill is None and request.output_token_ids and known
+            tail = shape.tail_hash(scheduler.hash_scope, size, known - 1) if moved else b""
+            entry = Entry(identity, request, message.prefill, now, list(hashes), source=message.source, tail=tail)
             self._admission.submit(entry)
 
     def _refuse(self, identity: bytes, message: Submit, code: str, text: str, *, retryable: bool) -> None:
@@ -109,6 +112,9 @@ class DecodeRole:
         """Free everything of a request, wherever it is. Not answered."""
         if self._admission.cancel(key) is not None:
             return
+        leaving = self._leaving.pop(key, None)
+        if leaving is not None:
+            self._moved.release(leaving[0].request.request_id, leaving[0].request.choice)
         if self._entries.pop(key, None) is not None:
             if self._reader.cancel(key):
                 self._pages.release(key)
@@ -134,6 +140,8 @@ class DecodeRole:
         self._moved.expire(now)
         if self._to_move:
             self._move(now)
+        if self._leaving:
+            self._leave()
 
     def _move(self, now: float) -> None:
         """End what is to go on elsewhere: at once if it waits for room; if it reads pages, when it has them."""
@@ -144,21 +152,36 @@ class DecodeRole:
             if waiting is not None:
                 self._loop.replies.end(waiting.identity, waiting.request, Finish(reason="moved"))
             elif entry is not None and request is not None:
-                kept = self._moved.keep(entry.request.request_id, entry.request.choice, self._of_use(request), now)
-                index = request.num_output
+                pages, tail = self._of_use(request)
+                kept = self._moved.keep(entry.request.request_id, entry.request.choice, pages, now, tail)
                 finish = Finish(reason="moved", kept_tokens=kept * self._pages.page_size)
+                leaving = entry, finish, request.num_output
                 self._abort(key)
-                self._loop.replies.end(entry.identity, entry.request, finish, index=index)
+                self._leaving[key] = leaving
             elif entry is not None:
                 continue
             self._to_move.discard(key)
 
-    def _of_use(self, request: Request) -> list[int]:
-        """Pages with which a request can go on elsewhere; to score a prompt all of it is computed."""
+    def _leave(self) -> None:
+        """Tell the ends of what has moved, as soon as what it computed can be asked for."""
+        for key, (entry, finish, index) in list(self._leaving.items()):
+            if self._moved.is_whole(entry.request.request_id, entry.request.choice):
+                del self._leaving[key]
+                self._loop.replies.end(entry.identity, entry.request, finish, index=index)
+
+    def _of_use(self, request: Request) -> tuple[list[int], Tail | None]:
+        """Pages with which a request can go on elsewhere: full ones, and what stands behind them. To score a prompt all
+        of it is computed."""
         if request.scores_prompt:
-            return []
-        hashes = request.extend_hashes(self._engine.scheduler.hash_scope, self._pages.page_size, request.num_known - 1)
-        return self._pages.match(hashes)
+            return [], None
+        scope, size, computed = self._engine.scheduler.hash_scope, self._pages.page_size, request.num_known - 1
+        hashes = request.extend_hashes(scope, size, computed)[: computed // size]
+        pages = self._pages.match(hashes)
+        tail = request.tail_hash(scope, size, computed)
+        if not tail or len(pages) < len(hashes) or request.computed < computed or not self._pages.caching:
+            return pages, None
+        page = self._pages.table(request.key)[computed // size]
+        return pages, Tail(page, tail, hashes[-1] if hashes else b"")
 
     def _admit(self, now: float) -> None:
         preempted, waits = self._preempted() > 0, self._awaits_sibling
@@ -184,7 +207,7 @@ class DecodeRole:
                 self._reader.hand_off(self._wanted(entry, entry.num_tokens), lender, prefill, now)
             else:
                 full = (entry.num_tokens - 1) // self._pages.page_size * self._pages.page_size
-                self._reader.fetch(self._wanted(entry, full), lender, now)
+                self._reader.fetch(self._wanted(entry, entry.num_tokens - 1 if entry.tail else full), lender, now)
 
     def _preempted(self) -> int:
         """Sequences that want room again; one that waits to be told what it may say next does not want it yet."""
@@ -205,8 +228,8 @@ class DecodeRole:
 
     def _lender_of(self, entry: Entry) -> WorkerInfo | None:
         """Who computes the prompt for us or lends what it caches of it; None: all that is missing is computed here."""
-        size = self._pages.page_size
-        if entry.num_tokens - entry.held_tokens <= size:
+        least = 1 if entry.tail else self._pages.page_size
+        if entry.num_tokens - entry.held_tokens <= least:
             return None
         if entry.prefill is not None or entry.request.wants_prompt_logprobs:
             return entry.prefill
@@ -215,6 +238,9 @@ class DecodeRole:
     def _wanted(self, entry: Entry, num_tokens: int) -> Wanted:
         """The pages that the first `num_tokens` tokens lack."""
         request, held = entry.request, entry.held_tokens // self._pages.page_size
+        hashes = entry.hashes
+        if entry.tail:
+            hashes = [*hashes[: num_tokens // self._pages.page_size], entry.tail]
         return Wanted(
             key=entry.key,
             request_id=request.request_id,
@@ -223,7 +249,7 @@ class DecodeRole:
             first_page=held,
             num_pages=self._pages.pages_for(num_tokens) - held,
             num_tokens=num_tokens,
-            hashes=entry.hashes,
+            hashes=hashes,
         )
 
     def _start(self, read: Read) -> None:
@@ -283,6 +309,9 @@ class DecodeRole:
         return [*self._admission.entries(), *self._entries.values()]
 
     def give_up(self, finish: Finish) -> None:
+        for entry, moved, num_output in self._leaving.values():
+            self._loop.replies.end(entry.identity, entry.request, moved, index=num_output)
+        self._leaving.clear()
         for entry in self._all_entries():
             request = self._engine.scheduler.get(entry.key)
             index = request.num_output if request is not None else None

@@ -110,6 +110,10 @@ class PageManager:
                 return list(pages[:index])
         return list(pages)
 
+    def is_shared(self, page: int) -> bool:
+        """Whether a held page has more than one holder."""
+        return self._refs[page] > 1
+
     # ------------------------------------------------------------ changes
 
     def hold(self, holder: str, pages: Sequence[int]) -> None:

@@ -147,6 +147,15 @@ class Request:
             self.hashes.append(next_hash(parent, self.tokens[start : start + page_size]))
         return self.hashes
 
+    def tail_hash(self, scope: str, page_size: int, num_tokens: int) -> bytes:
+        """Of the last page of the first `num_tokens` tokens, if they fill it in part; else b"". No full page has it."""
+        start = num_tokens // page_size * page_size
+        if start == num_tokens:
+            return b""
+        hashes = self.extend_hashes(scope, page_size, start)
+        parent = hashes[start // page_size - 1] if start else root_hash(scope, [self.source.cache_salt])
+        return next_hash(parent, self.tokens[start:num_tokens])
+
     def iter_hashes(self, scope: str, page_size: int, num_tokens: int) -> Iterator[bytes]:
         """The same page by page, for callers that stop at the first unknown one: a whole prompt takes milliseconds."""
         for number in range(1, num_tokens // page_size + 1):

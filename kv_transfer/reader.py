@@ -117,7 +117,7 @@ class Reader:
         self._begin(Reading(wanted, worker, False, now, now), message, now)
 
     def fetch(self, wanted: Wanted, worker: WorkerInfo, now: float) -> None:
-        """Ask a worker to lend what it caches of these pages, which are full ones."""
+        """Ask a worker to lend what it caches of these pages; the last may be full in part (`Wanted.num_tokens`)."""
         self.counters.fetches += 1
         first, end = wanted.first_page, wanted.first_page + wanted.num_pages
         message = Fetch(
@@ -367,7 +367,8 @@ class Reader:
         if outcome.quarantined:
             self.pages.move(wanted.key, QUARANTINE, outcome.quarantined)
         held_tokens = wanted.first_page * size
-        tokens = max(held_tokens, min(held_tokens + len(outcome.landed) * size, reading.ticketed_tokens))
+        known = min(held_tokens + len(outcome.landed) * size, reading.ticketed_tokens, wanted.num_tokens)
+        tokens = max(held_tokens, known)
         reading.num_pages = len(outcome.landed)
         self.counters.transfer_pages += len(outcome.landed)
         self.counters.received_tokens += tokens - held_tokens

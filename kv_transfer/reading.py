@@ -23,7 +23,8 @@ PATIENCE_S = 2.0
 @dataclass(frozen=True)
 class Wanted:
     """Pages [first_page, first_page + num_pages) of a request's table. Those before are held by `key`, these promised
-    to it; `hashes` are of the request's full pages, from its beginning."""
+    to it; `hashes` are of the request's full pages, from its beginning, and of one that has moved of the last, too,
+    which is full in part."""
 
     key: str
     request_id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.decode_worker.moves import MovedPages
+from penstock.decode_worker.moves import MovedPages, Tail
 from penstock.engine.pages import PageManager
 
 
@@ -24,6 +24,36 @@ def test_kept_until_asked_for_or_expired() -> None:
     assert len(moved) == 1
     moved.expire(15.0)
     assert len(moved) == 0 and pages.num_held == 0
+    pages.check()
+
+
+def test_what_stands_behind_the_full_pages_is_found_once_no_step_writes_it() -> None:
+    pages = PageManager(8, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    full, part = pages.allocate("a", 2)
+    pages.name(full, b"full")
+    pages.hold("step 3", [part])
+    assert moved.keep("a", 0, [full], 0.0, Tail(part, b"part", b"full")) == 1
+    pages.release("a")
+    assert not moved.is_whole("a", 0) and pages.match([b"full", b"part"]) == [full]
+    pages.release("step 3")
+    assert moved.is_whole("a", 0) and moved.is_whole("a", 0) and moved.is_whole("unknown", 0)
+    assert pages.match([b"full", b"part"]) == [full, part]
+    moved.release("a", 0)
+    assert pages.num_held == 0
+    pages.check()
+
+
+def test_a_tail_that_nobody_asks_for_goes_with_the_rest() -> None:
+    pages = PageManager(8, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    (part,) = pages.allocate("a", 1)
+    pages.hold("step 3", [part])
+    assert moved.keep("a", 0, [], 0.0, Tail(part, b"part", b"")) == 0
+    pages.release("a")
+    moved.expire(10.0)
+    pages.release("step 3")
+    assert moved.is_whole("a", 0) and pages.match([b"part"]) == [] and pages.num_held == 0
     pages.check()
 
 

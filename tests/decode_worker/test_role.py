@@ -159,6 +159,15 @@ def test_what_moves_says_how_much_of_it_is_kept() -> None:
     known = 10 + len(case.tokens("r"))
     assert delta.finish == Finish(reason="moved", kept_tokens=(known - 1) // 4 * 4) and delta.index == known - 10
     assert case.role.busy(), "kept for a lease"
+    again = GenerateRequest(
+        request_id="again",
+        prompt_token_ids=[*PROMPT, 1, 2],
+        output_token_ids=case.tokens("r"),
+        sampling=SamplingParams(),
+    )
+    request, scope = Request(again, 0.0), case.engine.scheduler.hash_scope
+    hashes = [*request.extend_hashes(scope, 4, known - 1), request.tail_hash(scope, 4, known - 1)]
+    assert hashes[-1] and len(case.engine.pages.match(hashes)) == len(hashes), "what its last page holds, too"
     case.role.tick(11.0)
     case.finish()
 
