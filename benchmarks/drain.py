@@ -34,12 +34,13 @@ PAGE = 16
 
 @dataclass(frozen=True)
 class Stream:
-    """One answer as its client saw it. Gaps in milliseconds; `fetch_ms` is None where it did not move."""
+    """One answer as its client saw it. Gaps in milliseconds; `fetch_ms` is None where nothing had to be read."""
 
     token_ids: list[int]
     longest_gap_ms: float
     median_gap_ms: float
-    fetch_ms: float | None
+    fetch_ms: float | None  # of its pages, by the worker it moved to
+    moved: bool
     recomputed_tokens: int  # by the worker it moved to; the last known token nobody had computed before
 
 
@@ -57,12 +58,15 @@ async def _stream(client: Client, prompt: list[int], tokens: int) -> Stream:
             if last:
                 gaps.append((now - last) * 1e3)
             last = now
-    entries = {entry["name"]: entry for entry in timeline}
-    fetched, prefill = entries.get("fetch"), [e for e in timeline if e["name"] == "prefill"]
-    recomputed = prefill[-1]["computed_tokens"] - 1 if fetched and prefill else 0
+    attempts = [number for number, entry in enumerate(timeline) if entry["name"] == "prefill"]
+    again = timeline[attempts[0] + 1 :] if attempts else []  # of the worker that it moved to
+    fetched = next((entry for entry in again if entry["name"] == "fetch"), None)
+    computed = sum(entry["computed_tokens"] for entry in again if entry["name"] == "prefill")
+    moved = fetched is not None or any(entry["name"] == "queue" for entry in again)
+    recomputed = max(0, computed - 1)
     if len(token_ids) != tokens:
         raise SystemExit(f"{len(token_ids)} tokens came instead of {tokens}")
-    return Stream(token_ids, max(gaps), statistics.median(gaps), fetched["ms"] if fetched else None, recomputed)
+    return Stream(token_ids, max(gaps), statistics.median(gaps), fetched["ms"] if fetched else None, moved, recomputed)
 
 
 async def _run(fleet: Fleet, prompts: list[list[int]], tokens: int, leaving: str, after_s: float) -> list[Stream]:
@@ -90,7 +94,7 @@ def measure(streams: int, tokens: int, prompt_tokens: int) -> dict[str, Any]:
         calm = asyncio.run(_run(fleet, prompts, tokens, "", 0.0))
         half_s = (time.perf_counter() - started) / 2
         drained = asyncio.run(_run(fleet, prompts, tokens, "decode-0", half_s))
-    moved = [stream for stream in drained if stream.fetch_ms is not None]
+    moved = [stream for stream in drained if stream.moved]
     if not moved:
         raise SystemExit("no stream moved: they ended before; ask for more tokens")
     beyond = [stream.longest_gap_ms - (stream.fetch_ms or 0.0) for stream in moved]

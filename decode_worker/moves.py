@@ -36,7 +36,7 @@ class MovedPages:
 
     def keep(self, request_id: str, choice: int, pages: Sequence[int], now: float, tail: Tail | None = None) -> int:
         """These full pages, and the tail behind them, are not to be evicted for now, as far as they have not been
-        promised to others: returns how many of the full ones, from the first."""
+        promised to others: returns how many, from the first."""
         self.total += 1
         wanted = [*pages, tail.page] if tail is not None else pages
         kept = self._pages.with_room(wanted)
@@ -47,7 +47,7 @@ class MovedPages:
             self._until[holder] = now + self._keep_s
             if tail is not None and len(kept) == len(wanted):
                 self._tails[holder] = tail
-        return min(len(kept), len(pages))
+        return len(kept)
 
     def is_whole(self, request_id: str, choice: int) -> bool:
         """Whether all that is kept can be found: a tail once no step writes it any more. Unknown requests are whole."""

@@ -154,7 +154,8 @@ class DecodeRole:
             elif entry is not None and request is not None:
                 pages, tail = self._of_use(request)
                 kept = self._moved.keep(entry.request.request_id, entry.request.choice, pages, now, tail)
-                finish = Finish(reason="moved", kept_tokens=kept * self._pages.page_size)
+                kept_tokens = min(kept * self._pages.page_size, request.num_known - 1)
+                finish = Finish(reason="moved", kept_tokens=kept_tokens)
                 leaving = entry, finish, request.num_output
                 self._abort(key)
                 self._leaving[key] = leaving

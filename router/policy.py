@@ -204,7 +204,7 @@ def moved(placement: Placement, moving: Moving, num_tokens: int) -> Placement:
     A prefill worker is left out for less than a page; what is longer it computes behind the pages that it reads.
     """
     source = moving.source
-    held = min(moving.kept_tokens, (num_tokens - 1) // source.page_size * source.page_size)
+    held = min(moving.kept_tokens, num_tokens - 1)
     lacking = num_tokens - held
     if source.fingerprint != placement.decode.fingerprint or source.incarnation == placement.decode.incarnation:
         return placement

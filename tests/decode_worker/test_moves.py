@@ -33,7 +33,7 @@ def test_what_stands_behind_the_full_pages_is_found_once_no_step_writes_it() -> 
     full, part = pages.allocate("a", 2)
     pages.name(full, b"full")
     pages.hold("step 3", [part])
-    assert moved.keep("a", 0, [full], 0.0, Tail(part, b"part", b"full")) == 1
+    assert moved.keep("a", 0, [full], 0.0, Tail(part, b"part", b"full")) == 2
     pages.release("a")
     assert not moved.is_whole("a", 0) and pages.match([b"full", b"part"]) == [full]
     pages.release("step 3")
@@ -49,7 +49,7 @@ def test_a_tail_that_nobody_asks_for_goes_with_the_rest() -> None:
     moved = MovedPages(pages, keep_s=10.0)
     (part,) = pages.allocate("a", 1)
     pages.hold("step 3", [part])
-    assert moved.keep("a", 0, [], 0.0, Tail(part, b"part", b"")) == 0
+    assert moved.keep("a", 0, [], 0.0, Tail(part, b"part", b"")) == 1
     pages.release("a")
     moved.expire(10.0)
     pages.release("step 3")
