@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,4 +239,7 @@ def test_nothing_is_left_behind(transport: str, lend: StartLender) -> None:
     before = held()
     for _ in range(3):
         cycle()
-    assert held() == before
+    deadline = time.monotonic() + 10.0  # the system lists a thread for a moment after it was joined
+    while any(now > then for now, then in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline, (held(), before)
+        time.sleep(0.01)
