@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -16,6 +17,7 @@ import pytest
 import redis
 
 from penstock import child_process
+from penstock.common import router_redis
 from tests.forking import ForkedPython
 
 if not os.path.exists("/dev/nvidia0"):  # before anything imports triton: kernels run through its interpreter
@@ -74,6 +76,16 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def freeze(self) -> None:
+        """Have it accept connections and answer nobody, until `thaw`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen one go on, with what it was asked in the meantime."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def client(self) -> redis.Redis:
         """A plain client, to look at what is there; the caller closes it."""
         return redis.Redis.from_url(self.url)
@@ -93,6 +105,15 @@ def _fleets_start_at_once() -> Iterator[None]:
     """Workers and routers of fleets in this process are forked with everything imported (forking.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child_process, "Popen", ForkedPython)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _redis_may_be_slow() -> Iterator[None]:
+    """Half a second without an answer is no outage on a loaded machine; a test of one that hangs sets its own limit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router_redis, "READER_TIMEOUT_S", 60.0)
+        patch.setattr(router_redis, "CONNECT_TIMEOUT_S", 60.0)
         yield
 
 

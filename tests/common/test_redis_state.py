@@ -257,9 +257,12 @@ def test_a_dead_routers_reservations_vanish(redis_server):
     asyncio.run(scenario())
 
 
-def test_readers_answer_none_while_redis_is_away_and_recover(own_redis, monkeypatch):
+@pytest.mark.parametrize("hangs", [False, True])
+def test_readers_answer_none_while_redis_is_away_and_recover(own_redis, monkeypatch, hangs):
     for module in (redis_state, reservations, router_redis):
         monkeypatch.setattr(module, "AWAY_S", 0.2)
+    monkeypatch.setattr(router_redis, "READER_TIMEOUT_S", 0.5 if hangs else 60.0)
+    go, come_back = (own_redis.freeze, own_redis.thaw) if hangs else (own_redis.stop, own_redis.start)
     writer = RegistryWriter(own_redis.url, "ns", worker(lease_s=0.6))
 
     async def scenario() -> None:
@@ -267,17 +270,17 @@ def test_readers_answer_none_while_redis_is_away_and_recover(own_redis, monkeypa
         load = Reservations(own_redis.url, "ns", "r1", 1.0)
         load.start()
         load.publish("i1", 3)
-        async with within(10):
+        async with within(60):
             while not await reader.workers():
                 await asyncio.sleep(0.01)
-            own_redis.stop()
+            go()
             assert await reader.workers() is None
             assert await reader.look_up(["i1"], HASHES) is None
             failures = reader.failures
             for _ in range(100):
                 assert await reader.look_up(["i1"], HASHES) is None
             assert reader.failures <= failures + 1, "while it is away nobody asks"
-            own_redis.start()
+            come_back()
             while await reader.workers() != [worker(lease_s=0.6)]:
                 await asyncio.sleep(0.01)
             with contextlib.closing(own_redis.client()) as client:
