@@ -303,7 +303,7 @@ class BackgroundStream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with httpx.stream("POST", self.url, json=BODY | {"stream": True}) as response:
+        with httpx.stream("POST", self.url, json=BODY | {"stream": True}, timeout=60) as response:
             for part in response.iter_text():
                 self.text += part
                 self.begun.set()

@@ -144,8 +144,8 @@ def test_a_process_that_takes_no_more_clients_still_tells(monkeypatch: pytest.Mo
     with two_processes() as (one, _, admin), silent_clients(admin, 65):
         told = samples(scraped(one), "python_info")
         assert [process for _, process, _ in told] == ["0", "1"]
-        assert httpx.get(f"http://127.0.0.1:{admin}/health").status_code == 200
-        refused = httpx.get(f"http://127.0.0.1:{admin}/v1/models")
+        assert httpx.get(f"http://127.0.0.1:{admin}/health", timeout=60).status_code == 200
+        refused = httpx.get(f"http://127.0.0.1:{admin}/v1/models", timeout=60)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
 
 

@@ -237,4 +237,4 @@ def test_redis_goes_away(own_redis: RedisServer) -> None:
             with pytest.raises(openai.InternalServerError) as caught:
                 asked()
             assert caught.value.status_code == 503 and "Redis" in caught.value.message
-        assert httpx.get(f"{router.url}/v1/responses/resp_0:events").status_code == 404
+        assert httpx.get(f"{router.url}/v1/responses/resp_0:events", timeout=60).status_code == 404

@@ -318,7 +318,7 @@ def _ask_all(client: AsyncOpenAI, prompts: list[list[int]], salt: str) -> list[a
 async def _wait_linked(running: Fleet, **wanted: int) -> None:
     """Until the router has links to so many workers again."""
     deadline = time.monotonic() + WITHIN_S
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         while (found := (await client.get(f"{running.url}/health")).json().get("workers")) != wanted:
             assert time.monotonic() < deadline, found
             await asyncio.sleep(0.05)

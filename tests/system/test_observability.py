@@ -160,7 +160,9 @@ def test_figures_are_those_of_the_traffic(running: Fleet) -> None:
 
 def test_the_transport_of_each_pair_is_named(running: Fleet) -> None:
     found = settled(running)
-    workers = {worker["worker_id"]: worker for worker in httpx.get(f"{running.url}/fleet").json()["workers"]}
+    workers = {
+        worker["worker_id"]: worker for worker in httpx.get(f"{running.url}/fleet", timeout=60).json()["workers"]
+    }
     expected = {"prefill-0": {}, "decode-0": {"prefill-0": "shm"}} if paired(running) else {"decode-0": {}}
     assert {worker_id: worker["transports"] for worker_id, worker in workers.items()} == expected
     counts = {

@@ -266,11 +266,11 @@ def test_keys(servers: dict[str, Server]) -> None:
     for key, url in (("sk-second", guarded.fleet.url), ("anything", free.fleet.url)):
         with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
             assert client.models.list().data
-    assert httpx.get(f"{guarded.fleet.url}/health").status_code == 200
+    assert httpx.get(f"{guarded.fleet.url}/health", timeout=60).status_code == 200
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
-        assert httpx.post(guarded.fleet.url + path, json=body).status_code == 401
-        assert guarded.http.post(path, json=body).status_code == 200
-        assert httpx.post(free.fleet.url + path, json=body).status_code == 200
+        assert httpx.post(guarded.fleet.url + path, json=body, timeout=60).status_code == 401
+        assert guarded.http.post(path, json=body, timeout=60).status_code == 200
+        assert httpx.post(free.fleet.url + path, json=body, timeout=60).status_code == 200
 
 
 # ------------------------------------------------------------ mistakes
