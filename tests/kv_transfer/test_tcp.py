@@ -83,31 +83,6 @@ def test_readers_that_are_killed_while_they_read_do_not_harm_their_lender(
     assert lender.process.poll() is None
 
 
-def test_a_killed_lender_fails_what_is_read_of_it(lend: StartLender, read_with: Callable[..., Reader]) -> None:
-    """Reads that end well have the right bytes, the others are settled; another lender is not disturbed."""
-    size, pages = 1 << 20, 32
-    source = contents(size, pages, seed=1)
-    victim, other = (lend("tcp", size, pages) for _ in range(2))
-    pool, mover = read_with("tcp", size, pages)
-    for lender in (victim, other):
-        mover.connect(lender.incarnation, "tcp", lender.description)
-    for i in range(16):
-        mover.read(ReadJob(str(i), victim.incarnation, "tcp", [2 * i, 2 * i + 1], [2 * i, 2 * i + 1]))
-    heard = wait_for(mover, count(1))
-    victim.send(signal.SIGKILL)
-    mover.read(ReadJob("late", victim.incarnation, "tcp", [1], [1]))
-    heard += wait_for(mover, count(17 - len(heard)))
-    for completion in heard:
-        assert isinstance(completion, ReadDone | ReadFailed)
-        if isinstance(completion, ReadDone):
-            first = 2 * int(completion.tag)
-            assert np.array_equal(pool.pages[first : first + 2], source[first : first + 2])
-    assert isinstance(next(c for c in heard if isinstance(c, ReadDone | ReadFailed) and c.tag == "late"), ReadFailed)
-    mover.disconnect(victim.incarnation)
-    mover.read(ReadJob("other", other.incarnation, "tcp", [9], [9], sums(source[[9]])))
-    assert isinstance(wait_for(mover, count(1))[0], ReadDone)
-
-
 def test_reads_of_a_stopped_lender_settle_when_it_is_given_up(
     lend: StartLender, read_with: Callable[..., Reader]
 ) -> None:

@@ -101,25 +101,25 @@ def test_shared_pages_outlive_their_owner(lend: StartLender, read_with: Callable
     assert isinstance(refused, ConnectFailed) and refused.peer == "again"
 
 
-@pytest.mark.parametrize("ucx_tls", ["", "tcp"])
+@pytest.mark.parametrize(("transport", "ucx_tls"), [("nixl", ""), ("nixl", "tcp"), ("tcp", "")])
 def test_killed_peer_fails_reads_and_leaves_the_rest_alone(
-    ucx_tls: str, lend: StartLender, read_with: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+    transport: str, ucx_tls: str, lend: StartLender, read_with: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads that end well have the right bytes, the others are settled failures; another peer is not disturbed."""
     monkeypatch.setenv("UCX_TLS", ucx_tls or "all")
     page_bytes, num_pages = 1 << 20, 32
     source = contents(page_bytes, num_pages, seed=1)
-    victim, other = (lend("nixl", page_bytes, num_pages, ucx_tls=ucx_tls) for _ in range(2))
-    pool, mover = read_with("nixl", page_bytes, num_pages)
+    victim, other = (lend(transport, page_bytes, num_pages, ucx_tls=ucx_tls) for _ in range(2))
+    pool, mover = read_with(transport, page_bytes, num_pages)
     for lender in (victim, other):
-        mover.connect(lender.incarnation, "nixl", lender.description)
-        mover.read(ReadJob(f"warm-{lender.incarnation}", lender.incarnation, "nixl", [0], [0]))
+        mover.connect(lender.incarnation, transport, lender.description)
+        mover.read(ReadJob(f"warm-{lender.incarnation}", lender.incarnation, transport, [0], [0]))
     wait_for(mover, count(2))
     for i in range(16):
-        mover.read(ReadJob(str(i), victim.incarnation, "nixl", [2 * i, 2 * i + 1], [2 * i, 2 * i + 1]))
+        mover.read(ReadJob(str(i), victim.incarnation, transport, [2 * i, 2 * i + 1], [2 * i, 2 * i + 1]))
     heard = wait_for(mover, count(1))
     victim.send(signal.SIGKILL)
-    mover.read(ReadJob("late", victim.incarnation, "nixl", [1], [1]))
+    mover.read(ReadJob("late", victim.incarnation, transport, [1], [1]))
     heard += wait_for(mover, count(17 - len(heard)))
     for completion in heard:
         assert isinstance(completion, ReadDone | ReadFailed)
@@ -128,7 +128,7 @@ def test_killed_peer_fails_reads_and_leaves_the_rest_alone(
             assert np.array_equal(pool.pages[pages], source[pages])
     assert isinstance(next(c for c in heard if isinstance(c, ReadDone | ReadFailed) and c.tag == "late"), ReadFailed)
     mover.disconnect(victim.incarnation)
-    mover.read(ReadJob("other", other.incarnation, "nixl", [9], [9], sums(source[[9]])))
+    mover.read(ReadJob("other", other.incarnation, transport, [9], [9], sums(source[[9]])))
     assert isinstance(wait_for(mover, count(1))[0], ReadDone)
 
 
