@@ -42,7 +42,7 @@ class CausalLM:
         self._layers = [_Layer(shared, index, weights) for index in range(spec.num_layers)]
         # On CPU a tied head is repacked beside the table that tokens are looked up in: one matrix more in memory, for a
         # third of the head's time, and the head is the largest matrix of a small model.
-        head = self._embedding if spec.tie_word_embeddings else weights.pop("head.weight")
+        head = weights.pop("head.weight", self._embedding)
         self._head = make_linear(head, None, workspace)
 
     @classmethod
@@ -66,8 +66,8 @@ class CausalLM:
                     source = f"{theirs}.self_attn.{name}_norm.weight"
                     yield Parameter(f"{ours}.{name}_norm.weight", (source,), (spec.head_dim,))
         yield Parameter("norm.weight", ("model.norm.weight",), (hidden,))
-        if not spec.tie_word_embeddings:
-            yield Parameter("head.weight", ("lm_head.weight",), (spec.vocab_size,), hidden)
+        tied_to = "model.embed_tokens.weight" if spec.tie_word_embeddings else None
+        yield Parameter("head.weight", ("lm_head.weight",), (spec.vocab_size,), hidden, tied_to)
 
     def one_of_each_layer(self) -> CausalLM:
         """The same weights, but only the first layer of each kind, and the last: their kernels are those of all."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,33 @@ class StoredTensor:
 
     def copy_to(self, target: Tensor, buffer: Tensor) -> None:
         """Copy into the flat `target` of any type and device, by way of `buffer` (uint8, at least one element)."""
+        start = 0
+        for piece in self._pieces(buffer):
+            target[start : start + len(piece)].copy_(piece)
+            start += len(piece)
+
+    def equals(self, other: StoredTensor, dtype: torch.dtype, buffer: Tensor) -> bool:
+        """Whether both are the same tensor once they are of type `dtype`; `buffer` as for `copy_to`."""
+        if self.shape != other.shape:
+            return False
+        count = buffer.nbytes // max(self.dtype.itemsize, other.dtype.itemsize)
+        mine = self._pieces(buffer[: count * self.dtype.itemsize])
+        theirs = other._pieces(torch.empty(count * other.dtype.itemsize, dtype=torch.uint8))
+        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in zip(mine, theirs, strict=True))
+
+    def _pieces(self, buffer: Tensor) -> Iterator[Tensor]:
+        """The elements in order, as many at a time as fit into `buffer`, where each piece gives way to the next."""
         step = buffer.nbytes // self.dtype.itemsize
         staging = buffer[: step * self.dtype.itemsize].view(self.dtype)
         window = memoryview(buffer.numpy().data)
+        left = math.prod(self.shape)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            for start in range(0, target.numel(), step):
-                count = min(step, target.numel() - start)
+            while left:
+                count = min(step, left)
                 self._fill(file, window[: count * self.dtype.itemsize])
-                target[start : start + count].copy_(staging[:count])
+                yield staging[:count]
+                left -= count
 
     def _fill(self, file: Any, window: memoryview) -> None:
         filled = 0

@@ -36,6 +36,7 @@ class Parameter:
     sources: tuple[str, ...]
     rows: tuple[int, ...]
     columns: int | None = None  # None: a vector
+    tied_to: str | None = None  # the checkpoint's tensor that serves for this one, unless both are there and differ
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,11 +51,13 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Read the parameters from the checkpoint in `path`; `progress` gets (bytes read, bytes to read).
 
+    The result lacks a parameter that is tied, unless the checkpoint gives it values of its own.
+
     Raises:
         ModelError: a file or tensor is missing, a tensor has another shape, a file is cut off or broken.
     """
     stored = _open_checkpoint(path)
-    wanted = list(parameters)
+    wanted = [parameter for parameter in parameters if not _is_tied(path, stored, parameter, dtype)]
     if missing := [name for parameter in wanted for name in parameter.sources if name not in stored]:
         raise ModelError(f"{path} lacks {_some(missing)}")
     for parameter in wanted:
@@ -84,7 +87,7 @@ def dummy_weights(
     parameters: Iterable[Parameter], dtype: torch.dtype, device: torch.device, progress: Progress | None
 ) -> dict[str, Tensor]:
     """Random weights without files: the same in every process on the same kind of device, norms at one."""
-    wanted = list(parameters)
+    wanted = [parameter for parameter in parameters if parameter.tied_to is None]
     total_bytes = sum(math.prod(parameter.shape) * dtype.itemsize for parameter in wanted)
     done_bytes = 0
     weights: dict[str, Tensor] = {}
@@ -119,6 +122,26 @@ def _open_checkpoint(path: Path) -> dict[str, StoredTensor]:
     for name in names:
         stored |= SafetensorsFile(path / name).tensors
     return stored
+
+
+def _is_tied(path: Path, stored: dict[str, StoredTensor], parameter: Parameter, dtype: torch.dtype) -> bool:
+    """Whether another tensor serves for the parameter; `stored` then lists the two as one, by that one's name.
+
+    As in transformers 5: either of two tied tensors may be missing (safetensors' save_model keeps the first
+    by name), and if they differ it is config.json that is wrong.
+    """
+    if parameter.tied_to is None:
+        return False
+    (name,) = parameter.sources
+    if name not in stored:
+        return True
+    own = stored[name]
+    buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
+    if not own.equals(stored.setdefault(parameter.tied_to, own), dtype, buffer):
+        logger.warning("%s: %s and %s differ, so they are not tied", path, name, parameter.tied_to)
+        return False
+    del stored[name]
+    return True
 
 
 def _some(names: list[str]) -> str:

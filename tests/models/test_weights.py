@@ -19,6 +19,7 @@ from torch import Tensor
 from penstock.models.decoder import CausalLM
 from penstock.models.errors import ModelError
 from penstock.models.registry import load_model
+from penstock.models.safetensors_file import SafetensorsFile
 from penstock.models.spec import read_spec
 from penstock.models.weights import dummy_weights, load_weights
 from tests.models.paged_loop import PagedLoop
@@ -92,14 +93,37 @@ def test_progress_counts_every_byte(checkpoint: Path) -> None:
     assert calls[-1] == (total, total)
 
 
-def test_a_tied_head_is_not_read(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+STORED_HEADS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "the same": (lambda t: t.update({HEAD: t[EMBEDDING].clone()}), ""),
+    "the same in a wider type": (lambda t: t.update({HEAD: t[EMBEDDING].double()}), ""),
+    "alone": (lambda t: t.update({HEAD: t.pop(EMBEDDING)}), ""),
+    "another": (lambda t: t.update({HEAD: t[EMBEDDING].roll(5, 0)}), f"{HEAD} and {EMBEDDING} differ"),
+}
+
+
+@pytest.mark.parametrize("kind", STORED_HEADS)
+def test_a_tied_head_that_is_stored_counts_as_in_transformers(
+    checkpoints: dict[str, Path], tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, told = STORED_HEADS[kind]
     path = Path(shutil.copytree(checkpoints["qwen2"], tmp_path / "qwen2"))
-    expected = reference_tokens(checkpoints["qwen2"], random_prompts([9]), 8)
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] = torch.full_like(tensors["model.embed_tokens.weight"], torch.nan)
-    save_file(tensors, path / "model.safetensors")
+    edit(change)(path)
     model = load_model(path, read_spec(path), dtype=torch.float32, device=CPU)
-    assert PagedLoop(model, 16).generate(random_prompts([9]), 8, 64) == expected
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+    assert PagedLoop(model, 16).generate(random_prompts([9]), 8, 64) == reference_tokens(path, random_prompts([9]), 8)
+
+
+@pytest.mark.parametrize("size_bytes", [8, 1001, 1 << 20])
+def test_tensors_are_compared_to_their_last_element(checkpoint: Path, size_bytes: int) -> None:
+    save_file(
+        {"a": torch.zeros(300), "b": torch.zeros(300).double(), "c": torch.cat([torch.zeros(299), torch.ones(1)])},
+        checkpoint / "model.safetensors",
+    )
+    stored = SafetensorsFile(checkpoint / "model.safetensors").tensors
+    buffer = torch.empty(size_bytes, dtype=torch.uint8)
+    assert stored["a"].equals(stored["b"], torch.float32, buffer)
+    assert not stored["b"].equals(stored["c"], torch.float32, buffer)
 
 
 def test_dummy_weights_need_no_files_and_are_always_the_same(checkpoint: Path) -> None:
