@@ -44,7 +44,8 @@ class Answers:
             self._add_prompt_logprobs(choice.request, new.prompt_logprobs)
         if new.spans is not None:
             request = choice.request
-            request.num_cached_tokens = max(request.num_cached_tokens, new.spans.cached_tokens)
+            found = min(new.spans.cached_tokens, len(choice.source.prompt_token_ids))  # what goes on: output, too
+            request.num_cached_tokens = max(request.num_cached_tokens, found)
         output, text = choice.output, choice.text
         if text is None:
             kept = len(new.token_ids)

@@ -89,6 +89,12 @@ class Choice:
         """What the workers told of their parts, in the order in which they joined in."""
         return list(self._spans.values())
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of its prompt. What goes on after an attempt that was lost may find the output of another request, too."""
+        found = max((span.cached_tokens for span in self._spans.values()), default=0)
+        return min(found, len(self.request.prompt_token_ids))
+
     def on_delta(self, delta: TokenDelta) -> None:
         """New tokens. A fault of ours ends this choice, never the service's pass over the other ones."""
         if self.ended:

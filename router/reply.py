@@ -214,7 +214,7 @@ class Reply(ABC):
         cached = dict.fromkeys(prompts, 0)
         for choice in self._choices:
             request_id = choice.request.request_id
-            cached[request_id] = max(cached[request_id], *(span.cached_tokens for span in choice.spans), 0)
+            cached[request_id] = max(cached[request_id], choice.cached_tokens)
         output_tokens = sum(choice.text.num_tokens for choice in self._choices)
         reasoning_tokens = sum(choice.reasoning_tokens for choice in self._choices)
         return Usage(sum(prompts.values()), output_tokens, sum(cached.values()), reasoning_tokens)

@@ -67,8 +67,7 @@ class MessagesFormat(AnswerFormat):
 
     def opening(self, choice: Choice) -> bytes:
         """See `AnswerFormat.opening`."""
-        cached = max((span.cached_tokens for span in choice.spans), default=0)
-        usage = Usage(len(choice.request.prompt_token_ids), 0, max(cached, 0))
+        usage = Usage(len(choice.request.prompt_token_ids), 0, choice.cached_tokens)
         return _event("message_start", {"message": self._message([], usage)}) + _event("ping", {})
 
     def delta(self, choice: Choice, delta: Delta, usage: Usage | None) -> bytes:

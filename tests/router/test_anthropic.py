@@ -300,7 +300,7 @@ def test_tools_and_results_become_chats() -> None:
 def told(deltas: Sequence[Delta]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(the events of a stream, the message in one piece) for what a choice says."""
     text: Any = SimpleNamespace(stop_reason=None)
-    choice: Any = SimpleNamespace(text=text, spans=[], request=SimpleNamespace(prompt_token_ids=[1, 2, 3]))
+    choice: Any = SimpleNamespace(text=text, cached_tokens=0, request=SimpleNamespace(prompt_token_ids=[1, 2, 3]))
     format, said, usage = MessagesFormat("msg_1", "tiny"), Said(), Usage(3, 9, 2)
     parts = [format.opening(choice)]
     for delta in deltas:

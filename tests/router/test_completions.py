@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from penstock.common.generation_defaults import GenerationDefaults
-from tests.router.fake_router import ANSWER, CONTEXT, Router, ids_of, running, say
+from tests.router.fake_router import ANSWER, CONTEXT, SPANS, Router, ids_of, running, say
 from tests.tiny_tokenizers import byte_level
 
 LENGTH = len(ids_of(ANSWER))
@@ -28,6 +28,12 @@ def test_whole_answer_with_usage(router: Router) -> None:
     assert answer.usage.completion_tokens == LENGTH + 1  # the end of sequence counts
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_of_a_prompt_no_more_is_cached_than_it_has(router: Router) -> None:
+    """A worker that takes a request over finds the output that another one has left there, too."""
+    usage = create(router, prompt=[5, 6]).usage
+    assert usage.prompt_tokens == usage.prompt_tokens_details.cached_tokens == 2 < SPANS.cached_tokens
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
