@@ -347,7 +347,7 @@ class Reader:
             computed = self._settle(reading)
             if reading.fetch and reading.size_bytes and not reading.failed:  # asking for it is part of what it costs
                 self.rates.read(reading.size_bytes, now - reading.began_at)
-            spans = reading.spans(self.pages.page_size, now)
+            spans = reading.spans(now)
             self._ended.append(Read(reading.wanted.key, computed, reading.first, spans))
 
     def _settle(self, reading: Reading) -> int:
@@ -369,11 +369,11 @@ class Reader:
         held_tokens = wanted.first_page * size
         known = min(held_tokens + len(outcome.landed) * size, reading.ticketed_tokens, wanted.num_tokens)
         tokens = max(held_tokens, known)
-        reading.num_pages = len(outcome.landed)
+        reading.num_pages, reading.num_tokens = len(outcome.landed), tokens - held_tokens
         self.counters.transfer_pages += len(outcome.landed)
-        self.counters.received_tokens += tokens - held_tokens
+        self.counters.received_tokens += reading.num_tokens
         if reading.fetch:
-            self.counters.fetched_tokens += tokens - held_tokens
+            self.counters.fetched_tokens += reading.num_tokens
         table, hashes = self.pages.table(wanted.key), wanted.hashes
         # Without its first token the prompt's last one is computed again: nobody else may find the page it is in.
         final = tokens if reading.fetch or reading.first is not None else min(tokens, wanted.num_tokens - 1)

@@ -70,6 +70,7 @@ class Reading:
     landed_at: float = 0.0
     size_bytes: int = 0
     num_pages: int = 0
+    num_tokens: int = 0  # in these pages
     mismatches: int = 0
 
     @property
@@ -101,13 +102,13 @@ class Reading:
             "quiet_s": round(now - self.came_at, 3),
         }
 
-    def spans(self, page_size: int, now: float) -> Spans:
+    def spans(self, now: float) -> Spans:
         """The transfer's part of the request's timeline."""
         if self.fetch:
             return Spans(
                 fetch_ms=max(0.0, now - self.began_at) * 1e3,
                 fetch_bytes=self.size_bytes,
-                fetched_tokens=self.num_pages * page_size,
+                fetched_tokens=self.num_tokens,
                 source=self.worker.worker_id,
                 transport=self.transport,
                 checksum_failures=self.mismatches,

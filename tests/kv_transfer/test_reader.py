@@ -394,6 +394,20 @@ def test_what_is_being_read_is_not_given_up_however_slow_the_link() -> None:
     case.finish()
 
 
+def test_a_page_that_is_full_in_part_counts_as_the_tokens_that_it_has() -> None:
+    case = fetching()
+    case.reader.cancel(case.key)
+    case.pages.release(case.key)
+    case.wanted = replace(case.wanted, num_pages=3, num_tokens=9, hashes=[*case.wanted.hashes, b"the ninth"])
+    case.pages.promise(case.key, 3)
+    case.reader.fetch(case.wanted, LENDER, 1.0)
+    case.done(case.read(0, 3, 12))
+    case.event(FetchDone(request_id="r", attempt=0, num_pages=3))
+    (read,) = case.reader.take_ended()
+    assert read.computed == read.spans.fetched_tokens == case.reader.counters.fetched_tokens == 9
+    case.finish()
+
+
 def test_tickets_of_one_prompt_are_read_in_order() -> None:
     case = Case()
     assert case.read(0, 1, 4).line == case.read(1, 2, 10).line == case.key
