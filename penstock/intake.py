@@ -98,6 +98,8 @@ class Intake:
         self._check_prompt(ids)
         number = next(self._numbers)
         name = str(number) if request_id is None else text(request_id, "request_id")
+        # A client may give an id again while tokens of the request that had it are still on their way.
+        unique = name if request_id is None else f"{name}-{number}"
         sampling = self._sampling(params, number, self._limits.max_model_len - len(ids))
         request = RequestOutput(name, words, ids, [CompletionOutput(index=i) for i in range(params.n)])
         return [
@@ -106,7 +108,7 @@ class Intake:
                 output,
                 self._output_text(sampling, ids),
                 GenerateRequest(
-                    request_id=name,
+                    request_id=unique,
                     choice=output.index,
                     prompt_token_ids=ids,
                     sampling=sampling,

@@ -153,7 +153,8 @@ def test_members_of_an_enumeration_are_their_texts(llm: LLM) -> None:
     [request] = requests(llm, Stop.END, params, 0, Stop.END)
     assert [*map(type, request.sampling.stop)] == [str, str] and request.sampling.stop == ["the end", "a"]
     assert request.sampling.structured_outputs is not None
-    assert request.sampling.structured_outputs.choice == ["the end"] and request.request_id == "the end"
+    assert request.sampling.structured_outputs.choice == ["the end"]
+    assert type(request.request_id) is str and request.request_id.startswith("the end")
     assert request.prompt_token_ids == llm.get_tokenizer().encode("the end")
 
 
@@ -162,6 +163,12 @@ def test_what_is_larger_than_any_need_is_cut(llm: LLM) -> None:
     assert request.sampling.top_k == request.sampling.logprobs == request.priority == LAST_PRIORITY == 2**31 - 1
     assert request.sampling.max_tokens == llm.max_model_len - len(request.prompt_token_ids)
     assert requests(llm, TEXT, GREEDY, -(2**70))[0].priority == -LAST_PRIORITY
+
+
+def test_an_id_that_is_given_again_is_another_request_to_who_computes_it(llm: LLM) -> None:
+    first, second = (llm.intake.choices(TEXT, GREEDY, 0, "again") for _ in range(2))
+    assert [choice.request.request_id for choice in (*first, *second)] == ["again", "again"]
+    assert len({choice.key for choice in (*first, *second)}) == 2
 
 
 def test_a_prompt_is_not_changed_by_who_gave_it(llm: LLM) -> None:
