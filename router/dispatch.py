@@ -81,6 +81,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._progress_timeout_s = progress_timeout_s
         self._live: set[str] = set()  # decode workers
+        self._waiting: dict[Key, Choice] = {}  # for one: all that ran may come to wait at once
         self._commands: list[Command] = []
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -129,7 +130,7 @@ class Dispatcher:
 
     def _worker_up(self, event: WorkerUp, now: float) -> None:
         self._live.add(event.incarnation)
-        for choice in [choice for choice in self.choices.values() if choice.state is State.WAITING]:
+        for choice in list(self._waiting.values()):
             self._apply(choice, event, now)
 
     def _worker_down(self, event: WorkerDown, now: float) -> None:
@@ -209,6 +210,7 @@ class Dispatcher:
         action(self, choice, event, now)
 
     def _place(self, choice: Choice, now: float, lost: Lost | None = None) -> None:
+        self._waiting.pop(choice.key, None)
         choice.state = State.PLACING
         choice.deadline = now + choice.request.queue_timeout_s + self._progress_timeout_s
         request, avoid = choice.as_it_stands(), frozenset(choice.failed)
@@ -241,9 +243,10 @@ class Dispatcher:
         self._fail(choice, InternalError("the request could not be routed"))
 
     def _wait(self, choice: Choice, now: float) -> None:
-        if sum(c.state is State.WAITING for c in self.choices.values()) >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             self._fail(choice, Unavailable(TOO_MANY_WAIT))
             return
+        self._waiting[choice.key] = choice
         choice.state = State.WAITING
         choice.deadline = now + choice.patience_s
 
@@ -374,6 +377,7 @@ class Dispatcher:
         if choice.state is State.QUEUED:
             self._commands.append(Dequeue(*choice.key))
         self._commands += self.whereabouts.end(choice)
+        self._waiting.pop(choice.key, None)
         del self.choices[choice.key]
 
     def _abort(self, choice: Choice) -> None:

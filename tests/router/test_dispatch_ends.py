@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
 from penstock.common.errors import Overloaded, QueueTimeout, Timeout, Unavailable
@@ -28,7 +30,7 @@ from penstock.router.dispatch_events import (
     WorkerDown,
     WorkerUp,
 )
-from penstock.router.dispatch_state import WAIT_FOR_WORKER_S
+from penstock.router.dispatch_state import WAIT_FOR_WORKER_S, Choice, Key
 from penstock.router.policy import Placement
 from tests.router.dispatching import Harness, delta, placement, request, the, worker
 
@@ -79,6 +81,21 @@ def test_few_may_wait(monkeypatch: pytest.MonkeyPatch):
         h.do(Submitted(request(name), name))
         h.do(Placed(name, 0, 0, None))
     assert the(Fail, h.all).sink == "b"
+    h.do(Cancelled("a", 0), Submitted(request("c"), "c"), Placed("c", 0, 0, None))
+    assert [fail.sink for fail in h.all if isinstance(fail, Fail)] == ["b"], "one that has left makes room"
+
+
+def test_who_comes_to_wait_costs_no_look_at_all_others():
+    """When the last worker is lost all that ran there come to wait at once, and the router stood still meanwhile."""
+
+    class Unseen(dict[Key, Choice]):
+        def values(self) -> NoReturn:
+            raise AssertionError("all were looked at")
+
+    h = Harness()
+    h.core.choices = Unseen()
+    h.do(Submitted(request(), "sink"), Placed("a", 0, 0, None))
+    assert the(Place, h.do(WorkerUp("d1"))).request.request_id == "a"
 
 
 def test_progress_moves_the_deadline():

@@ -279,6 +279,8 @@ class Faults(RuleBasedStateMachine):
                     at[one.incarnation].add(name)
         for incarnation in (*self.WORKERS, "p1"):
             assert names(self.core.whereabouts.at(incarnation)) == sorted(at[incarnation])
+        waiting = {key for key, choice in self.core.choices.items() if choice.state is State.WAITING}
+        assert self.core._waiting.keys() == waiting
 
     @rule(to=st.sampled_from(WORKERS))
     def look_who_is_on_the_way(self, to: str) -> None:
