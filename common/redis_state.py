@@ -184,10 +184,11 @@ class Lookup:
 class FleetReader:
     """A router's view of the workers. Every method answers None, soon, while Redis is away."""
 
-    def __init__(self, url: str, namespace: str, router_id: str) -> None:
+    def __init__(self, url: str, namespace: str, router_id: str, log_level: int = logging.WARNING) -> None:
         self.other_routers = 0  # that were there at the last look-up
         self._unreadable: set[str] = set()  # incarnations of workers that have been told of
-        self._redis = RouterRedis(url)
+        self._log_level = log_level
+        self._redis = RouterRedis(url, log_level)
         self._namespace = namespace
         self._router_id = router_id
         self._turn = asyncio.Semaphore(MAX_CONNECTIONS)  # a burst waits for connections; that is no failure
@@ -260,6 +261,7 @@ class FleetReader:
             except (msgspec.MsgspecError, ValueError) as error:
                 unreadable.add(incarnation)
                 if incarnation not in self._unreadable:
-                    log.warning("the record of worker %s cannot be read, so it is not used: %s", incarnation, error)
+                    told = "the record of worker %s cannot be read, so it is not used: %s"
+                    log.log(self._log_level, told, incarnation, error)
         self._unreadable = unreadable
         return workers

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class RouterRedis:
     """A connection pool that never makes a request wait for long: after a failure nobody asks for `AWAY_S`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, log_level: int = logging.WARNING) -> None:
+        self._log_level = log_level  # at which failures are told
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS + 1,  # look-ups, and the listing beside them
@@ -43,6 +44,6 @@ class RouterRedis:
     def failed(self, error: Exception) -> None:
         """Note a failure."""
         if not self.failures or time.monotonic() > self._away_until + AWAY_S:
-            log.warning("Redis is away, serving from the last view: %s", error)
+            log.log(self._log_level, "Redis is away, serving from the last view: %s", error)
         self.failures += 1
         self._away_until = time.monotonic() + AWAY_S

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Mapping
@@ -142,7 +143,8 @@ def _registered(config: FleetConfig) -> list[WorkerInfo]:
     from penstock.common.redis_state import FleetReader
 
     async def read() -> list[WorkerInfo]:
-        reader = FleetReader(config.redis_url, config.namespace, "launcher")
+        # Asked several times a second while a worker starts: what is wrong, routers and workers say, and once.
+        reader = FleetReader(config.redis_url, config.namespace, "launcher", logging.DEBUG)
         try:
             return await reader.workers() or []
         finally:

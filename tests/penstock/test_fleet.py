@@ -68,6 +68,14 @@ def test_a_redis_that_is_given_is_not_started() -> None:
     assert json.loads(fleet.specs[0].stdin)["redis_url"] == "redis://db:6379/1"
 
 
+def test_a_redis_that_is_away_is_for_the_processes_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+    """The launcher asks it again and again while a worker starts."""
+    redis_url = f"redis://127.0.0.1:{free_port()}/0"
+    fleet = Fleet(ServeConfig(model="tiny", device="cpu", port=0, redis_url=redis_url))
+    assert not fleet.specs[0].ready(1)
+    assert not caplog.records
+
+
 def test_a_port_in_use_is_found_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
