@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from penstock.common.config import RouterConfig, WorkerConfig
+from penstock.common.config import TWO_PHASE_MIXED_CHUNK_TOKENS, RouterConfig, WorkerConfig
 from penstock.common.config_loader import load_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -71,6 +71,7 @@ def test_commands_parse_and_agree(file: str) -> None:
     assert router.host == "0.0.0.0"
     for worker in (prefill, decode):
         assert worker.bus_host == "0.0.0.0"
+    assert decode.mixed_chunk_tokens == TWO_PHASE_MIXED_CHUNK_TOKENS  # as penstock serve sets it
 
 
 @pytest.mark.parametrize("file", FILES)
