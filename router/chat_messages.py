@@ -15,7 +15,9 @@ from penstock.common.errors import BadRequest
 Message = dict[str, Any]
 _TEXT_OF_PART = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _arguments = msgspec.json.Decoder(dict[str, Any])
-MAX_MESSAGES = 16_384  # and parts of their contents: each is checked, and a client's turn keeps the others waiting
+MAX_MESSAGES = (
+    16_384  # with the parts of their contents, and calls: each is checked, and a client's turn keeps the others waiting
+)
 
 
 class ContentForms(NamedTuple):
@@ -36,13 +38,17 @@ def template_messages(messages: Sequence[Message], forms: ContentForms) -> list[
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Raise BadRequest for what `template_messages` would refuse."""
-    check_count("messages", (message.get("content") for message in messages))
+    check_count(
+        "messages", messages, (message.get(field) for message in messages for field in ("content", "tool_calls"))
+    )
     template_messages(messages, ContentForms())
 
 
-def check_count(field: str, contents: Iterable[Any]) -> None:
-    """Raise BadRequest if there are too many messages, of these contents, with their parts."""
-    count = sum(1 + (len(content) if isinstance(content, list) else 0) for content in contents)
+def check_count(field: str, messages: Sequence[Any], contents: Iterable[Any]) -> None:
+    """Raise BadRequest if there are too many messages, with the parts that they have in `contents`."""
+    count = len(messages)
+    if count <= MAX_MESSAGES:
+        count += sum(len(content) for content in contents if isinstance(content, list))
     if count > MAX_MESSAGES:
         raise BadRequest(f"{field}: at most {MAX_MESSAGES} messages and parts, got {count}", param=field)
 

@@ -14,6 +14,7 @@ from penstock.common.errors import BadRequest
 from penstock.router.chat_messages import check_count
 from penstock.router.known_fields import not_supported
 from penstock.router.protocol import ChatRequest
+from penstock.router.tools.request import check_tool_count
 from penstock.router.translate import chat_request
 
 # Chat's field -> the one of this API that it is made of.
@@ -132,9 +133,10 @@ class PromptRequest(msgspec.Struct, kw_only=True):
         """Raise BadRequest for what the types alone cannot tell."""
         if not self.messages:
             raise BadRequest("messages must hold at least one message", param="messages")
-        check_count("messages", (message.content for message in self.messages))
+        check_count("messages", self.messages, (message.content for message in self.messages))
         for at, message in enumerate(self.messages):
             _check_blocks(message, f"messages[{at}].content")
+        check_tool_count(self.tools)
         for at, tool in enumerate(self.tools or ()):
             if tool.type not in (None, "custom"):
                 raise not_supported(f"tools[{at}].type", f"a tool of type {tool.type!r} (tools[{at}])")

@@ -14,6 +14,7 @@ from penstock.common.errors import BadRequest
 from penstock.router.chat_messages import check_count
 from penstock.router.known_fields import not_supported
 from penstock.router.protocol import ChatRequest, StreamOptions
+from penstock.router.tools.request import check_tool_count
 from penstock.router.translate import chat_request
 
 MAX_METADATA = 16  # pairs, with keys and values of at most:
@@ -174,9 +175,10 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         ):
             limits = f"{MAX_METADATA} pairs of at most {MAX_METADATA_KEY} and {MAX_METADATA_VALUE} characters"
             raise BadRequest(f"metadata must be at most {limits}", param="metadata")
-        check_count("input", (item.content for item in self.items))
+        check_count("input", self.items, (item.content for item in self.items))
         for at, item in enumerate(self.items):
             _check_item(item, f"input[{at}]")
+        check_tool_count(self.tools)
         for at, tool in enumerate(self.tools or ()):
             if tool.type != "function":
                 raise not_supported(f"tools[{at}].type", f"a tool of type {tool.type!r} (tools[{at}])")

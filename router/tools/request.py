@@ -46,6 +46,12 @@ def tool_use(tools: Sequence[Any] | None, choice: object) -> ToolUse:
     return ToolUse("named", schemas, name)
 
 
+def check_tool_count(tools: Sequence[Any] | None) -> None:
+    """Raise BadRequest for more tools than are looked at: each is, and a client's turn keeps the others waiting."""
+    if tools and len(tools) > MAX_TOOLS:
+        raise BadRequest(f"tools must be at most {MAX_TOOLS}", param="tools")
+
+
 def _named(choice: object) -> str:
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -56,8 +62,7 @@ def _named(choice: object) -> str:
 
 
 def _schemas(tools: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
-    if len(tools) > MAX_TOOLS:
-        raise BadRequest(f"tools must be at most {MAX_TOOLS}", param="tools")
+    check_tool_count(tools)
     schemas: dict[str, Mapping[str, Any]] = {}
     for at, tool in enumerate(tools):
         where = f"tools[{at}]"

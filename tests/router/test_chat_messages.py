@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.common.errors import BadRequest
+from penstock.router.anthropic.request import MessagesRequest
 from penstock.router.chat_messages import MAX_MESSAGES, ContentForms, check_messages, template_messages
+from penstock.router.responses.request import ResponsesRequest
+from penstock.router.tools.request import MAX_TOOLS
 from tests.router.fake_router import running
 from tests.tiny_tokenizers import byte_level
 
@@ -55,12 +59,26 @@ def test_empty_calls_are_none() -> None:
     assert made == {"role": "assistant", "content": "a"}
 
 
-def test_messages_and_their_parts_are_counted() -> None:
-    part = {"type": "text", "text": ""}
+def test_messages_their_parts_and_calls_are_counted() -> None:
+    part, call = {"type": "text", "text": ""}, {"function": {"name": "f"}}
     check_messages([{"role": "user", "content": [part] * (MAX_MESSAGES - 1)}])
     for many in (
         [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1),
         [{"role": "user", "content": [part] * MAX_MESSAGES}],
+        [{"role": "assistant", "tool_calls": [call] * MAX_MESSAGES}],
     ):
         with pytest.raises(BadRequest, match="at most"):
             check_messages(many)
+
+
+def test_too_many_tools_are_refused_before_they_are_translated() -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "input": "a", "max_tokens": 1}
+    for kind, tool in (
+        (MessagesRequest, {"name": "f", "input_schema": {}}),
+        (ResponsesRequest, {"type": "function", "name": "f"}),
+    ):
+        request: Any = msgspec.convert({**body, "tools": [tool] * MAX_TOOLS}, kind)
+        request.check()
+        request.tools *= 2
+        with pytest.raises(BadRequest, match=f"tools must be at most {MAX_TOOLS}"):
+            request.check()

@@ -17,6 +17,7 @@ from penstock.router.openapi import OPERATIONS
 from penstock.router.protocol import ChatRequest, CompletionRequest
 from penstock.router.responses.request import ResponsesRequest
 from penstock.router.token_routes import DetokenizeRequest, TokenizeRequest
+from penstock.router.tools.request import MAX_TOOLS
 from tests.router.http_document import NOWHERE, code, fields, table
 
 BODIES: dict[str, Any] = {
@@ -65,7 +66,8 @@ def test_limits_are_told() -> None:
         "URL and headers": (http_protocol.MAX_HEAD_BYTES >> 10,),
         "body": (endpoints.MAX_BODY_BYTES >> 20,),
         "prompts times `n`": (protocol.MAX_CHOICES,),
-        "messages of a chat with the parts of their contents": (chat_messages.MAX_MESSAGES,),
+        "messages of a chat with the parts of their contents, and calls": (chat_messages.MAX_MESSAGES,),
+        "tools": (MAX_TOOLS,),
         "`stop` / `stop_token_ids` / `cache_salt`": (
             protocol.MAX_STOP_STRINGS,
             protocol.MAX_STOP_LENGTH,
