@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.models.config_fields import ROPE_FIELDS, check_fields
 from penstock.models.errors import ModelError
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -69,13 +70,14 @@ def read_rope(config: Mapping[str, Any]) -> RopeSpec:
     """Rotary parameters of a config.json of either style.
 
     Raises:
-        ModelError: a scaling kind without support, or a parameter it needs is missing.
+        ModelError: a scaling kind without support, or a parameter it needs is missing or wrong.
     """
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    check_fields(given, ROPE_FIELDS)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in KINDS:
         raise ModelError(f"rope scaling {kind} is not supported; supported are {', '.join(KINDS)}")
-    if given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ModelError("partial_rotary_factor other than 1 is not supported")
     max_position = config.get("max_position_embeddings", 0)
     original = given.get("original_max_position_embeddings") or max_position

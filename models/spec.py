@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.models.config_fields import FIELDS, check_fields
 from penstock.models.errors import ModelError
 from penstock.models.rope import RopeSpec, read_rope
 
@@ -85,6 +86,7 @@ def read_spec(path: Path) -> ModelSpec:
 
 def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     """The record of a parsed config.json; errors as `read_spec`."""
+    check_fields(config, FIELDS)
     names = config.get("architectures") or ["(none given)"]
     traits = TRAITS.get(names[0])
     if traits is None:
@@ -111,7 +113,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=config.get("head_dim") or traits.head_dim or hidden_size // num_heads,
         vocab_size=_count(config, "vocab_size"),
         max_position=rope.longest_context(_count(config, "max_position_embeddings")),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_eps=float(1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"]),
         rope=rope,
         sliding_windows=_windows(config, traits.windows, num_layers),
         qkv_bias=attention_bias if traits.qkv_bias is None else traits.qkv_bias,
@@ -149,7 +151,7 @@ def _windows(config: Mapping[str, Any], rule: str, num_layers: int) -> tuple[int
         return (None,) * num_layers
     if rule == "all":
         return (window,) * num_layers
-    first = config.get("max_window_layers", 28)
+    first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
     kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ModelError(f"layer_types {', '.join(sorted(unknown))} are not supported")

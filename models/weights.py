@@ -110,7 +110,7 @@ def _open_checkpoint(path: Path) -> dict[str, StoredTensor]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} has no readable weight_map") from error
     elif (path / "model.safetensors").exists():
         names = ["model.safetensors"]

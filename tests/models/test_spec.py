@@ -48,6 +48,13 @@ def test_both_styles_of_config_mean_the_same() -> None:
     assert parse_spec(old).eos_token_ids == (1, 2)
 
 
+def test_null_is_as_good_as_absent() -> None:
+    names = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "partial_rotary_factor", "layer_types")
+    assert parse_spec(LLAMA | dict.fromkeys(names)) == parse_spec(LLAMA)
+    sliding = QWEN2 | {"use_sliding_window": True}
+    assert parse_spec(sliding | {"max_window_layers": None}) == parse_spec(sliding)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_what_transformers_writes(tmp_path: Path, family: str) -> None:
     spec = read_spec(make_checkpoint(family, tmp_path))
@@ -111,6 +118,12 @@ def test_mistral_without_a_window() -> None:
         ({"rope_scaling": {"type": "linear"}}, "linear needs factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),
+        ({"num_key_value_heads": "4"}, "num_key_value_heads must be a whole number, got '4'"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of texts"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor must be a number, got '2'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("inf")}}, "factor must be a number, got inf"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method awq"),
     ],
 )

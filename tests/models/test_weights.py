@@ -159,6 +159,12 @@ def break_index(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def name_no_files(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": 1, "model.norm.weight": "a"}}'
+    )
+
+
 BREAKS: list[tuple[Callable[[Path], object], str]] = [
     (edit(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), r"lacks model\.layers\.2\.mlp\.up_proj\.weight$"),
     (edit(lambda t: t.pop("lm_head.weight")), r"lacks lm_head\.weight$"),
@@ -171,6 +177,7 @@ BREAKS: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: (path / "model.safetensors").unlink(), "neither model.safetensors nor"),
     (lose_shard, r"lacks the files model-00002-of-00002\.safetensors"),
     (break_index, "no readable weight_map"),
+    (name_no_files, "index.json has no readable weight_map"),
     (lambda path: cut(path, 300_000), "is cut off: .* reaches past its 300000 bytes"),
     (lambda path: cut(path, 500), "is cut off or no safetensors file"),
     (lambda path: cut(path, 3), "is cut off or no safetensors file"),
