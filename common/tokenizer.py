@@ -220,7 +220,11 @@ def _templates_in(value: Any) -> dict[str, str]:
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):
-        return {item["name"]: item["template"] for item in value if {"name", "template"} <= item.keys()}
+        return {
+            item["name"]: item["template"]
+            for item in value
+            if isinstance(item, dict) and {"name", "template"} <= item.keys()
+        }
     return {}
 
 
@@ -228,10 +232,17 @@ def _templates_beside(folder: Path) -> dict[str, str]:
     """Template files win over tokenizer_config.json."""
     found = _templates_in(read_json(folder / "chat_template.json").get("chat_template"))
     if (folder / "chat_template.jinja").is_file():
-        found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        found["default"] = _read_template(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = path.read_text(encoding="utf-8")
+        found[path.stem] = _read_template(path)
     return found
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def _decoder_spec(backend: tokenizers.Tokenizer) -> dict[str, Any]:

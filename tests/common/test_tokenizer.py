@@ -66,6 +66,15 @@ def test_missing_and_broken_files_are_config_errors(tmp_path: Path) -> None:
         Tokenizer.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_a_template_that_is_no_text_is_named(tmp_path: Path, name: str) -> None:
+    path = write_folder(tmp_path) / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(ConfigError, match=f"{name} cannot be read"):
+        Tokenizer.load(str(tmp_path))
+
+
 @given(st.lists(st.integers(0, 399), max_size=12))
 def test_bytes_of_byte_level_tokens_join_to_the_text(ids: list[int]) -> None:
     tokenizer = byte_level()
