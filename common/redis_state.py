@@ -209,17 +209,20 @@ class FleetReader:
         """Every worker whose lease is alive; a record that cannot be read (another version's) is left out."""
         if self._redis.is_away():
             return None
-        client, index = self._redis.client, f"{self._namespace}:workers"
+        client, answer, index = self._redis.client, self._redis.answer, f"{self._namespace}:workers"
         try:
             # Where there is nothing to choose from, nothing is looked up: who shares the room there has to be known.
-            self.other_routers = max(0, await client.scard(f"{self._namespace}:routers") - 1)
-            incarnations: list[Any] = sorted(await client.smembers(index))  # bytes, of a client that does not decode
+            self.other_routers = max(0, await answer(client.scard(f"{self._namespace}:routers")) - 1)
+            incarnations: list[Any] = sorted(
+                await answer(client.smembers(index))
+            )  # bytes, of a client that does not decode
             if not incarnations:
                 return []
-            records: list[Any] = await client.mget([f"{self._namespace}:worker:{i.decode()}" for i in incarnations])
+            keys = [f"{self._namespace}:worker:{i.decode()}" for i in incarnations]
+            records: list[Any] = await answer(client.mget(keys))
             dead = [i for i, record in zip(incarnations, records, strict=True) if record is None]
             if dead:  # a worker that lives after all adds itself again with its next refresh
-                await client.srem(index, *dead)
+                await answer(client.srem(index, *dead))
         except (redis.RedisError, OSError) as error:
             self._redis.failed(error)
             return None
@@ -241,7 +244,8 @@ class FleetReader:
                 return None
             began = time.monotonic()
             try:
-                answer: list[int] = await self._look_up(keys, [self._namespace, self._router_id, pages, *incarnations])
+                asked = self._look_up(keys, [self._namespace, self._router_id, pages, *incarnations])
+                answer: list[int] = await self._redis.answer(asked)
                 self.lookup_s.observe(time.monotonic() - began)
             except (redis.RedisError, OSError) as error:
                 self._redis.failed(error)

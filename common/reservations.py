@@ -79,7 +79,7 @@ class Reservations:
         pipe.delete(self._key)
         pipe.srem(self._routers_key, self._router_id)
         try:
-            await pipe.execute()
+            await self._redis.answer(pipe.execute())
         except (redis.RedisError, OSError) as error:
             self._redis.failed(error)
         await self._redis.client.aclose()
@@ -103,7 +103,7 @@ class Reservations:
         arguments: list[str | int] = [self._namespace, self._router_id, int(self._lease_s * 1000), *values]
         self._written, others = None, None
         try:
-            flat = await self._script([self._key, self._routers_key], arguments)
+            flat = await self._redis.answer(self._script([self._key, self._routers_key], arguments))
             others = {name.decode(): tokens for name, tokens in zip(flat[::2], flat[1::2], strict=True)}
             self._written = load
         except (redis.RedisError, OSError) as error:

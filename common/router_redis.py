@@ -5,19 +5,27 @@ Used by `FleetReader` (redis_state.py) and `Reservations` (reservations.py), eac
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Awaitable
+from typing import TypeVar
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from penstock.common.tasks import end_tasks
+
 READER_TIMEOUT_S = 0.5  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
-CONNECT_TIMEOUT_S = 1.0  # longer: a burst can hold the event loop for that long while connections are made
+LOOKS = 5  # in that time
+HELD_UP_S = 5.0  # above what holds up an event loop: the client's own time limits do not know of that
+CONNECT_TIMEOUT_S = 1.0
 AWAY_S = 1.0
 MAX_CONNECTIONS = 16
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class RouterRedis:
@@ -28,14 +36,34 @@ class RouterRedis:
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS + 1,  # look-ups, and the listing beside them
-            timeout=READER_TIMEOUT_S,
-            socket_timeout=READER_TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            timeout=HELD_UP_S,
+            socket_timeout=HELD_UP_S,
+            socket_connect_timeout=HELD_UP_S,
             retry=Retry(NoBackoff(), 0),
         )
         self.client: redis.asyncio.Redis = redis.asyncio.Redis.from_pool(pool)
         self.failures = 0
         self._away_until = float("-inf")
+
+    async def answer(self, asked: Awaitable[_T]) -> _T:
+        """What Redis answers.
+
+        An event loop that is held up, by a large body for instance, finds the answer and the end of the time at once:
+        so each of a few looks takes a part of the time, however long the loop stood still before it.
+
+        Raises:
+            redis.TimeoutError: there is no answer in time.
+        """
+        task = asyncio.ensure_future(asked)
+        try:
+            for _ in range(LOOKS):
+                await asyncio.wait({task}, timeout=READER_TIMEOUT_S / LOOKS)
+                if task.done():
+                    return task.result()
+            raise redis.TimeoutError(f"no answer within {READER_TIMEOUT_S:g} s")
+        finally:
+            if not task.done():
+                await end_tasks({task})
 
     def is_away(self) -> bool:
         """True for a while after a failure."""

@@ -30,7 +30,7 @@ async def take_turns(turn: Callable[[], Awaitable[None]], pause_s: Callable[[], 
         await asyncio.sleep(pause_s())
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until all have ended; their errors are theirs to report.
 
     Asks until it is heard: before Python 3.12 `asyncio.wait_for`, and what Redis' client builds on it, loses a cancel

@@ -113,6 +113,7 @@ def _redis_may_be_slow() -> Iterator[None]:
     """Half a second without an answer is no outage on a loaded machine; a test of one that hangs sets its own limit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(router_redis, "READER_TIMEOUT_S", 60.0)
+        patch.setattr(router_redis, "HELD_UP_S", 60.0)
         patch.setattr(router_redis, "CONNECT_TIMEOUT_S", 60.0)
         yield
 

@@ -185,7 +185,7 @@ class ResponseStore:
         if self._redis.is_away():
             return None
         try:
-            return await ask()
+            return await self._redis.answer(ask())
         except (redis.RedisError, OSError) as error:
             self._redis.failed(error)
             return None

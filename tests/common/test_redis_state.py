@@ -14,7 +14,7 @@ from penstock.common import redis_state, reservations, router_redis
 from penstock.common.messages import WorkerInfo, encode
 from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.prefix_index import pack
-from penstock.common.redis_state import FleetReader, RegistryWriter
+from penstock.common.redis_state import FleetReader, Lookup, RegistryWriter
 from penstock.common.reservations import Reservations
 from tests.index_view import index_view, pages_held
 from tests.worker_info import worker_info
@@ -253,6 +253,23 @@ def test_a_dead_routers_reservations_vanish(redis_server):
         assert found is not None and found["i1"].reserved_tokens == 0
         await reader.close()
         await load.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_answers_while_the_event_loop_is_held_up_is_not_away(own_redis, monkeypatch):
+    monkeypatch.setattr(router_redis, "READER_TIMEOUT_S", 0.2)
+
+    async def scenario() -> None:
+        reader = FleetReader(own_redis.url, "ns", "r1")
+        assert await reader.workers() == []
+        own_redis.freeze()
+        asked = asyncio.ensure_future(reader.look_up(["i1"], HASHES))
+        await asyncio.sleep(0.01)
+        own_redis.thaw()
+        time.sleep(0.3)  # whatever holds it up
+        assert await asked == {"i1": Lookup(0, 0)} and not reader.failures
+        await reader.close()
 
     asyncio.run(scenario())
 
