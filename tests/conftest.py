@@ -23,6 +23,9 @@ from tests.forking import ForkedPython
 if not os.path.exists("/dev/nvidia0"):  # before anything imports triton: kernels run through its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's `&`: what is interrupted here would not notice
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 hypothesis.settings.register_profile("no clock", deadline=None)  # a loaded machine fails no test
 hypothesis.settings.load_profile("no clock")
 
