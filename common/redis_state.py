@@ -107,7 +107,7 @@ class RegistryWriter:
                     self._write_pages(time.monotonic() + LEAVE_S)
                 self._index.leave(self._announcements)
             except redis.RedisError as error:
-                log.info("could not deregister (the lease will run out): %s", error)
+                log.info("could not deregister (the lease will run out): %s", _reason(error))
         self._redis.close()
 
     def _run(self) -> None:
@@ -169,8 +169,13 @@ class RegistryWriter:
         if connected and not self.connected:
             log.info("worker %s is registered in Redis", self._worker.worker_id)
         elif error is not None and not self._away:
-            log.warning("Redis is away: %s", error)
+            log.warning("Redis is away: %s", _reason(error))
         self.connected, self._away = connected, not connected
+
+
+def _reason(error: Exception) -> str:
+    """Of a pipeline's error without the command that it begins with: a worker's record is bytes, not text."""
+    return str(error).rpartition(" of pipeline caused error: ")[2]
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,15 @@ def test_a_redis_that_comes_back_empty_hears_everything_again(own_redis):
     writer.close()
 
 
+def test_a_redis_that_takes_nothing_is_told_of_in_its_words(own_redis, caplog):
+    with contextlib.closing(own_redis.client()) as client:
+        client.replicaof("127.0.0.1", 1)
+    writer = RegistryWriter(own_redis.url, "ns", worker())
+    eventually(lambda: bool(caplog.records))
+    writer.close()
+    assert caplog.messages[0] == "Redis is away: You can't write against a read only replica."
+
+
 def test_changes_kept_for_a_redis_that_is_away_are_bounded(own_redis, monkeypatch):
     monkeypatch.setattr(redis_state, "MAX_PENDING", 50)
     own_redis.stop()
