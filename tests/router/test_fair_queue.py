@@ -99,19 +99,33 @@ def test_a_queue_that_is_never_empty_does_not_remember_all_who_have_ever_waited(
     assert [queue.pop().start for _ in range(3)] == [0.0, 1.0, 2.0]
 
 
+def test_who_comes_last_does_not_look_at_all_before_it():
+    """A program asks for thousands of answers at once: its router stood still until each had looked at all others."""
+    looks = []
+
+    class Cost(float):
+        def __radd__(self, other: float) -> float:
+            looks.append(self)
+            return float(self) + other
+
+    queue = filled([("a", 0, Cost(3)) for _ in range(100)])
+    looks.clear()
+    assert queue.ahead(queue.place("last", "a", 0, 1.0, "a")) == 300 and not looks
+
+
 class Random(RuleBasedStateMachine):
     """Anything in any order: nobody is lost, nobody comes twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queue: FairQueue[str] = FairQueue(WEIGHTS)
-        self.waiting: set[int] = set()
+        self.waiting: dict[int, float] = {}  # what they cost
         self.number = 0
 
     @rule(tenant=TENANT, priority=st.integers(0, 1), cost=COST)
     def push(self, tenant: str, priority: int, cost: float) -> None:
         self.queue.push(self.queue.place(self.number, tenant, priority, cost, tenant))
-        self.waiting.add(self.number)
+        self.waiting[self.number] = cost
         self.number += 1
 
     @precondition(lambda self: self.waiting)
@@ -123,23 +137,25 @@ class Random(RuleBasedStateMachine):
             self.queue.push(place)
             again = self.queue.pop()
             assert again is not None and again.key == place.key, "it stays the first"
-        self.waiting.remove(place.key)
+        del self.waiting[place.key]
 
     @precondition(lambda self: self.waiting)
     @rule()
     def pop_last(self) -> None:
-        self.waiting.remove(self.queue.pop_last().key)
+        del self.waiting[self.queue.pop_last().key]
 
     @precondition(lambda self: self.number)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         key = data.draw(st.integers(0, self.number - 1))
         assert self.queue.remove(key) == (key in self.waiting)
-        self.waiting.discard(key)
+        self.waiting.pop(key, None)
 
     @invariant()
     def all_there(self) -> None:
         assert len(self.queue) == len(self.waiting) and all(key in self.queue for key in self.waiting)
+        last = self.queue.place("last", "a", 2, 1.0, "")
+        assert self.queue.ahead(last) == sum(self.waiting.values())
 
 
 TestRandom = Random.TestCase
