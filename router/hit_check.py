@@ -43,6 +43,7 @@ class HitCheck:
 
     def __init__(self) -> None:
         self._open: dict[Key, _Prediction] = {}
+        self._first: dict[tuple[str, str], Key] = {}  # by request and worker: its first choice there
         self._predicted = 0
         self._realised = 0
         self._missed = 0  # predicted and not found, request by request
@@ -58,7 +59,10 @@ class HitCheck:
         }
 
     def predicted(self, key: Key, attempt: int, worker_id: str, held_pages: int, page_size: int, tokens: int) -> None:
-        """This worker will compute a prompt of `tokens` tokens, of which it holds `held_pages` whole pages."""
+        """This worker will compute a prompt of `tokens` tokens, of which it holds `held_pages` whole pages. Another
+        choice of the same request finds what its first one there computes: of that nothing is predicted."""
+        if self._first.setdefault((key[0], worker_id), key) != key:
+            return
         most = (tokens - 1) // page_size  # the last token is always computed, for its logits
         self._open[key] = _Prediction(attempt, worker_id, min(held_pages, most) * page_size, tokens)
 
@@ -66,6 +70,8 @@ class HitCheck:
         """No other request is under way any more: some end without a report, aborted, or with their worker."""
         for key in [key for key in self._open if key not in keys]:
             del self._open[key]
+        for place in [place for place, key in self._first.items() if key not in keys]:
+            del self._first[place]
 
     def reported(self, key: Key, attempt: int, spans: Spans, now: float) -> str:
         """A worker's figures of a request; another worker's or attempt's do not count. Returns a warning, or ""."""

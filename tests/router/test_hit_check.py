@@ -30,6 +30,18 @@ def test_each_request_counts_once_at_the_worker_that_computes_it() -> None:
     assert check.counters() == {"predicted_hit_tokens": 30, "realised_hit_tokens": 20, "missed_hit_tokens": 10}
 
 
+def test_of_choices_that_find_what_their_first_one_computes_nothing_is_predicted() -> None:
+    check = HitCheck()
+    for choice, worker, cached in ((1, "w", 0), (0, "w", 100), (2, "other", 0), (1, "w", 0)):
+        check.predicted(("r", choice), 0, worker, 0, 10, 101)
+        check.reported(("r", choice), 0, spans(cached, worker), 0.0)
+    assert check.counters()["realised_hit_tokens"] == 0
+    check.keep({})
+    check.predicted(("r", 0), 1, "w", 10, 10, 101)
+    check.reported(("r", 0), 1, spans(100), 0.0)
+    assert check.counters()["realised_hit_tokens"] == 100
+
+
 def test_a_prompt_that_is_cached_whole_is_computed_from_its_last_page() -> None:
     check = HitCheck()
     check.predicted(("r", 0), 0, "w", 10, 10, 100)
