@@ -6,6 +6,7 @@ with `register`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from penstock.models.decoder import CausalLM
 from penstock.models.errors import ModelError
 from penstock.models.spec import TRAITS, ModelSpec, Traits
 from penstock.models.weights import dummy_weights, load_weights
+
+logger = logging.getLogger(__name__)
 
 # Weights, configuration, tokenizer and chat template; no .bin, .pth or GGUF copies of the same weights.
 _NEEDED_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -39,6 +42,8 @@ def resolve_checkpoint(model: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+        # The hub's own bars are for terminals: a worker that serve started would be silent for as long as it takes.
+        logger.info("%s is not here: what is not cached of it is downloaded from the Hugging Face hub", model)
         try:
             path = Path(snapshot_download(model, allow_patterns=list(_NEEDED_FILES)))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -32,7 +32,10 @@ def test_what_cannot_be_had_is_named(model: str, monkeypatch: pytest.MonkeyPatch
         resolve_checkpoint(model)
 
 
-def test_a_hub_id_brings_only_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_id_brings_only_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "penstock")
     calls: list[tuple[str, list[str]]] = []
 
     def download(model: str, allow_patterns: list[str]) -> str:
@@ -44,6 +47,7 @@ def test_a_hub_id_brings_only_what_is_needed(monkeypatch: pytest.MonkeyPatch, tm
     assert resolve_checkpoint("someone/model") == tmp_path
     ((model, patterns),) = calls
     assert model == "someone/model"
+    assert "downloaded from the Hugging Face hub" in caplog.text, "it may take long"
     assert "*.safetensors" in patterns
     assert not any(pattern.endswith((".bin", ".pth", ".gguf", "*")) for pattern in patterns)
 
