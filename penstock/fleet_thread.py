@@ -11,7 +11,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -22,9 +21,11 @@ from penstock.answers import New
 from penstock.common.config import ServeConfig
 from penstock.common.errors import PenstockError
 from penstock.common.messages import GenerateRequest, TokenDelta
+from penstock.common.tasks import begun
 from penstock.engine_run import key_of
 from penstock.fleet import WITHOUT_LIMITS, Fleet
 from penstock.router.service import ModelInfo, RouterService
+from penstock.router.slices import Slices
 
 Deliver = Callable[[New | Exception], None]
 LINK_TIMEOUT_S = 60.0  # from workers that are registered to links to all of them
@@ -45,6 +46,7 @@ class FleetThread:
         self._thread = Thread(target=self._loop.run_forever, name="fleet router", daemon=True)
         self._service: RouterService | None = None
         self._closed = False
+        self._asked: Slices[Callable[[], None]] = Slices(lambda do: do())  # in the order in which it was asked for
         self.error: Exception | None = None  # as EngineThread's; lost workers are started again
         self._thread.start()
         try:
@@ -73,13 +75,13 @@ class FleetThread:
         Raises:
             ValueError: `close` was called, or it is another process's.
         """
-        begun = asyncio.run_coroutine_threadsafe(self._running.submit(request, _Sink(deliver)), self._loop)
-        begun.add_done_callback(partial(_tell_failure, deliver))
+        self._loop.call_soon_threadsafe(self._asked.add, partial(_submit, self._running, request, deliver))
 
     def abort(self, request: GenerateRequest) -> None:
         """It needs no more tokens; a few may still come. After `close`, or while it ends requests: nothing."""
         if self._service is not None and not self._closed and not self._forked:
-            self._loop.call_soon_threadsafe(self._service.cancel, request.request_id, request.choice)
+            cancel = partial(self._service.cancel, request.request_id, request.choice)
+            self._loop.call_soon_threadsafe(self._asked.add, cancel)
 
     def close(self) -> None:
         """End requests, links, workers and Redis; returns when no process is left. Again, or in a fork: nothing."""
@@ -88,7 +90,7 @@ class FleetThread:
         self._closed = True
         try:
             if self._service is not None:
-                stop = asyncio.run_coroutine_threadsafe(self._service.stop(0.0), self._loop)
+                stop = asyncio.run_coroutine_threadsafe(self._stop(self._service), self._loop)
                 stop.exception(STOP_TIMEOUT_S)  # at the interpreter's exit it cannot end everything: the exit does
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -111,6 +113,11 @@ class FleetThread:
     @property
     def _forked(self) -> bool:
         return os.getpid() != self._pid
+
+    async def _stop(self, service: RouterService) -> None:
+        await service.stop(0.0)
+        while self._asked:  # which are refused now
+            await asyncio.sleep(0)
 
     async def _connect(self) -> RouterService:
         config = self._fleet.config
@@ -185,8 +192,9 @@ class _Sink:
         self._deliver(error)
 
 
-def _tell_failure(deliver: Deliver, begun: Future[None]) -> None:
-    """What the router raised instead of taking a request: nobody else would hear of it."""
-    error = None if begun.cancelled() else begun.exception()
-    if isinstance(error, Exception):
+def _submit(service: RouterService, request: GenerateRequest, deliver: Deliver) -> None:
+    """Here and now: a task of its own might begin after the request has been given up."""
+    try:
+        begun(service.submit(request, _Sink(deliver)))
+    except Exception as error:  # instead of taking it: nobody else would hear of it
         deliver(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from queue import SimpleQueue
+from threading import Event
 
 import pytest
 
@@ -38,11 +39,15 @@ class _Processes:
 class _Router:
     """In the place of `RouterService`: takes nothing."""
 
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
     async def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        self.asked.append("submit")
         raise OverflowError("Integer value out of range")
 
     def cancel(self, request_id: str, choice: int) -> None:
-        pass
+        self.asked.append("cancel")
 
     async def stop(self, grace_s: float) -> None:
         pass
@@ -69,6 +74,18 @@ def test_what_the_router_raises_reaches_whoever_asked(thread: FleetThread) -> No
         run.add(REQUEST)
         with pytest.raises(OverflowError, match="out of range"):
             run.outputs()
+
+
+def test_a_request_that_is_given_up_at_once_is_given_up(thread: FleetThread) -> None:
+    """Its end came before it: so it was computed whole, for nobody."""
+    busy, told = Event(), SimpleQueue[object]()
+    thread._loop.call_soon_threadsafe(busy.wait)
+    thread.submit(REQUEST, lambda new: None)
+    thread.abort(REQUEST)
+    thread.submit(REQUEST, told.put)
+    busy.set()
+    told.get(timeout=WAIT_S)
+    assert thread._service.asked == ["submit", "cancel", "submit"]  # type: ignore[union-attr]
 
 
 def test_a_fork_is_refused_and_ends_nothing(thread: FleetThread, monkeypatch: pytest.MonkeyPatch) -> None:
