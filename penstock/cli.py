@@ -19,6 +19,7 @@ from penstock.common.config_loader import Config, load_config, nearest
 from penstock.common.errors import ConfigError, ModelError
 from penstock.interrupt import INTERRUPTED, raise_interrupts
 from penstock.models.errors import ModelError as CheckpointError
+from penstock.standard_streams import open_standard_streams
 
 USAGE = """\
 usage: penstock COMMAND [options]
@@ -56,12 +57,12 @@ _NOT_FOR_SERVE = ("worker_id", "bus_port", "metrics_port", "kv_port", "memory_sh
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the process's arguments) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
     try:
         try:
             return _run(arguments)
         finally:
-            if sys.stdout is not None:  # closed: `>&-`
-                sys.stdout.flush()
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _stdout_is_cut():
             raise
@@ -97,8 +98,6 @@ def _run(arguments: list[str]) -> int:
 
 def _stdout_is_cut() -> bool:
     """Nobody reads what is printed any more."""
-    if sys.stdout is None:
-        return False
     stdout = select.poll()
     stdout.register(sys.stdout.fileno(), 0)
     cut = any(events & select.POLLERR for _, events in stdout.poll(0))
@@ -109,8 +108,7 @@ def _stdout_is_cut() -> bool:
 
 def _forget_stdout() -> None:
     """What was not printed yet goes nowhere; the interpreter need not find out once more at its end."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _serve(arguments: list[str]) -> int:

@@ -55,6 +55,19 @@ def test_a_full_disk_is_one_line(argv: list[str]) -> None:
     assert (ended.returncode, ended.stderr) == (1, b"penstock: error: [Errno 28] No space left on device\n")
 
 
+def test_closed_streams_lead_to_nowhere() -> None:
+    """A console on them, and what is opened next: it must not be where libraries write."""
+    program = (
+        "import os, sys; from penstock.standard_streams import open_standard_streams; open_standard_streams()\n"
+        "from penstock.console import Console; Console().line('decode-0', 'up')\n"
+        "print('?'); assert not sys.stdin.read()\n"
+        "assert os.path.samestat(os.stat(os.devnull), os.fstat(2))\n"
+        "assert os.open(os.devnull, os.O_RDONLY) > 2"
+    )
+    command = ["/bin/sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, timeout=100, cwd=CHECKOUT).returncode == 0
+
+
 def test_a_closed_output_is_no_mistake() -> None:
     command = ["/bin/sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "penstock", "simulate", "generated:9", *FLEET]
     ended = subprocess.run(command, stderr=subprocess.PIPE, timeout=100, cwd=CHECKOUT)
