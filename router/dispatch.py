@@ -58,7 +58,7 @@ from penstock.router.dispatch_state import Choice, Expired, Key, Lost, Moved, St
 from penstock.router.token_order import MAX_EARLY, Diverged, TokenOrder
 from penstock.router.whereabouts import Whereabouts
 
-MAX_WAITING = 1000
+MAX_WAITING = 1000  # or what may wait for room
 SHUTTING_DOWN = "this router is shutting down"
 TOO_MANY_WAIT = "no worker is up, and too many requests wait for one"
 MAX_PROMPT_TIMEOUTS = 30  # times `progress_timeout_s`: what an attempt's prompt may take, however busy its workers are
@@ -71,7 +71,7 @@ class InvalidTransition(RuntimeError):
 class Dispatcher:
     """All choices of one router that have not ended. `handle` and `tokens` return the commands to carry out."""
 
-    def __init__(self, max_attempts: int, progress_timeout_s: float) -> None:
+    def __init__(self, max_attempts: int, progress_timeout_s: float, max_waiting: int = MAX_WAITING) -> None:
         self.choices: dict[Key, Choice] = {}
         self.whereabouts = Whereabouts()
         self.retries = 0
@@ -80,6 +80,7 @@ class Dispatcher:
         self.moves = 0  # attempts that went on at another worker, with their pages
         self._max_attempts = max_attempts
         self._progress_timeout_s = progress_timeout_s
+        self._max_waiting = max_waiting
         self._live: set[str] = set()  # decode workers
         self._waiting: dict[Key, Choice] = {}  # for one: all that ran may come to wait at once
         self._commands: list[Command] = []
@@ -243,7 +244,7 @@ class Dispatcher:
         self._fail(choice, InternalError("the request could not be routed"))
 
     def _wait(self, choice: Choice, now: float) -> None:
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self._waiting) >= self._max_waiting:
             self._fail(choice, Unavailable(TOO_MANY_WAIT))
             return
         self._waiting[choice.key] = choice

@@ -28,7 +28,7 @@ from penstock.common.redis_state import FleetReader
 from penstock.common.reservations import Reservations
 from penstock.common.tasks import end_tasks, take_turns
 from penstock.common.text_probe import TextProbe
-from penstock.router.dispatch import SHUTTING_DOWN, Dispatcher
+from penstock.router.dispatch import MAX_WAITING, SHUTTING_DOWN, Dispatcher
 from penstock.router.dispatch_events import (
     Blame,
     Cancelled,
@@ -110,7 +110,8 @@ class RouterService:
         self._config = config
         self._health = Health(config.slow_start_s, max(config.stall_timeout_s, config.lease_s))
         self._fleet = Fleet((*config.served_model_name, config.model), self._health)
-        self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s)
+        max_waiting = max(MAX_WAITING, config.own_max_queued)
+        self._dispatcher = Dispatcher(config.max_attempts, config.progress_timeout_s, max_waiting)
         self._reader = FleetReader(config.redis_url, config.namespace, self.router_id)
         self._reservations = Reservations(config.redis_url, config.namespace, self.router_id, config.lease_s)
         self.off_loop = OffLoop()

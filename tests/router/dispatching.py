@@ -7,7 +7,7 @@ from typing import Any
 
 from penstock.common.messages import Finish, GenerateRequest, TokenDelta, WorkerInfo
 from penstock.common.sampling import SamplingParams
-from penstock.router.dispatch import Dispatcher
+from penstock.router.dispatch import MAX_WAITING, Dispatcher
 from penstock.router.dispatch_events import (
     Command,
     Deliver,
@@ -51,8 +51,8 @@ def placement(decode: str, prefill: str | None = None) -> Placement:
 class Harness:
     """A dispatcher with one choice "a" whose commands are kept by kind."""
 
-    def __init__(self, max_attempts: int = 3) -> None:
-        self.core = Dispatcher(max_attempts, progress_timeout_s=30.0)
+    def __init__(self, max_attempts: int = 3, max_waiting: int = MAX_WAITING) -> None:
+        self.core = Dispatcher(max_attempts, progress_timeout_s=30.0, max_waiting=max_waiting)
         self.all: list[Command] = []
         self.now = 100.0
 

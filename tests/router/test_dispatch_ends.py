@@ -7,7 +7,6 @@ from typing import NoReturn
 import pytest
 
 from penstock.common.errors import Overloaded, QueueTimeout, Timeout, Unavailable
-from penstock.router import dispatch
 from penstock.router.dispatch import State
 from penstock.router.dispatch_events import (
     Cancelled,
@@ -74,9 +73,8 @@ def test_a_request_waits_for_a_worker_no_longer_than_for_room():
     assert str(the(Fail, h.do(Tick())).error) == "no worker came up within 2 s"
 
 
-def test_few_may_wait(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dispatch, "MAX_WAITING", 1)
-    h = Harness()
+def test_few_may_wait():
+    h = Harness(max_waiting=1)
     for name in ("a", "b"):
         h.do(Submitted(request(name), name))
         h.do(Placed(name, 0, 0, None))

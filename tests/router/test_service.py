@@ -12,6 +12,7 @@ from penstock.common.errors import Overloaded, Unavailable
 from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.text_probe import TextProbe
 from penstock.router import fleet
+from penstock.router import service as router_service
 from penstock.router.rates import H200_LLAMA8B
 from penstock.router.service import ModelInfo
 from tests.index_view import pages_held
@@ -200,6 +201,20 @@ def test_more_choices_than_allowed_are_refused_at_once(redis_server, start_worke
             again = await send(service, request("again"))
             await ended(again)
             assert again.complete() and "late" not in {r.request_id for r in worker.submitted}
+
+    play(scenario())
+
+
+def test_as_many_as_may_wait_for_room_may_wait_for_a_worker(redis_server, monkeypatch):
+    """A program's fleet has no limit: its thousands of requests outlive the restart of its only worker."""
+    monkeypatch.setattr(router_service, "MAX_WAITING", 1)
+
+    async def scenario() -> None:
+        async with running(redis_server.url, 0, max_queued=3) as service:
+            sinks = [await send(service, request(str(number))) for number in range(4)]
+            await ended(sinks[3])
+            assert "too many requests wait" in str(sinks[3].error)
+            assert [sink.error for sink in sinks[:3]] == [None] * 3
 
     play(scenario())
 
