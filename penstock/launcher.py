@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 
 from penstock.common import logs
@@ -21,7 +22,7 @@ from penstock.common.errors import ConfigError
 from penstock.console import Console
 from penstock.fleet import Fleet
 from penstock.interrupt import INTERRUPTED
-from penstock.private_redis import port_is_free
+from penstock.private_redis import held_for_sharing, port_is_free
 from penstock.process_group import LaunchError, ProcessGroup
 from penstock.router_specs import reachable_address, router_specs
 
@@ -37,7 +38,8 @@ def launch(config: ServeConfig) -> int:
     logs.setup("launcher", config.log_level, config.log_format)
     logger.debug("configuration: %s", redacted(config))
     fleet = Fleet(config)
-    return run_in_foreground(fleet.group, lambda: ready_line(fleet), config.drain_s)
+    with _port_of(fleet.config):
+        return run_in_foreground(fleet.group, lambda: ready_line(fleet), config.drain_s)
 
 
 def launch_routers(config: RouterConfig) -> int:
@@ -52,7 +54,13 @@ def launch_routers(config: RouterConfig) -> int:
     group = ProcessGroup(router_specs(config, {"decode": 1}), Console(json_lines=config.log_format == "json"))
     where = reachable_address(config.host, config.port)
     ready = f"Penstock's routers are ready: {where} | {config.router_procs} processes"
-    return run_in_foreground(group, lambda: ready, config.drain_s)
+    with _port_of(config):
+        return run_in_foreground(group, lambda: ready, config.drain_s)
+
+
+def _port_of(config: RouterConfig) -> AbstractContextManager[None]:
+    """Keeps what routers of a group will share from other fleets; one router alone is refused a port that is taken."""
+    return held_for_sharing(config.host, config.port) if config.router_procs > 1 else nullcontext()
 
 
 def ready_line(fleet: Fleet) -> str:

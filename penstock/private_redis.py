@@ -14,6 +14,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -144,9 +146,26 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def port_is_free(host: str, port: int) -> bool:
     """True when a server could listen on this address now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port), family=family):
+        with socket.create_server((host, port), family=_family(host)):
             return True
     except OSError:
         return False
+
+
+@contextmanager
+def held_for_sharing(host: str, port: int) -> Iterator[None]:
+    """Within the block the port is free for none but processes that share it (SO_REUSEPORT), as routers of a group do.
+
+    They listen once they know their workers, minutes after it was found free. Until then nothing would keep another
+    fleet from it: each of the two would get a part of the other's requests.
+    """
+    with socket.socket(_family(host)) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with suppress(OSError):  # somebody was quicker: the routers will say so
+            holder.bind((host, port))  # and never listens, so that no connection comes here
+        yield
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

