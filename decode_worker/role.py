@@ -193,8 +193,9 @@ class DecodeRole:
             if lender is not None or entry.held_tokens:  # else the scheduler looks, and counts, itself
                 self._prefix_queries += entry.num_tokens
                 self._prefix_hits += entry.held_tokens
-            if lender is None:
+            if lender is None or lender is not entry.prefill:  # else a prefill worker computes it, and counts all of it
                 self._cached_tokens += entry.held_tokens
+            if lender is None:
                 self._engine.add(entry.request, arrived=entry.arrived, computed=entry.held_tokens)
             elif lender is entry.prefill:
                 router_id, _ = split_identity(entry.identity)

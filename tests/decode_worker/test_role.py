@@ -270,6 +270,20 @@ def test_choices_of_one_token_are_handed_off_together_and_longer_ones_wait_for_t
     case.finish()
 
 
+@pytest.mark.parametrize("source", [None, nixl_worker("decode-1", "d1")])
+def test_what_is_found_in_the_cache_counts_whether_or_not_more_is_fetched(source: WorkerInfo | None) -> None:
+    case = Case()
+    case.submit("first", PROMPT)
+    case.finish()
+    case.submit("r", [*PROMPT, *PROMPT], source=source)
+    case.links.events.append(("d1", PeerLost("d1", "killed")))
+    case.finish()
+    assert case.role.load()["fetches"] == (source is not None)
+    counters = case.engine.scheduler.counters
+    assert case.role.load()["cached_tokens"] + counters.prefix_hits == len(PROMPT)
+    assert counters.prompt_tokens == 2 * len(PROMPT)
+
+
 def test_a_preempted_request_that_waits_for_its_mask_holds_up_nobody() -> None:
     case = Case()
     mask = SimpleNamespace(ready=False, mask=b"\xff" * 16, allows=lambda token: True)
