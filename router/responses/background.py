@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from penstock.common.errors import PenstockError, Unavailable
 from penstock.common.logs import about
+from penstock.common.router_redis import AWAY_S
 from penstock.router.endpoints import internal_error
 from penstock.router.reply import Reply
 from penstock.router.responses.answer import ResponseFormat
@@ -20,6 +22,7 @@ from penstock.router.responses.store import ResponseKey, ResponseStore, Stored
 log = logging.getLogger(__name__)
 TELL_S = 0.25  # at least between two times that others are told how far it is
 TELL_FOLLOWERS_S = 0.02  # the same, while somebody follows it at another router
+KEEP_FOR_S = 60.0  # how long its end is held for a Redis that is away: a restart, not an outage of hours
 
 
 class BackgroundResponse:
@@ -37,14 +40,16 @@ class BackgroundResponse:
         stored: Callable[[], Stored],
     ) -> None:
         """`stored` is what is kept of it, once its status is final."""
-        self.format, self.streamed = format, streamed
-        self._key, self._store, self._stored = key, store, stored
+        self.format, self.streamed, self.stored = format, streamed, stored
+        self._key, self._store = key, store
         self._log = bytearray(format.queued())
         self._last = b""  # the events that tell how it ended
         self._told = 0  # bytes of the log
         self._written = 0  # bytes of it in the store, which are fewer where nobody follows it
         self._again_at = 0.0  # when it may be told from the beginning, if it was lost
-        self._ending = self._complete = False
+        self.held = False  # it is over, and Redis, which is away, has not got it yet
+        self._ending = False
+        self._complete = asyncio.Event()  # it is over, and stored unless Redis is away
         self._grown = asyncio.Event()  # set once, for those who wait now, and replaced
         self._hurry = asyncio.Event()  # it is ending, or others wish something of it
         self._hang_up = asyncio.Event()
@@ -59,21 +64,25 @@ class BackgroundResponse:
         return self._task
 
     async def cancel(self) -> None:
-        """End it, wherever it runs; returns when nothing of it runs any more."""
+        """End it, wherever it runs; returns when it is over."""
         self._hang_up.set()
         await self.over()
 
     async def over(self) -> None:
-        """Wait until nothing of it runs any more."""
+        """Wait until it is over, and stored unless Redis is away."""
+        await self._complete.wait()
+
+    async def gone(self) -> None:
+        """Wait until nothing of it is here any more."""
         await asyncio.wait({self._task})
 
     async def read(self, offset: int) -> tuple[bytes, bool]:
         """See `Log`."""
-        return bytes(self._log[offset:]), self._complete
+        return bytes(self._log[offset:]), self._complete.is_set()
 
     async def changed(self, offset: int) -> None:
         """See `Log`."""
-        if len(self._log) == offset and not self._complete:
+        if len(self._log) == offset and not self._complete.is_set():
             await self._grown.wait()
 
     async def _run(self, reply: Reply) -> None:
@@ -90,12 +99,21 @@ class BackgroundResponse:
         finally:
             self._ending = True
             self._hurry.set()
+            whole = b""
             try:
                 await telling
-                await self._store.keep(self._key, self._stored(), bytes(self._log) + self._last, self._written)
-            finally:  # nobody hears of the end before it is stored
-                self._complete = True
+                whole = bytes(self._log) + self._last
+                self.held = not await self._keep(whole)
+            finally:  # nobody hears of the end before it is stored, if it can be
+                self._complete.set()
                 self._grow(self._last)
+            until = time.monotonic() + KEEP_FOR_S
+            while self.held and not self._store.leaving and time.monotonic() < until:
+                await asyncio.sleep(AWAY_S)
+                self.held = not await self._keep(whole)
+
+    async def _keep(self, whole: bytes) -> bool:
+        return await self._store.keep(self._key, self.stored(), whole, self._written)
 
     async def _keep_telling(self) -> None:
         """Tell the other routers how far it is, and do what they wish, until it is over."""

@@ -63,7 +63,10 @@ class Responses:
 
     async def close(self) -> None:
         """End what runs in the background."""
-        await asyncio.gather(*(running.cancel() for running in self._running.values()))
+        self.leave()
+        made = list(self._running.values())
+        await asyncio.gather(*(running.cancel() for running in made))
+        await asyncio.gather(*(running.gone() for running in made))
         await self._store.close()
 
     # ------------------------------------------------------------ creating
@@ -97,11 +100,12 @@ class Responses:
             return ()
         field = "previous_response_id"
         key = tenant, response_id
-        if await self._made_here(key) is not None:
+        made = await self._made_here(key)
+        if made is not None and not made.format.is_final:
             raise BadRequest(f"{field}: the response {response_id!r} is still in the making", param=field)
         try:
             _check(key)
-            stored = await self._store.get(key)
+            stored = await self._store.get(key) if made is None else made.stored()
         except NotFound as error:
             raise BadRequest(f"{field}: {error.message}", param=field) from error
         if stored.made_elsewhere:
@@ -155,11 +159,11 @@ class Responses:
     # ------------------------------------------------------------ the other routes
 
     async def _made_here(self, key: ResponseKey) -> BackgroundResponse | None:
-        """What this router makes now; of one that has ended nobody hears before it is stored."""
+        """What this router makes now, or holds for a Redis that is away; of an end nobody hears before it is stored."""
         running = self._running.get(key)
         if running is not None and running.format.is_final:
             await running.over()
-            return None
+            return running if running.held else None
         return running
 
     async def _read(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
@@ -218,6 +222,7 @@ class Responses:
         running = self._running.get(key)
         if running is not None:
             await running.cancel()
+            await running.gone()
             if known != "told":  # Redis had lost it, or its lease: it has been stored as it ended
                 await self._store.wish(key, "delete")
         elif known == "unknown":

@@ -113,17 +113,18 @@ class ResponseStore:
             raise Unavailable("responses in the background need Redis, which is away")
         return Told(answer[0] in (b"cancel", b"delete"), answer[1] > 0, answer[0] == b"lost")
 
-    async def keep(self, key: ResponseKey, stored: Stored, log: bytes = b"", told: int = 0) -> None:
+    async def keep(self, key: ResponseKey, stored: Stored, log: bytes = b"", told: int = 0) -> bool:
         """Keep a response whose status is final; what was told of it goes, but for the log of one that is streamed.
 
-        Not kept: what is larger than the store, or when Redis is away. `told` are the bytes of the log that were told.
+        Not kept: what is larger than the store. `told` are the bytes of the log that were told. False: Redis is away.
         """
         if not stored.streamed:
             log, told = b"", 0
         turns = _pack(stored.turns)
         answer = await self._put(key, 0, stored.streamed, told, log[told:], stored.body, turns)
         if answer is not None and answer[0] == b"lost":
-            await self._put(key, 0, stored.streamed, 0, log, stored.body, turns)
+            answer = await self._put(key, 0, stored.streamed, 0, log, stored.body, turns)
+        return answer is not None
 
     async def _put(self, key: ResponseKey, lease_ms: int, streamed: bool, *written: int | bytes) -> Any:
         limits = (self.max_bytes, self._ttl_ms, lease_ms)
@@ -169,6 +170,11 @@ class ResponseStore:
     def wishes(self, key: ResponseKey, bell: asyncio.Event) -> AbstractAsyncContextManager[None]:
         """Have `bell` rung when another router wishes something of one that this router makes: `tell` hears what."""
         return self._news.listening(f"{self._namespace}:response:{_name(key)}:wish", bell)
+
+    @property
+    def leaving(self) -> bool:
+        """`leave` was called."""
+        return self._leaving
 
     def leave(self) -> None:
         """This router ends: who follows or waits for what others make hears so. What it makes itself can be kept."""

@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.common.errors import Unavailable
+from penstock.router.responses import background
 from penstock.router.responses.background import BackgroundResponse
 from penstock.router.responses.following import follow
 from penstock.router.responses.store import Stored, Told
@@ -24,6 +26,7 @@ class FakeStore:
     """Takes what it is told, unless it is away; `keep` waits for `may_keep`."""
 
     lease_s = 60.0
+    leaving = False
 
     def __init__(self) -> None:
         self.told: list[tuple[int, bytes]] = []
@@ -39,10 +42,11 @@ class FakeStore:
         self.told.append((offset, piece))
         return Told(self.wished, True, self.lost and offset > 0)
 
-    async def keep(self, key: Any, stored: Stored, log: bytes, told: int) -> None:
-        self.kept = log
+    async def keep(self, key: Any, stored: Stored, log: bytes, told: int) -> bool:
+        self.kept = b"" if self.away else log
         self.keeping.set()
         await self.may_keep.wait()
+        return bool(self.kept)
 
     @contextlib.asynccontextmanager
     async def wishes(self, key: Any, bell: asyncio.Event) -> AsyncIterator[None]:
@@ -95,6 +99,35 @@ def test_nobody_hears_of_the_end_before_it_is_stored() -> None:
         await response.over()
         assert b"".join(bodies) == store.kept
 
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_an_end_is_held_until_redis_is_back_or_the_router_leaves(
+    monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    monkeypatch.setattr(background, "AWAY_S", 0.0)
+
+    async def run(receive: Any, send: Any) -> None:
+        store.away = True
+        await send(piece(b"one\n\n", more=False))
+
+    async def check() -> None:
+        store.may_keep.set()
+        response = response_of(store)
+        await response.begin()
+        made = response.start(replying(run))
+        await response.over()
+        whole = b"queued\n\none\n\n"
+        assert response.held and await response.read(0) == (whole, True), "who asks here is told all the same"
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert response.held and not made.done()
+        store.away, store.leaving = not comes_back, not comes_back
+        await response.gone()
+        assert (response.held, store.kept) == ((False, whole) if comes_back else (True, b""))
+
+    store = FakeStore()
     asyncio.run(check())
 
 

@@ -224,6 +224,23 @@ def test_redis_restarts_under_a_response_in_the_making(own_redis: RedisServer) -
         assert list(there.openai.responses.retrieve(response_id, stream=True))[:7] == seen
 
 
+def test_redis_is_away_at_the_end_of_what_is_made_in_the_background(own_redis: RedisServer) -> None:
+    with running(redis_url=own_redis.url) as here, running(redis_url=own_redis.url) as there:
+        here.service.pause_after = 5
+        response_id = create(here, background=True).id
+        own_redis.stop()
+        assert here.openai.responses.cancel(response_id).status == "cancelled"
+        ended = here.openai.responses.retrieve(response_id)
+        assert ended.status == "cancelled"
+        own_redis.start()
+
+        def known() -> int:
+            return there.http.get(f"/v1/responses/{response_id}").status_code
+
+        eventually(known, lambda status: status == 200)
+        assert there.openai.responses.retrieve(response_id) == ended
+
+
 def test_redis_goes_away(own_redis: RedisServer) -> None:
     with running(redis_url=own_redis.url) as router:
         kept = create(router)
