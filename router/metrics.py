@@ -117,10 +117,10 @@ class RouterMetrics:
             self._inference.observe(prefill_s + decode_s)
             self._computed.observe(max(0, prompt_tokens - max(s.cached_tokens for s in spans)))
         for span in spans:
-            if span.transport:
-                self._moved(span)
+            if span.transport and not span.source:  # else a prefix was fetched over it
+                self._handed_off(span)
 
-    def _moved(self, span: Spans) -> None:
+    def _handed_off(self, span: Spans) -> None:
         """A choice's prompt was handed off."""
         histograms = self._transports.get(span.transport)
         if histograms is None:

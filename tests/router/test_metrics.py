@@ -8,11 +8,13 @@ import socket
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.common.errors import Overloaded
+from penstock.common.messages import GenerateRequest, Spans
 from penstock.router.http_metrics import HttpMeter, HttpMetrics
-from tests.router.fake_router import ANSWER, Router, ids_of, running
+from tests.router.fake_router import ANSWER, SPANS, Router, ids_of, running
 from tests.router.test_stalled import until
 
 
@@ -65,6 +67,22 @@ def test_figures() -> None:
     assert found["vllm:kv_cache_usage_perc", "decode-0"] == 0.25
     assert found["penstock:kv_transfer_bytes_total", "decode-0"] == 4096
     assert found["penstock:kv_pages_lent", "decode-0"] == 5
+
+
+def test_a_prefix_that_was_fetched_is_no_hand_off(router: Router) -> None:
+    """As it is for a prefill worker that fetches it, and for the worker to which a request has moved."""
+    script = router.service.script
+    fetched = Spans(worker="prefill-0", transport="tcp", fetch_bytes=512, source="decode-1")
+
+    def fetching(request: GenerateRequest) -> list[Any]:
+        first, *more = script(request)
+        return [replace(first, spans=fetched), *more]
+
+    router.service.script = fetching
+    router.openai.completions.create(model="tiny", prompt="a", max_tokens=99)
+    found = scrape(router)
+    assert found["penstock:handoff_bytes_count", "router"] == 1
+    assert found["penstock:handoff_bytes_sum", "router"] == SPANS.transfer_bytes
 
 
 def test_buckets_are_cumulative() -> None:
