@@ -69,18 +69,19 @@ def test_figures() -> None:
     assert found["penstock:kv_pages_lent", "decode-0"] == 5
 
 
-def test_a_prefix_that_was_fetched_is_no_hand_off(router: Router) -> None:
+def test_a_prefix_that_was_fetched_is_no_hand_off() -> None:
     """As it is for a prefill worker that fetches it, and for the worker to which a request has moved."""
-    script = router.service.script
     fetched = Spans(worker="prefill-0", transport="tcp", fetch_bytes=512, source="decode-1")
+    with running() as router:
+        script = router.service.script
 
-    def fetching(request: GenerateRequest) -> list[Any]:
-        first, *more = script(request)
-        return [replace(first, spans=fetched), *more]
+        def fetching(request: GenerateRequest) -> list[Any]:
+            first, *more = script(request)
+            return [replace(first, spans=fetched), *more]
 
-    router.service.script = fetching
-    router.openai.completions.create(model="tiny", prompt="a", max_tokens=99)
-    found = scrape(router)
+        router.service.script = fetching
+        router.openai.completions.create(model="tiny", prompt="a", max_tokens=99)
+        found = scrape(router)
     assert found["penstock:handoff_bytes_count", "router"] == 1
     assert found["penstock:handoff_bytes_sum", "router"] == SPANS.transfer_bytes
 
