@@ -78,7 +78,7 @@ class RouterMetrics:
         self._generation_tokens = new("request_generation_tokens", "Tokens of an answer.", TOKENS)
         self._longest = new("request_max_num_generation_tokens", "Tokens of a prompt's longest answer.", TOKENS)
         self._max_tokens = new("request_params_max_tokens", "max_tokens asked for.", TOKENS)
-        self._computed = new("request_prefill_kv_computed_tokens", "Prompt tokens that were not cached.", TOKENS)
+        self._computed = new("request_prefill_kv_computed_tokens", "Prompt tokens that were computed.", TOKENS)
         self._n = new("request_params_n", "n asked for.", CHOICES)
         self._transports: dict[str, tuple[Histogram, Histogram, Histogram]] = {}  # seconds, exposed seconds, bytes
         self.http = HttpMetrics()
@@ -115,7 +115,7 @@ class RouterMetrics:
             self._prefill.observe(prefill_s)
             self._decode.observe(decode_s)
             self._inference.observe(prefill_s + decode_s)
-            self._computed.observe(max(0, prompt_tokens - max(s.cached_tokens for s in spans)))
+            self._computed.observe(sum(s.computed_tokens for s in spans))
         for span in spans:
             if span.transport and not span.source:  # else a prefix was fetched over it
                 self._handed_off(span)

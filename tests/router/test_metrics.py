@@ -59,7 +59,7 @@ def test_figures() -> None:
     assert found["vllm:request_params_max_tokens_sum", "router"] == 99 + 3 + 99 + 16
     assert found["vllm:request_max_num_generation_tokens_sum", "router"] == 2 * tokens + 3
     assert found["vllm:request_max_num_generation_tokens_count", "router"] == 3  # once for n = 2
-    assert found["vllm:request_prefill_kv_computed_tokens_sum", "router"] == 10 - 3  # the others' prompts are shorter
+    assert found["vllm:request_prefill_kv_computed_tokens_sum", "router"] == 4 * SPANS.computed_tokens
     assert found["penstock:handoff_exposed_seconds_sum", "router"] == pytest.approx(4 * 0.001)
     assert found["penstock:retries_total", "router"] == 4
     assert found["vllm:num_requests_running", "decode-0"] == 3
