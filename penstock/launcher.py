@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import FrameType
 
 from penstock.common import logs
@@ -22,7 +23,7 @@ from penstock.common.errors import ConfigError
 from penstock.console import Console
 from penstock.fleet import Fleet
 from penstock.interrupt import INTERRUPTED
-from penstock.private_redis import held_for_sharing, port_is_free
+from penstock.private_redis import free_port, held_for_sharing, port_is_free
 from penstock.process_group import LaunchError, ProcessGroup
 from penstock.router_specs import reachable_address, router_specs
 
@@ -51,6 +52,7 @@ def launch_routers(config: RouterConfig) -> int:
     logs.setup("launcher", config.log_level, config.log_format)
     if not port_is_free(config.host, config.port):
         raise ConfigError(f"cannot listen on {config.host} port {config.port}: it is in use, or not an address here")
+    config = replace(config, port=config.port or free_port(config.host))
     group = ProcessGroup(router_specs(config, {"decode": 1}), Console(json_lines=config.log_format == "json"))
     where = reachable_address(config.host, config.port)
     ready = f"Penstock's routers are ready: {where} | {config.router_procs} processes"

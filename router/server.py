@@ -79,15 +79,16 @@ class RouterServer(uvicorn.Server):
         self._full = WarningLimiter()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """With an admin port, that one first."""
-        if not self._admin_port:
+        """With an admin port, that one first. `sockets`: listen there instead."""
+        if sockets is not None:
             await super().startup(sockets)
             return
         try:
-            admin = socket.create_server((ADMIN_HOST, self._admin_port), backlog=self.config.backlog)
+            admin = (ADMIN_HOST, self._admin_port)
+            first = [socket.create_server(admin, backlog=self.config.backlog)] if self._admin_port else []
         except OSError as error:
             raise ConfigError(f"cannot listen on {ADMIN_HOST} port {self._admin_port}: {error}") from error
-        await super().startup([admin])
+        await super().startup(first)
         while self._shares_port and not self._service.ready() and not self.should_exit:
             await asyncio.sleep(READY_POLL_S)
         if self.should_exit:
@@ -107,6 +108,7 @@ class RouterServer(uvicorn.Server):
             raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
         self.servers.append(server)
         self._app.state.takes_connections = True
+        log.info("listening on %s port %d", host, server.sockets[0].getsockname()[1])
 
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn's own, ten times a second; now and then for connections at which nothing moves, too."""
@@ -184,7 +186,7 @@ def serve(config: RouterConfig) -> None:
     """Run a router until SIGTERM or SIGINT: then no new connections, `drain_s` for running requests, and exit.
 
     Raises:
-        ConfigError: tokenizer, chat template or generation_config cannot be read, or a port of a group is in use.
+        ConfigError: tokenizer, chat template or generation_config cannot be read, or a port is in use.
     """
     from penstock.router.service import RouterService
 

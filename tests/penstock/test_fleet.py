@@ -24,7 +24,7 @@ from penstock.common.errors import ConfigError
 from penstock.console import Console
 from penstock.fleet import Fleet
 from penstock.private_redis import free_port, port_is_free
-from penstock.process_group import LaunchError
+from penstock.process_group import LaunchError, ProcessGroup
 
 CHECKOUT = Path(__file__).parents[2]
 MODEL = str(CHECKOUT / "penstock" / "demo_model" / "checkpoint")
@@ -99,6 +99,15 @@ def test_a_port_that_routers_will_share_is_held_from_the_start(monkeypatch: pyte
     launcher.launch_routers(RouterConfig(model="tiny", port=port, router_procs=processes))
     assert while_it_runs == [processes == 1] * 2
     assert port_is_free("127.0.0.1", port)
+
+
+def test_routers_of_a_group_share_one_port_though_any_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[ProcessGroup] = []
+    monkeypatch.setattr(launcher, "run_in_foreground", lambda group, *_: groups.append(group))
+    monkeypatch.setattr(launcher.logs, "setup", lambda *_: None)
+    launcher.launch_routers(RouterConfig(model="tiny", port=0, router_procs=2))
+    ports = {json.loads(spec.stdin)["port"] for spec in groups[0]._specs.values()}
+    assert len(ports) == 1 and ports != {0}
 
 
 def test_a_fleet_that_was_not_started_can_be_stopped() -> None:

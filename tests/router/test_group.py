@@ -158,10 +158,12 @@ def test_which_questions_are_for_all(ports: tuple[str, ...], port: int, for_all:
     assert group.index == (1 if ports else 0)
 
 
-def test_a_shared_port_that_is_taken_is_said_and_nothing_is_left_open() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_port_that_is_taken_is_said_and_nothing_is_left_open(alone: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port, admin = taken.getsockname()[1], free_port("127.0.0.1")
-        config = RouterConfig(port=port, admin_port=admin, group_ports=(str(admin), "1"), redis_url=NO_REDIS)
+        shared: dict[str, Any] = {} if alone else {"admin_port": admin, "group_ports": (str(admin), "1")}
+        config = RouterConfig(port=port, redis_url=NO_REDIS, **shared)
         service: Any = FakeService()
         server = RouterServer(create_app(service, config, byte_level()), service, config)
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}"):
