@@ -218,9 +218,8 @@ class FleetReader:
         try:
             # Where there is nothing to choose from, nothing is looked up: who shares the room there has to be known.
             self.other_routers = max(0, await answer(client.scard(f"{self._namespace}:routers")) - 1)
-            incarnations: list[Any] = sorted(
-                await answer(client.smembers(index))
-            )  # bytes, of a client that does not decode
+            # Bytes, of a client that does not decode.
+            incarnations: list[Any] = sorted(await answer(client.smembers(index)))
             if not incarnations:
                 return []
             keys = [f"{self._namespace}:worker:{i.decode()}" for i in incarnations]

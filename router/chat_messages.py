@@ -15,9 +15,8 @@ from penstock.common.errors import BadRequest
 Message = dict[str, Any]
 _TEXT_OF_PART = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _arguments = msgspec.json.Decoder(dict[str, Any])
-MAX_MESSAGES = (
-    16_384  # with the parts of their contents, and calls: each is checked, and a client's turn keeps the others waiting
-)
+# With the parts of their contents, and calls: each is checked, and a client's turn keeps the others waiting.
+MAX_MESSAGES = 16_384
 
 
 class ContentForms(NamedTuple):
