@@ -260,8 +260,10 @@ class Dispatcher:
             self._abort(choice)
         if not event.blameless:
             choice.failed.add(choice.placement.decode.incarnation)
-        choice.moves += event.leaves and len(choice.order.delivered) > choice.begun_at
-        choice.moving = None
+        got_on = len(choice.order.delivered) > choice.begun_at
+        choice.moves += event.leaves and got_on
+        # Refused where it was to move, since that worker leaves now, too: its pages are still where they were.
+        choice.moving = choice.moving.to_anybody() if choice.moving and event.leaves and not got_on else None
         self._commands += self.whereabouts.let_go(choice)
         limit = choice.request.sampling.max_tokens
         if limit is not None and len(choice.order.delivered) >= limit:  # all tokens came, only the finish was lost

@@ -43,7 +43,11 @@ class Moving:
 
     source: WorkerInfo
     kept_tokens: int  # from the first: the source keeps their pages
-    destination: str  # incarnation
+    destination: str  # incarnation; "": any
+
+    def to_anybody(self) -> Moving:
+        """The same, without a destination."""
+        return replace(self, destination="")
 
 
 @dataclass(frozen=True)

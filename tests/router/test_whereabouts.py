@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from penstock.common.errors import Unavailable
 from penstock.common.messages import Finish, Move
 from penstock.router.dispatch_events import (
     Place,
@@ -176,6 +177,23 @@ def test_a_leaving_worker_gives_its_choices_up():
     h.do(Placed("a", 0, 1, placement("d2")))
     again = the(Place, h.do(WorkerDown("d2")))
     assert again.moving is None and again.avoid == {"d2"}  # a lost attempt has no pages to come with
+
+
+def test_what_a_leaving_worker_refuses_still_has_its_pages_where_they_were():
+    """Two that leave at once: nothing is computed again."""
+    h = Harness(max_attempts=3)
+    h.run()
+    h.do(WorkerUp("d2"), leaving("d1"))
+    h.tokens(delta(0, 5), delta(1, finish=Finish(reason="moved", kept_tokens=4)))
+    h.do(Placed("a", 0, 1, placement("d2")))
+    leaves = Finish(reason="error", code=Unavailable.code, message="leaves", retryable=True)
+    again = the(Place, h.tokens(delta(1, attempt=1, finish=leaves)))
+    assert again.moving == Moving(worker("d1"), 4, "") and again.avoid == {"d2"}
+    assert h.core.whereabouts.on_the_way("d2") == []
+    h.do(Placed("a", 0, 2, placement("d3")))
+    h.tokens(delta(1, 6, attempt=2))
+    once_more = the(Place, h.tokens(delta(2, attempt=2, finish=leaves)))
+    assert once_more.moving is None, "they are given up where another worker has gone on"
 
 
 def test_what_moves_before_its_worker_said_the_first_token_has_not_diverged():
