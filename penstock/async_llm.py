@@ -173,6 +173,10 @@ class _Stream:
             return
         for choice in choices:
             self._backend.submit(choice.source, partial(self.take, choice))
+        with self._lock:
+            if self._ended:  # meanwhile: one has failed, and the others may have come after their end
+                for choice in choices:
+                    self._backend.abort(choice.source)
 
     async def next(self) -> RequestOutput:
         """The state after what came last, once there is any that was not seen; raises what ended it."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from types import TracebackType
 
 from penstock.answers import New
@@ -46,6 +46,7 @@ class FleetThread:
         self._thread = Thread(target=self._loop.run_forever, name="fleet router", daemon=True)
         self._service: RouterService | None = None
         self._closed = False
+        self._closing = Lock()  # of `_closed`: what is asked for before it is set reaches the router before its end
         self._asked: Slices[Callable[[], None]] = Slices(lambda do: do())  # in the order in which it was asked for
         self.error: Exception | None = None  # as EngineThread's; lost workers are started again
         self._thread.start()
@@ -75,19 +76,24 @@ class FleetThread:
         Raises:
             ValueError: `close` was called, or it is another process's.
         """
-        self._loop.call_soon_threadsafe(self._asked.add, partial(_submit, self._running, request, deliver))
+        with self._closing:
+            self._loop.call_soon_threadsafe(self._asked.add, partial(_submit, self._running, request, deliver))
 
     def abort(self, request: GenerateRequest) -> None:
         """It needs no more tokens; a few may still come. After `close`, or while it ends requests: nothing."""
-        if self._service is not None and not self._closed and not self._forked:
-            cancel = partial(self._service.cancel, request.request_id, request.choice)
-            self._loop.call_soon_threadsafe(self._asked.add, cancel)
+        with self._closing:
+            if self._service is not None and not self._closed and not self._forked:
+                cancel = partial(self._service.cancel, request.request_id, request.choice)
+                self._loop.call_soon_threadsafe(self._asked.add, cancel)
 
     def close(self) -> None:
         """End requests, links, workers and Redis; returns when no process is left. Again, or in a fork: nothing."""
-        if self._closed or self._forked:
+        if self._forked:
             return
-        self._closed = True
+        with self._closing:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
         try:
             if self._service is not None:
                 stop = asyncio.run_coroutine_threadsafe(self._stop(self._service), self._loop)

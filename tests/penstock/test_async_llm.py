@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,26 @@ async def test_a_request_that_cannot_be_taken_ends_alone(engine: AsyncLLM, monke
     assert [engine._llm.engine.scheduler.get(key) is None for key in added] == [False, True]
     last = [output async for output in others][-1]
     assert len(last.outputs[0].token_ids) == 400 and not engine.errored
+
+
+@pytest.mark.asyncio
+async def test_choices_that_come_after_one_has_failed_are_given_up(
+    engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of the backend may be that quick."""
+    backend, submit = engine._backend, engine._backend.submit
+
+    def failing(request: GenerateRequest, deliver: Callable[[Any], None]) -> None:
+        submit(request, deliver)
+        if request.choice == 0:
+            deliver(TypeError("not what it should be"))
+
+    monkeypatch.setattr(backend, "submit", failing)
+    with pytest.raises(TypeError, match="not what it should be"):
+        await collect(engine, "The mill", SamplingParams(n=3, max_tokens=400, ignore_eos=True))
+    before = engine._llm.engine.steps
+    await assert_empty(engine)
+    assert engine._llm.engine.steps - before < 300
 
 
 @pytest.mark.asyncio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 
@@ -98,6 +98,22 @@ def test_a_fork_is_refused_and_ends_nothing(thread: FleetThread, monkeypatch: py
                 refused()
         thread.close()
     assert thread._thread.is_alive() and thread._fleet.stopped == 0  # type: ignore[attr-defined]
+
+
+def test_what_is_asked_for_while_it_closes_is_answered(thread: FleetThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller waits for that."""
+    call, closing, told = thread._loop.call_soon_threadsafe, Thread(target=thread.close), SimpleQueue[object]()
+
+    def late(*given: object) -> object:
+        monkeypatch.undo()
+        closing.start()
+        closing.join(0.2)
+        return call(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(thread._loop, "call_soon_threadsafe", late)
+    thread.submit(REQUEST, told.put)
+    closing.join()
+    assert isinstance(told.get(timeout=WAIT_S), OverflowError)
 
 
 def test_after_its_end_it_is_refused(thread: FleetThread) -> None:
