@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -154,7 +155,8 @@ class Tap:
         for socket in self._workers:
             if now >= self._renew_at or self._used[socket] >= CREDIT // 2:
                 self._used[socket] = 0
-                socket.send_multipart((REQUEST, b"%d" % CREDIT), zmq.NOBLOCK)
+                with suppress(zmq.Again):  # its worker has been gone for so long that enough wait for the next one
+                    socket.send_multipart((REQUEST, b"%d" % CREDIT), zmq.NOBLOCK)
         if now >= self._renew_at:
             self._renew_at = now + LEASE_S / 3
         seen = []

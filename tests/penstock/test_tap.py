@@ -14,6 +14,7 @@ from typing import Any
 
 import msgpack
 import pytest
+import zmq
 
 from penstock.cli import main
 from penstock.tap import Filter, Seen, Tap, as_json, describe, read, shortened
@@ -87,6 +88,20 @@ def test_a_dead_address_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(Tap, "receive", receive)
     assert main(["tap", "--bus", "tcp://127.0.0.1:1"]) == 0
     assert capsys.readouterr().err == "penstock tap: nothing comes from tcp://127.0.0.1:1\n"
+
+
+def test_a_worker_that_is_gone_for_long_ends_no_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody takes what asks it for more copies; the other workers' still come."""
+    monkeypatch.setattr("penstock.tap.LEASE_S", 0.0)  # so every turn asks
+    with zmq.Context[zmq.Socket[bytes]]() as context, context.socket(zmq.ROUTER) as worker:
+        port = worker.bind_to_random_port("tcp://127.0.0.1")
+        gone = f"tcp://127.0.0.1:{free_port()}"
+        with Tap({"gone": gone, "there": f"tcp://127.0.0.1:{port}"}, {}) as tap:
+            for _ in range(2000):  # of which a socket keeps half
+                tap.receive(0.0)
+            identity, *_ = worker.recv_multipart()
+            worker.send_multipart((identity, b"in", b"router-1/1", msgpack.packb({"type": "x"}), b"0"))
+            assert [seen.worker for seen in tap.receive(20.0)] == ["there"]
 
 
 @pytest.mark.system
