@@ -34,6 +34,7 @@ MIN_TEMPERATURE = 0.01
 MAX_N = 16384
 MAX_BIAS = 100.0  # larger ones are cut to it, as in vLLM
 MAX_BAD_WORDS = 128
+MAX_BANNED = 2 * MAX_BAD_WORDS  # sequences of tokens, two a word; kernels/sample_row.py has room for as many
 MAX_COUNT = 2**31 - 1  # of tokens: more than any model has; what asks for more is cut to it
 
 
@@ -115,8 +116,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(all(word.strip() for word in self.bad_words), "bad_words", "without empty strings", self.bad_words)
         sequences = self.bad_words_token_ids
         in_range = all(0 < len(s) <= MAX_BAD_WORD_TOKENS and min(s) >= 0 for s in sequences)
-        rule = f"at most {2 * MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids"
-        _check(len(sequences) <= 2 * MAX_BAD_WORDS and in_range, "bad_words_token_ids", rule, len(sequences))
+        rule = f"at most {MAX_BANNED} sequences of 1 to {MAX_BAD_WORD_TOKENS} token ids"
+        _check(len(sequences) <= MAX_BANNED and in_range, "bad_words_token_ids", rule, len(sequences))
 
     def with_seed(self, seed: int) -> SamplingParams:
         """The same with another seed. It was checked: rules of a whole vocabulary are not gone through again."""

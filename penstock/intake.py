@@ -22,7 +22,7 @@ from penstock.common.grammar import Grammars
 from penstock.common.messages import GenerateRequest
 from penstock.common.output_text import OutputText
 from penstock.common.plain_values import integer, text
-from penstock.common.sampling import SamplingParams
+from penstock.common.sampling import MAX_BANNED, SamplingParams
 from penstock.prompts import Prompt, Prompts, prompt_list
 from penstock.results import CompletionOutput, RequestOutput
 
@@ -165,7 +165,11 @@ class Intake:
             return params.bad_words_token_ids
         tokenizer = self._prompts.tokenizer
         words = bad_word_ids(params.bad_words, lambda word: tokenizer.encode(word, add_special_tokens=False))
-        return [*params.bad_words_token_ids, *words]
+        banned = [*params.bad_words_token_ids, *words]
+        if len(banned) > MAX_BANNED:  # each was within its bounds
+            both = "bad_words and bad_words_token_ids"
+            raise ValueError(f"{both} must be at most {MAX_BANNED} sequences together, got {len(banned)}")
+        return banned
 
     def _fresh_seed(self, number: int) -> int:
         if self._seed:

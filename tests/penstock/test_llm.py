@@ -72,6 +72,8 @@ def test_tokens_favoured_and_ruled_out(llm: LLM) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name} must hold token ids from 0 to 399"):
             run(llm, TEXT, SamplingParams(**fields))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^bad_words and bad_words_token_ids must be at most 256 sequences"):
+        run(llm, TEXT, SamplingParams(bad_words=[word], bad_words_token_ids=[[40]] * 256))
 
 
 def test_prompt_logprobs(llm: LLM, checkpoints: dict[str, Path]) -> None:
