@@ -9,9 +9,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import redis.asyncio
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -19,6 +20,7 @@ from penstock.common.tasks import end_tasks
 
 READER_TIMEOUT_S = 0.5  # the most a request waits for a Redis that hangs; then nobody asks for `AWAY_S`
 LOOKS = 5  # in that time
+LOOKS_CONNECTING = 3  # of those: a script that Redis has not got yet takes three round trips, to connect five or more
 HELD_UP_S = 5.0  # above what holds up an event loop: the client's own time limits do not know of that
 CONNECT_TIMEOUT_S = 1.0
 AWAY_S = 1.0
@@ -28,12 +30,53 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+class _Pool(redis.asyncio.BlockingConnectionPool):
+    """Connecting goes on when nobody waits for it any more, and the next one finds it done: it takes several round
+    trips, with TLS and a password eight, and begun anew each time it would never be done with a Redis that is far.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._connecting: dict[AbstractConnection, asyncio.Task[None]] = {}
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        """As the pool's, which every command begins with.
+
+        Raises:
+            redis.TimeoutError: it is not there soon enough for the command to be answered in time, too.
+        """
+        task = self._connecting.get(connection)
+        if task is None and connection.is_connected:
+            await super().ensure_connection(connection)
+            return
+        if task is None:
+            work = super().ensure_connection(connection)
+            task = asyncio.get_running_loop().create_task(work, name="connect to Redis")
+            self._connecting[connection] = task
+            task.add_done_callback(lambda done: self._connected(connection, done))
+        for _ in range(LOOKS_CONNECTING):
+            await asyncio.wait({task}, timeout=READER_TIMEOUT_S / LOOKS)
+            if task.done():
+                return task.result()
+        raise redis.TimeoutError(f"not connected within {LOOKS_CONNECTING / LOOKS * READER_TIMEOUT_S:g} s")
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        """As the pool's."""
+        await end_tasks(self._connecting.values())
+        await super().disconnect(inuse_connections)
+
+    def _connected(self, connection: AbstractConnection, task: asyncio.Task[None]) -> None:
+        del self._connecting[connection]
+        if not task.cancelled():
+            task.exception()  # who still waits is told
+
+
 class RouterRedis:
     """A connection pool that never makes a request wait for long: after a failure nobody asks for `AWAY_S`."""
 
     def __init__(self, url: str, log_level: int = logging.WARNING) -> None:
         self._log_level = log_level  # at which failures are told
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
+        pool = _Pool.from_url(
             url,
             max_connections=MAX_CONNECTIONS + 1,  # look-ups, and the listing beside them
             timeout=HELD_UP_S,

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -281,6 +282,49 @@ def test_a_redis_that_answers_while_the_event_loop_is_held_up_is_not_away(own_re
         await reader.close()
 
     asyncio.run(scenario())
+
+
+def test_connecting_to_a_redis_that_is_far_goes_on_when_nobody_waits_for_it_any_more(redis_server, monkeypatch):
+    """It takes several round trips: begun anew each time it would never be done."""
+    for module in (redis_state, router_redis):
+        monkeypatch.setattr(module, "AWAY_S", 0.0)
+
+    async def scenario() -> None:
+        arrived, connections = asyncio.Event(), []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connections.append(writer)
+            await arrived.wait()
+            there = await asyncio.open_connection("127.0.0.1", urlsplit(redis_server.url).port)
+            await asyncio.gather(_copy(reader, there[1]), _copy(there[0], writer))
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as far:
+            url = f"redis://127.0.0.1:{far.sockets[0].getsockname()[1]}"
+            for closed_early in (True, False):
+                arrived.clear()
+                connections.clear()
+                reader = FleetReader(url, "ns", "r1")
+                monkeypatch.setattr(router_redis, "READER_TIMEOUT_S", 0.01)
+                while not connections:
+                    assert await reader.workers() is None
+                assert await reader.workers() is None
+                monkeypatch.setattr(router_redis, "READER_TIMEOUT_S", 60.0)
+                if closed_early:
+                    await reader.close()
+                arrived.set()
+                if not closed_early:
+                    assert await reader.workers() == []
+                    await reader.close()
+                assert len(connections) == 1
+
+    asyncio.run(scenario())
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while piece := await reader.read(1 << 16):
+            writer.write(piece)
+    writer.close()
 
 
 @pytest.mark.parametrize("hangs", [False, True])
