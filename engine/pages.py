@@ -138,7 +138,7 @@ class PageManager:
             NoRoom: not that many pages are left besides what others were promised.
         """
         own_promise = self._promises.get(holder, 0)
-        if count > self.num_available + min(own_promise, count):
+        if count > self.num_available + own_promise:
             raise NoRoom(f"{count} pages wanted, {self.num_available} available")
         self._set_promise(holder, max(0, own_promise - count))
         pages = [self._take() for _ in range(count)]

@@ -40,6 +40,7 @@ def test_released_pages_are_found_again_and_evicted_oldest_end_first() -> None:
     pages.allocate("b", 2)  # the empty page, then the chain's last one
     assert pages.match(names) == table[:2]
     assert pages.drain_events() == ([], [names[2]])
+    assert pages.drain_events() == ([], []), "told once: it may have been named again meanwhile"
     pages.check()
 
 
@@ -69,6 +70,38 @@ def test_promised_pages_are_nobody_elses() -> None:
     pages.release("a")
     assert pages.num_promised == 0
     assert pages.num_available == 4
+
+
+def test_what_somebody_holds_already_takes_no_room_to_hold_as_well() -> None:
+    pages = PageManager(3, 4)
+    names = _names(2)
+    for page, name in zip(pages.allocate("old", 2), names, strict=True):
+        pages.name(page, name)
+    found = pages.match(names)
+    assert pages.has_room("b", found, 1) and not pages.has_room("b", found, 2)
+    pages.release("old")
+    pages.promise("other", 2)
+    assert not pages.has_room("b", found, 0)
+    with pytest.raises(NoRoom):
+        pages.hold("b", found)
+    pages.check()
+    assert not pages.has_claim("b") and pages.match(names) == found, "nothing was changed"
+
+
+def test_a_claim_is_pages_or_a_promise_and_ends_with_the_last_of_them() -> None:
+    pages = PageManager(4, 4)
+    pages.promise("a", 2)
+    assert pages.has_claim("a")
+    (page,) = pages.allocate("a", 1)
+    assert pages.forgotten({"b"}) == {"a": 2} and pages.forgotten({"a"}) == {}
+    pages.allocate("a", 1)
+    pages.move("a", "quarantine", list(pages.table("a")))
+    assert not pages.has_claim("a") and pages.forgotten({"a"}) == {"quarantine": 2}
+    pages.release_some("quarantine", [page])
+    assert pages.holders().keys() == {"quarantine"} and pages.num_free == 3
+    pages.release_some("quarantine", list(pages.table("quarantine")))
+    assert pages.holders() == {} and pages.num_free == 4
+    pages.check()
 
 
 def test_without_caching_nothing_is_named() -> None:
