@@ -10,12 +10,19 @@ from penstock.engine.pages import PageManager
 
 
 def make_entry(
-    name: str, num_tokens: int, arrived: float = 0.0, timeout_s: float = 60.0, priority: int = 0, attempt: int = 0
+    name: str,
+    num_tokens: int,
+    arrived: float = 0.0,
+    timeout_s: float = 60.0,
+    priority: int = 0,
+    attempt: int = 0,
+    output: tuple[int, ...] = (),
 ) -> Entry:
     tokens = list(range(num_tokens))
     request = GenerateRequest(
         request_id=name,
         prompt_token_ids=tokens,
+        output_token_ids=list(output),
         sampling=SamplingParams(),
         queue_timeout_s=timeout_s,
         priority=priority,
@@ -53,6 +60,16 @@ def test_a_cached_prefix_is_held_and_not_promised_again() -> None:
     assert pages.num_promised == 2
 
 
+def test_what_goes_on_behind_an_earlier_attempt_is_promised_room_for_its_output_too() -> None:
+    pages = PageManager(4, 4)
+    entry = make_entry("a", 3, attempt=1, output=(7,) * 9)
+    admission = Admission(pages, max_admitted=8)
+    admission.submit(entry)
+    assert admission.queued_tokens == 12
+    assert list(admission.admit(0.0, 0, preempted=False)) == [entry]
+    assert pages.num_promised == 4 and admission.queued_tokens == 0  # 12 tokens and the next one
+
+
 def test_nobody_is_admitted_past_the_limit_or_a_preempted_sequence() -> None:
     admission = Admission(PageManager(100, 4), max_admitted=2)
     for i in range(4):
@@ -75,11 +92,11 @@ def test_deadlines_and_cancelling() -> None:
 
 def test_the_lowest_priority_first_then_in_order_of_arrival() -> None:
     admission = Admission(PageManager(100, 4), max_admitted=9)
-    for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0), ("e", -1), ("f", 5)):
+    for name, priority in (("d", 0), ("f", 5), ("e", -1), ("b", 0), ("c", -1), ("a", 5)):
         admission.submit(make_entry(name, 3, priority=priority))
-    assert admission.cancel("d:0:0") is not None
-    assert "".join(e.request.request_id for e in admission.entries()) == "ceabf"
-    assert "".join(e.request.request_id for e in admission.admit(0.0, 0, preempted=False)) == "ceabf"
+    assert admission.cancel("b:0:0") is not None
+    assert "".join(e.request.request_id for e in admission.entries()) == "ecdfa"
+    assert "".join(e.request.request_id for e in admission.admit(0.0, 0, preempted=False)) == "ecdfa"
     assert admission.queued_tokens == 0
 
 
