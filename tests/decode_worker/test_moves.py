@@ -83,3 +83,35 @@ def test_a_request_that_comes_back_and_moves_again_is_held_once() -> None:
     moved.expire(18.0)
     assert pages.num_held == 0
     pages.check()
+
+
+def test_of_what_was_kept_before_nothing_is_left_when_it_moves_again() -> None:
+    pages = PageManager(4, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    (part,) = pages.allocate("a", 1)
+    pages.hold("step 3", [part])
+    moved.keep("a", 0, [], 0.0, Tail(part, b"part", b""))
+    pages.release("a")
+    (full,) = pages.allocate("a", 1)
+    moved.keep("a", 0, [full], 1.0)
+    pages.release("a")
+    pages.release("step 3")
+    assert pages.num_held == 1 and moved.is_whole("a", 0) and pages.match([b"part"]) == []
+    moved.release("a", 0)
+    assert pages.num_held == 0
+    pages.check()
+
+
+def test_a_tail_that_was_not_kept_is_not_named() -> None:
+    """Its page is written by others meanwhile."""
+    pages = PageManager(4, 4)
+    moved = MovedPages(pages, keep_s=10.0)
+    for page, name in zip(pages.allocate("first", 2), (b"0", b"1"), strict=True):
+        pages.name(page, name)
+    pages.release("first")
+    (part,) = pages.allocate("a", 1)
+    pages.promise("other", 2)
+    assert moved.keep("a", 0, pages.match([b"0", b"1"]), 0.0, Tail(part, b"part", b"1")) == 1
+    pages.release("a")
+    assert moved.is_whole("a", 0) and pages.match([b"part"]) == []
+    pages.check()
