@@ -112,6 +112,8 @@ def test_two_senders_are_put_in_order_and_repeats_dropped():
     assert h.delivered() == [5, 6]
     h.tokens(delta(0, 5), delta(1, 6, 7))  # the second overlaps by one
     assert h.delivered() == [5, 6, 7, 8]
+    h.tokens(delta(3, 8), delta(2, 7, 8))
+    assert h.delivered() == [5, 6, 7, 8] and h.core.divergences == 0
     h.tokens(delta(5, finish=STOP), delta(4, 9))
     assert h.delivered() == [5, 6, 7, 8, 9] and h.reserved() == {} and not h.core.choices
 
@@ -140,6 +142,15 @@ def test_a_lost_worker_means_another_attempt_behind_what_was_delivered():
     ended = h.tokens(delta(2, 7, attempt=1, finish=STOP))
     assert the(Give, ended) == Give("d2", 0.0), "one token, which comes with the prompt"
     assert h.delivered() == [5, 6, 7] and h.core.retries == 1
+
+
+def test_what_a_lost_attempt_said_too_early_is_forgotten():
+    h = Harness()
+    h.run(prefill="p1")
+    h.tokens(delta(1, 98, finish=STOP))
+    h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2", "p1")))
+    h.tokens(delta(0, 5, attempt=1), delta(1, 6, attempt=1))
+    assert h.delivered() == [5, 6] and h.core.choices and h.core.divergences == 0
 
 
 def test_an_output_that_is_longer_than_expected_counts_as_twice_as_long():
