@@ -86,9 +86,22 @@ def test_who_is_on_the_way_to_one_worker_takes_no_room_at_another():
     assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == ["b"]
     place = the(Place, h.tokens(delta(0, finish=Finish(reason="moved", kept_tokens=4), of="b")))
     assert place.moving == Moving(worker("d1"), 4, "d3")
+    assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == [], "it is being placed"
     h.do(Placed("b", 0, 1, placement("d2")))  # d3 has gone meanwhile
     assert moves(h.do(leaving("d1", sequences=2))) == [], "a and b"
     assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == ["c"]
+
+
+def test_who_moves_again_is_on_the_way_to_where_it_moves_now():
+    h = Harness()
+    h.do(WorkerUp("d1"), WorkerUp("d2"), WorkerUp("d3"))
+    run_at(h, "a", "b", "c")
+    assert moves(h.do(leaving("d1", sequences=1))) == ["a"]
+    h.tokens(delta(0, finish=Finish(reason="moved", kept_tokens=4)))
+    h.do(Placed("a", 0, 1, placement("d2")))
+    assert moves(h.do(leaving("d2", sequences=1, to="d3"))) == ["a"]
+    assert moves(h.do(leaving("d1", sequences=1, to="d3"))) == []
+    assert moves(h.do(leaving("d1", sequences=1))) == ["b"], "it takes no room at d2 any more"
 
 
 def test_a_worker_that_is_heard_of_concerns_those_at_it_or_on_their_way_there():
@@ -124,7 +137,8 @@ def test_nothing_moves_to_where_it_has_failed_if_it_may_go_elsewhere():
     h.do(WorkerUp("d1"), WorkerUp("d2"))
     h.run()
     h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2")), WorkerUp("d1"))
-    assert moves(h.do(leaving("d2", to="d1", others=("d3",)))) == []
+    run_at(h, "b", decode="d2")
+    assert moves(h.do(leaving("d2", to="d1", others=("d3",)))) == ["b"], "which has not failed there"
     assert moves(h.do(leaving("d2", to="d1", others=("d1",)))) == ["a"]
 
 
@@ -156,6 +170,7 @@ def test_a_leaving_worker_gives_its_choices_up():
     h.run(prefill="p1")
     h.do(WorkerUp("d2"))
     moved = Finish(reason="moved", kept_tokens=4)
+    assert h.do(leaving("p1")) == [], "it only computes the prompt there"
     assert the(SendMove, h.do(leaving("d1"))).message == Move(request_id="a", attempt=0)
     assert h.do(leaving("d1"), leaving("d9")) == []  # asked already; nothing runs there
     assert h.tokens(delta(1, 6)) == []
