@@ -76,7 +76,8 @@ class IndexWriter:
 class Sweeper:
     """Takes slots of workers that are gone out of all buckets, a piece at a time, so that they can be given again.
 
-    One worker of a namespace does it; another one takes over a lease after that one has died, from the beginning.
+    One worker of a namespace looks for them and does it; another one takes over a lease after that one has died, from
+    the beginning.
     """
 
     def __init__(self, client: redis.Redis, namespace: str, incarnation: str, lease_s: float) -> None:
@@ -88,7 +89,7 @@ class Sweeper:
         self._sweep = client.register_script(SWEEP)
 
     def begin(self) -> None:
-        """Look for slots to sweep out, unless some are being swept out."""
+        """Look for slots to sweep out, unless some are being swept out, or another worker is the one that does."""
         if not self._found:
             found: Any = self._begin(self._keys, self._me)
             self._found, self._bucket = found, 0

@@ -191,10 +191,11 @@ return redis.call('DEL', KEYS[1])
 
 # KEYS: NS:slots, NS:sweeper. ARGV: NS, incarnation, lease (ms).
 # Answers [generation, slot, its incarnation, ...] of slots that nobody writes any more; [] if there are none, or if
-# another worker sweeps.
+# another worker is the one that looks: that takes longer the more workers there are, and all of them would.
 BEGIN_SWEEP = f"""
 local sweeper = redis.call('GET', KEYS[2])
 if sweeper and sweeper ~= ARGV[2] then return {{}} end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
 local answer, slots = {{}}, redis.call('HGETALL', KEYS[1])
 for i = 1, #slots, 2 do
   if slots[i] == 'generation' then
@@ -211,9 +212,7 @@ for i = 1, #slots, 2 do
     end
   end
 end
-if #answer < 2 then return {{}} end
-redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-return answer
+return #answer < 2 and {{}} or answer
 """
 
 # KEYS: NS:slots, NS:sweeper. ARGV: NS, incarnation of the sweeper, lease (ms), first bucket, then `BEGIN_SWEEP`'s

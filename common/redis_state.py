@@ -6,7 +6,7 @@ NS:worker:INCARNATION   string  `WorkerInfo`, MessagePack                    1 l
 NS:index:INCARNATION    string  the worker's slot in the prefix index        1 lease    one a worker
 NS:slots                hash    slot -> incarnation                          2 hours    workers, and the dead till swept
 NS:pages:GEN:BUCKET     hash    page hash -> slots of its holders            1 hour     num_pages of all workers
-NS:sweeper              string  the worker that sweeps dead slots out        1 lease    one
+NS:sweeper              string  the worker that looks for dead slots         1 lease    one
 NS:routers              set     router ids                                   10 leases  routers (dead ones removed)
 NS:load:ROUTER          hash    incarnation -> tokens this router reserved   1 lease    workers
 

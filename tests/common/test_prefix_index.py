@@ -170,6 +170,22 @@ def test_dead_workers_are_swept_out_and_their_slots_given_again(redis_server) ->
         assert client.keys("*") == []
 
 
+def test_one_worker_looks_for_the_dead_and_the_others_do_not(redis_server) -> None:
+    """Whoever looks asks for each worker: with thousands that all do Redis would have time for nothing else."""
+    with contextlib.closing(redis_server.client()) as client:
+        workers = [Worker(client, number) for number in range(WORKERS)]
+        asked = []
+        for one in [*workers, workers[0]]:
+            client.config_resetstat()
+            one.sweep()
+            asked.append(client.info("commandstats").get("cmdstat_get", {}).get("calls", 0))
+        assert asked == [1 + WORKERS, *[1] * (WORKERS - 1), 1 + WORKERS]
+        workers[0].writer.leave(workers[0].known)
+        client.delete(f"ns:index:{workers[1].incarnation}")
+        workers[2].sweep()
+        assert workers[1].incarnation.encode() not in client.hgetall("ns:slots").values(), "another one takes over"
+
+
 def test_what_the_index_lost_is_announced_again_and_said(redis_server, caplog: pytest.LogCaptureFixture) -> None:
     with contextlib.closing(redis_server.client()) as client:
         one = Worker(client, 0)
