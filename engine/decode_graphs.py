@@ -32,7 +32,8 @@ class _Captured:
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
     """The sizes that are captured: the last one holds max_num_seqs, up to 512."""
-    return [size for size in _SIZES if size < max_num_seqs] + [min(max_num_seqs, _SIZES[-1])]
+    largest = min(max_num_seqs, _SIZES[-1])
+    return [size for size in _SIZES if size < largest] + [largest]
 
 
 class DecodeGraphs:

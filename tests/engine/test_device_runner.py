@@ -152,7 +152,7 @@ def test_sizes_hold_every_batch() -> None:
     assert batch_sizes(1) == [1]
     assert batch_sizes(100)[-2:] == [96, 100]
     assert batch_sizes(256)[-1] == 256
-    assert batch_sizes(4096)[-1] == 512
+    assert batch_sizes(4096) == batch_sizes(512) and batch_sizes(512)[-2:] == [448, 512]
 
 
 def test_layout_of_a_step_with_room_to_spare() -> None:
