@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +14,17 @@ from penstock.kv_transfer.leases import CLOCKS_AGREE, Landed, Landings, LandingS
 LEASE_S = 10.0
 ENDED = (LandingState.LANDED, LandingState.FAILED)
 KEYS = st.sampled_from(["a", "b", "c"])
+
+
+@dataclass
+class Expected:
+    """What a hand-off has been told."""
+
+    next_page: int
+    end_page: int
+    complete: bool = False
+    failed: bool = False
+    state: LandingState = LandingState.PROMISED
 
 
 class Reads(RuleBasedStateMachine):
@@ -27,6 +40,7 @@ class Reads(RuleBasedStateMachine):
         self.tags: set[str] = set()
         self.reads: dict[str, list[str]] = {}  # by key, in order
         self.bound: dict[str, list[int]] = {}
+        self.expected: dict[str, Expected] = {}
         self.gone: set[str] = set()  # tags settled
 
     @rule(key=KEYS, first=st.integers(0, 3), number=st.integers(0, 6))
@@ -37,9 +51,13 @@ class Reads(RuleBasedStateMachine):
             return
         self.landings.promise(key, first, number)
         self.bound[key], self.reads[key] = [], []
+        self.expected[key] = Expected(first, first + number)
 
     @rule(key=KEYS, first=st.integers(0, 8), number=st.integers(0, 4))
     def ticket(self, key: str, first: int, number: int) -> None:
+        told = self.expected.get(key)
+        wanted = told is not None and told.state not in ENDED and told.next_page == first
+        assert self.landings.accepts(key, first, number) == (wanted and 0 < number <= told.end_page - first)
         if not self.landings.accepts(key, first, number):
             with pytest.raises(ValueError):
                 self.landings.start(key, first, [99] * number)
@@ -54,6 +72,7 @@ class Reads(RuleBasedStateMachine):
         self.tags.add(tag)
         self.reads[key].append(tag)
         self.bound[key] += pages
+        self.expected[key].next_page += number
 
     @precondition(lambda self: self.writers)
     @rule(data=st.data(), arrived=st.booleans())
@@ -71,7 +90,8 @@ class Reads(RuleBasedStateMachine):
         tag = data.draw(st.sampled_from(sorted(self.writers)))
         self._recycle(self.landings.read_stalled(tag))
         key = self._key_of(tag)
-        assert key is None or self.landings.state(key) is LandingState.FAILED
+        if key is not None:
+            self.expected[key].failed = True
 
     def _key_of(self, tag: str) -> str | None:
         """The hand-off of a read; None once it was taken."""
@@ -81,21 +101,24 @@ class Reads(RuleBasedStateMachine):
     def repeat(self, data: st.DataObject) -> None:
         """Late and unknown events change nothing."""
         tag = data.draw(st.sampled_from([*sorted(self.gone), "never"]))
-        before = {key: self.landings.state(key) for key in self.bound if self._key_of(tag) != key}
         assert self.landings.read_done(tag) == self.landings.read_ended(tag) == []
-        assert before == {key: self.landings.state(key) for key in before}
+        assert self.landings.read_stalled("never") == []
         self.landings.complete("unknown")
         self.landings.fail("unknown")
 
-    @rule(key=KEYS)
-    def complete(self, key: str) -> None:
-        self.landings.complete(key)
+    @rule(key=KEYS, end_page=st.none() | st.integers(0, 9))
+    def complete(self, key: str, end_page: int | None) -> None:
+        self.landings.complete(key, end_page)
+        if key in self.expected:
+            told = self.expected[key]
+            told.complete = True
+            told.end_page = told.end_page if end_page is None else min(told.end_page, end_page)
 
     @rule(key=KEYS)
     def fail(self, key: str) -> None:
-        was = self.landings.state(key)
         self.landings.fail(key)
-        assert self.landings.state(key) is (was if was in (None, LandingState.LANDED) else LandingState.FAILED)
+        if key in self.expected:
+            self.expected[key].failed = True
 
     @rule(key=KEYS)
     def take(self, key: str) -> None:
@@ -108,6 +131,7 @@ class Reads(RuleBasedStateMachine):
 
     def _check(self, key: str, outcome: Landed) -> None:
         reads, pages = self.reads.pop(key), self.bound.pop(key)
+        del self.expected[key]
         writable = {page for written in self.writers.values() for page in written}
         assert sorted(outcome.landed + outcome.idle + outcome.quarantined) == sorted(pages)
         assert set(outcome.quarantined) == writable & set(pages)
@@ -124,6 +148,19 @@ class Reads(RuleBasedStateMachine):
         assert not writable & set(pages), "recycled while a read may write it"
         assert not self.free & set(pages), "recycled twice"
         self.free |= set(pages)
+
+    @invariant()
+    def landed_and_failed_are_for_good(self) -> None:
+        for key, told in self.expected.items():
+            good = [self.good.get(tag) for tag in self.reads[key]]
+            if told.state not in ENDED:
+                if told.failed or False in good or (told.complete and told.next_page != told.end_page):
+                    told.state = LandingState.FAILED
+                elif told.complete and all(good):
+                    told.state = LandingState.LANDED
+                else:
+                    told.state = LandingState.READING if good else LandingState.PROMISED
+            assert self.landings.state(key) is told.state
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -157,6 +194,7 @@ def test_a_hand_off_lands() -> None:
     landings.read_done(first)
     assert landings.state("k") is LandingState.LANDED
     assert landings.take("k") == Landed(LandingState.LANDED, [10, 11, 5], [], [])
+    assert landings.read_ended(first) == landings.read_stalled(second) == [], "late"
 
 
 def test_leading_pages_survive_a_failure() -> None:
@@ -181,6 +219,28 @@ def test_pages_that_no_ticket_covered_fail_the_hand_off() -> None:
     assert landings.take("k") == Landed(LandingState.FAILED, [1], [], [])
 
 
+def test_a_lender_that_has_fewer_pages_than_were_wanted_says_so() -> None:
+    landings = Landings()
+    for key, end_page in (("all", 3), ("more", 9), ("fewer", 1), ("left out", 2)):
+        landings.promise(key, 0, 3)
+        landings.read_done(landings.start(key, 0, [1] if end_page < 3 else [1, 2, 3]))
+        landings.complete(key, end_page)
+    ended = {key: landings.state(key) for key in ("all", "more", "fewer", "left out")}
+    assert [key for key, state in ended.items() if state is LandingState.FAILED] == ["left out"]
+    assert landings.take("fewer") == Landed(LandingState.LANDED, [1], [], [])
+
+
+def test_a_hand_off_that_was_given_up_takes_nothing_more_in() -> None:
+    landings = Landings()
+    landings.promise("k", 0, 2)
+    tag = landings.start("k", 0, [7])
+    landings.fail("k")
+    assert not landings.accepts("k", 1, 1)
+    landings.read_done(tag)
+    landings.complete("k", 1)
+    assert landings.take("k") == Landed(LandingState.FAILED, [7], [], [])
+
+
 def test_a_session_is_leased_from_when_what_was_answered_had_been_sent() -> None:
     lease = SessionLease(LEASE_S, started_at=0.0)
     assert lease.until == float("-inf"), "nobody has said that the Hello came"
@@ -196,3 +256,9 @@ def test_a_session_is_leased_from_when_what_was_answered_had_been_sent() -> None
     assert lease.until == 5.0 + LEASE_S * CLOCKS_AGREE
     lease.answered(2)
     assert lease.until == 8.0 + LEASE_S * CLOCKS_AGREE
+    assert lease.proven == 7
+    lease.sent(8, 10.0)
+    lease.sent(9, 11.0)
+    for seq in (9, 8):
+        lease.answered(seq)
+        assert (lease.proven, lease.until) == (9, 11.0 + LEASE_S * CLOCKS_AGREE), "what came late takes nothing back"
