@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.common.bus import split_identity
+from penstock.common.bus import MAX_MESSAGE_BYTES, split_identity
 from penstock.common.messages import (
     Abort,
     AnyMessage,
@@ -30,13 +30,14 @@ from penstock.common.messages import (
 from penstock.decode_worker.admission import Admission, Entry
 from penstock.decode_worker.moves import MovedPages, Tail
 from penstock.engine.outputs import StepOutput
-from penstock.engine.replies import log_end, to_delta
+from penstock.engine.replies import log_end, prompt_scores_bytes, to_delta
 from penstock.engine.request import Request
 from penstock.engine.worker_loop import WorkerLoop
 from penstock.kv_transfer.exchange import PageExchange
 from penstock.kv_transfer.reading import Read, Wanted
 
 logger = logging.getLogger(__name__)
+MAX_PROMPT_SCORES_BYTES = MAX_MESSAGE_BYTES - (1 << 20)  # the rest of a message is small
 
 
 class DecodeRole:
@@ -93,6 +94,11 @@ class DecodeRole:
             self._refuse(identity, message, "context_length_exceeded", message_text, retryable=False)
         elif not request.prompt_token_ids:
             self._refuse(identity, message, "invalid_request", "the prompt is empty", retryable=False)
+        elif request.wants_prompt_logprobs and (
+            prompt_scores_bytes(request, self._loop.info.vocab_size) > MAX_PROMPT_SCORES_BYTES
+        ):
+            text = f"prompt_logprobs of {shape.num_known} tokens are more than a message holds: ask for fewer"
+            self._refuse(identity, message, "invalid_request", text, retryable=False)
         elif self._loop.peers.draining:
             self._refuse(identity, message, "unavailable", "the worker is draining", retryable=True)
         else:

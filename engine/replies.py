@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -12,6 +12,8 @@ from penstock.common.messages import Finish, GenerateRequest, Message, Spans, To
 from penstock.engine.outputs import HANDED_OFF, Output
 
 MAX_DELTAS = 1000  # of a message: a router reads one in a few milliseconds, and is kept from everything else meanwhile
+MAX_SCORES_BYTES = 8 << 20  # of a message, unless one delta has more: whoever gets more than the bus carries hangs up
+_PAIR_BYTES = 14  # a token and its logprob, at most
 
 
 class Replies:
@@ -34,8 +36,34 @@ class Replies:
         if self._waiting:
             waiting, self._waiting = self._waiting, {}
             for router, deltas in waiting.items():
-                for start in range(0, len(deltas), MAX_DELTAS):
-                    self._send(router, TokenBatch(deltas=deltas[start : start + MAX_DELTAS]))
+                for part in _parts(deltas):
+                    self._send(router, TokenBatch(deltas=part))
+
+
+def _parts(deltas: list[TokenDelta]) -> Iterator[list[TokenDelta]]:
+    """All of them in order, in as few parts as the limits allow."""
+    part: list[TokenDelta] = []
+    part_bytes = 0
+    for delta in deltas:
+        size_bytes = _scores_bytes(delta) if delta.logprobs or delta.prompt_logprobs else 0
+        if part and (len(part) == MAX_DELTAS or part_bytes + size_bytes > MAX_SCORES_BYTES):
+            yield part
+            part, part_bytes = [], 0
+        part.append(delta)
+        part_bytes += size_bytes
+    yield part
+
+
+def _scores_bytes(delta: TokenDelta) -> int:
+    """What its logprobs take at most."""
+    scores = (*(delta.logprobs or ()), *(delta.prompt_logprobs or ()))
+    return _PAIR_BYTES * sum([2 + len(at.top_ids) for at in scores])
+
+
+def prompt_scores_bytes(request: GenerateRequest, vocab_size: int) -> int:
+    """What the logprobs of its prompt take at most, in the one delta that brings them."""
+    top = min(request.sampling.prompt_logprobs or 0, vocab_size)
+    return _PAIR_BYTES * (2 + top) * len(request.prompt_token_ids)
 
 
 def to_delta(output: Output, spans: Spans | None = None) -> TokenDelta:

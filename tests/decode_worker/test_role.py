@@ -22,9 +22,10 @@ from penstock.common.messages import (
     WorkerInfo,
 )
 from penstock.common.sampling import SamplingParams
+from penstock.decode_worker import role
 from penstock.decode_worker.role import DecodeRole
 from penstock.engine.core import Engine
-from penstock.engine.replies import Replies
+from penstock.engine.replies import Replies, prompt_scores_bytes
 from penstock.engine.request import Request
 from penstock.kv_transfer.exchange import PageExchange
 from penstock.kv_transfer.jobs import ReadDone
@@ -51,7 +52,7 @@ class Case:
         peers = SimpleNamespace(draining=False, lease_s=10.0)
         bus = SimpleNamespace(send=lambda identity, message: self.sent.append((identity, message)))
         loop: Any = SimpleNamespace(
-            info=SimpleNamespace(worker_id="decode-0"),
+            info=SimpleNamespace(worker_id="decode-0", vocab_size=100),
             engine=self.engine,
             peers=peers,
             bus=bus,
@@ -215,6 +216,21 @@ def test_what_is_scored_keeps_nothing() -> None:
     assert case.engine.pages.num_held > 0 and not case.deltas("r")
     assert move(case, "r").finish == Finish(reason="moved", kept_tokens=0)
     case.finish()
+
+
+def test_what_no_message_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    request = GenerateRequest(
+        request_id="r", prompt_token_ids=PROMPT, sampling=SamplingParams(max_tokens=5, prompt_logprobs=500)
+    )
+    limit = prompt_scores_bytes(request, 100)
+    for most, finish in ((limit, "length"), (limit - 1, "error")):
+        monkeypatch.setattr(role, "MAX_PROMPT_SCORES_BYTES", most)
+        case.role.handle(ROUTER, Submit(request=request, prefill=None), 0.0)
+        case.finish()
+        last = case.deltas("r")[-1].finish
+        assert last is not None and last.reason == finish
+    assert last.code == "invalid_request" and not last.retryable and last.message.startswith("prompt_logprobs")
 
 
 def test_without_a_prefix_cache_nothing_is_kept() -> None:
