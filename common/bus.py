@@ -255,6 +255,8 @@ class BusLink:
         if not items and end is None and (cut := self._read_monitor()):  # else it stays readable, and is read then
             # What came in before the cut still counts.
             end = self._drain(items, now) or self.state.lost(cut.reason, now, refused=cut.refused)
+        if end is None and self.state.stood_still(now):
+            end = self._drain(items, now) or self.state.lost("nothing was sent to it for its whole lease", now)
         if end is None:
             end = self.state.silent(now)
         if end is not None:

@@ -69,11 +69,12 @@ class LinkState:
         self.heartbeat_seq = 0
         self._role = role
         self._fingerprint = fingerprint
-        self._lease_s = lease_s
+        self._lease_s = self._worker_lease_s = lease_s
         self._retry_at = float("-inf")
         self._backoff_s = BACKOFF_FIRST_S
         self._heard_at = float("-inf")
         self._next_heartbeat = float("inf")
+        self._forgotten_at = float("inf")
 
     def must_open(self, now: float) -> bool:
         """True when a new session should be opened now."""
@@ -113,6 +114,7 @@ class LinkState:
     def heartbeat(self, now: float) -> Heartbeat:
         """The next one, to send now whether it is due or not."""
         self._next_heartbeat = now + min(self._lease_s / 3, LOAD_EVERY_S)
+        self._forgotten_at = now + self._worker_lease_s
         self.heartbeat_seq += 1
         return Heartbeat(seq=self.heartbeat_seq)
 
@@ -122,6 +124,14 @@ class LinkState:
         if self.phase is Phase.LOST or silence_s <= SILENT_LEASES * self._lease_s:
             return None
         return self.lost(f"silent for {silence_s:.0f} s", now)
+
+    def stood_still(self, now: float) -> bool:
+        """A router has sent nothing for the worker's whole lease, stopped, or on a machine that was paused: the worker
+        has ended this session. One that computes says so late, and what it is sent until then would be lost.
+
+        Of workers this says nothing: of two that take long steps neither misses the other meanwhile.
+        """
+        return self._role == "router" and self.phase is Phase.GREETED and now > self._forgotten_at
 
     def lost(self, reason: str, now: float, *, left: bool = False, refused: bool = False) -> Disconnected | None:
         """The session is over; a new one may be opened after a back-off that doubles until a Welcome comes, or after
@@ -146,4 +156,6 @@ class LinkState:
         self.phase = Phase.GREETED
         self._backoff_s = BACKOFF_FIRST_S
         self._next_heartbeat = now
+        self._worker_lease_s = worker.lease_s
+        self._forgotten_at = now + worker.lease_s
         return Connected(worker, self.session)

@@ -185,6 +185,19 @@ def test_only_long_silence_counts():
     assert end is not None and "silent" in end.reason
 
 
+def test_a_router_knows_that_it_has_been_forgotten_while_it_stood_still():
+    for role in ("router", "decode"):
+        state = LinkState("r", role, 1, "", lease_s=1.0)
+        state.opened(0.0)
+        state.received(WELCOME, 0.0)
+        assert not state.stood_still(WORKER.lease_s), "the lease is the worker's"
+        state.heartbeat(5.0)
+        assert not state.stood_still(5.0 + WORKER.lease_s)
+        assert state.stood_still(5.1 + WORKER.lease_s) == (role == "router"), "between workers a long step is usual"
+        state.lost("cut", 6.0)
+        assert not state.stood_still(100.0)
+
+
 @pytest.mark.parametrize(
     ("answer", "refused"),
     [
@@ -334,6 +347,20 @@ def test_a_link_outlives_its_worker(context: zmq.Context[Any]):
     pair.connect()
     session = pair.link.state.session
     assert session > 1 and pair.peers.identity_of("r") == wire_identity("r", session)
+    pair.close()
+
+
+def test_a_router_that_stood_still_does_not_wait_to_be_told(context: zmq.Context[Any]):
+    """A worker that computes says late that it has ended the session: what goes there meanwhile would be lost."""
+    pair = Pair(context).connect()
+    pair.until(lambda: isinstance(pair.at_link[-1], HeartbeatAck))
+    pair.server.send(b"r/1", Abort(request_id="last", attempt=0))
+    assert pair.link.sockets[0].poll(60_000)
+    awake = time.monotonic() + WORKER.lease_s + 60.0
+    last, end = pair.link.receive(awake)
+    assert last == Abort(request_id="last", attempt=0), "what came before is read"
+    assert isinstance(end, Disconnected) and end.greeted and not pair.link.connected
+    assert pair.link.receive(awake + 60.0) == [] and pair.link.state.session == 2, "the next session begins"
     pair.close()
 
 
