@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.common.messages import Finish, GenerateRequest
+from penstock.common.page_hash import chained, page_hashes, root_hash
 from penstock.common.sampling import SamplingParams
 from penstock.engine.outputs import HANDED_OFF, Output
 from penstock.engine.pages import PageManager
@@ -45,7 +46,9 @@ class FakeExecutor:
         for work in plan.work:
             tokens, table = self.tokens[work.key], self.tables[work.key]
             table.extend(work.new_pages)
+            assert work.num_tokens > 0
             end = work.start + work.num_tokens
+            assert PAGE * (len(table) - 1) < max(end, len(tokens)), "more pages than it needs"
             for position in range(work.start, end):
                 self.slots[table[position // PAGE], position % PAGE] = position, tokens[position]
             for position in range(end):  # everything that attention would read
@@ -158,6 +161,7 @@ def test_any_load_gives_every_request_its_tokens(
             aborted.add(request.source.request_id)
         plan = scheduler.plan(float(now))
         if plan is not None:
+            assert len(scheduler.running) <= seqs and len(plan.work) <= seqs and plan.num_tokens <= budget
             outputs += scheduler.update(executor.run(plan), float(now)).outputs
         scheduler.pages.check()
     else:
@@ -320,6 +324,52 @@ def test_a_promise_also_covers_pages_that_turn_up_in_the_cache() -> None:
     assert scheduler.pages.num_held == scheduler.pages.num_promised == 0
 
 
+def test_a_prompt_that_waits_for_pages_is_not_passed_by_smaller_ones() -> None:
+    """Else a long prompt would wait for as long as short ones come; whose pages are promised takes none from it."""
+    scheduler = make_scheduler(num_pages=6, budget=64)
+    executor = FakeExecutor(6)
+    started: list[str] = []
+    scheduler.pages.promise("promised:0:0", 1)
+    for name, length in (("first", 10), ("long", 17), ("short", 2), ("promised", 2)):
+        scheduler.add(Request(make_request(name, [1] * length, 2), 0.0))
+    while scheduler.has_work():
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        started += [start.key.partition(":")[0] for start in plan.started]
+        scheduler.update(executor.run(plan), 0.0)
+    assert started == ["first", "promised", "long", "short"]
+
+
+@pytest.mark.parametrize(("length", "cached"), [(8, 4), (9, 8)])
+def test_of_a_prompt_that_is_cached_whole_the_last_token_is_computed(length: int, cached: int) -> None:
+    scheduler, executor = make_scheduler(), FakeExecutor(64)
+    prompt = [1, 2, 0, 1, 2, 2, 1, 0, 1][:length]
+    for name in ("first", "again"):
+        scheduler.add(Request(make_request(name, prompt), 0.0))
+        assert joined(drain(scheduler, executor)) == {name: oracle(prompt, 5)}
+    assert scheduler.counters.prefix_hits == cached
+    names = list(page_hashes(root_hash("test"), prompt + oracle(prompt, 4), PAGE))
+    assert scheduler.pages.drain_events() == (chained(names), []), "each is told with the page before it"
+
+
+def test_what_can_never_be_computed_is_refused() -> None:
+    scheduler = make_scheduler(num_pages=2)
+    scheduler.add(Request(make_request("a", [1] * 7), 0.0))
+    for name, length in (("a", 3), ("b", 8)):
+        with pytest.raises(ValueError, match="exists already" if name == "a" else "no room for output"):
+            scheduler.add(Request(make_request(name, [1] * length), 0.0))
+    assert joined(drain(scheduler, FakeExecutor(2))) == {"a": oracle([1] * 7, 1)}
+    with pytest.raises(ValueError, match="cannot hold"):
+        Scheduler(
+            PageManager(2, PAGE),
+            DecodePolicy(),
+            max_num_seqs=1,
+            max_num_batched_tokens=8,
+            max_model_len=9,
+            hash_scope="test",
+        )
+
+
 def test_the_lowest_priority_first_and_the_highest_preempted() -> None:
     """Two at a time; a preempted sequence comes before its equals, and after those more urgent."""
     scheduler = make_scheduler(num_pages=6, seqs=2, caching=False)
@@ -345,36 +395,6 @@ def test_the_lowest_priority_first_and_the_highest_preempted() -> None:
     assert started[:2] == ["urgent", "first"] and "first" in started[2:]
     assert ended == ["urgent", "first", "second", "late"]
     assert scheduler.counters.preemptions > 0 and scheduler.pages.num_held == 0
-
-
-def test_choices_wait_for_the_one_that_computes_their_prompt() -> None:
-    """Others do not; if it is aborted the next one leads."""
-    scheduler, executor = make_scheduler(num_pages=32, budget=8), FakeExecutor(32)
-    prompt = [i % 7 for i in range(22)]  # 5 full pages
-    sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-    for name, choice in (("n", 0), ("n", 1), ("other", 0), ("n", 2)):
-        tokens = prompt if name == "n" else [1, 2]
-        source = GenerateRequest(request_id=name, choice=choice, prompt_token_ids=tokens, sampling=sampling)
-        scheduler.add(Request(source, 0.0))
-    found: dict[str, list[int]] = {}
-    started: list[str] = []
-    step = 0
-    while scheduler.has_work():
-        plan = scheduler.plan(0.0)
-        assert plan is not None
-        started += [start.key for start in plan.started]
-        for output in scheduler.update(executor.run(plan), 0.0).outputs:
-            found.setdefault(output.key, []).extend(output.token_ids)
-        step += 1
-        if step == 1:
-            scheduler.abort("n:0:0")
-        scheduler.pages.check()
-    assert started[0] == "n:0:0" and set(started) == {"n:0:0", "n:1:0", "n:2:0", "other:0:0"}
-    assert found["n:1:0"] == found["n:2:0"] == oracle(prompt, 3) and found["other:0:0"] == oracle([1, 2], 3)
-    assert (
-        scheduler.counters.prompt_tokens <= 8 + (22 - 4) + 2 + (22 - 20) + 4
-    )  # the last one computes its last page only
-    assert not scheduler._siblings and scheduler.pages.num_held == 0
 
 
 @dataclass
