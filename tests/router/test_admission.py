@@ -126,12 +126,33 @@ def test_who_would_wait_too_long_is_refused_at_once_and_told_when_to_come():
     assert admission.refused["wait"] == 1 and len(admission) == 2
 
 
+def test_how_fast_a_queue_gets_on_is_learnt_as_long_as_somebody_waits():
+    """Who is told how long it will wait is told what was seen, not again and again what was expected."""
+    admission: Admission[str] = Admission(Limits(queue_timeout_s=2.0))
+    assert enqueue(admission, "a", cost=1000.0, capacity=1000.0) == []
+    first = admission.next()
+    assert first is not None
+    admission.back(first)  # no room yet
+    assert enqueue(admission, "b", cost=4000.0, capacity=1000.0) == []
+    first = admission.next()
+    assert first is not None and first.key == "a"
+    admission.went(first, now=0.0)
+    [(place, _)] = enqueue(admission, "c", capacity=1e6)
+    assert place.key == "c", "four thousand at eleven hundred a second, whatever was thought of the fleet meanwhile"
+    admission.forget("b")
+    assert len(admission) == 0
+    assert enqueue(admission, "d", cost=1000.0, capacity=1000.0) == []
+    assert enqueue(admission, "e", capacity=1000.0) == [], "nobody waited: it begins with what is expected"
+
+
 def test_an_objective_counts_the_queue_too():
     admission: Admission[str] = Admission(Limits(slo_ttft_ms=500.0))
     assert enqueue(admission, "a", cost=495.0) == []
     assert isinstance(enqueue(admission, "b")[0][1], SloUnattainable)
     assert admission.judge(IDLE, waited_ms=0.0) is True
-    assert isinstance(admission.judge(IDLE, waited_ms=495.0), SloUnattainable)
+    error = admission.judge(IDLE, waited_ms=3495.0)
+    assert isinstance(error, SloUnattainable) and error.retry_after_s == 4, "so much later than allowed"
+    assert admission.refused == {"slo": 2, "wait": 0, "queue_full": 0, "in_flight": 0}
     assert admission.judge(Expected(HOLD_MS + 1, 0, 0, 0), 0.0) is not True
 
 

@@ -28,11 +28,15 @@ def test_each_request_counts_once_at_the_worker_that_computes_it() -> None:
     check.reported(("r", 0), 1, spans(20), 0.0)
     check.reported(("r", 0), 1, spans(20), 0.0)  # its last delta says it again
     assert check.counters() == {"predicted_hit_tokens": 30, "realised_hit_tokens": 20, "missed_hit_tokens": 10}
+    check.predicted(("more", 0), 1, "w", 3, 10, 101)
+    check.reported(("more", 0), 1, spans(90), 0.0)
+    assert check.counters() == {"predicted_hit_tokens": 60, "realised_hit_tokens": 110, "missed_hit_tokens": 10}
 
 
 def test_of_choices_that_find_what_their_first_one_computes_nothing_is_predicted() -> None:
     check = HitCheck()
     for choice, worker, cached in ((1, "w", 0), (0, "w", 100), (2, "other", 0), (1, "w", 0)):
+        check.keep({("r", 1), ("r", 2)})
         check.predicted(("r", choice), 0, worker, 0, 10, 101)
         check.reported(("r", choice), 0, spans(cached, worker), 0.0)
     assert check.counters()["realised_hit_tokens"] == 0
@@ -66,4 +70,5 @@ def test_a_warning_when_they_part_and_not_for_little() -> None:
     assert f"{80 * WINDOW} were predicted" in warning and "and 0 were" in warning
     assert window(check, 8, 0, 1.0 + WARN_EVERY_S / 2) == [], "not again and again"
     (warning,) = window(check, 0, 80, 2.0 + WARN_EVERY_S)
+    assert f"and {80 * WINDOW} were" in warning
     assert f"{80 * WINDOW} tokens differ" in warning
