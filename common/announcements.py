@@ -45,6 +45,7 @@ class Announcements:
         self._pending: dict[bytes, bool] = {}  # page hash -> it is held now
         self._round: list[bytes] = []  # pages to announce again before the next round begins, from the end
         self._again: list[bytes] = []
+        self._told_again = True  # by the last batch: then it is the changes' turn, if there are any
         self._under_way: Batch | None = None
 
     @property
@@ -92,20 +93,24 @@ class Announcements:
             self.overflowed = True
 
     def next(self) -> Batch | None:
-        """The batch to write now; None: the index knows everything."""
-        if self._under_way is None:
-            if self._pending:
-                changes = list(islice(self._pending.items(), BATCH_PAGES))
-                for page, _ in changes:
-                    del self._pending[page]
-                held = [page for page, is_held in changes if is_held]
-                gone = [page for page, is_held in changes if not is_held]
-                self._under_way = Batch(self.seq + 1, held, gone)
-            else:
-                again, self._again = self._again[:BATCH_PAGES], self._again[BATCH_PAGES:]
-                held = [page for page in again if page in self._held and page not in self._orphans]
-                if held:
-                    self._under_way = Batch(self.seq + 1, held, [], again=True)
+        """The batch to write now; None: the index knows everything.
+
+        Changes and what is announced again take turns: where writing takes longer than a step there always are changes.
+        """
+        if self._under_way is None and self._again and not (self._pending and self._told_again):
+            again, self._again = self._again[:BATCH_PAGES], self._again[BATCH_PAGES:]
+            held = [page for page in again if self._is_announced(page)]
+            if held:
+                self._under_way = Batch(self.seq + 1, held, [], again=True)
+                self._told_again = True
+        if self._under_way is None and self._pending:
+            changes = list(islice(self._pending.items(), BATCH_PAGES))
+            for page, _ in changes:
+                del self._pending[page]
+            held = [page for page, is_held in changes if is_held]
+            gone = [page for page, is_held in changes if not is_held]
+            self._under_way = Batch(self.seq + 1, held, gone)
+            self._told_again = False
         return self._under_way
 
     def acknowledged(self) -> None:
@@ -132,6 +137,10 @@ class Announcements:
         self._pending = dict.fromkeys((*self._pending, *reversed(self._held)), False)
         for kept in (self._held, self._children, self._orphans, self._again, self._round):
             kept.clear()
+
+    def _is_announced(self, page: bytes) -> bool:
+        """The index should know it: it is held, and no change of it is still to be told."""
+        return page in self._held and page not in self._orphans and page not in self._pending
 
     def _behind(self, page: bytes) -> list[bytes]:
         """Held pages of which `page` is an ancestor: parents before children."""

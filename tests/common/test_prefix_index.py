@@ -228,6 +228,22 @@ def test_announced_is_what_can_be_reached(changes: list[tuple[list[bytes], list[
         assert known.num_held == len(truth)
 
 
+def test_pages_are_announced_again_however_many_changes_there_are() -> None:
+    """Where writing takes longer than a step there is always a change to tell."""
+    known, again = Announcements(1 << 30), set()
+    steady, changing = PROMPTS[0], next(page for page in PAGES if page not in PROMPTS[0] and not PARENTS[page])
+    known.publish([(page, PARENTS[page]) for page in steady], [])
+    for turn in range(8):
+        known.publish([(changing, b"")], [changing])
+        known.repeat(known.num_held)
+        batch = known.next()
+        assert batch is not None and batch.again == bool(turn % 2), "they take turns"
+        if batch.again:
+            again.update(batch.held)
+        known.acknowledged()
+    assert again == set(steady), "the index need not know a page whose change is still to be told"
+
+
 def reachable(page: bytes, truth: set[bytes]) -> bool:
     """Whether the page and all before it are held."""
     while page in truth:
