@@ -104,10 +104,21 @@ def test_progress_moves_the_deadline():
     h.tokens(delta(0, 5), delta(1, 6))
     h.now += 29
     assert h.do(Tick()) == []
+    h.tokens(delta(2, 7))
+    h.now += 29
+    assert h.do(Tick()) == []
     h.now += 2
     commands = h.do(Tick())
     assert isinstance(the(Fail, commands).error, Timeout) and the(SendAbort, commands).incarnation == "d1"
     assert h.reserved() == {}
+
+
+def test_a_worker_at_work_takes_no_time_from_who_waits_for_room_there():
+    h = Harness()
+    h.run(prefill="p1")
+    h.do(WorkerAtWork("p1"))
+    h.now += 60 + 29
+    assert h.do(Tick()) == []
 
 
 @pytest.mark.parametrize("computing", ["p1", "d1"])
@@ -184,6 +195,7 @@ def test_cancel_in_every_state():
         assert not h.core.choices and h.do(Cancelled("a", 0)) == []
         answer = h.do(Placed("a", 0, 0, placement("d1")))
         assert {type(c) for c in answer} == {Give}, "the answer to a cancelled question"
+        assert h.do(Placed("a", 0, 0, None), PlaceFailed("a", 0, 0), Refused("a", 0, Overloaded("no"))) == []
 
 
 def test_a_failure_of_ours_while_placing_is_answered():
