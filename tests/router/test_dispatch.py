@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import msgspec
 import pytest
 
 from penstock.common.errors import PenstockError, QueueTimeout, Unavailable, WorkerLost
 from penstock.common.messages import Abort, Finish, Spans, TokenDelta, TokenLogprobs
+from penstock.common.sampling import SamplingParams
 from penstock.router import dispatch
 from penstock.router.dispatch import InvalidTransition
 from penstock.router.dispatch_events import (
@@ -235,6 +237,14 @@ def test_errors_of_a_worker():
     h.run()
     error = the(Fail, h.tokens(delta(0, finish=Finish(reason="error", code="nonsense", message="boom")))).error
     assert error.code == "internal_error" and error.message == "boom" and h.reserved() == {}
+    h = Harness()
+    h.run()
+    assert the(Fail, h.tokens(delta(0, finish=Finish(reason="error")))).error.code == "internal_error"
+    h = Harness()
+    h.run()
+    h.tokens(delta(0, 5))
+    again = h.tokens(delta(1, finish=Finish(reason="abort")))
+    assert the(Place, again).request.output_token_ids == [5] and h.delivered() == [5], "which no client has asked for"
 
 
 @pytest.mark.parametrize(("left", "error"), [(["d9"], WorkerLost), ([], Unavailable)])
@@ -245,6 +255,25 @@ def test_attempts_are_bounded(left: list[str], error: type[PenstockError]):
     h.do(WorkerDown("d1"), Placed("a", 0, 1, placement("d2")))
     failure = the(Fail, h.do(WorkerDown("d2"))).error
     assert type(failure) is error and h.reserved() == {} and not h.core.choices
+
+
+def test_a_request_that_its_workers_die_of_is_given_up_however_far_it_gets_each_time():
+    h = Harness(max_attempts=3)
+    h.run()
+    for attempt in range(3):
+        h.tokens(delta(attempt, 5, attempt=attempt))
+        commands = h.do(WorkerDown(f"d{attempt + 1}"), WorkerUp(f"d{attempt + 2}"))
+        if attempt < 2:
+            h.do(Placed("a", 0, attempt + 1, placement(f"d{attempt + 2}")))
+    assert type(the(Fail, commands).error) is Unavailable and h.core.retries == 2
+
+
+def test_an_output_without_a_limit_goes_on_elsewhere():
+    h = Harness()
+    unlimited = msgspec.structs.replace(request(), sampling=SamplingParams(max_tokens=None))
+    h.do(WorkerUp("d1"), Submitted(unlimited, "sink"), Placed("a", 0, 0, placement("d1")))
+    h.tokens(delta(0, 5))
+    assert the(Place, h.do(WorkerDown("d1"))).request.output_token_ids == [5]
 
 
 def test_an_attempt_that_got_on_until_its_worker_left_has_not_failed():

@@ -59,6 +59,7 @@ def test_without_a_worker_a_request_waits_a_while():
     assert h.do(Placed("a", 0, 0, None)) == []
     h.now += WAIT_FOR_WORKER_S / 2
     assert the(Place, h.do(WorkerUp("d1"))).request.attempt == 0
+    assert h.do(WorkerUp("d2")) == [], "it is being placed"
     h.do(Placed("a", 0, 0, None))
     h.now += WAIT_FOR_WORKER_S + 0.1
     assert isinstance(the(Fail, h.do(Tick())).error, Unavailable)
@@ -94,6 +95,30 @@ def test_who_comes_to_wait_costs_no_look_at_all_others():
     h.core.choices = Unseen()
     h.do(Submitted(request(), "sink"), Placed("a", 0, 0, None))
     assert the(Place, h.do(WorkerUp("d1"))).request.request_id == "a"
+
+
+@pytest.mark.parametrize("queued_s", [0, 50])
+def test_each_state_has_the_time_that_it_may_take(queued_s: int):
+    h = Harness()
+    h.do(WorkerUp("d1"), Submitted(request(), "sink"))
+    h.now += 60 + 29  # to be placed
+    assert h.do(Tick()) == []
+    if queued_s:
+        h.do(Queued("a", 0))
+        h.now += queued_s
+        assert h.do(Tick()) == []
+    h.do(Placed("a", 0, 0, placement("d1")))
+    h.now += 60 + 29  # to get room, and say something
+    assert h.do(Tick()) == []
+    h.now += 2
+    assert type(the(Fail, h.do(Tick())).error) is Timeout
+
+
+def test_a_request_that_nobody_answers_the_question_of_ends():
+    h = Harness()
+    h.do(WorkerUp("d1"), Submitted(request(), "sink"))
+    h.now += 60 + 31
+    assert type(the(Fail, h.do(Tick())).error) is Timeout
 
 
 def test_progress_moves_the_deadline():
@@ -212,7 +237,9 @@ def test_shutdown_in_every_state():
             h.do(Queued("a", 0))
         elif state is not State.PLACING:
             h.do(Placed("a", 0, 0, placement("d1") if state is State.RUNNING else None))
-        assert isinstance(the(Fail, h.do(Shutdown())).error, Unavailable)
+        commands = h.do(Shutdown())
+        assert isinstance(the(Fail, commands).error, Unavailable)
+        assert [type(c) for c in commands].count(SendAbort) == (state is State.RUNNING)
         assert not h.core.choices and h.reserved() == {}
 
 
