@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from penstock.common.messages import Fetch, FetchDone, PagesLanded, PagesReady, PrefillDone, PrefillFailed
-from penstock.kv_transfer.jobs import ReadSettled, ReadStalled
+from penstock.kv_transfer.jobs import ReadFailed, ReadSettled, ReadStalled
 from penstock.kv_transfer.peer_links import LinkEvent, PeerFound, PeerLost
 from penstock.kv_transfer.reader import QUARANTINE
 from tests.kv_transfer.noting import nixl_worker
@@ -87,6 +87,7 @@ def test_a_fetch_asks_for_what_is_behind_the_pages_that_are_here_and_ends_there(
     case.done(job)
     case.reader.link_event("d1", FetchDone(request_id="r", attempt=1, num_pages=1), 3.0)
     (read,) = case.reader.take_ended()
+    assert case.pages.drain_events() == ([(b"1", b"0")], []), "behind the page that was here"
     assert read.computed == 8 and case.reader.counters.fetch_failures == 0, "it has no more, and has lent all of that"
     case.pages.release(wanted.key)
     case.finish()
@@ -100,4 +101,14 @@ def test_a_read_of_a_cancelled_request_that_stalls_keeps_its_pages_until_it_sett
     case.reader.completed(ReadStalled(job.tag, 5.0), 2.0)
     assert case.pages.table(QUARANTINE) == list(job.dst_pages), "it may still write them"
     case.reader.completed(ReadSettled(job.tag), 9.0)
+    case.finish()
+
+
+def test_room_for_what_did_not_come_stays_promised() -> None:
+    """The engine computes it, and needs as many pages."""
+    case = Case()
+    job = case.read(0, 2, 8)
+    case.reader.completed(ReadFailed(job.tag, "no route"), 2.0)
+    (read,) = case.reader.take_ended()
+    assert read.computed == 0 and case.pages.num_held == 0 and case.pages.num_promised == 3
     case.finish()
