@@ -6,6 +6,7 @@ import pytest
 
 from penstock.common.messages import (
     Abort,
+    Finish,
     PagesReady,
     PrefillDone,
     PrefillFailed,
@@ -280,3 +281,50 @@ def test_chunks_are_sealed_one_behind_the_other() -> None:
     case.land()
     case.land("other")
     case.finish()
+
+
+def test_a_prompt_that_is_asked_for_twice_is_computed_and_lent_once() -> None:
+    case = Case(checksum="off")
+    for _ in range(3):
+        case.prefill()
+        case.step()
+    assert [t.first_page for t in case.of(PagesReady)] == [0, 1, 2] and case.engine.steps == 3
+    assert len(case.of(PrefillDone)) == 1 and case.of(PrefillFailed) == []
+    case.land()
+    case.finish()
+
+
+def test_nobody_else_gives_up_a_decode_workers_prompt() -> None:
+    case = Case(checksum="off")
+    case.prefill()
+    case.step()
+    case.role.handle(b"decode/2", Abort(request_id="r", attempt=0), case.now)
+    case.step()
+    case.step()
+    assert len(case.of(PagesReady)) == 3 and len(case.of(PrefillDone)) == 1
+    case.land()
+    case.finish()
+
+
+@pytest.mark.parametrize("end", ["gone", "landed"])
+def test_whose_reader_is_gone_or_has_had_enough_is_not_computed_on(end: str) -> None:
+    case = Case(checksum="off")
+    case.prefill()
+    case.step()
+    assert len(case.of(PagesReady)) == 1 and case.engine.has_work()
+    if end == "gone":
+        case.role.peer_gone(DECODE)
+    else:
+        case.land()
+    assert not case.engine.has_work() and case.engine.steps == 1
+    case.finish()
+
+
+def test_who_is_given_up_with_the_engine_is_told_so() -> None:
+    case = Case(checksum="off")
+    case.prefill()
+    case.prefill(name="other")
+    case.role.give_up(Finish(reason="error", code="unavailable", message="the worker shut down", retryable=True))
+    failed = {(message.request_id, message.code, message.message) for message in case.of(PrefillFailed)}
+    assert failed == {(name, "unavailable", "the worker shut down") for name in ("r", "other")}
+    assert case.role.ledger()["handoffs"] == 0
