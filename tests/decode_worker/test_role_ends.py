@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.common.messages import Fetch, GenerateRequest, Submit
+from penstock.common.messages import Fetch, Finish, GenerateRequest, Move, Submit
 from penstock.common.sampling import SamplingParams
 from penstock.engine.request import Request
 from tests.decode_worker.test_role import PROMPT, ROUTER, Case, move
@@ -77,3 +77,29 @@ def test_what_moved_is_given_up_here_once_it_has_been_asked_for() -> None:
     assert case.engine.pages.num_held == len(hashes), "what it did not want is anybody's"
     case.role.peer_gone(b"decode-1")
     case.finish()
+
+
+def test_who_is_given_up_with_the_engine_is_told_so_wherever_it_is() -> None:
+    case = Case()
+    case.submit("moves", PROMPT, max_tokens=20)
+    case.step()
+    case.step()
+    tail = case.engine.pages.table("moves:0:0")[-1]
+    case.engine.pages.hold("step", [tail])  # one that still writes it
+    case.role.handle(ROUTER, Move(request_id="moves", attempt=0), 0.0)
+    case.role.tick(0.0)
+    case.submit("runs", [1, 2, 0] * 10)
+    case.submit("waits", [2, 1, 0] * 10)
+    assert case.role.ledger()["admission"] == 1 and case.deltas("moves")[-1].finish is None
+    case.engine.pages.release("step")
+    case.role.give_up(Finish(reason="error", code="unavailable", message="the worker shut down", retryable=True))
+    case.replies.flush()
+    ends = {name: case.deltas(name)[-1].finish for name in ("moves", "runs", "waits")}
+    assert {name: end.reason for name, end in ends.items() if end} == {
+        "moves": "moved",
+        "runs": "error",
+        "waits": "error",
+    }
+    case.role.tick(11.0)
+    case.finish()
+    assert case.tokens("runs") == case.tokens("waits") == [], "nothing comes behind the end"
