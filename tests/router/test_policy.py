@@ -112,6 +112,11 @@ def test_a_retry_avoids_who_failed_it_if_there_is_another():
     assert names(choose(retry, [candidate("a", held=1000), candidate("b", queued_tokens=5000)])) == ("b", None)
     assert names(choose(retry, [candidate("a"), candidate("b", draining=True)])) == ("a", None)
     assert names(choose(retry, [candidate("a"), candidate("p", "prefill")])) == ("a", "p")
+    better = candidate("p", "prefill", held=900)
+    assert names(choose(retry, [candidate("b"), better, candidate("q", "prefill")])) == ("b", "q")
+    apart = RequestFacts(1000, avoid_pairs=frozenset({("p-1", "b-1")}))
+    assert names(choose(apart, [candidate("b"), better, candidate("q", "prefill")])) == ("b", "q")
+    assert names(choose(apart, [candidate("b"), better])) == ("b", None)
 
 
 @pytest.mark.parametrize("name", ["round-robin", "least-load", "longest-prefix", "cost"])
@@ -241,6 +246,13 @@ def test_what_a_draining_worker_keeps_goes_with_its_requests():
     assert half.prefill_ms == pytest.approx(nothing.prefill_ms * 53 / 101)
     there_already = kept(48, held=60)
     assert there_already.source is None and there_already.prefill_tokens == 41, "more than was kept"
+    by_a_page, within_one = kept(96), kept(97)
+    assert names(by_a_page) == ("d", "p") and names(within_one) == ("d", None)
+    all_of_it = kept(104)
+    assert (all_of_it.source_tokens, all_of_it.prefill_tokens) == (100, 1), "the last token is always computed"
+    for old in (candidate("other", fingerprint="x"), candidate("d")):
+        there = choose(RequestFacts(101), [candidate("d")])
+        assert there is not None and moved(there, Moving(old.worker, 48, "d-1"), 101) == there, "nothing to read there"
     beside = kept(48, minimum=1000)
     assert names(beside) == ("d", None) and (beside.source_tokens, beside.prefill_tokens) == (48, 53)
 
