@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.common.messages import FetchDone, Message, PagesReady
+from penstock.common.messages import Fetch, FetchDone, Message, PagesReady
 from penstock.engine.pages import PageManager
 from penstock.kv_transfer.jobs import Sealed
 from penstock.kv_transfer.lender import Lender, Loan
@@ -31,6 +32,8 @@ class Loans(RuleBasedStateMachine):
         self.offered: dict[Name, list[int]] = {}  # pages of loans that are out
         self.ticketed: dict[Name, list[int]] = {}
         self.closed: set[Name] = set()
+        self.told: set[Name] = set()  # that no ticket comes any more
+        self.dropped: set[Name] = set()
         self.expired = 0
 
     def _sent(self, identity: bytes, message: Message) -> None:
@@ -38,6 +41,8 @@ class Loans(RuleBasedStateMachine):
         name = identity, message.request_id
         if isinstance(message, FetchDone):
             assert self.ticketed[name] == self.offered[name], "before the last ticket"
+            assert name in self.closed - self.told - self.dropped
+            self.told.add(name)
             return
         assert message.checksums == [message.pages[0]], "of other pages"
         assert message.first_page == len(self.ticketed[name])
@@ -49,7 +54,8 @@ class Loans(RuleBasedStateMachine):
         """A second time, too: then the first is over."""
         self.loans[peer, key] = self.lender.open(peer, key, key, 0, 0, 0, 0.0)
         self.offered[peer, key], self.ticketed[peer, key] = [], []
-        self.closed.discard((peer, key))
+        for names in (self.closed, self.told, self.dropped):
+            names.discard((peer, key))
 
     @rule(peer=PEERS, key=KEYS, number=st.integers(0, 3))
     def offer(self, peer: bytes, key: str, number: int) -> None:
@@ -81,6 +87,7 @@ class Loans(RuleBasedStateMachine):
     def drop(self, peer: bytes, key: str) -> None:
         if (peer, key) in self.loans:
             self.lender.drop(self.loans[peer, key])
+            self.dropped.add((peer, key))
 
     @rule(peer=PEERS, key=KEYS)
     def land(self, peer: bytes, key: str) -> None:
@@ -107,6 +114,13 @@ class Loans(RuleBasedStateMachine):
         assert self.lender.lent_pages == self.pages.num_held == sum(map(len, out))
         assert self.lender.expired == self.expired
 
+    @invariant()
+    def what_is_sealed_is_told(self) -> None:
+        if not self.mover.seals:
+            for name in self.loans.keys() - self.dropped:
+                assert self.ticketed[name] == self.offered[name]
+                assert (name in self.told) == (name in self.closed)
+
     def teardown(self) -> None:
         for peer in (b"p/1", b"q/1"):
             self.lender.peer_gone(peer)
@@ -132,3 +146,38 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     lender.landed(b"p/1", "a")
     pages.allocate("other", 2)  # the empty one, and one that is evicted
     assert pages.match(names) == held[:2]
+
+
+def test_a_prefix_is_lent_in_tickets_of_a_size_once_and_only_what_nobody_was_promised() -> None:
+    pages = PageManager(8, 4)
+    mover: Any = NotingMover()
+    sent: list[Message] = []
+    lender = Lender(pages, mover, lambda identity, message: sent.append(message), page_bytes=16 << 20, checksum="off")
+    names = [b"0", b"1", b"2", b"3", b"4"]
+    for page, name in zip(pages.allocate("prompt", 5), names, strict=True):
+        pages.name(page, name)
+    cached = list(pages.table("prompt"))
+    pages.release("prompt")
+    pages.promise("other", 5)
+    for _ in range(2):
+        lender.fetch(b"p/1", "a", Fetch(request_id="a", attempt=0, first_page=7, hashes=[*names, b"unknown"]), 0.0)
+    first, second, done = sent
+    assert isinstance(first, PagesReady) and isinstance(second, PagesReady)
+    assert [(t.first_page, t.pages[0], t.num_tokens) for t in (first, second)] == [
+        (7, cached[:2], 36),
+        (9, cached[2:3], 40),
+    ]
+    assert isinstance(done, FetchDone) and done.num_pages == 3 and lender.lent_pages == 3
+    lender.landed(b"p/1", "a")
+    assert pages.num_held == 0 and len(pages.allocate("other", 5)) == 5
+
+
+@pytest.mark.parametrize(("checksum", "checked"), [("off", 0), ("sample", 2), ("all", 17)])
+def test_how_many_loans_are_checked(checksum: str, checked: int) -> None:
+    pages = PageManager(20, 4)
+    mover: Any = NotingMover()
+    lender = Lender(pages, mover, lambda identity, message: None, page_bytes=64, checksum=checksum)
+    for number in range(17):
+        loan = lender.open(b"p/1", str(number), "a", 0, number, 0, 0.0)
+        lender.offer(loan, pages.allocate("prompt", 1), 4, 0.0)
+    assert len(mover.seals) == checked and mover.readers_expected == 17 - checked
