@@ -101,6 +101,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise ModelError(f"{num_heads} attention heads are no multiple of {num_kv_heads} key-value heads")
+    max_position = _count(config, "max_position_embeddings")
     rope = read_rope(config)
     attention_bias = bool(config.get("attention_bias", False)) and traits.qkv_bias is None
     return ModelSpec(
@@ -112,7 +113,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         num_kv_heads=num_kv_heads,
         head_dim=config.get("head_dim") or traits.head_dim or hidden_size // num_heads,
         vocab_size=_count(config, "vocab_size"),
-        max_position=rope.longest_context(_count(config, "max_position_embeddings")),
+        max_position=rope.longest_context(max_position),
         rms_eps=float(1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"]),
         rope=rope,
         sliding_windows=_windows(config, traits.windows, num_layers),

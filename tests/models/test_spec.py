@@ -118,6 +118,7 @@ def test_mistral_without_a_window() -> None:
         ({"rope_scaling": {"type": "linear"}}, "linear needs factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"max_position_embeddings": None, "rope_scaling": {"type": "yarn"}}, "max_position_embeddings must be"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),
         ({"num_key_value_heads": "4"}, "num_key_value_heads must be a whole number, got '4'"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of texts"),
