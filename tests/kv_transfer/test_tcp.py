@@ -90,7 +90,7 @@ def test_reads_of_a_stopped_lender_settle_when_it_is_given_up(
     size = 8 << 20
     source = contents(size, 4, seed=1)
     lender = lend("tcp", size, 4)
-    pool, mover = read_with("tcp", size, 4, stall_s=0.3)
+    pool, mover = read_with("tcp", size, 4, stall_s=3.0)
     mover.connect(lender.incarnation, "tcp", lender.description)
     mover.read(ReadJob("warm", lender.incarnation, "tcp", [0], [0]))
     assert isinstance(wait_for(mover, count(1))[0], ReadDone)

@@ -140,7 +140,7 @@ def test_stopped_peer_stalls_and_settles_when_it_goes_on(
     page_bytes, num_pages = 1 << 20, 8
     source = contents(page_bytes, num_pages, seed=1)
     lender = lend("nixl", page_bytes, num_pages, ucx_tls="tcp")
-    pool, mover = read_with("nixl", page_bytes, num_pages, stall_s=2.0)
+    pool, mover = read_with("nixl", page_bytes, num_pages, stall_s=3.0)
     mover.connect(lender.incarnation, "nixl", lender.description)
     mover.read(ReadJob("warm", lender.incarnation, "nixl", [0], [0]))
     wait_for(mover, count(1))
@@ -164,7 +164,7 @@ def test_stopped_peer_then_killed_settles(
 ) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     lender = lend("nixl", 1 << 20, 8, ucx_tls="tcp")
-    _, mover = read_with("nixl", 1 << 20, 8, stall_s=2.0)
+    _, mover = read_with("nixl", 1 << 20, 8, stall_s=3.0)
     mover.connect(lender.incarnation, "nixl", lender.description)
     mover.read(ReadJob("warm", lender.incarnation, "nixl", [0], [0]))
     wait_for(mover, count(1))
