@@ -1,6 +1,7 @@
 """A router's connections to Redis: pooled, and never a reason for a request to wait for long.
 
-Used by `FleetReader` (redis_state.py) and `Reservations` (reservations.py), each with a pool of its own.
+Used by `FleetReader` (redis_state.py), `Reservations` (reservations.py) and the router's `ResponseStore`
+(responses/store.py), each with a pool of its own.
 """
 
 from __future__ import annotations

@@ -135,9 +135,10 @@ def _is_tied(path: Path, stored: dict[str, StoredTensor], parameter: Parameter, 
     (name,) = parameter.sources
     if name not in stored:
         return True
-    own = stored[name]
-    buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
-    if not own.equals(stored.setdefault(parameter.tied_to, own), dtype, buffer):
+    if parameter.tied_to not in stored:
+        stored[parameter.tied_to] = stored.pop(name)
+        return True
+    if not stored[name].equals(stored[parameter.tied_to], dtype, torch.empty(_BUFFER_BYTES, dtype=torch.uint8)):
         logger.warning("%s: %s and %s differ, so they are not tied", path, name, parameter.tied_to)
         return False
     del stored[name]

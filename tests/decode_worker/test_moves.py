@@ -6,6 +6,13 @@ from penstock.decode_worker.moves import MovedPages, Tail
 from penstock.engine.pages import PageManager
 
 
+def cache(pages: PageManager, *names: bytes) -> None:
+    """Another request has computed pages of these names, and has ended."""
+    for page, name in zip(pages.allocate("first", len(names)), names, strict=True):
+        pages.name(page, name)
+    pages.release("first")
+
+
 def test_kept_until_asked_for_or_expired() -> None:
     pages = PageManager(8, 4)
     moved = MovedPages(pages, keep_s=10.0)
@@ -61,9 +68,7 @@ def test_what_was_promised_to_others_is_not_kept_from_them() -> None:
     """Pages of the same contents that another request computed first, and that nobody holds."""
     pages = PageManager(4, 4)
     moved = MovedPages(pages, keep_s=10.0)
-    for page, name in zip(pages.allocate("first", 2), (b"0", b"1"), strict=True):
-        pages.name(page, name)
-    pages.release("first")
+    cache(pages, b"0", b"1")
     pages.promise("other", 3)
     moved.keep("a", 0, pages.match([b"0", b"1"]), now=0.0)
     pages.check()
@@ -106,9 +111,7 @@ def test_a_tail_that_was_not_kept_is_not_named() -> None:
     """Its page is written by others meanwhile."""
     pages = PageManager(4, 4)
     moved = MovedPages(pages, keep_s=10.0)
-    for page, name in zip(pages.allocate("first", 2), (b"0", b"1"), strict=True):
-        pages.name(page, name)
-    pages.release("first")
+    cache(pages, b"0", b"1")
     (part,) = pages.allocate("a", 1)
     pages.promise("other", 2)
     assert moved.keep("a", 0, pages.match([b"0", b"1"]), 0.0, Tail(part, b"part", b"1")) == 1
